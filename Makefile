@@ -1,0 +1,35 @@
+# `make train` and `make test` work on a fresh machine with Python 3.11 or
+# newer: each sets up the virtual environment it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/digits
+BIN := $(VENV)/bin
+
+.PHONY: train test lint format clean
+
+train: $(VENV)/.installed
+	$(BIN)/python train.py --config=configs/digits.py --workdir=$(WORKDIR)
+	$(BIN)/python eval.py --config=configs/digits.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[train,test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
