@@ -1,0 +1,22 @@
+"""Scan and fusion kernels of visual state-space models; needs JAX alone.
+
+    import spatial_mamba_kernels as smk
+
+    states = smk.selective_scan(u, delta, A, B)
+    y = smk.structure_aware_ssm(u, delta, A, B, C, D, kernels, alpha)
+
+Axis letters: B batch, H and W height and width, L = H * W tokens, D channels,
+N states a channel.
+"""
+
+from spatial_mamba_kernels.depthwise_conv import depthwise_conv
+from spatial_mamba_kernels.selective_scan import selective_scan
+from spatial_mamba_kernels.state_fusion import state_fusion
+from spatial_mamba_kernels.structure_aware_ssm import structure_aware_ssm
+
+__all__ = [
+  "depthwise_conv",
+  "selective_scan",
+  "state_fusion",
+  "structure_aware_ssm",
+]

@@ -18,7 +18,6 @@ else:
   except ImportError:
 
     class _AnyArray:
-
       def __class_getitem__(cls, item):
         array_type, _ = item
         return array_type

@@ -1,0 +1,5 @@
+"""The selective scan: input-dependent decay of a diagonal state."""
+
+from spatial_mamba_kernels.selective_scan.api import (
+  selective_scan as selective_scan,
+)

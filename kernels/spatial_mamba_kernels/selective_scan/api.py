@@ -1,0 +1,58 @@
+"""The selective scan, returning every state."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from spatial_mamba_kernels.implementation import check_implementation
+from spatial_mamba_kernels.selective_scan import xla
+from spatial_mamba_kernels.shapes import check_shapes
+from spatial_mamba_kernels.typing import Array
+
+
+def selective_scan(
+  u: ArrayLike,
+  delta: ArrayLike,
+  A: ArrayLike,
+  B: ArrayLike,
+  *,
+  delta_bias: ArrayLike | None = None,
+  implementation: str | None = None,
+) -> Array:
+  """Scans tokens with a selective state space and returns all of its states.
+
+  Equation 2 of Spatial-Mamba (arXiv 2410.15091), Mamba's discretisation:
+
+      dt = softplus(delta + delta_bias)                           # [B, L, D]
+      h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]      # h[-1] = 0
+
+  Args:
+    u: [B, L, D], the tokens.
+    delta: [B, L, D], the time steps before bias and softplus.
+    A: [D, N], negative for a state that decays.
+    B: [B, L, N], the input projection of each token.
+    delta_bias: [D], or None for 0.
+    implementation: None (best for the platform), "sequential" (a loop over
+      tokens) or "associative" (a parallel prefix).
+
+  Returns:
+    The states h, [B, L, D, N], in float32 (float64 for float64 inputs).
+
+  Raises:
+    ValueError: the shapes are inconsistent, or the implementation is unknown.
+    NotImplementedError: the implementation named cannot serve.
+  """
+  check_implementation(implementation, "selective_scan")
+  if delta_bias is None:
+    delta_bias = jnp.zeros(jnp.shape(u)[-1:])
+  arrays = check_shapes(
+    "selective_scan",
+    {
+      "u": (u, "B L D"),
+      "delta": (delta, "B L D"),
+      "A": (A, "D N"),
+      "B": (B, "B L N"),
+      "delta_bias": (delta_bias, "D"),
+    },
+  )
+  states = xla.states(*arrays, implementation=implementation)
+  return jnp.swapaxes(states, 2, 3)

@@ -1,0 +1,109 @@
+"""The selective scan in plain JAX, for every platform XLA compiles for.
+
+States are kept as [B, L, N, D] here: the channels, which are many, lie along
+the vector lanes.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from spatial_mamba_kernels.shapes import state_dtype
+from spatial_mamba_kernels.typing import Array, Float
+
+
+def states(
+  u: Float[Array, "B L D"],
+  delta: Float[Array, "B L D"],
+  A: Float[Array, "D N"],
+  B: Float[Array, "B L N"],
+  delta_bias: Float[Array, " D"],
+  *,
+  implementation: str | None,
+) -> Float[Array, "B L N D"]:
+  """Discretises and scans; `selective_scan` states the equations."""
+  dtype = state_dtype(u, delta, A, B)
+  u, delta, A, B = (x.astype(dtype) for x in (u, delta, A, B))
+  dt = softplus(delta + delta_bias.astype(dtype))
+  decay = jnp.exp(dt[:, :, None] * A.T)
+  drive = (dt * u)[:, :, None] * B[..., None]
+  return linear_recurrence(decay, drive, implementation)
+
+
+def softplus(x: Array) -> Array:
+  """log(1 + exp(x)), half the cost of `jax.nn.softplus` on a CPU."""
+  return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear_recurrence(
+  decay: Float[Array, "B L *C"],
+  drive: Float[Array, "B L *C"],
+  implementation: str | None,
+) -> Float[Array, "B L *C"]:
+  """h[t] = decay[t] * h[t - 1] + drive[t] along axis 1, with h[-1] = 0."""
+  if implementation == "sequential":
+    return _loop(decay, drive)
+  if implementation == "associative":
+    return _prefix(decay, drive)
+  # Measured on 2 CPU cores the loop is up to 3 times faster; an accelerator
+  # would wait for every one of its L steps.
+  return jax.lax.platform_dependent(decay, drive, cpu=_loop, default=_prefix)
+
+
+def _recurrence_fwd(decay, drive, implementation):
+  h = linear_recurrence(decay, drive, implementation)
+  return h, (decay, h)
+
+
+def _recurrence_bwd(implementation, residuals, g):
+  """The adjoint is the same recurrence, run from the last token to the first.
+
+  ddrive[t] = g[t] + decay[t + 1] * ddrive[t + 1]
+  ddecay[t] = ddrive[t] * h[t - 1]
+  """
+  decay, h = residuals
+  ddrive = jnp.flip(
+    linear_recurrence(
+      jnp.flip(_shift(decay, -1), 1), jnp.flip(g, 1), implementation
+    ),
+    1,
+  )
+  return ddrive * _shift(h, 1), ddrive
+
+
+linear_recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
+
+
+def _shift(x: Array, by: int) -> Array:
+  """x[t - by] along axis 1, zero where that is outside; `by` is 1 or -1."""
+  padding = [(0, 0, 0)] * x.ndim
+  padding[1] = (by, -by, 0)
+  return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+
+
+def _loop(decay: Array, drive: Array) -> Array:
+  """One token a step, written into a buffer that the loop updates in place."""
+
+  def step(t, carry):
+    h, out = carry
+    h = _token(decay, t) * h + _token(drive, t)
+    return h, jax.lax.dynamic_update_slice_in_dim(out, h, t, axis=1)
+
+  first = jnp.zeros_like(drive[:, :1])
+  length = drive.shape[1]
+  _, out = jax.lax.fori_loop(0, length, step, (first, jnp.zeros_like(drive)))
+  return out
+
+
+def _token(x: Array, t: Array) -> Array:
+  return jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1)
+
+
+def _prefix(decay: Array, drive: Array) -> Array:
+  def combine(left, right):
+    return left[0] * right[0], right[0] * left[1] + right[1]
+
+  _, h = jax.lax.associative_scan(combine, (decay, drive), axis=1)
+  return h

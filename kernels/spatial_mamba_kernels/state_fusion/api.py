@@ -1,0 +1,59 @@
+"""Structure-aware state fusion."""
+
+from jax.typing import ArrayLike
+
+from spatial_mamba_kernels.implementation import check_implementation
+from spatial_mamba_kernels.shapes import check_shapes
+from spatial_mamba_kernels.state_fusion import xla
+from spatial_mamba_kernels.typing import Array
+
+
+def state_fusion(
+  h: ArrayLike,
+  kernels: ArrayLike,
+  alpha: ArrayLike,
+  *,
+  dilations: tuple[int, ...] = xla.DILATIONS,
+  implementation: str | None = None,
+) -> Array:
+  """Adds to each state its neighbours', by dilated depthwise convolutions.
+
+  Equation 4 of Spatial-Mamba (arXiv 2410.15091). With indices outside the
+  image clamped to its border (replicate padding):
+
+      y[i, j] = sum over m, r, c in (0, 1, 2) of
+        alpha[m] * kernels[m, r, c]
+        * h[i + (r - 1) * dilations[m], j + (c - 1) * dilations[m]]
+
+  Args:
+    h: [B, H, W, D], the states of a row-major scan.
+    kernels: [M, 3, 3, D] (dilation, row, column, channel).
+    alpha: [M], the weight of each dilation.
+    dilations: M of them, each 1 or more.
+    implementation: None, "sequential" or "associative", as elsewhere; without
+      a recurrence, the two are the same.
+
+  Returns:
+    [B, H, W, D] in the dtype of `h`; sums are in float32, or float64 for
+    float64 inputs.
+
+  Raises:
+    ValueError: the shapes are inconsistent, a dilation is below 1, or the
+      implementation is unknown.
+    NotImplementedError: the implementation named cannot serve.
+  """
+  check_implementation(implementation, "state_fusion")
+  if min(dilations, default=0) < 1:
+    raise ValueError(
+      f"state_fusion: dilations must be 1 or more, not {dilations}"
+    )
+  m = len(dilations)
+  h, kernels, alpha = check_shapes(
+    "state_fusion",
+    {
+      "h": (h, "B H W D"),
+      "kernels": (kernels, f"{m} 3 3 D"),
+      "alpha": (alpha, f"{m}"),
+    },
+  )
+  return xla.fuse(h, kernels, alpha, tuple(dilations))

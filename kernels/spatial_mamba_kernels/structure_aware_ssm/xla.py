@@ -1,0 +1,37 @@
+"""The structure-aware SSM in plain JAX, composed of the scan and the fusion."""
+
+import jax.numpy as jnp
+
+from spatial_mamba_kernels.selective_scan import xla as scan
+from spatial_mamba_kernels.state_fusion import xla as fusion
+from spatial_mamba_kernels.typing import Array, Float
+
+
+def structure_aware_ssm(
+  u: Float[Array, "B H W D"],
+  delta: Float[Array, "B H W D"],
+  A: Float[Array, "D N"],
+  B: Float[Array, "B H W N"],
+  C: Float[Array, "B H W N"],
+  D: Float[Array, " D"],
+  kernels: Float[Array, "3 3 3 D"],
+  alpha: Float[Array, " 3"],
+  delta_bias: Float[Array, " D"],
+  *,
+  implementation: str | None,
+) -> Float[Array, "B H W D"]:
+  """See `spatial_mamba_kernels.structure_aware_ssm`."""
+  batch, height, width, _ = u.shape
+  tokens = (x.reshape(batch, height * width, -1) for x in (u, delta))
+  states = scan.states(
+    *tokens,
+    A,
+    B.reshape(batch, height * width, -1),
+    delta_bias,
+    implementation=implementation,
+  )
+  states = states.reshape(batch, height, width, *states.shape[2:])
+  fused = fusion.fuse(states, kernels, alpha, fusion.DILATIONS)
+  dtype = fused.dtype
+  observed = jnp.sum(C.astype(dtype)[..., None] * fused, axis=3)
+  return (observed + D.astype(dtype) * u.astype(dtype)).astype(u.dtype)
