@@ -1,0 +1,30 @@
+"""Images in, batches out: `open_source`, then one of the two pipelines.
+
+config = DataConfig(name="digits", image_size=32)
+source = open_source(config, "train")
+with train_batches(source, config, batch_size=100, seed=0) as batches:
+  batch = next(batches)  # "image" uint8 [100, 32, 32, 3], "label" int32 [100]
+"""
+
+from spatial_mamba_jax.data.config import DataConfig, DataError
+from spatial_mamba_jax.data.pipeline import (
+  Batch,
+  Batches,
+  evaluation_batches,
+  train_batches,
+)
+from spatial_mamba_jax.data.sources import Source, open_source
+from spatial_mamba_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = [
+  "IMAGENET_MEAN",
+  "IMAGENET_STD",
+  "Batch",
+  "Batches",
+  "DataConfig",
+  "DataError",
+  "Source",
+  "evaluation_batches",
+  "open_source",
+  "train_batches",
+]

@@ -1,0 +1,62 @@
+"""One interface over every place that images come from."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from spatial_mamba_jax.data.config import DataConfig, DataError
+
+SPLITS = ("train", "validation")
+
+
+class Source(Protocol):
+  """The labelled images of one split, in a fixed order.
+
+  `source[i]` is a mapping with "image", an encoded image file (bytes) or its
+  pixels (uint8 [H, W, 3]), and "label", an int below `num_classes`. It raises
+  an exception where the image cannot be read. Worker processes receive a
+  pickled copy.
+  """
+
+  @property
+  def num_classes(self) -> int:
+    """How many classes there are, with or without images."""
+    ...
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+  def name(self, index: int) -> str:
+    """What a person would call image `index`: a file name, mostly."""
+    ...
+
+
+def open_source(config: DataConfig, split: str) -> Source:
+  """Opens one split of the configured data set.
+
+  `digits` is prepared on first use; the others must already be there.
+
+  Args:
+    config: the data settings.
+    split: "train" or "validation".
+
+  Returns:
+    The images, read lazily.
+
+  Raises:
+    DataError: if a setting is wrong, or the data set is missing or malformed.
+  """
+  config.validate()
+  if split not in SPLITS:
+    raise DataError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+  # Imported where needed: each source has its own dependencies.
+  match config.name:
+    case "digits":
+      from spatial_mamba_jax.data import digits as module
+    case "imagenet2012":
+      from spatial_mamba_jax.data import imagenet as module
+    case "image_folder":
+      from spatial_mamba_jax.data import image_folder as module
+    case _:
+      from spatial_mamba_jax.data import synthetic as module
+  return module.open_split(config, split)

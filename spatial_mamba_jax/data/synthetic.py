@@ -1,0 +1,43 @@
+"""Images of noise, for measuring speed without a data set."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from spatial_mamba_jax.data.config import DataConfig
+from spatial_mamba_jax.data.sources import SPLITS
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSource:
+  """Noise with labels that go round; the same at every opening."""
+
+  num_images: int
+  num_classes: int
+  image_size: int
+  split: str
+
+  def __len__(self) -> int:
+    return self.num_images
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    rng = np.random.default_rng([SPLITS.index(self.split), index])
+    shape = (self.image_size, self.image_size, 3)
+    # Pixels rather than a file: there is nothing to learn from decoding noise.
+    pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+    return {"image": pixels, "label": index % self.num_classes}
+
+  def name(self, index: int) -> str:
+    """The place of image `index`; there is no file."""
+    return f"{self.split}[{index}]"
+
+
+def open_split(config: DataConfig, split: str) -> SyntheticSource:
+  """As many images and classes as the configuration says."""
+  return SyntheticSource(
+    num_images=config.synthetic_images,
+    num_classes=config.synthetic_classes,
+    image_size=config.image_size,
+    split=split,
+  )
