@@ -1,0 +1,28 @@
+"""Spatial-Mamba in JAX.
+
+    import spatial_mamba_jax as smj
+    from flax import nnx
+
+    model = smj.create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
+    logits = model(images)  # [B, H, W, 3], normalised -> [B, 1000]
+"""
+
+from spatial_mamba_jax import convert
+from spatial_mamba_jax.models import (
+  ModelConfig,
+  SpatialMamba,
+  SpatialMambaBackbone,
+  create_backbone,
+  create_model,
+  list_models,
+)
+
+__all__ = [
+  "ModelConfig",
+  "SpatialMamba",
+  "SpatialMambaBackbone",
+  "convert",
+  "create_backbone",
+  "create_model",
+  "list_models",
+]

@@ -1,0 +1,194 @@
+"""The layers that Flax does not have, or has with other numbers than PyTorch.
+
+Axis letters: B batch, H and W height and width, C channels.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import spatial_mamba_kernels as smk
+from flax import nnx
+from jax.typing import DTypeLike
+from spatial_mamba_kernels.typing import Array, Float
+
+LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+def uniform_fan_in(fan_in: int) -> nnx.Initializer:
+  """Uniform in +-1/sqrt(fan_in): how PyTorch starts a convolution.
+
+  It is Kaiming's uniform with a = sqrt(5) for kernels, and the default for
+  biases.
+  """
+  bound = 1 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class BatchNorm(nnx.Module):
+  """Batch normalisation with PyTorch's running statistics.
+
+  `flax.nnx.BatchNorm` keeps the biased variance; PyTorch, whose checkpoints
+  are to be read and written, the unbiased one. Under `jit` with a sharded
+  batch, statistics are those of the whole batch.
+  """
+
+  def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    del rngs  # Nothing here is random.
+    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    self.scale = nnx.Param(jnp.ones(features, param_dtype))
+    self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+    self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype))
+    self.var = nnx.BatchStat(jnp.ones(features, param_dtype))
+    # Unused but by PyTorch, which finds its own count again.
+    self.num_batches = nnx.BatchStat(jnp.zeros((), jnp.int32))
+    self.momentum = 0.9
+    self.epsilon = 1e-5
+    self.use_running_average = True
+
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    if self.use_running_average:
+      mean, var = self.mean[...], self.var[...]
+    else:
+      mean, var = self._update(x)
+    scale = self.scale * jax.lax.rsqrt(var + self.epsilon)
+    return (x * scale + (self.bias - mean * scale)).astype(x.dtype)
+
+  def _update(self, x):
+    axes = tuple(range(x.ndim - 1))
+    count = math.prod(x.shape[:-1])
+    x = x.astype(self.mean.dtype)
+    mean = jnp.mean(x, axes)
+    var = jnp.mean(jnp.square(x - mean), axes)
+    unbiased = var * (count / max(count - 1, 1))
+    self.mean[...] = self._average(self.mean[...], mean)
+    self.var[...] = self._average(self.var[...], unbiased)
+    self.num_batches[...] += 1
+    return mean, var
+
+  def _average(self, running, new):
+    new = jax.lax.stop_gradient(new)
+    return self.momentum * running + (1 - self.momentum) * new
+
+
+class DepthwiseConv(nnx.Module):
+  """Depthwise 3x3 convolution with a bias, zero padding."""
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    stride: int = 1,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    init = uniform_fan_in(9)
+    self.kernel = nnx.Param(init(rngs.params(), (3, 3, features), param_dtype))
+    self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
+    self.stride = stride
+
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo C"]:
+    y = smk.depthwise_conv(x, self.kernel[...], stride=self.stride)
+    return y + self.bias.astype(y.dtype)
+
+
+class Mlp(nnx.Module):
+  """Linear, exact GELU, Linear."""
+
+  def __init__(
+    self, features: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+  ):
+    self.fc1 = linear(features, hidden, dtype=dtype, rngs=rngs)
+    self.fc2 = linear(hidden, features, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def linear(
+  features_in: int,
+  features_out: int,
+  *,
+  use_bias: bool = True,
+  dtype: DTypeLike,
+  rngs: nnx.Rngs,
+) -> nnx.Linear:
+  """A linear layer as the authors start it: normal(0, .02), bias 0.
+
+  Theirs is truncated at +-2 absolute, a hundred deviations away.
+  """
+  return nnx.Linear(
+    features_in,
+    features_out,
+    use_bias=use_bias,
+    kernel_init=nnx.initializers.normal(0.02),
+    dtype=dtype,
+    param_dtype=jnp.promote_types(dtype, jnp.float32),
+    rngs=rngs,
+  )
+
+
+def pointwise_conv(
+  features_in: int,
+  features_out: int,
+  *,
+  use_bias: bool = True,
+  dtype: DTypeLike,
+  rngs: nnx.Rngs,
+) -> nnx.Linear:
+  """A 1x1 convolution: a linear layer that starts as a convolution does."""
+  init = uniform_fan_in(features_in)
+  return nnx.Linear(
+    features_in,
+    features_out,
+    use_bias=use_bias,
+    kernel_init=init,
+    bias_init=init,
+    dtype=dtype,
+    param_dtype=jnp.promote_types(dtype, jnp.float32),
+    rngs=rngs,
+  )
+
+
+def conv3x3(
+  features_in: int,
+  features_out: int,
+  *,
+  stride: int,
+  dtype: DTypeLike,
+  rngs: nnx.Rngs,
+) -> nnx.Conv:
+  """A full 3x3 convolution without bias, zero padding."""
+  return nnx.Conv(
+    features_in,
+    features_out,
+    (3, 3),
+    strides=stride,
+    padding=1,
+    use_bias=False,
+    kernel_init=uniform_fan_in(9 * features_in),
+    dtype=dtype,
+    param_dtype=jnp.promote_types(dtype, jnp.float32),
+    rngs=rngs,
+  )
+
+
+def drop_path(
+  x: Float[Array, "B ..."], key: Array, rate: Float[Array, ""]
+) -> Float[Array, "B ..."]:
+  """Drops a residual branch for some samples (stochastic depth).
+
+  Args:
+    x: the branch, [B, ...].
+    key: random key.
+    rate: share of samples dropped; the kept ones are scaled to make up.
+  """
+  keep = 1 - rate
+  kept = jax.random.bernoulli(key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+  return jnp.where(kept, x / keep.astype(x.dtype), 0)

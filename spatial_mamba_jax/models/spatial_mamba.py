@@ -1,0 +1,332 @@
+"""Spatial-Mamba (arXiv 2410.15091): the classifier and the backbone.
+
+Numerically the authors' PyTorch model (`classification/models` of
+github.com/EdwardChasel/Spatial-Mamba), without its CUDA extensions.
+
+Axis letters: B batch, H and W height and width, C channels, K classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from spatial_mamba_kernels.typing import Array, Float
+
+from spatial_mamba_jax.models.config import ModelConfig, get_model_config
+from spatial_mamba_jax.models.layers import (
+  BatchNorm,
+  DepthwiseConv,
+  LayerNorm,
+  Mlp,
+  conv3x3,
+  drop_path,
+  linear,
+  pointwise_conv,
+)
+from spatial_mamba_jax.models.ssm import StructureAwareSSM
+
+
+class ConvNorm(nnx.Module):
+  """A convolution (or a pointwise one) and its batch normalisation."""
+
+  def __init__(self, conv: nnx.Conv | nnx.Linear, features: int, **kwargs):
+    self.conv = conv
+    self.norm = BatchNorm(features, **kwargs)
+
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo Co"]:
+    return self.norm(self.conv(x))
+
+
+class Stem(nnx.Module):
+  """Images to tokens of 4 x 4 pixels, by overlapping convolutions."""
+
+  def __init__(self, dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
+    kwargs = {"dtype": config.dtype, "rngs": rngs}
+    half, wide = dim // 2, 4 * dim
+
+    def conv_norm(features_in, features_out, stride):
+      conv = conv3x3(features_in, features_out, stride=stride, **kwargs)
+      return ConvNorm(conv, features_out, **kwargs)
+
+    self.conv1 = conv_norm(3, half, 2)
+    self.conv2 = nnx.List([conv_norm(half, half, 1), conv_norm(half, half, 1)])
+    project = pointwise_conv(wide, dim, use_bias=False, **kwargs)
+    self.conv3 = nnx.List([
+      conv_norm(half, wide, 2),
+      ConvNorm(project, dim, **kwargs),
+    ])
+
+  def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B Ho Wo C"]:
+    x = jax.nn.relu(self.conv1(x))
+    x = x + self.conv2[1](jax.nn.relu(self.conv2[0](x)))
+    return self.conv3[1](jax.nn.relu(self.conv3[0](x)))
+
+
+class DownSampling(nnx.Module):
+  """Halves height and width, by a depthwise convolution at 4 times the width."""
+
+  def __init__(
+    self, dim: int, dim_out: int, *, config: ModelConfig, rngs: nnx.Rngs
+  ):
+    kwargs = {"dtype": config.dtype, "rngs": rngs}
+    wide = 4 * dim_out
+    self.expand = pointwise_conv(dim, wide, **kwargs)
+    self.conv = DepthwiseConv(wide, stride=2, **kwargs)
+    self.project = ConvNorm(
+      pointwise_conv(wide, dim_out, **kwargs), dim_out, **kwargs
+    )
+
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo Co"]:
+    x = jax.nn.relu(self.expand(x))
+    return self.project(jax.nn.relu(self.conv(x)))
+
+
+class Block(nnx.Module):
+  """Mixer and MLP, each behind a depthwise convolution and a LayerNorm."""
+
+  def __init__(self, dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
+    kwargs = {"dtype": config.dtype, "rngs": rngs}
+    norm_kwargs = {"param_dtype": config.param_dtype, **kwargs}
+    self.conv1 = DepthwiseConv(dim, **kwargs)
+    self.norm1 = LayerNorm(dim, **norm_kwargs)
+    self.mixer = StructureAwareSSM(dim, config=config, rngs=rngs)
+    self.conv2 = DepthwiseConv(dim, **kwargs)
+    self.norm2 = LayerNorm(dim, **norm_kwargs)
+    self.mlp = Mlp(dim, int(config.mlp_ratio * dim), **kwargs)
+
+  def __call__(
+    self,
+    x: Float[Array, "B H W C"],
+    drop_path_key: Array | None = None,
+    drop_path_rate: ArrayLike = 0.0,
+  ) -> Float[Array, "B H W C"]:
+    """Without a key, no branch is dropped."""
+
+    def drop(branch, index):
+      if drop_path_key is None:
+        return branch
+      key = jax.random.fold_in(drop_path_key, index)
+      return drop_path(branch, key, jnp.asarray(drop_path_rate))
+
+    x = x + self.conv1(x)
+    x = x + drop(self.mixer(self.norm1(x)), 0)
+    x = x + self.conv2(x)
+    return x + drop(self.mlp(self.norm2(x)), 1)
+
+
+class Stage(nnx.Module):
+  """Blocks of one resolution."""
+
+  def __init__(
+    self,
+    dim: int,
+    drop_path_rates: Sequence[float],
+    *,
+    config: ModelConfig,
+    rngs: nnx.Rngs,
+  ):
+    self.blocks = nnx.List([
+      Block(dim, config=config, rngs=rngs) for _ in drop_path_rates
+    ])
+    self.drop_path_rates = tuple(drop_path_rates)
+
+  def __call__(
+    self, x: Float[Array, "B H W C"], drop_path_key: Array | None = None
+  ) -> Float[Array, "B H W C"]:
+    # A scan over the blocks, so that a program grows with the stages and not
+    # with the blocks: compiling is a third of the work of short runs.
+    graphdefs, parameters = zip(*map(nnx.split, self.blocks), strict=True)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parameters)
+    depth = len(parameters)
+    keys = None
+    if drop_path_key is not None:
+      keys = jax.random.split(drop_path_key, depth)
+    rates = jnp.asarray(self.drop_path_rates, jnp.float32)
+
+    def step(x, block):
+      parameters, key, rate = block
+      return nnx.merge(graphdefs[0], parameters)(x, key, rate), None
+
+    x, _ = jax.lax.scan(step, x, (stacked, keys, rates))
+    return x
+
+
+class Trunk(nnx.Module):
+  """Stem, stages and the downsampling between them."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    dims = config.dims
+    self.config = config
+    self.stem = Stem(dims[0], config=config, rngs=rngs)
+    self.stages = nnx.List([
+      Stage(dim, rates, config=config, rngs=rngs)
+      for dim, rates in zip(dims, config.drop_path_rates, strict=True)
+    ])
+    self.downsamples = nnx.List([
+      DownSampling(dim, dim_out, config=config, rngs=rngs)
+      for dim, dim_out in zip(dims[:-1], dims[1:], strict=True)
+    ])
+    self.deterministic = True
+
+  def stage_features(
+    self, images: ArrayLike, rngs: nnx.Rngs | None
+  ) -> Iterator[Float[Array, "B H W C"]]:
+    """The tokens that leave each stage, before they are downsampled."""
+    x = self.stem(_check_images(images).astype(self.config.dtype))
+    keys = self._drop_path_keys(rngs)
+    for i, (stage, key) in enumerate(zip(self.stages, keys, strict=True)):
+      if i > 0:
+        x = self.downsamples[i - 1](x)
+      x = stage(x, key)
+      yield x
+
+  def _drop_path_keys(self, rngs):
+    if self.deterministic or not self.config.drop_path_rate:
+      return [None] * len(self.stages)
+    if rngs is None:
+      raise ValueError(
+        "training with drop path is random: call model(images,"
+        " rngs=nnx.Rngs(drop_path=key)), or model.eval() first"
+      )
+    return jax.random.split(rngs.drop_path(), len(self.stages))
+
+
+class SpatialMamba(Trunk):
+  """The image classifier."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    super().__init__(config, rngs=rngs)
+    dtype = config.param_dtype
+    self.norm = LayerNorm(
+      config.dims[-1], dtype=dtype, param_dtype=dtype, rngs=rngs
+    )
+    self.head = linear(
+      config.dims[-1], config.num_classes, dtype=dtype, rngs=rngs
+    )
+
+  def __call__(
+    self, images: ArrayLike, *, rngs: nnx.Rngs | None = None
+  ) -> Float[Array, "B K"]:
+    """Classifies images of any height and width.
+
+    Args:
+      images: [B, H, W, 3], floating point, normalised by ImageNet's mean and
+        standard deviation.
+      rngs: the stream `drop_path`, needed in training mode where
+        `drop_path_rate` is not 0.
+
+    Returns:
+      Logits [B, K], float32 (float64 where the model's dtype is).
+
+    Raises:
+      ValueError: `images` has another shape or type, or `rngs` is missing.
+    """
+    *_, x = self.stage_features(images, rngs)
+    return self.head(jnp.mean(self.norm(x), axis=(1, 2)))
+
+
+class SpatialMambaBackbone(Trunk):
+  """Feature maps for detection, segmentation and other dense tasks."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    *,
+    out_indices: Sequence[int] = (0, 1, 2, 3),
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(config, rngs=rngs)
+    stages = range(len(config.dims))
+    if not out_indices or not set(out_indices) <= set(stages):
+      raise ValueError(
+        f"out_indices must be some of the stages {tuple(stages)}, not"
+        f" {tuple(out_indices)}"
+      )
+    self.norms = nnx.Dict({
+      str(i): LayerNorm(
+        config.dims[i],
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+      )
+      for i in out_indices
+    })
+
+  def __call__(
+    self, images: ArrayLike, *, rngs: nnx.Rngs | None = None
+  ) -> list[Float[Array, "B Hi Wi Ci"]]:
+    """Feature maps of images of any height and width.
+
+    Args:
+      images: as for `SpatialMamba`.
+      rngs: as for `SpatialMamba`.
+
+    Returns:
+      For each of the model's `out_indices`, in rising order, the normalised
+      features [B, H / (4 * 2**i), W / (4 * 2**i), dims[i]] (rounded up).
+
+    Raises:
+      ValueError: as for `SpatialMamba`.
+    """
+    return [
+      self.norms[str(i)](x)
+      for i, x in enumerate(self.stage_features(images, rngs))
+      if str(i) in self.norms
+    ]
+
+
+def create_model(
+  name: str, *, rngs: nnx.Rngs, **overrides: Any
+) -> SpatialMamba:
+  """Creates a classifier with the authors' initialisation, in eval mode.
+
+      model = create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
+      logits = model(images)
+
+  Args:
+    name: one of `list_models()`.
+    rngs: the stream `params`.
+    **overrides: fields of `ModelConfig` to replace, e.g. num_classes=10.
+
+  Raises:
+    ValueError: the name, a field or a value is wrong.
+  """
+  return SpatialMamba(get_model_config(name, **overrides), rngs=rngs)
+
+
+def create_backbone(
+  name: str,
+  *,
+  out_indices: Sequence[int] = (0, 1, 2, 3),
+  rngs: nnx.Rngs,
+  **overrides: Any,
+) -> SpatialMambaBackbone:
+  """Creates a backbone for dense tasks, in eval mode.
+
+  Args:
+    name: one of `list_models()`.
+    out_indices: the stages whose features are returned.
+    rngs: the stream `params`.
+    **overrides: fields of `ModelConfig` to replace.
+
+  Raises:
+    ValueError: the name, a field or a value is wrong.
+  """
+  config = get_model_config(name, **overrides)
+  return SpatialMambaBackbone(config, out_indices=out_indices, rngs=rngs)
+
+
+def _check_images(images: ArrayLike) -> Array:
+  array = jnp.asarray(images)
+  if array.ndim != 4 or array.shape[-1] != 3 or not array.size:
+    raise ValueError(
+      f"images must have shape [B, H, W, 3], not {list(array.shape)}"
+    )
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise ValueError(
+      f"images must be floating point and normalised, not {array.dtype}"
+    )
+  return array

@@ -1,0 +1,93 @@
+"""The token mixer of Spatial-Mamba."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import spatial_mamba_kernels as smk
+from flax import nnx
+from spatial_mamba_kernels.typing import Array, Float
+
+from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.layers import (
+  DepthwiseConv,
+  LayerNorm,
+  linear,
+  uniform_fan_in,
+)
+
+
+class StateFusion(nnx.Module):
+  """The learned stencil over states; all ones at first, as the authors'."""
+
+  def __init__(self, features: int, *, config: ModelConfig):
+    dtype = config.param_dtype
+    self.kernels = nnx.Param(jnp.ones((3, 3, 3, features), dtype))
+    self.alpha = nnx.Param(jnp.ones(3, dtype))
+
+
+class StructureAwareSSM(nnx.Module):
+  """Gated structure-aware SSM (figure 3 of the paper).
+
+  x and a gate z are projected from the input; x passes a depthwise
+  convolution, and makes its own time steps, input and output projections; the
+  SSM's output is normalised, gated and projected back.
+  """
+
+  def __init__(self, dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
+    inner, rank, n = config.expand * dim, config.dt_rank(dim), config.d_state
+    dtype, param_dtype = config.dtype, config.param_dtype
+    kwargs = {"dtype": dtype, "rngs": rngs}
+    self.in_proj = linear(dim, 2 * inner, use_bias=False, **kwargs)
+    self.conv = DepthwiseConv(inner, **kwargs)
+    self.x_proj = nnx.Linear(
+      inner,
+      rank + 2 * n,
+      use_bias=False,
+      kernel_init=uniform_fan_in(inner),
+      param_dtype=param_dtype,
+      **kwargs,
+    )
+    self.dt_proj = nnx.Linear(
+      rank,
+      inner,
+      use_bias=False,
+      kernel_init=uniform_fan_in(rank),
+      param_dtype=param_dtype,
+      **kwargs,
+    )
+    self.dt_bias = nnx.Param(_dt_bias(rngs.params(), inner, param_dtype))
+    log_n = jnp.log(jnp.arange(1, n + 1, dtype=param_dtype))
+    self.A_log = nnx.Param(jnp.tile(log_n, (inner, 1)))
+    self.D = nnx.Param(jnp.ones(inner, param_dtype))
+    self.fusion = StateFusion(inner, config=config)
+    self.norm = LayerNorm(inner, param_dtype=param_dtype, **kwargs)
+    self.out_proj = linear(inner, dim, use_bias=False, **kwargs)
+    self.splits = (rank, rank + n)
+    self.implementation = config.implementation
+
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    x, z = jnp.split(self.in_proj(x), 2, axis=-1)
+    u = jax.nn.silu(self.conv(x))
+    dt_low, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+    y = smk.structure_aware_ssm(
+      u,
+      self.dt_proj(dt_low),
+      -jnp.exp(self.A_log[...]),
+      B,
+      C,
+      self.D[...],
+      self.fusion.kernels[...],
+      self.fusion.alpha[...],
+      delta_bias=self.dt_bias[...],
+      implementation=self.implementation,
+    )
+    return self.out_proj(self.norm(y) * jax.nn.silu(z))
+
+
+def _dt_bias(key, features, dtype):
+  """softplus of it is log-uniform in [.001, .1], but never below 1e-4."""
+  low, high = math.log(1e-3), math.log(1e-1)
+  dt = jnp.exp(jax.random.uniform(key, (features,), dtype, low, high))
+  dt = jnp.maximum(dt, 1e-4)
+  return dt + jnp.log(-jnp.expm1(-dt))
