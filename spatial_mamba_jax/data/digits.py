@@ -75,4 +75,4 @@ def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
   directory = data_dir / "digits" / str(Digits.VERSION)
   if not tfds_source.is_prepared(directory):
     tfds_source.prepare(Digits(data_dir=data_dir))
-  return tfds_source.TfdsSource(directory, split)
+  return tfds_source.TfdsSource(directory, split, in_memory=True)

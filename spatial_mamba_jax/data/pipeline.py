@@ -170,7 +170,8 @@ class Batches:
     Raises:
       DataError: if more images are unreadable than the settings tolerate.
     """
-    batch = next(self._iterator)
+    # Copies, because workers hand over shared memory that must be released.
+    batch = {name: np.array(a) for name, a in next(self._iterator).items()}
     for index in batch.pop("unreadable"):
       if index != _READABLE and index not in self._unreadable:
         self._report_unreadable(int(index))
