@@ -1,11 +1,13 @@
 """From a source of images to batches on the host, with grain."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from types import TracebackType
@@ -108,14 +110,15 @@ def evaluation_batches(
     DataError: if a setting is wrong.
   """
   config.validate()
-  num_batches = math.ceil(len(source) / (batch_size * process_count))
   dataset = (
-    grain.MapDataset.range(num_batches * batch_size * process_count)
+    # Padding without end: a worker that stops would keep shared memory.
+    grain.MapDataset.range(sys.maxsize)
     .slice(slice(process_index, None, process_count))
     .map(_EvaluationExample(source, config))
     .batch(batch_size)
   )
-  return Batches(dataset, source, config)
+  num_batches = math.ceil(len(source) / (batch_size * process_count))
+  return Batches(dataset, source, config, num_batches)
 
 
 class Batches:
@@ -125,8 +128,13 @@ class Batches:
   """
 
   def __init__(
-    self, dataset: grain.MapDataset, source: Source, config: DataConfig
+    self,
+    dataset: grain.MapDataset,
+    source: Source,
+    config: DataConfig,
+    num_batches: int | None = None,
   ):
+    """Starts nothing yet; `num_batches` is None for endless batches."""
     self._source = source
     self._max_unreadable_share = config.max_unreadable_share
     self._unreadable: dict[int, str] = {}
@@ -147,6 +155,7 @@ class Batches:
         worker_init_fn=_start_worker,
       )
     self._iterator = iter(batches)
+    self._batches = itertools.islice(self._iterator, num_batches)
 
   def __enter__(self) -> "Batches":
     # Fills the buffers while the caller still compiles.
@@ -171,7 +180,7 @@ class Batches:
       DataError: if more images are unreadable than the settings tolerate.
     """
     # Copies, because workers hand over shared memory that must be released.
-    batch = {name: np.array(a) for name, a in next(self._iterator).items()}
+    batch = {name: np.array(a) for name, a in next(self._batches).items()}
     for index in batch.pop("unreadable"):
       if index != _READABLE and index not in self._unreadable:
         self._report_unreadable(int(index))
