@@ -92,5 +92,5 @@ class DataConfig:
         )
 
 
-def _is_range(bounds: tuple[float, float]) -> bool:
+def _is_range(bounds: tuple[float, ...]) -> bool:
   return len(bounds) == 2 and 0 < bounds[0] <= bounds[1]

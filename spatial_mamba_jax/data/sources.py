@@ -1,13 +1,14 @@
 """One interface over every place that images come from."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from spatial_mamba_jax.data.config import DataConfig, DataError
 
 SPLITS = ("train", "validation")
 
 
+@runtime_checkable
 class Source(Protocol):
   """The labelled images of one split, in a fixed order.
 

@@ -88,10 +88,10 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder) -> None:
   processes that prepare the same data set at once the first to finish wins.
 
   Raises:
-    DataError: if the directory cannot be written.
+    DataError: if a file cannot be read or written.
   """
   try:
     builder.download_and_prepare(file_format="array_record")
   except OSError as error:
     if not is_prepared(pathlib.Path(builder.data_dir)):
-      raise DataError(f"cannot write {builder.data_dir}: {error}") from error
+      raise DataError(f"cannot prepare {builder.data_dir}: {error}") from error

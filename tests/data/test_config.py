@@ -1,0 +1,47 @@
+import pytest
+
+from spatial_mamba_jax.data import DataConfig, DataError
+
+
+def test_defaults_are_valid():
+  DataConfig().validate()
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("name", "cifar"),
+    ("image_size", 0),
+    ("crop_scale", (0.0, 1.0)),
+    ("crop_scale", (0.5, 0.4)),
+    ("crop_scale", (0.5, 1.1)),
+    ("crop_scale", (0.5,)),
+    ("crop_ratio", (0.0, 1.0)),
+    ("crop_ratio", (2.0, 1.0)),
+    ("flip_probability", 1.5),
+    ("flip_probability", float("nan")),
+    ("resize_ratio", 0.9),
+    ("num_workers", -1),
+    ("num_threads", 0),
+    ("prefetch", 1),
+    ("max_unreadable_share", 1.0),
+    ("max_unreadable_share", -0.1),
+    ("synthetic_images", 0),
+    ("synthetic_classes", 0),
+  ],
+)
+def test_wrong_values_end_in_one_line_that_names_them(field, value):
+  config = DataConfig()
+  setattr(config, field, value)  # As an override on the command line does.
+  with pytest.raises(DataError) as caught:
+    config.validate()
+  message = str(caught.value)
+  assert f"data.{field} " in message
+  assert repr(value) in message
+  assert "\n" not in message
+
+
+def test_the_least_prefetch_depends_on_the_threads():
+  DataConfig(num_threads=3, prefetch=3).validate()
+  with pytest.raises(DataError, match="num_threads=4"):
+    DataConfig(num_threads=4, prefetch=3).validate()

@@ -1,0 +1,148 @@
+import json
+import pathlib
+import shutil
+
+import pytest
+import tensorflow_datasets as tfds
+
+from spatial_mamba_jax.data import DataConfig, DataError, open_source
+from spatial_mamba_jax.data.prepare_imagenet import main
+
+
+def prepare(root, data_dir) -> int:
+  return main([f"--image_folder={root}", f"--data_dir={data_dir}"])
+
+
+def config_for(data_dir) -> DataConfig:
+  return DataConfig(name="imagenet2012", data_dir=str(data_dir))
+
+
+@pytest.fixture(scope="module")
+def data_dir(image_tree, tmp_path_factory) -> pathlib.Path:
+  directory = tmp_path_factory.mktemp("tfds")
+  assert prepare(image_tree, directory) == 0
+  return directory
+
+
+@pytest.fixture
+def tree(image_tree, tmp_path):
+  return shutil.copytree(image_tree, tmp_path / "tree")
+
+
+class TestPrepared:
+  @pytest.mark.parametrize(
+    ("split", "directory"), [("train", "train"), ("validation", "val")]
+  )
+  def test_holds_the_files_in_the_order_of_tfds(
+    self, image_tree, data_dir, split, directory
+  ):
+    files = {path.name: path for path in image_tree.glob(f"{directory}/*/*")}
+    hasher = tfds.core.hashing.Hasher(split)  # TFDS orders by hashed keys.
+    names = sorted(files, key=hasher.hash_key)
+    source = open_source(config_for(data_dir), split)
+    assert source.num_classes == 3
+    assert len(source) == len(names)
+    for i, name in enumerate(names):
+      assert source.name(i) == f"{split}/{name}"
+      assert source[i]["image"] == files[name].read_bytes()
+      wnids = ["n01440764", "n02102040", "n03000684"]
+      assert source[i]["label"] == wnids.index(files[name].parent.name)
+
+  def test_is_described_as_by_tfds(self, data_dir):
+    directory = data_dir / "imagenet2012" / "5.1.0"
+    features = json.loads((directory / "features.json").read_text())
+    kinds = {
+      name: feature["pythonClassName"].rsplit(".", 1)[1]
+      for name, feature in features["featuresDict"]["features"].items()
+    }
+    assert kinds == {
+      "image": "Image",
+      "label": "ClassLabel",
+      "file_name": "Text",
+    }
+    image = features["featuresDict"]["features"]["image"]["image"]
+    assert image["encodingFormat"] == "jpeg"
+    info = json.loads((directory / "dataset_info.json").read_text())
+    assert (info["name"], info["version"]) == ("imagenet2012", "5.1.0")
+    assert info["fileFormat"] == "array_record"
+    assert info["supervisedKeys"]["tuple"]["items"] == [
+      {"featureKey": "image"},
+      {"featureKey": "label"},
+    ]
+    labels = (directory / "label.labels.txt").read_text().split()
+    assert labels == ["n01440764", "n02102040", "n03000684"]
+
+  def test_is_not_overwritten(self, image_tree, data_dir, capsys):
+    assert prepare(image_tree, data_dir) == 2
+    assert "5.1.0 exists: remove it" in capsys.readouterr().err
+
+  def test_other_formats_are_refused(self, data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "tfds")
+    path = copy / "imagenet2012" / "5.1.0" / "dataset_info.json"
+    path.write_text(path.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(DataError, match="stored as tfrecord.*=array_record"):
+      open_source(config_for(copy), "train")
+
+  def test_missing_split(self, data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "tfds")
+    path = copy / "imagenet2012" / "5.1.0" / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["splits"] = [s for s in info["splits"] if s["name"] == "train"]
+    path.write_text(json.dumps(info))
+    with pytest.raises(DataError, match="no validation split, only train$"):
+      open_source(config_for(copy), "validation")
+
+
+def test_unprepared_says_which_command_prepares_it(tmp_path):
+  with pytest.raises(DataError) as caught:
+    open_source(config_for(tmp_path), "train")
+  message = str(caught.value)
+  assert "python -m spatial_mamba_jax.data.prepare_imagenet" in message
+  assert f"--data_dir={tmp_path}" in message
+  assert "\n" not in message
+
+
+class TestTreesThatAreRefused:
+  def refuse(self, tree, tmp_path, capsys, message):
+    assert prepare(tree, tmp_path / "tfds") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "tfds").exists()
+
+  def test_missing_split(self, tree, tmp_path, capsys):
+    shutil.rmtree(tree / "val")
+    self.refuse(tree, tmp_path, capsys, "no directory val/ or validation/")
+
+  def test_no_such_tree(self, tmp_path, capsys):
+    self.refuse(tmp_path / "x", tmp_path, capsys, "no directory train/")
+
+  def test_split_without_images(self, tree, tmp_path, capsys):
+    for path in tree.glob("train/*/*"):
+      path.rename(path.with_suffix(".png"))
+    self.refuse(tree, tmp_path, capsys, "train has no images")
+
+  def test_files_beside_the_class_directories(self, tree, tmp_path, capsys):
+    for path in tree.glob("val/*/*"):
+      path.rename(tree / "val" / path.name)
+    self.refuse(tree, tmp_path, capsys, "val has no images")
+
+  def test_classes_that_differ(self, tree, tmp_path, capsys):
+    (tree / "val" / "n9").mkdir()
+    self.refuse(tree, tmp_path, capsys, "in one of them only: n9")
+
+  def test_names_that_are_not_unique(self, tree, tmp_path, capsys):
+    for directory in tree.glob("train/*"):
+      next(directory.iterdir()).rename(directory / "1.JPEG")
+    self.refuse(tree, tmp_path, capsys, "are called 1.JPEG")
+
+
+def test_a_failed_run_leaves_nothing_behind(tree, tmp_path, capsys):
+  dangling = tree / "val" / "n01440764" / "dangling.JPEG"
+  dangling.symlink_to(tree / "nowhere")
+  assert prepare(tree, tmp_path / "tfds") == 2
+  *_, error = capsys.readouterr().err.splitlines()
+  assert f"No such file or directory: '{dangling}'" in error
+  assert not [path for path in tmp_path.glob("tfds/**/*") if path.is_file()]
+  dangling.unlink()
+  assert prepare(tree, tmp_path / "tfds") == 0

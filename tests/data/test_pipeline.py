@@ -1,0 +1,404 @@
+import itertools
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatial_mamba_jax.data import (
+  DataConfig,
+  DataError,
+  evaluation_batches,
+  open_source,
+  train_batches,
+)
+
+
+def numbered(count: int, **settings) -> tuple:
+  """Synthetic images whose label tells which one it is."""
+  config = DataConfig(
+    name="synthetic",
+    image_size=8,
+    synthetic_images=count,
+    synthetic_classes=count,
+    **settings,
+  )
+  return open_source(config, "train"), config
+
+
+def take(source, config, count, **arguments) -> list:
+  with train_batches(source, config, **arguments) as batches:
+    return list(itertools.islice(batches, count))
+
+
+def labels_of(batches) -> list[int]:
+  return np.concatenate([batch["label"] for batch in batches]).tolist()
+
+
+def assert_same_batches(actual, expected):
+  assert len(actual) == len(expected)
+  for one, other in zip(actual, expected, strict=True):
+    assert one.keys() == other.keys()
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.fixture
+def tree(image_tree, tmp_path):
+  return shutil.copytree(image_tree, tmp_path / "tree")
+
+
+def open_tree(root, split="train", **settings) -> tuple:
+  config = DataConfig(
+    name="image_folder", data_dir=str(root), image_size=16, **settings
+  )
+  return open_source(config, split), config
+
+
+class TestTrainBatches:
+  def test_contents(self, image_tree):
+    source, config = open_tree(image_tree)
+    (batch,) = take(source, config, 1, batch_size=5, seed=0)
+    assert batch.keys() == {"image", "label"}
+    assert batch["image"].shape == (5, 16, 16, 3)
+    assert batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (5,)
+    assert batch["label"].dtype == np.int32
+
+  def test_an_epoch_is_every_image_once_in_a_new_order(self):
+    source, config = numbered(30)
+    labels = labels_of(take(source, config, 9, batch_size=10, seed=0))
+    epochs = [labels[:30], labels[30:60], labels[60:]]
+    for epoch in epochs:
+      assert sorted(epoch) == list(range(30))
+      assert epoch != sorted(epoch)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+  def test_images_keep_their_labels(self):
+    # The whole image at its own size, so that only the flip changes it.
+    source, config = numbered(
+      6, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0
+    )
+    for batch in take(source, config, 3, batch_size=4, seed=0):
+      for image, label in zip(batch["image"], batch["label"], strict=True):
+        np.testing.assert_array_equal(image, source[label]["image"])
+
+  def test_images_change_from_epoch_to_epoch(self):
+    source, config = numbered(6)
+    first, second = take(source, config, 2, batch_size=6, seed=0)
+    order = [np.argsort(batch["label"]) for batch in (first, second)]
+    same = first["image"][order[0]] == second["image"][order[1]]
+    assert not same.all(axis=(1, 2, 3)).any()
+
+  def test_flips_half_of_the_images(self):
+    source, config = numbered(400, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    (batch,) = take(source, config, 1, batch_size=400, seed=0)
+    flipped = 0
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+      original = source[label]["image"]
+      is_flipped = (image == original[:, ::-1]).all()
+      assert is_flipped or (image == original).all()
+      flipped += is_flipped
+    assert abs(flipped - 200) < 3 * 10  # Three binomial deviations.
+
+  def test_the_seed_decides(self):
+    source, config = numbered(30)
+    batches = [
+      take(source, config, 2, batch_size=10, seed=seed) for seed in (0, 0, 1)
+    ]
+    assert_same_batches(batches[0], batches[1])
+    assert labels_of(batches[0]) != labels_of(batches[2])
+
+  def test_resuming_and_workers_change_nothing(self, image_tree):
+    # 12 images in batches of 5: batches reach over the ends of epochs.
+    arguments = {"batch_size": 5, "seed": 3}
+    source, config = open_tree(image_tree)
+    expected = take(source, config, 9, **arguments)
+    for num_workers, num_threads, start_step in (
+      *((0, 1, 0), (0, 4, 4)),
+      *((1, 1, 4), (2, 2, 0), (2, 2, 4), (3, 1, 1)),
+    ):
+      config.num_workers, config.num_threads = num_workers, num_threads
+      actual = take(
+        source, config, 9 - start_step, start_step=start_step, **arguments
+      )
+      assert_same_batches(actual, expected[start_step:])
+
+  def test_processes_are_disjoint_in_every_epoch(self):
+    source, config = numbered(20)
+    # Each of 3 processes has 6 images in each epoch; 2 are left out.
+    parts = [
+      labels_of(
+        take(
+          source,
+          config,
+          8,
+          batch_size=3,
+          seed=0,
+          process_index=i,
+          process_count=3,
+        )
+      )
+      for i in range(3)
+    ]
+    left_out = []
+    for epoch in range(4):
+      seen = [x for part in parts for x in part[6 * epoch : 6 * epoch + 6]]
+      assert len(set(seen)) == 18
+      left_out.append(set(range(20)) - set(seen))
+    assert len(set(map(frozenset, left_out))) > 1
+
+  def test_more_processes_than_images(self):
+    source, config = numbered(2)
+    with pytest.raises(DataError, match="2 training images are too few for 3"):
+      train_batches(
+        source, config, batch_size=1, seed=0, process_index=0, process_count=3
+      )
+
+  def test_batches_larger_than_the_source(self):
+    source, config = numbered(3)
+    (batch,) = take(source, config, 1, batch_size=7, seed=0)
+    assert np.bincount(batch["label"][:6]).tolist() == [2, 2, 2]
+
+
+class TestEvaluationBatches:
+  @pytest.mark.parametrize(
+    ("num_workers", "process_count", "batch_size"),
+    [
+      *itertools.product([0], [1, 3], [1, 4, 10, 23, 50]),
+      *((2, 1, 4), (3, 1, 10), (2, 3, 4)),
+    ],
+  )
+  def test_counts_every_image_once(
+    self, num_workers, process_count, batch_size
+  ):
+    source, config = numbered(23, num_workers=num_workers)
+    seen, num_batches = [], set()
+    for i in range(process_count):
+      with evaluation_batches(
+        source,
+        config,
+        batch_size=batch_size,
+        process_index=i,
+        process_count=process_count,
+      ) as batches:
+        taken = list(batches)
+      num_batches.add(len(taken))
+      for batch in taken:
+        assert batch["image"].shape == (batch_size, 8, 8, 3)
+        assert batch["mask"].dtype == np.bool_
+        assert not batch["image"][~batch["mask"]].any()
+        seen += batch["label"][batch["mask"]].tolist()
+    assert sorted(seen) == list(range(23))
+    # No more batches than needed, and as many in each process.
+    assert num_batches == {-(-23 // (batch_size * process_count))}
+
+  def test_contents(self, image_tree):
+    source, config = open_tree(image_tree, "validation", resize_ratio=1.0)
+    with evaluation_batches(source, config, batch_size=9) as batches:
+      (batch,) = batches
+    assert batch.keys() == {"image", "label", "mask"}
+    assert batch["label"].dtype == np.int32
+    assert batch["label"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert batch["mask"].all()
+    for i, image in enumerate(batch["image"]):
+      with Image.open(source.name(i)) as file:
+        rgb = file.convert("RGB")
+      short = min(rgb.size)
+      size = tuple(int(16 * side / short) for side in rgb.size)
+      resized = rgb.resize(size, Image.Resampling.BICUBIC)
+      left, top = (round((side - 16) / 2) for side in size)
+      expected = resized.crop((left, top, left + 16, top + 16))
+      np.testing.assert_array_equal(image, np.asarray(expected))
+
+  def test_can_be_left_early_and_asked_again(self):
+    source, config = numbered(23)
+    with evaluation_batches(source, config, batch_size=4) as batches:
+      next(batches)
+    with evaluation_batches(source, config, batch_size=12) as batches:
+      assert len(list(batches)) == 2
+      assert list(batches) == []
+
+
+class TestUnreadableImages:
+  KINDS = ("missing", "empty", "truncated", "not an image", "bomb")
+  REASONS = (
+    "No such file",
+    "empty file",
+    "(?i)truncated",
+    "not an image",
+    "decompression bomb",
+  )
+
+  @pytest.mark.parametrize(("kind", "reason"), zip(KINDS, REASONS, strict=True))
+  def test_evaluation_masks_and_names_them(
+    self, tree, break_image, caplog, kind, reason
+  ):
+    source, config = open_tree(tree, "validation", max_unreadable_share=0.2)
+    name = source.name(4)
+    break_image(tree / name, kind)
+    with caplog.at_level(logging.WARNING):
+      with evaluation_batches(source, config, batch_size=5) as batches:
+        taken = list(batches)
+        assert batches.unreadable == (name,)
+    mask = np.concatenate([batch["mask"] for batch in taken])
+    assert mask.tolist() == [True] * 4 + [False] + [True] * 4 + [False]
+    (record,) = caplog.records
+    assert name in record.message
+    assert re.search(reason, record.message)
+
+  def test_training_replaces_them_whatever_the_workers(
+    self, tree, break_image, caplog
+  ):
+    source, config = open_tree(tree, max_unreadable_share=0.5)
+    broken = [source.name(i) for i in range(5)]
+    for name, kind in zip(broken, self.KINDS, strict=True):
+      break_image(tree / name, kind)
+    arguments = {"batch_size": 4, "seed": 0}
+    taken = []
+    for config.num_workers in (0, 2):
+      caplog.clear()
+      with train_batches(source, config, **arguments) as batches:
+        taken.append(list(itertools.islice(batches, 6)))
+        assert sorted(batches.unreadable) == broken
+      assert len(caplog.records) == 5  # Each once, though met twice.
+    assert_same_batches(*taken)
+    for batch in taken[0]:
+      assert (batch["image"].max(axis=(1, 2, 3)) > 0).all()
+    config.num_workers = 0
+    resumed = take(source, config, 3, start_step=3, **arguments)
+    assert_same_batches(resumed, taken[0][3:])
+
+  @pytest.mark.parametrize("split", ["train", "validation"])
+  @pytest.mark.parametrize("num_workers", [0, 1])
+  def test_too_many_end_in_one_line(
+    self, tree, break_image, split, num_workers
+  ):
+    source, config = open_tree(
+      tree, split, max_unreadable_share=0.12, num_workers=num_workers
+    )
+    for i in (1, 3):  # One of 9 or 12 is tolerated, two are not.
+      break_image(tree / source.name(i), "truncated")
+    if split == "train":
+      batches = train_batches(source, config, batch_size=3, seed=0)
+    else:
+      batches = evaluation_batches(source, config, batch_size=3)
+    with batches, pytest.raises(DataError) as caught:
+      list(itertools.islice(batches, 8))
+    message = str(caught.value)
+    assert f"2 of {len(source)} images are unreadable" in message
+    assert "data.max_unreadable_share=0.12" in message
+    assert source.name(1) in message
+    assert source.name(3) in message
+    assert "\n" not in message
+
+  @pytest.mark.parametrize("num_workers", [0, 1])
+  def test_nothing_is_readable(self, tree, break_image, num_workers):
+    source, config = open_tree(
+      tree, max_unreadable_share=0.99, num_workers=num_workers
+    )
+    for path in tree.glob("train/*/*"):
+      break_image(path, "empty")
+    with train_batches(source, config, batch_size=3, seed=0) as batches:
+      with pytest.raises(DataError, match="JPEG is unreadable, and so were 10"):
+        next(batches)
+
+  def test_warnings_of_pillow_are_no_errors(self, tree):
+    # pytest makes errors of warnings, as `python -W error` does.
+    source, config = open_tree(tree)
+    image = Image.new("P", (20, 20))
+    for i in range(len(source)):
+      image.save(source.name(i), "PNG", transparency=bytes([7, 0]))
+    with train_batches(source, config, batch_size=3, seed=0) as batches:
+      next(batches)
+      assert not batches.unreadable
+
+
+# Prints a line when the workers run, then waits for the end.
+FOREVER = """
+import time
+from spatial_mamba_jax.data import *
+
+def main():
+  config = DataConfig(
+    name="synthetic", image_size=8, num_workers=2, synthetic_images=10
+  )
+  source = open_source(config, "train")
+  with train_batches(source, config, batch_size=5, seed=0) as batches:
+    next(batches), next(batches)
+    print("running", flush=True)
+    while True:
+      time.sleep(0.1)
+
+if __name__ == "__main__":
+  main()
+"""
+
+
+class TestWorkers:
+  @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+  def test_end_with_the_block(self, error):
+    source, config = numbered(20, num_workers=2)
+    with pytest.raises(error):  # noqa: SIM117
+      with train_batches(source, config, batch_size=4, seed=0) as batches:
+        next(batches)
+        assert len(multiprocessing.active_children()) == 2
+        raise error
+    assert not multiprocessing.active_children()
+
+  @pytest.mark.parametrize(
+    ("number", "whom"), [(signal.SIGKILL, "main"), (signal.SIGINT, "group")]
+  )
+  def test_end_with_the_main_process(self, tmp_path, number, whom):
+    script = tmp_path / "forever.py"
+    script.write_text(FOREVER)
+    run = subprocess.Popen(
+      [sys.executable, str(script)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "running\n"
+    if whom == "group":
+      os.killpg(run.pid, number)
+    else:
+      run.send_signal(number)
+    # The pipes close when the last process has gone, the workers among them.
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == -number
+    assert errors.count("Traceback") == (whom == "group")
+
+  def test_leave_the_accelerator_alone(self):
+    class Spy:
+      """Its label tells what the worker's surroundings are."""
+
+      num_classes = 2
+
+      def __len__(self):
+        return 4
+
+      def __getitem__(self, index):
+        import os
+
+        import jax
+
+        hidden = os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        on_cpu = jax.config.jax_platforms == "cpu"
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        return {"image": pixels, "label": int(hidden and on_cpu)}
+
+      def name(self, index):
+        return str(index)
+
+    config = DataConfig(image_size=8, num_workers=1)
+    with evaluation_batches(Spy(), config, batch_size=4) as batches:
+      assert next(batches)["label"].tolist() == [1, 1, 1, 1]

@@ -1,0 +1,238 @@
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from spatial_mamba_jax.data import DataConfig, transforms
+
+
+def encode(image: Image.Image, file_format: str, **options) -> bytes:
+  encoded = io.BytesIO()
+  image.save(encoded, file_format, **options)
+  return encoded.getvalue()
+
+
+class Draws(np.random.Generator):
+  """Stands in for a generator; gives what it is told, in order."""
+
+  def __init__(self, uniform, integers=(), random=()):
+    super().__init__(np.random.PCG64())
+    self._draws = {"uniform": uniform, "integers": integers, "random": random}
+    self._draws = {name: iter(draws) for name, draws in self._draws.items()}
+    self.upper_bounds = []
+
+  def uniform(self, low, high):
+    return low + (high - low) * next(self._draws["uniform"])
+
+  def integers(self, high):
+    self.upper_bounds.append(high)
+    return next(self._draws["integers"])
+
+  def random(self):
+    return next(self._draws["random"])
+
+
+class TestDecodeImage:
+  # The colour in each mode and what it should become. JPEG may be off by two,
+  # after rounding in YCbCr and in RGB.
+  @pytest.mark.parametrize(
+    ("mode", "colour", "file_format", "expected", "tolerance"),
+    [
+      ("RGB", (200, 100, 50), "PNG", (200, 100, 50), 0),
+      ("RGB", (200, 100, 50), "WEBP", (200, 100, 50), 3),
+      ("RGB", (200, 100, 50), "JPEG", (200, 100, 50), 2),
+      ("L", 77, "JPEG", (77, 77, 77), 2),
+      ("CMYK", (0, 128, 255, 0), "JPEG", (255, 127, 0), 2),
+      ("CMYK", (0, 0, 0, 255), "JPEG", (0, 0, 0), 2),
+      ("1", 1, "PNG", (255, 255, 255), 0),
+      ("LA", (77, 128), "PNG", (77, 77, 77), 0),
+      ("RGBA", (200, 100, 50, 0), "PNG", (200, 100, 50), 0),
+      ("I;16", 0x4D80, "PNG", (0x4D, 0x4D, 0x4D), 0),
+      ("I;16", 0xFFFF, "PNG", (255, 255, 255), 0),
+      ("I;16B", 0x4D80, "TIFF", (0x4D, 0x4D, 0x4D), 0),
+      ("I", 0x4D80, "PPM", (0x4D, 0x4D, 0x4D), 0),
+    ],
+  )
+  def test_every_mode_becomes_rgb(
+    self, mode, colour, file_format, expected, tolerance
+  ):
+    encoded = encode(Image.new(mode, (9, 7), colour), file_format)
+    pixels = np.asarray(transforms.decode_image(encoded))
+    assert pixels.shape == (7, 9, 3)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_allclose(
+      pixels, np.broadcast_to(expected, (7, 9, 3)), atol=tolerance
+    )
+
+  def test_palette_with_transparency(self):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    encoded = encode(image, "PNG", transparency=bytes([255, 0]))
+    transforms_pixels = np.asarray(transforms.decode_image(encoded))
+    assert (transforms_pixels == (200, 100, 50)).all()
+
+  def test_exif_orientation_is_not_applied(self):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turn by 90 degrees to see it upright.
+    encoded = encode(Image.new("RGB", (9, 7)), "JPEG", exif=exif)
+    assert transforms.decode_image(encoded).size == (9, 7)
+
+  def test_pixels_stay_as_they_are(self):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    decoded = np.asarray(transforms.decode_image(pixels))
+    np.testing.assert_array_equal(decoded, pixels)
+
+  @pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+      (b"", "empty file"),
+      (b"<html></html>", "not an image of a known format"),
+      (encode(Image.new("RGB", (64, 64)), "JPEG")[:-20], "truncated"),
+    ],
+  )
+  def test_broken_files_say_what_is_wrong(self, encoded, message):
+    with pytest.raises((OSError, ValueError), match=message):
+      transforms.decode_image(encoded)
+
+
+class TestSampleCrop:
+  def test_first_fitting_draw(self):
+    # Half of 100 x 50 with aspect ratio 1 is 50 x 50.
+    draws = Draws(uniform=[0.5, 0.5], integers=[20, 0])
+    box = transforms.sample_crop(
+      100, 50, scale=(0.0, 1.0), ratio=(1 / 2, 2.0), rng=draws
+    )
+    assert box == (20, 0, 70, 50)
+    assert draws.upper_bounds == [51, 1]
+
+  def test_draws_again_until_it_fits(self):
+    # All of 100 x 50 as a square is 71 x 71, which is too high; a quarter of
+    # it at aspect ratio 2 is 50 x 25.
+    draws = Draws(uniform=[1.0, 0.5, 0.25, 1.0], integers=[50, 25])
+    box = transforms.sample_crop(
+      100, 50, scale=(0.0, 1.0), ratio=(1 / 2, 2.0), rng=draws
+    )
+    assert box == (50, 25, 100, 50)
+    assert draws.upper_bounds == [51, 26]
+
+  # Too elongated to hold any draw, so that ten fail and the centre is taken.
+  @pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [
+      (1000, 30, (480, 0, 520, 30)),  # 40 x 30 is 4/3.
+      (30, 1000, (0, 480, 30, 520)),  # 30 x 40 is 3/4.
+    ],
+  )
+  def test_falls_back_to_the_centre(self, width, height, box):
+    draws = Draws(uniform=[1.0, 0.5] * 10)
+    assert box == transforms.sample_crop(
+      width, height, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), rng=draws
+    )
+
+  def test_falls_back_to_the_whole_image(self):
+    draws = Draws(uniform=[1.0, 1.0] * 10)
+    assert transforms.sample_crop(
+      50, 50, scale=(1.0, 1.0), ratio=(3 / 4, 4 / 3), rng=draws
+    ) == (0, 0, 50, 50)
+
+  def test_the_tiniest_image(self):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+      assert transforms.sample_crop(
+        1, 1, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), rng=rng
+      ) == (0, 0, 1, 1)
+
+  def test_distributions(self):
+    # So small that every draw fits and nothing is rejected; so large an image
+    # that rounding to pixels moves a share by less than 1e-3.
+    size, count = 10_000, 4000
+    rng = np.random.default_rng(0)
+    crops = np.array(
+      [
+        transforms.sample_crop(
+          size, size, scale=(0.1, 0.3), ratio=(1 / 2, 2.0), rng=rng
+        )
+        for _ in range(count)
+      ]
+    )
+    left, top = crops[:, 0], crops[:, 1]
+    width, height = crops[:, 2] - left, crops[:, 3] - top
+    for uniform in (
+      (width * height / size**2 - 0.1) / 0.2,
+      (np.log(width / height) + math.log(2)) / math.log(4),
+      left / (size - width),
+      top / (size - height),
+    ):
+      # Kolmogorov-Smirnov at the 1% level; the seed is fixed.
+      ranks = np.arange(1, count + 1) / count
+      distance = np.abs(np.sort(uniform) - ranks).max()
+      assert distance < 1.63 / math.sqrt(count) + 1e-3
+
+
+class TestTrainingTransform:
+  def test_crops_then_resizes(self):
+    # A red square in green: no green may bleed into a crop of just the square.
+    image = Image.new("RGB", (100, 50), (0, 255, 0))
+    ImageDraw.Draw(image).rectangle((30, 0, 79, 49), fill=(255, 0, 0))
+    config = DataConfig(
+      image_size=17, crop_scale=(0.5, 0.5), crop_ratio=(1.0, 1.0)
+    )
+    draws = Draws(uniform=[0.5, 0.5], integers=[30, 0], random=[0.9])
+    pixels = transforms.transform_for_training(image, config, draws)
+    assert pixels.shape == (17, 17, 3)
+    assert pixels.dtype == np.uint8
+    assert (pixels == (255, 0, 0)).all()
+
+  @pytest.mark.parametrize("flip", [False, True])
+  def test_is_bicubic_and_mirrors(self, flip):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    config = DataConfig(
+      image_size=33,
+      crop_scale=(1.0, 1.0),
+      crop_ratio=(1.0, 1.0),
+      flip_probability=0.3,
+    )
+    draws = Draws(
+      uniform=[0.5, 0.5], integers=[0, 0], random=[0.29 if flip else 0.31]
+    )
+    expected = np.asarray(image.resize((33, 33), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(
+      transforms.transform_for_training(image, config, draws),
+      expected[:, ::-1] if flip else expected,
+    )
+
+
+class TestEvaluationTransform:
+  # By hand, from torchvision's rules: the shorter side to int(256/224 * size),
+  # the longer in proportion, rounded down; offsets rounded, halves to even.
+  @pytest.mark.parametrize(
+    ("width", "height", "size", "resized", "left", "top"),
+    [
+      (500, 375, 224, (341, 256), 58, 16),  # 256 * 500 / 375 = 341.3; 58.5
+      (375, 500, 224, (256, 341), 16, 58),
+      (333, 500, 224, (256, 384), 16, 80),  # 256 * 500 / 333 = 384.4
+      (224, 224, 224, (256, 256), 16, 16),
+      (8, 8, 32, (36, 36), 2, 2),  # 36.57
+      (50, 40, 33, (46, 37), 6, 2),  # 37.7; 37 * 5 / 4 = 46.25; 6.5
+    ],
+  )
+  def test_matches_torchvision(self, width, height, size, resized, left, top):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    expected = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(
+      transforms.transform_for_evaluation(image, DataConfig(image_size=size)),
+      expected[top : top + size, left : left + size],
+    )
+
+  def test_resize_ratio_one_keeps_the_whole_shorter_side(self):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    config = DataConfig(image_size=20, resize_ratio=1.0)
+    np.testing.assert_array_equal(
+      transforms.transform_for_evaluation(Image.fromarray(pixels), config),
+      pixels,
+    )
