@@ -75,15 +75,19 @@ def weight_gradient(
   _, height, width, *_ = cotangent.shape
   padded = jax.lax.optimization_barrier(padded)
   all_but_channels = tuple(range(cotangent.ndim - 1))
-  return jnp.stack(
-    [
-      jnp.sum(
-        cotangent
-        * _window(padded, offset, height, width, stride).astype(
-          cotangent.dtype
-        ),
-        axis=all_but_channels,
-      )
-      for offset in offsets
-    ]
+  extent = (
+    padded.shape[0],
+    (height - 1) * stride + 1,
+    (width - 1) * stride + 1,
+    *padded.shape[3:],
   )
+
+  def tap(offset):
+    start = jnp.zeros(padded.ndim, jnp.int32).at[1:3].set(offset)
+    window = jax.lax.dynamic_slice(padded, start, extent)
+    window = window[:, ::stride, ::stride].astype(cotangent.dtype)
+    return jnp.sum(cotangent * window, axis=all_but_channels)
+
+  # A loop keeps the program small: a kernel for each tap of each convolution
+  # would double the time a CPU takes to compile a training step.
+  return jax.lax.map(tap, jnp.asarray(offsets, jnp.int32))

@@ -108,7 +108,12 @@ class Mlp(nnx.Module):
     self.fc2 = linear(hidden, features, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    return self.fc2(gelu(self.fc1(x)))
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The exact GELU; `jax.nn.gelu`'s erfc costs twice as much on a CPU."""
+  return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def linear(

@@ -78,10 +78,7 @@ def _apply_bwd(offsets, residuals, g):
     height=height + 2 * reach,
     width=width + 2 * reach,
   )
-  unpad = jax.linear_transpose(
-    partial(_replicate, by=reach), jax.ShapeDtypeStruct(h.shape, dpadded.dtype)
-  )
-  (dh,) = unpad(dpadded)
+  dh = _fold(_fold(dpadded, reach, axis=1), reach, axis=2)
   dweights = stencil.weight_gradient(
     _replicate(h, reach),
     g.astype(weights.dtype),
@@ -107,3 +104,13 @@ def _replicate(x, by):
 
 def _zero_pad(x, by):
   return jnp.pad(x, _spatial_padding(x, by))
+
+
+def _fold(x: Array, by: int, *, axis: int) -> Array:
+  """The transpose of replicating the border `by` times along `axis`."""
+  length = x.shape[axis] - 2 * by
+  if length == 1:
+    return jnp.sum(x, axis, keepdims=True)
+  first, inside, last = jnp.split(x, (by + 1, by + length - 1), axis)
+  first, last = (jnp.sum(edge, axis, keepdims=True) for edge in (first, last))
+  return jnp.concatenate((first, inside, last), axis)

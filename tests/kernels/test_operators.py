@@ -1,0 +1,259 @@
+"""Operators against the authors' numbers and against their own equations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import spatial_mamba_kernels as smk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spatial_mamba_kernels.selective_scan import reference as scan_reference
+from spatial_mamba_kernels.state_fusion import reference as fusion_reference
+from spatial_mamba_kernels.structure_aware_ssm import reference as ssm_reference
+
+IMPLEMENTATIONS = [None, "sequential", "associative"]
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def assert_close(actual, expected, tolerance):
+  """Holds the largest error against the largest number of a tensor."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.shape == expected.shape
+  scale = max(np.abs(expected).max(), 1e-30)
+  assert np.abs(actual - expected).max() <= tolerance * scale
+
+
+def assert_trees_close(actual, expected, tolerance):
+  for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    assert_close(a, e, tolerance)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", ["scan1", "scan3"])
+def test_selective_scan_is_the_authors(golden, case, implementation):
+  g = {
+    k.removeprefix(f"{case}_"): jnp.asarray(v)
+    for k, v in golden("ops").items()
+    if k.startswith(case)
+  }
+
+  def scan(u, delta, A, B, delta_bias):  # In PyTorch's layout.
+    h = smk.selective_scan(
+      u.mT,
+      delta.mT,
+      A,
+      B.mT,
+      delta_bias=delta_bias,
+      implementation=implementation,
+    )
+    return jnp.moveaxis(h, 1, 3)
+
+  arguments = ("u", "delta", "A", "B", "delta_bias")
+  h, pullback = jax.vjp(scan, *(g[k] for k in arguments))
+  assert_close(h, g["h"], 1e-10)
+  for name, gradient in zip(arguments, pullback(g["dh"]), strict=True):
+    assert_close(gradient, g["d" + name], 1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_state_fusion_is_the_authors(golden, implementation):
+  g = {k: jnp.asarray(v) for k, v in golden("ops").items()}
+
+  def fuse(h, kernel_3, kernel_3_1, kernel_3_2, alpha):
+    kernels = jnp.stack([kernel_3, kernel_3_1, kernel_3_2])[:, :, 0]
+    y = smk.state_fusion(
+      jnp.moveaxis(h, 1, 3),
+      kernels.transpose(0, 2, 3, 1),
+      alpha,
+      implementation=implementation,
+    )
+    return jnp.moveaxis(y, 3, 1)
+
+  arguments = ("h", "kernel_3", "kernel_3_1", "kernel_3_2", "alpha")
+  y, pullback = jax.vjp(fuse, *(g["fusion_" + k] for k in arguments))
+  assert_close(y, g["fusion_y"], 1e-10)
+  for name, gradient in zip(arguments, pullback(g["fusion_dy"]), strict=True):
+    assert_close(gradient, g["fusion_d" + name], 1e-10)
+
+
+def ssm_arguments(batch, height, width, channels, n, dtype, seed=0):
+  rng = np.random.default_rng(seed)
+
+  def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+  image = (batch, height, width)
+  return {
+    "u": normal(*image, channels),
+    "delta": normal(*image, channels),
+    "A": -jnp.exp(normal(channels, n)),
+    "B": normal(*image, n),
+    "C": normal(*image, n),
+    "D": normal(channels),
+    "kernels": normal(3, 3, 3, channels),
+    "alpha": normal(3),
+    "delta_bias": normal(channels),
+  }
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+  st.integers(1, 3),
+  st.integers(1, 12),
+  st.integers(1, 12),
+  st.integers(1, 5),
+  st.integers(1, 4),
+)
+def test_ssm_of_any_shape(implementation, batch, height, width, channels, n):
+  arguments = ssm_arguments(batch, height, width, channels, n, jnp.float64)
+  y, pullback = jax.vjp(
+    lambda a: smk.structure_aware_ssm(**a, implementation=implementation),
+    arguments,
+  )
+  expected, expected_pullback = jax.vjp(
+    lambda a: ssm_reference.structure_aware_ssm(**a), arguments
+  )
+  cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float64)).reshape(y.shape)
+  assert_close(y, expected, 1e-12)
+  assert_trees_close(pullback(cotangent), expected_pullback(cotangent), 1e-11)
+
+
+# A sum of some 1000 terms in float32; bfloat16 rounds u and y to 2**-9.
+@pytest.mark.parametrize(
+  ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)]
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_ssm_in_lower_precision(implementation, dtype, tolerance):
+  arguments = ssm_arguments(2, 9, 13, 8, 2, jnp.float32)
+  for name in ("u", "delta", "B", "C"):
+    arguments[name] = arguments[name].astype(dtype)
+  wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
+
+  def loss(run, a):
+    return jnp.sum(jnp.sin(run(**a).astype(jnp.float64)))
+
+  def op(**a):
+    return smk.structure_aware_ssm(**a, implementation=implementation)
+
+  y = op(**arguments)
+  assert y.dtype == dtype
+  expected = ssm_reference.structure_aware_ssm(**wide)
+  assert_close(y.astype(jnp.float64), expected, tolerance)
+  gradients = jax.grad(lambda a: loss(op, a))(arguments)
+  wanted = jax.grad(
+    lambda a: loss(ssm_reference.structure_aware_ssm, a)
+  )(wide)
+  for name, gradient in gradients.items():
+    assert gradient.dtype == arguments[name].dtype
+    # sin' of a rounded y moves by y's own rounding, which has y's scale.
+    assert_close(gradient.astype(jnp.float64), wanted[name], 20 * tolerance)
+
+
+def test_state_is_float32_for_half_inputs():
+  """27 unit taps over a state of 5000 overflow half precision, not the state."""
+  one = jnp.ones((1, 4, 4, 1), jnp.float16)
+  y = smk.structure_aware_ssm(
+    one * 5000,
+    one,
+    jnp.full((1, 1), -1e-6, jnp.float32),
+    one,
+    one * 1e-3,
+    jnp.zeros(1),
+    jnp.ones((3, 3, 3, 1)),
+    jnp.ones(3),
+  )
+  assert jnp.isfinite(y).all()
+  states = smk.selective_scan(
+    one.reshape(1, 16, 1), one.reshape(1, 16, 1), -jnp.ones((1, 2)),
+    jnp.ones((1, 16, 2), jnp.float16),
+  )  # fmt: skip
+  assert states.dtype == jnp.float32
+  assert states.shape == (1, 16, 1, 2)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_every_state_is_scanned_and_fused(n):
+  """The authors' code crashes beyond one state; here N states are N sums."""
+  arguments = ssm_arguments(2, 6, 5, 4, n, jnp.float64)
+  skip = arguments.pop("D")
+  y = smk.structure_aware_ssm(**arguments, D=skip)
+  single = []
+  for i in range(n):
+    one = {
+      **arguments,
+      "A": arguments["A"][:, i : i + 1],
+      "B": arguments["B"][..., i : i + 1],
+      "C": arguments["C"][..., i : i + 1],
+    }
+    single.append(smk.structure_aware_ssm(**one, D=jnp.zeros_like(skip)))
+  assert_close(y, sum(single) + skip * arguments["u"], 1e-12)
+
+
+def test_dilations_can_be_chosen():
+  rng = np.random.default_rng(0)
+  h = jnp.asarray(rng.standard_normal((2, 6, 7, 3)))
+  kernels = jnp.asarray(rng.standard_normal((2, 3, 3, 3)))
+  alpha = jnp.asarray(rng.standard_normal(2))
+  y = smk.state_fusion(h, kernels, alpha, dilations=(2, 4))
+  expected = fusion_reference.state_fusion(h, kernels, alpha, dilations=(2, 4))
+  assert_close(y, expected, 1e-13)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 3))
+def test_depthwise_conv_is_a_grouped_convolution(height, width, channels, stride):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, height, width, channels)))
+  kernel = jnp.asarray(rng.standard_normal((3, 3, channels)))
+
+  def grouped(x, kernel):
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel[:, :, None],
+      (stride, stride),
+      ((1, 1), (1, 1)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=channels,
+    )
+
+  y, pullback = jax.vjp(
+    lambda x, k: smk.depthwise_conv(x, k, stride=stride), x, kernel
+  )
+  expected, expected_pullback = jax.vjp(grouped, x, kernel)
+  assert_close(y, expected, 1e-13)
+  assert_trees_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), 1e-12)
+
+
+def test_scan_is_its_equations():
+  arguments = ssm_arguments(2, 4, 5, 3, 2, jnp.float64)
+  u, delta, B = (arguments[k].reshape(2, 20, -1) for k in ("u", "delta", "B"))
+  h = smk.selective_scan(u, delta, arguments["A"], B)
+  expected = scan_reference.selective_scan(u, delta, arguments["A"], B)
+  assert_close(h, expected, 1e-13)
+
+
+def test_a_shape_that_does_not_fit_is_named():
+  arguments = ssm_arguments(2, 4, 5, 3, 2, jnp.float64)
+  arguments["C"] = arguments["C"][..., :1]
+  with pytest.raises(ValueError, match=r"C must have shape \[B, H, W, N\]"):
+    smk.structure_aware_ssm(**arguments)
+  arguments["C"] = arguments["B"].astype(jnp.int32)
+  with pytest.raises(ValueError, match="C must be floating point"):
+    smk.structure_aware_ssm(**arguments)
+  with pytest.raises(ValueError, match="u is empty"):
+    smk.selective_scan(*(np.zeros((1, 0, 1)),) * 2, np.ones((1, 1)), np.ones((1, 0, 1)))
+  with pytest.raises(ValueError, match="dilations must be 1 or more"):
+    smk.state_fusion(
+      np.ones((1, 2, 2, 1)), np.ones((1, 3, 3, 1)), np.ones(1), dilations=(0,)
+    )
+  with pytest.raises(ValueError, match="stride must be 1 or more"):
+    smk.depthwise_conv(np.ones((1, 2, 2, 1)), np.ones((3, 3, 1)), stride=0)
+
+
+def test_an_implementation_that_cannot_serve_is_refused():
+  arguments = ssm_arguments(1, 2, 2, 1, 1, jnp.float64)
+  with pytest.raises(ValueError, match="'cuda' is unknown"):
+    smk.structure_aware_ssm(**arguments, implementation="cuda")
+  with pytest.raises(NotImplementedError, match="no mosaic_tpu kernel"):
+    smk.structure_aware_ssm(**arguments, implementation="mosaic_tpu")
