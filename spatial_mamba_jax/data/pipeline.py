@@ -115,7 +115,7 @@ def evaluation_batches(
     grain.MapDataset.range(sys.maxsize)
     .slice(slice(process_index, None, process_count))
     .map(_EvaluationExample(source, config))
-    .batch(batch_size)
+    .batch(batch_size, drop_remainder=True)
   )
   num_batches = math.ceil(len(source) / (batch_size * process_count))
   return Batches(dataset, source, config, num_batches)

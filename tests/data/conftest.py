@@ -30,7 +30,7 @@ def image_tree(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for class_name in CLASSES:
       directory = root / split / class_name
       directory.mkdir(parents=True)
-      for i, mode in zip(range(count), ("RGB", "L", "CMYK", "RGB")):
+      for i, mode in enumerate(("RGB", "L", "CMYK", "RGB")[:count]):
         width, height = rng.integers(20, 60, 2)
         image = smooth_image(rng, width, height).convert(mode)
         name = f"{class_name}_{split}_{i}.JPEG"

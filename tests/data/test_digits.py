@@ -64,5 +64,5 @@ def test_two_processes_may_prepare_at_once_and_without_tensorflow(tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
   (tmp_path / "digits").write_text("a file in the way")
-  with pytest.raises(DataError, match="cannot prepare .*1.0.0"):
+  with pytest.raises(DataError, match=r"cannot prepare .*1.0.0"):
     open_source(DataConfig(data_dir=str(tmp_path)), "train")

@@ -75,5 +75,5 @@ class TestErrors:
   @pytest.mark.parametrize("split", ["train", "validation"])
   def test_classes_that_differ(self, tree, split):
     shutil.rmtree(tree / "val" / "n02102040")
-    with pytest.raises(DataError, match="same class directories.* n02102040$"):
+    with pytest.raises(DataError, match=r"same class directories.* n02102040$"):
       open_tree(tree, split)

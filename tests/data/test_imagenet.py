@@ -80,7 +80,7 @@ class TestPrepared:
     copy = shutil.copytree(data_dir, tmp_path / "tfds")
     path = copy / "imagenet2012" / "5.1.0" / "dataset_info.json"
     path.write_text(path.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(DataError, match="stored as tfrecord.*=array_record"):
+    with pytest.raises(DataError, match=r"stored as tfrecord.*=array_record"):
       open_source(config_for(copy), "train")
 
   def test_missing_split(self, data_dir, tmp_path):
@@ -89,7 +89,7 @@ class TestPrepared:
     info = json.loads(path.read_text())
     info["splits"] = [s for s in info["splits"] if s["name"] == "train"]
     path.write_text(json.dumps(info))
-    with pytest.raises(DataError, match="no validation split, only train$"):
+    with pytest.raises(DataError, match=r"no validation split, only train$"):
       open_source(config_for(copy), "validation")
 
 
