@@ -8,13 +8,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn import datasets
+from tensorflow_datasets.core import registered
 
 from spatial_mamba_jax.data import tfds_source
 from spatial_mamba_jax.data.config import DataConfig
 
 _NUM_VALIDATION = 297
 
-with tfds.core.registered.skip_registration():
+with registered.skip_registration():
 
   class Digits(tfds.core.GeneratorBasedBuilder):
     """Test part of the UCI Optical Recognition of Handwritten Digits set.
@@ -42,7 +43,8 @@ with tfds.core.registered.skip_registration():
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
       del dl_manager  # Nothing to download.
-      count = len(datasets.load_digits().target)
+      _, labels = datasets.load_digits(return_X_y=True)
+      count = len(labels)
       held_out = np.arange(_NUM_VALIDATION) * count // _NUM_VALIDATION
       return {
         "train": self._generate_examples(np.setdiff1d(range(count), held_out)),
@@ -52,9 +54,10 @@ with tfds.core.registered.skip_registration():
     def _generate_examples(
       self, indices: np.ndarray
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-      digits = datasets.load_digits()
+      images, labels = datasets.load_digits(return_X_y=True)
       for index in indices:
-        pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
+        grey = images[index].reshape(8, 8) * (255 / 16)
+        pixels = np.round(grey).astype(np.uint8)
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, "PNG")
         file_name = f"digit_{index:04d}.png"
@@ -63,7 +66,7 @@ with tfds.core.registered.skip_registration():
           file_name,
           {
             "image": encoded.getvalue(),
-            "label": int(digits.target[index]),
+            "label": int(labels[index]),
             "file_name": file_name,
           },
         )

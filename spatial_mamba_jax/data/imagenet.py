@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import registered
 
 from spatial_mamba_jax.data import image_folder, tfds_source
 from spatial_mamba_jax.data.config import DataConfig, DataError
@@ -13,7 +14,7 @@ NAME = "imagenet2012"
 VERSION = "5.1.0"
 EXTENSIONS = (".jpeg", ".jpg")
 
-with tfds.core.registered.skip_registration():
+with registered.skip_registration():
 
   class Imagenet2012(tfds.core.GeneratorBasedBuilder):
     """TFDS's `imagenet2012`, written from a tree of JPEG files.

@@ -18,7 +18,9 @@ from spatial_mamba_jax.data.config import DataError
 
 def main(arguments: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    description="Turns a tree of ImageNet files into the TFDS data set."
+  )
   parser.add_argument(
     "--image_folder",
     type=pathlib.Path,

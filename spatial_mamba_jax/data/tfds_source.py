@@ -39,7 +39,8 @@ class TfdsSource:
     Raises:
       DataError: if the split is absent or cannot be read at random.
     """
-    builder = tfds.builder_from_directory(directory)
+    # Any: the annotations of TFDS are narrower than what it does.
+    builder: Any = tfds.builder_from_directory(directory)
     file_format = builder.info.file_format
     if file_format is None or file_format.value != "array_record":
       raise DataError(
@@ -51,9 +52,7 @@ class TfdsSource:
         f"{directory} has no {split} split, "
         f"only {', '.join(builder.info.splits) or 'none'}"
       )
-    features = builder.info.features
-    assert features is not None  # builder_from_directory restores them
-    self.num_classes: int = features["label"].num_classes
+    self.num_classes: int = builder.info.features["label"].num_classes
     self._split = split
     # The image stays encoded: TFDS would decode it with TensorFlow.
     examples = builder.as_data_source(

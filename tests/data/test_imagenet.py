@@ -2,10 +2,16 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from spatial_mamba_jax.data import DataConfig, DataError, open_source
+from spatial_mamba_jax.data import (
+  DataConfig,
+  DataError,
+  evaluation_batches,
+  open_source,
+)
 from spatial_mamba_jax.data.prepare_imagenet import main
 
 
@@ -47,6 +53,32 @@ class TestPrepared:
       assert source[i]["image"] == files[name].read_bytes()
       wnids = ["n01440764", "n02102040", "n03000684"]
       assert source[i]["label"] == wnids.index(files[name].parent.name)
+
+  def test_tfds_reads_it_by_its_name(self, data_dir):
+    theirs = tfds.data_source(
+      "imagenet2012",
+      split="train",
+      data_dir=data_dir,
+      decoders={"image": tfds.decode.SkipDecoding()},
+    )
+    ours = open_source(config_for(data_dir), "train")
+    assert len(theirs) == len(ours)
+    for i in range(len(ours)):
+      assert theirs[i] == ours[i]
+
+  def test_a_damaged_record_is_an_unreadable_image(self, data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "tfds")
+    (path,) = copy.rglob("*-train.array_record*")
+    content = bytearray(path.read_bytes())
+    content[500] ^= 0xFF  # Amid the first record; records have checksums.
+    path.write_bytes(content)
+    config = config_for(copy)
+    config.image_size, config.max_unreadable_share = 16, 0.1
+    source = open_source(config, "train")
+    with evaluation_batches(source, config, batch_size=12) as batches:
+      (batch,) = batches
+      (index,) = np.flatnonzero(~batch["mask"])
+      assert batches.unreadable == (f"train[{index}]",)
 
   def test_is_described_as_by_tfds(self, data_dir):
     directory = data_dir / "imagenet2012" / "5.1.0"

@@ -361,6 +361,18 @@ class TestWorkers:
       run()
     assert not multiprocessing.active_children()
 
+  def test_outlive_a_request_to_stop(self):
+    # A cluster sends it to all processes, and the main one wants to save first.
+    source, config = numbered(20, num_workers=2)
+    with train_batches(source, config, batch_size=4, seed=0) as batches:
+      next(batches), next(batches)
+      workers = multiprocessing.active_children()
+      for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+      for _ in range(4 * config.num_workers * config.prefetch):
+        next(batches)
+      assert all(worker.is_alive() for worker in workers)
+
   @pytest.mark.parametrize(
     ("number", "whom"), [(signal.SIGKILL, "main"), (signal.SIGINT, "group")]
   )
