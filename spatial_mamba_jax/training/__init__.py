@@ -1,0 +1,1 @@
+"""The training loop: config, state, step, checkpoints."""

@@ -1,0 +1,89 @@
+"""What `train.py` and `eval.py` share: flags in, exit status out."""
+
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from spatial_mamba_jax.data import DataError
+from spatial_mamba_jax.training.config import TrainConfig, TrainingError
+from spatial_mamba_jax.training.loop import NonFiniteError, StoppedError
+from spatial_mamba_jax.training.sharding import initialize_distributed
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The experiment: a file with get_config()."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
+
+
+def run(main: Callable[[], None]) -> int:
+  """Parses the flags and calls `main`; a user's mistake becomes one line.
+
+  Returns:
+    The exit status: 0, 1 for a run that diverged, 2 for a mistake, 143 for a
+    run stopped by SIGTERM.
+  """
+  try:
+    _parse()
+    _use_compilation_cache()
+    initialize_distributed()
+    main()
+  except (TrainingError, DataError) as error:
+    return _fail(error, 2)
+  except NonFiniteError as error:
+    return _fail(error, 1)
+  except StoppedError as error:
+    return _fail(error, 128 + signal.SIGTERM)
+  return 0
+
+
+def config() -> TrainConfig:
+  """The experiment, overrides applied and checked."""
+  if CONFIG.value is None:
+    raise TrainingError("--config=FILE is needed, e.g. configs/digits.py")
+  CONFIG.value.validate()
+  return CONFIG.value
+
+
+def workdir() -> pathlib.Path:
+  """The working directory as an absolute path."""
+  if not WORKDIR.value:
+    raise TrainingError("--workdir=DIR is needed: where the run is kept")
+  path = pathlib.Path(WORKDIR.value).absolute()
+  if path.exists() and not path.is_dir():
+    raise TrainingError(f"--workdir={WORKDIR.value} is not a directory")
+  return path
+
+
+def _parse() -> None:
+  try:
+    rest = flags.FLAGS(sys.argv)
+  except (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise TrainingError(" ".join(str(error).split())) from error
+  if rest[1:]:
+    raise TrainingError(f"{rest[1]!r} is no flag; flags look like --name=value")
+
+
+def _use_compilation_cache() -> None:
+  """A second run of the same program need not compile it again."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    cache = home.expanduser() / "spatial_mamba_jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _fail(error: Exception, status: int) -> int:
+  print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+  return status

@@ -1,0 +1,233 @@
+"""What a run can be told: plain dataclasses, one experiment a file.
+
+A file in `configs/` has a `get_config()` that returns a `TrainConfig`; its
+fields are overridden on the command line, e.g. `--config.optimizer.epsilon=1e-6`.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.models import ModelConfig
+from spatial_mamba_jax.models.config import get_model_config
+
+
+class TrainingError(ValueError):
+  """A mistake of the user, told in one line."""
+
+
+@dataclasses.dataclass
+class ModelSection:
+  """The model; see `spatial_mamba_jax.models.ModelConfig`.
+
+  Attributes:
+    name: one of `spatial_mamba_jax.list_models()`.
+    num_classes: classes of the dataset.
+    d_state: states a channel.
+    drop_path_rate: stochastic depth of the last block.
+    dtype: precision of activations, "float32" or "bfloat16".
+    implementation: of the structure-aware SSM; empty for the platform's best.
+  """
+
+  name: str = "spatial_mamba_micro"
+  num_classes: int = 10
+  d_state: int = 1
+  drop_path_rate: float = 0.0
+  dtype: str = "float32"
+  implementation: str = ""
+
+  def build(self) -> ModelConfig:
+    """The architecture.
+
+    Raises:
+      TrainingError: the name or a value is wrong.
+    """
+    fields = dataclasses.asdict(self)
+    fields["implementation"] = self.implementation or None
+    try:
+      return get_model_config(fields.pop("name"), **fields)
+    except (TypeError, ValueError) as error:
+      raise TrainingError(f"config.model: {error}") from error
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+  """AdamW with linear warm-up and a cosine, as the authors run it.
+
+  The three learning rates are those of a batch of `reference_batch_size`
+  images, and are scaled linearly to the batch size of the run.
+
+  Attributes:
+    learning_rate: the peak, after warm-up.
+    warmup_learning_rate: at the first step.
+    min_learning_rate: towards the last step.
+    reference_batch_size: images a step that the learning rates are given for.
+    warmup_epochs: epochs of linear warm-up.
+    weight_decay: of every tensor with more than one dimension.
+    beta1: decay of the mean of gradients.
+    beta2: decay of the mean of squared gradients.
+    epsilon: added to the root of the latter.
+    clip_norm: largest global norm of the gradients.
+  """
+
+  learning_rate: float = 5e-4
+  warmup_learning_rate: float = 5e-7
+  min_learning_rate: float = 5e-6
+  reference_batch_size: int = 512
+  warmup_epochs: int = 20
+  weight_decay: float = 0.05
+  beta1: float = 0.9
+  beta2: float = 0.999
+  epsilon: float = 1e-8
+  clip_norm: float = 5.0
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """One experiment.
+
+  Attributes:
+    model: the model.
+    data: the dataset and its transforms.
+    optimizer: the optimizer and its schedule.
+    batch_size: images a step, over all devices and processes.
+    accumulation_steps: parts that a step's batch is computed in, to save
+      memory; BatchNorm then sees one part at a time.
+    epochs: passes over the training images.
+    label_smoothing: share of the target spread over all classes.
+    ema_decay: of the moving average of parameters and BatchNorm statistics.
+    mesa_weight: weight of the loss against that average's predictions (MESA,
+      arXiv 2205.14083); 0 for none.
+    mesa_start: share of the epochs after which it begins.
+    seed: of the initialisation, the order of images and all augmentation.
+    evaluation_batch_size: images a step of evaluation, over all devices.
+    evaluate_every: epochs between evaluations, each with a checkpoint.
+    log_every: steps that each logged line averages over.
+    keep_last: newest checkpoints kept, beside the best.
+  """
+
+  model: ModelSection = dataclasses.field(default_factory=ModelSection)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  batch_size: int = 1024
+  accumulation_steps: int = 1
+  epochs: int = 300
+  label_smoothing: float = 0.1
+  ema_decay: float = 0.9999
+  mesa_weight: float = 0.0
+  mesa_start: float = 0.25
+  seed: int = 0
+  evaluation_batch_size: int = 512
+  evaluate_every: int = 1
+  log_every: int = 50
+  keep_last: int = 2
+
+  def validate(self) -> None:
+    """Checks every value.
+
+    Raises:
+      TrainingError, DataError: naming the first field that makes no sense.
+    """
+    self.model.build()
+    self.data.validate()
+    for field in (
+      "batch_size", "accumulation_steps", "epochs", "evaluation_batch_size",
+      "evaluate_every", "log_every", "keep_last",
+    ):  # fmt: skip
+      _require(getattr(self, field) >= 1, self, field, "at least 1")
+    _require(
+      self.batch_size % self.accumulation_steps == 0,
+      self,
+      "batch_size",
+      f"a multiple of accumulation_steps={self.accumulation_steps}",
+    )
+    for field in ("label_smoothing", "ema_decay"):
+      _require(0 <= getattr(self, field) < 1, self, field, "in [0, 1)")
+    _require(0 <= self.mesa_start <= 1, self, "mesa_start", "in [0, 1]")
+    _require(self.mesa_weight >= 0, self, "mesa_weight", "0 or more")
+    optimizer = self.optimizer
+    for field in (
+      "learning_rate", "warmup_learning_rate", "min_learning_rate",
+      "reference_batch_size", "epsilon", "clip_norm",
+    ):  # fmt: skip
+      _require(getattr(optimizer, field) > 0, optimizer, field, "above 0")
+    _require(
+      0 <= optimizer.warmup_epochs < self.epochs,
+      optimizer,
+      "warmup_epochs",
+      f"at least 0 and below epochs={self.epochs}",
+    )
+    _require(
+      optimizer.weight_decay >= 0, optimizer, "weight_decay", "0 or more"
+    )
+    for field in ("beta1", "beta2"):
+      _require(
+        0 <= getattr(optimizer, field) < 1, optimizer, field, "in [0, 1)"
+      )
+
+
+def _require(accepted: bool, section: Any, field: str, what: str) -> None:
+  if not accepted:
+    path = {OptimizerConfig: "config.optimizer"}.get(type(section), "config")
+    raise TrainingError(
+      f"{path}.{field} must be {what}, got {getattr(section, field)!r}"
+    )
+
+
+# What changes neither the parameters nor what they are trained on.
+_FREE_TO_CHANGE = (
+  "data.data_dir",
+  "data.num_workers",
+  "data.num_threads",
+  "data.prefetch",
+  "data.max_unreadable_share",
+  "evaluation_batch_size",
+  "evaluate_every",
+  "log_every",
+  "keep_last",
+)
+
+
+def check_same_experiment(
+  saved: dict[str, Any], config: TrainConfig, where: str
+) -> None:
+  """Refuses to resume a checkpoint with a config that contradicts it.
+
+  Args:
+    saved: the config of the checkpoint, as nested dictionaries.
+    config: that of the run to be.
+    where: the working directory, for the message.
+
+  Raises:
+    TrainingError: naming the fields that differ.
+  """
+  old = _flatten(saved)
+  new = _flatten(json.loads(to_json(config)))
+  differing = [
+    f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
+    for field in sorted(old.keys() | new.keys())
+    if old.get(field) != new.get(field) and field not in _FREE_TO_CHANGE
+  ]
+  if differing:
+    raise TrainingError(
+      f"{where} holds another experiment: {'; '.join(differing)}; choose"
+      " another workdir, or the old values"
+    )
+
+
+def to_json(config: TrainConfig) -> str:
+  """The whole config, defaults and overrides resolved."""
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = value
+  return flat

@@ -1,0 +1,346 @@
+"""A run from its first step, or from where it was stopped, to its last."""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from spatial_mamba_jax.data import Source, open_source, train_batches
+from spatial_mamba_jax.training.checkpoint import Checkpoints, load_ema
+from spatial_mamba_jax.training.config import (
+  TrainConfig,
+  TrainingError,
+  check_same_experiment,
+  to_json,
+)
+from spatial_mamba_jax.training.evaluation import Evaluation, evaluate
+from spatial_mamba_jax.training.metrics import MetricWriter, Progress
+from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from spatial_mamba_jax.training.sharding import (
+  make_mesh,
+  replicated,
+  shard_batch,
+)
+from spatial_mamba_jax.training.state import (
+  PureModel,
+  TrainState,
+  create_state,
+  empty_window,
+)
+from spatial_mamba_jax.training.step import (
+  make_eval_step,
+  make_preprocess,
+  make_train_step,
+)
+
+
+class StoppedError(Exception):
+  """The run was told to stop, and saved itself first."""
+
+
+class NonFiniteError(Exception):
+  """The loss or the gradient was not finite."""
+
+
+def train(config: TrainConfig, workdir: pathlib.Path) -> Evaluation | None:
+  """Trains, resuming where `workdir` holds a checkpoint.
+
+  Args:
+    config: the experiment.
+    workdir: where checkpoints and logs are kept.
+
+  Returns:
+    The evaluation after the last step; None where the run had ended before.
+
+  Raises:
+    TrainingError, DataError: something is wrong with the config, the data, or
+      what `workdir` holds.
+    StoppedError: on SIGTERM, after saving.
+    NonFiniteError: the run diverged; its last checkpoint is from before.
+  """
+  config.validate()
+  return _Run(config, workdir).run()
+
+
+def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
+  """Evaluates the moving average of the weights in a checkpoint.
+
+  Args:
+    config: the experiment.
+    path: one checkpoint, a directory named by its step; or a directory of
+      them, of which the best is taken.
+
+  Raises:
+    TrainingError, DataError: something is wrong with the config, the data, or
+      what `path` holds.
+  """
+  config.validate()
+  mesh = make_mesh()
+  check_batch_sizes(config, mesh)
+  source = open_checked_source(config, "validation")
+  model = PureModel(config.model.build())
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  weights = load_ema(path, _placed(shapes, mesh))
+  return evaluate(
+    jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),
+    weights,
+    source,
+    config.data,
+    batch_size=config.evaluation_batch_size,
+    mesh=mesh,
+  )
+
+
+def _placed(shapes: Any, mesh: Mesh) -> Any:
+  """The same shapes, to live on every device of the mesh."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+    shapes,
+  )
+
+
+class _Run:
+  """What the parts of a run share."""
+
+  def __init__(self, config: TrainConfig, workdir: pathlib.Path):
+    self.config, self.workdir = config, workdir
+    self.mesh = make_mesh()
+    check_batch_sizes(config, self.mesh)
+    self.train_source = open_checked_source(config, "train")
+    self.eval_source = open_checked_source(config, "validation")
+    self.epoch_steps = len(self.train_source) // config.batch_size
+    if not self.epoch_steps:
+      raise TrainingError(
+        f"config.batch_size={config.batch_size} is larger than the"
+        f" {len(self.train_source)} training images"
+      )
+    self.steps = config.epochs * self.epoch_steps
+    self.schedule = make_schedule(
+      config.optimizer,
+      batch_size=config.batch_size,
+      epochs=config.epochs,
+      epoch_steps=self.epoch_steps,
+    )
+    self.optimizer = make_optimizer(config.optimizer, self.schedule)
+    self.model = PureModel(config.model.build())
+    step = make_train_step(
+      self.model,
+      self.optimizer,
+      make_preprocess(config),
+      config,
+      epoch_steps=self.epoch_steps,
+    )
+    on_all = replicated(self.mesh)
+    self.train_step = jax.jit(step, donate_argnums=0, out_shardings=on_all)
+    self.eval_step = jax.jit(make_eval_step(self.model), out_shardings=on_all)
+
+  def run(self) -> Evaluation | None:
+    config = self.config
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(
+      self.workdir / "checkpoints", keep_last=config.keep_last
+    ) as checkpoints:
+      state = self._first_state(checkpoints)
+      step = int(state.step)
+      if step >= self.steps:
+        print(f"{self.workdir}: all {self.steps} steps are done already")
+        return None
+      _describe_run(config, self.workdir)
+      progress = Progress(
+        step=step, steps=self.steps, epoch_steps=self.epoch_steps
+      )
+      batches = train_batches(
+        self.train_source,
+        config.data,
+        batch_size=config.batch_size // jax.process_count(),
+        seed=config.seed,
+        start_step=step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      )
+      writer = MetricWriter(self.workdir, resumed_step=step)
+      with batches, writer, _sigterm() as stopping:
+        try:
+          return self._loop(
+            state, step, batches, checkpoints, writer, progress, stopping
+          )
+        finally:
+          progress.close()
+
+  def _first_state(self, checkpoints: Checkpoints) -> TrainState:
+    def fresh():
+      return create_state(
+        self.model, self.optimizer, self.config.seed, replicated(self.mesh)
+      )
+
+    step = checkpoints.latest_step()
+    if step is None:
+      return fresh()
+    check_same_experiment(
+      checkpoints.config(step), self.config, str(self.workdir)
+    )
+    like = _placed(jax.eval_shape(fresh), self.mesh)
+    print(f"resuming {self.workdir} after step {step}", file=sys.stderr)
+    return checkpoints.restore_state(step, like)
+
+  def _loop(
+    self, state, step, batches, checkpoints, writer, progress, stopping
+  ) -> Evaluation | None:
+    config = self.config
+    evaluation = None
+    since = time.perf_counter()
+    while step < self.steps:
+      state = self.train_step(state, shard_batch(next(batches), self.mesh))
+      step += 1
+      progress.advance()
+      if step % config.log_every == 0 or step == self.steps:
+        metrics = self._read_window(state, step)
+        seconds = time.perf_counter() - since
+        since += seconds
+        metrics["images_per_second"] = metrics.pop("images") / seconds
+        writer.write(step, "train", metrics)
+        progress.show(step, metrics)
+        window = jax.device_put(empty_window(), replicated(self.mesh))
+        state = dataclasses.replace(state, window=window)
+      if step % self.epoch_steps == 0 and self._is_evaluated(step):
+        self._check_finite(state)
+        evaluation = self._evaluate(state)
+        writer.write(step, "evaluation", dataclasses.asdict(evaluation))
+        progress.say(f"epoch {step // self.epoch_steps}: {evaluation}")
+        checkpoints.save(state, config, evaluation)
+        since = time.perf_counter()
+      elif _should_stop(stopping, step):
+        self._check_finite(state)
+        checkpoints.save(state, config)
+      if _should_stop(stopping, step) and step < self.steps:
+        checkpoints.wait()
+        raise StoppedError(
+          f"stopped by SIGTERM after step {step}, which is saved; the same"
+          " command resumes"
+        )
+    return evaluation
+
+  def _is_evaluated(self, step: int) -> bool:
+    epoch = step // self.epoch_steps
+    return epoch % self.config.evaluate_every == 0 or step == self.steps
+
+  def _evaluate(self, state: TrainState) -> Evaluation:
+    return evaluate(
+      self.eval_step,
+      state.ema,
+      self.eval_source,
+      self.config.data,
+      batch_size=self.config.evaluation_batch_size,
+      mesh=self.mesh,
+    )
+
+  def _read_window(self, state: TrainState, step: int) -> dict[str, float]:
+    self._check_finite(state)
+    sums = {k: float(v) for k, v in jax.device_get(state.window).items()}
+    return {
+      "loss": sums["loss"] / sums["steps"],
+      "accuracy": sums["correct"] / sums["images"],
+      "grad_norm": sums["grad_norm"] / sums["steps"],
+      "learning_rate": float(self.schedule(step - 1)),
+      "images": sums["images"],
+    }
+
+  def _check_finite(self, state: TrainState) -> None:
+    bad_step = int(state.bad_step)
+    if bad_step >= 0:
+      raise NonFiniteError(
+        f"the loss or the gradient of step {bad_step} is not finite; the"
+        f" checkpoints in {self.workdir} are from before: lower"
+        " config.optimizer.learning_rate or raise warmup_epochs"
+      )
+
+
+def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
+  """Raises a TrainingError unless the devices share batches evenly."""
+  for field, size in (
+    ("batch_size / accumulation_steps", config.batch_size // config.accumulation_steps),
+    ("evaluation_batch_size", config.evaluation_batch_size),
+  ):  # fmt: skip
+    if size % mesh.size:
+      raise TrainingError(
+        f"config.{field} = {size} must be a multiple of the {mesh.size} devices"
+      )
+
+
+def open_checked_source(config: TrainConfig, split: str) -> Source:
+  """The images of a split, which must have the model's number of classes.
+
+  Raises:
+    TrainingError: it has not.
+    DataError: there are no such images.
+  """
+  source = open_source(config.data, split)
+  if source.num_classes != config.model.num_classes:
+    raise TrainingError(
+      f"{config.data.name} has {source.num_classes} classes and the model"
+      f" {config.model.num_classes}: set"
+      f" --config.model.num_classes={source.num_classes}"
+    )
+  return source
+
+
+def _describe_run(config: TrainConfig, workdir: pathlib.Path) -> None:
+  """Leaves a description beside the checkpoints."""
+  if jax.process_index():
+    return
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+  description = {
+    "config": json.loads(to_json(config)),
+    "versions": {name: importlib.metadata.version(name) for name in packages},
+    "commit": _commit(),
+    "devices": [device.device_kind for device in jax.devices()],
+  }
+  path = workdir / "run.json"
+  path.write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+  """The source's git commit, where it is a checkout."""
+  try:
+    return subprocess.run(
+      ("git", "describe", "--always", "--dirty", "--abbrev=40"),
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[bool]]:
+  """A list that is no longer empty once SIGTERM has come."""
+  received: list[bool] = []
+  if jax.process_count() > 1:
+    # JAX's own handler lets all processes stop after the same step.
+    yield received
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+  try:
+    yield received
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _should_stop(stopping: list[bool], step: int) -> bool:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+  return bool(stopping)

@@ -1,0 +1,100 @@
+"""What a run logs: JSON lines, TensorBoard events, a bar or plain lines."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import tqdm
+from tensorboardX import SummaryWriter
+
+
+class MetricWriter:
+  """Writes each record to `metrics.jsonl` and as TensorBoard events.
+
+  A resumed run drops what was logged after its checkpoint, so that the file
+  ends up as if nothing had happened.
+  """
+
+  def __init__(self, workdir: pathlib.Path, *, resumed_step: int):
+    """Opens the files of a run that continues after `resumed_step`."""
+    path = workdir / "metrics.jsonl"
+    if path.exists():
+      _drop_records_after(path, resumed_step)
+    self._file = path.open("a")
+    self._events = SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=resumed_step + 1
+    )
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._file.close()
+    self._events.close()
+
+  def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+    """Logs values under `kind`, "train" or "evaluation"."""
+    record = {"step": step, "kind": kind, **values}
+    self._file.write(json.dumps(record) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _drop_records_after(path: pathlib.Path, step: int) -> None:
+  kept = []
+  for line in path.read_text().splitlines(keepends=True):
+    if not line.endswith("\n") or json.loads(line)["step"] > step:
+      break
+    kept.append(line)
+  partial = path.with_suffix(".tmp")
+  partial.write_text("".join(kept))
+  os.replace(partial, path)
+
+
+class Progress:
+  """A bar where someone watches, else a line for each logged window."""
+
+  def __init__(self, *, step: int, steps: int, epoch_steps: int):
+    """Starts at `step` of `steps`."""
+    self._steps, self._epoch_steps = steps, epoch_steps
+    self._start = (step, time.perf_counter())
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        initial=step, total=steps, unit="step", dynamic_ncols=True
+      )
+
+  def advance(self) -> None:
+    """One more step was dispatched."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def show(self, step: int, metrics: dict[str, float]) -> None:
+    """Shows the means of a window and its speed."""
+    line = (
+      f"loss {metrics['loss']:.4f}  accuracy {100 * metrics['accuracy']:.2f}%"
+      f"  {metrics['images_per_second']:.0f} images/s"
+    )
+    if self._bar is not None:
+      self._bar.set_postfix_str(line)
+      return
+    first, since = self._start
+    seconds = (time.perf_counter() - since) * (self._steps - step)
+    left = seconds / max(step - first, 1)
+    self.say(
+      f"step {step}/{self._steps}  epoch {step / self._epoch_steps:.2f}"
+      f"  {line}  {left / 60:.1f} min left"
+    )
+
+  def say(self, line: str) -> None:
+    """Prints a line, above the bar where there is one."""
+    tqdm.tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.close()

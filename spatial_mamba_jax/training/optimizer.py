@@ -1,0 +1,70 @@
+"""AdamW with the authors' decay groups and schedule."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spatial_mamba_jax.training.config import OptimizerConfig
+
+
+def authors_schedule(
+  *, peak: float, first: float, last: float, warmup_steps: int, steps: int
+) -> optax.Schedule:
+  """Linear warm-up, then a cosine, as the authors' trainer runs timm's.
+
+  Their scheduler is told of a step once it is done, so that the learning rate
+  of step s is the curve's at s - 1, and the first step's is drawn twice.
+
+  Args:
+    peak: learning rate after warm-up.
+    first: learning rate of the first step.
+    last: what the cosine falls to.
+    warmup_steps: steps of warm-up.
+    steps: steps of the run, warm-up included.
+  """
+  warmup = optax.linear_schedule(first, peak, max(warmup_steps, 1))
+  cosine = optax.cosine_decay_schedule(
+    peak, max(steps - warmup_steps, 1), alpha=last / peak
+  )
+  curve = optax.join_schedules((warmup, cosine), (warmup_steps,))
+
+  def schedule(step):
+    return jnp.where(step == 0, first, curve(jnp.maximum(step - 1, 0)))
+
+  return schedule
+
+
+def make_schedule(
+  config: OptimizerConfig, *, batch_size: int, epochs: int, epoch_steps: int
+) -> optax.Schedule:
+  """The schedule of a run, scaled to its batch size."""
+  scale = batch_size / config.reference_batch_size
+  return authors_schedule(
+    peak=scale * config.learning_rate,
+    first=scale * config.warmup_learning_rate,
+    last=scale * config.min_learning_rate,
+    warmup_steps=config.warmup_epochs * epoch_steps,
+    steps=epochs * epoch_steps,
+  )
+
+
+def make_optimizer(
+  config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """Clipping by global norm, then AdamW.
+
+  Weights of one dimension do not decay: biases, norms, D and alpha. All others
+  do, A_log and the fusion kernels included, as the authors' code has it (its
+  `_no_weight_decay` marks are never read).
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      schedule,
+      b1=config.beta1,
+      b2=config.beta2,
+      eps=config.epsilon,
+      weight_decay=config.weight_decay,
+      mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    ),
+  )

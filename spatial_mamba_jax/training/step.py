@@ -1,0 +1,224 @@
+"""One training step and one evaluation step, pure functions over arrays.
+
+Axis letters: B batch, H and W height and width, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from spatial_mamba_kernels.typing import Array, Float
+
+from spatial_mamba_jax.data import IMAGENET_MEAN, IMAGENET_STD
+from spatial_mamba_jax.training.config import TrainConfig
+from spatial_mamba_jax.training.losses import (
+  smoothed_targets,
+  soft_cross_entropy,
+)
+from spatial_mamba_jax.training.state import (
+  Arrays,
+  PureModel,
+  TrainState,
+  Weights,
+)
+
+# A batch and a random key to normalised images and soft targets.
+Preprocess = Callable[
+  [dict[str, Array], Array],
+  tuple[Float[Array, "B H W 3"], Float[Array, "B K"]],
+]
+
+
+def normalise(images: Array) -> Float[Array, "B H W 3"]:
+  """Bytes to floats with ImageNet's mean 0 and deviation 1."""
+  mean = 255 * jnp.asarray(IMAGENET_MEAN, jnp.float32)
+  std = 255 * jnp.asarray(IMAGENET_STD, jnp.float32)
+  return (images.astype(jnp.float32) - mean) / std
+
+
+def make_preprocess(config: TrainConfig) -> Preprocess:
+  """What the device does to a training batch before the model sees it."""
+
+  def preprocess(batch, key):
+    del key  # No augmentation on the device yet.
+    target = smoothed_targets(
+      batch["label"], config.model.num_classes, config.label_smoothing
+    )
+    return normalise(batch["image"]), target
+
+  return preprocess
+
+
+def make_train_step(
+  model: PureModel,
+  optimizer: optax.GradientTransformation,
+  preprocess: Preprocess,
+  config: TrainConfig,
+  *,
+  epoch_steps: int,
+) -> Callable[[TrainState, dict[str, Array]], TrainState]:
+  """The step of a run: forward, backward, update, moving average.
+
+  All that is random in it follows from the seed and the number of the step.
+
+  Args:
+    model: the model as a pure function.
+    optimizer: whose state is in the `TrainState`.
+    preprocess: applied to each batch on the device.
+    config: the experiment.
+    epoch_steps: steps an epoch, to know when MESA begins.
+
+  Returns:
+    (state, batch) -> state, to be jitted with the state donated.
+  """
+  mesa_from = int(config.mesa_start * config.epochs) * epoch_steps
+
+  def loss(params, stats, images, target, teacher, key):
+    logits, stats = model.train(Weights(params, stats), images, key)
+    value = jnp.mean(soft_cross_entropy(logits, target))
+    if teacher is not None:
+      mesa = jnp.mean(soft_cross_entropy(logits, teacher))
+      value += config.mesa_weight * mesa
+    hits = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
+    return value, (stats, jnp.sum(hits))
+
+  def teach(state, images):
+    """The moving average's predictions; of no weight before MESA begins."""
+    if not config.mesa_weight:
+      return None
+    classes = config.model.num_classes
+    silent = jnp.zeros((images.shape[0], classes), state_dtype(state))
+    return jax.lax.cond(
+      state.step >= mesa_from,
+      lambda: jax.nn.softmax(model.evaluate(state.ema, images)),
+      lambda: silent,
+    )
+
+  def gradients(state, batch, key):
+    def part(stats, part_of_batch):
+      batch, index = part_of_batch
+      data_key, model_key = jax.random.split(jax.random.fold_in(key, index))
+      images, target = preprocess(batch, data_key)
+      (value, (stats, hits)), grads = jax.value_and_grad(loss, has_aux=True)(
+        state.weights.params,
+        stats,
+        images,
+        target,
+        teach(state, images),
+        model_key,
+      )
+      return stats, (grads, value, hits)
+
+    count = config.accumulation_steps
+    if count == 1:
+      stats, out = part(state.weights.stats, (batch, 0))
+      return stats, *out
+    stats, (grads, values, hits) = _accumulate(
+      part, state.weights.stats, _split_batch(batch, count), count
+    )
+    mean = jax.tree.map(lambda x: x / count, (grads, values))
+    return stats, *mean, hits
+
+  def train_step(state, batch):
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    stats, grads, value, hits = gradients(state, batch, key)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(
+      grads, state.opt_state, state.weights.params
+    )
+    params = optax.apply_updates(state.weights.params, updates)
+    weights = Weights(params, stats)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    images = batch["label"].shape[0]
+    sums = {
+      "loss": value,
+      "correct": hits,
+      "grad_norm": grad_norm,
+      "images": images,
+      "steps": 1,
+    }
+    return TrainState(
+      step=state.step + 1,
+      weights=weights,
+      ema=_moving_average(state.ema, weights, config.ema_decay),
+      opt_state=opt_state,
+      window=jax.tree.map(
+        lambda old, new: old + jnp.asarray(new, old.dtype), state.window, sums
+      ),
+      bad_step=jnp.where(
+        (state.bad_step < 0) & ~finite, state.step + 1, state.bad_step
+      ),
+    )
+
+  return train_step
+
+
+def state_dtype(state: TrainState) -> Any:
+  """The precision of the parameters."""
+  return jnp.result_type(*jax.tree.leaves(state.weights.params))
+
+
+def _split_batch(batch: dict[str, Array], count: int) -> dict[str, Array]:
+  """[B, ...] to [count, B / count, ...], each device keeping its images."""
+  return {
+    name: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+    for name, x in batch.items()
+  }
+
+
+def _accumulate(part, stats, parts, count):
+  """Sums what `part` returns, its statistics passed from part to part."""
+
+  def step(carry, x):
+    stats, sums = carry
+    stats, out = part(stats, x)
+    return (stats, jax.tree.map(jnp.add, sums, out)), None
+
+  parts = (parts, jnp.arange(count))
+  first = jax.tree.map(lambda x: x[0], parts)
+  _, shapes = jax.eval_shape(part, stats, first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  (stats, sums), _ = jax.lax.scan(step, (stats, zeros), parts)
+  return stats, sums
+
+
+def _moving_average(ema: Weights, weights: Weights, decay: float) -> Weights:
+  """Of every float; counts are copied."""
+
+  def average(old, new):
+    if not jnp.issubdtype(old.dtype, jnp.floating):
+      return new
+    return decay * old + (1 - decay) * new
+
+  return jax.tree.map(average, ema, weights)
+
+
+def make_eval_step(
+  model: PureModel,
+) -> Callable[[Weights, dict[str, Array]], Arrays]:
+  """(weights, batch) -> sums over the images that `batch["mask"]` counts.
+
+  The sums are `top1`, `top5` (of K classes where K < 5), `loss` and `images`.
+  """
+
+  def eval_step(weights, batch):
+    logits = model.evaluate(weights, normalise(batch["image"]))
+    label, mask = batch["label"], batch["mask"]
+    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    # Ties count against the label, so that constant logits score nothing.
+    rank = jnp.sum(logits >= own, axis=-1) - 1
+    loss = -jax.nn.log_softmax(logits)[jnp.arange(label.size), label]
+    sums = {
+      "top1": rank < 1,
+      "top5": rank < 5,
+      "loss": loss,
+      "images": jnp.ones_like(mask),
+    }
+    return {
+      name: jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32))
+      for name, x in sums.items()
+    }
+
+  return eval_step
