@@ -225,13 +225,11 @@ class _TrainingExample:
   config: DataConfig
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    unreadable = _READABLE
     example = _read(self.source, index)
+    unreadable = index if example is None else _READABLE
     for _ in range(_REPLACEMENTS):
       if example is not None:
         break
-      if unreadable == _READABLE:
-        unreadable = index
       example = _read(self.source, int(rng.integers(len(self.source))))
     if example is None:
       raise DataError(

@@ -37,7 +37,7 @@ class TfdsSource:
         is most of the work.
 
     Raises:
-      DataError: if the split is absent or cannot be read at random.
+      DataError: if the split is absent or cannot be read in random order.
     """
     # Any: the annotations of TFDS are narrower than what it does.
     builder: Any = tfds.builder_from_directory(directory)
@@ -45,7 +45,7 @@ class TfdsSource:
     if file_format is None or file_format.value != "array_record":
       raise DataError(
         f"{directory} is stored as {file_format and file_format.value}, which "
-        "cannot be read at random: prepare it with file_format=array_record"
+        "cannot be read in random order: prepare it with file_format=array_record"
       )
     if split not in builder.info.splits:
       raise DataError(
