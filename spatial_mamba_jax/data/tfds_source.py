@@ -45,7 +45,7 @@ class TfdsSource:
     if file_format is None or file_format.value != "array_record":
       raise DataError(
         f"{directory} is stored as {file_format and file_format.value}, which "
-        "cannot be read in random order: prepare it with file_format=array_record"
+        "cannot be read in random order: it needs file_format=array_record"
       )
     if split not in builder.info.splits:
       raise DataError(
