@@ -25,19 +25,30 @@ def fuse(
   """See `state_fusion`; several states a pixel share the channel's stencil."""
   dtype = state_dtype(h, kernels, alpha)
   weighted = alpha.astype(dtype)[:, None, None, None] * kernels.astype(dtype)
-  offsets, weights = _merge_taps(weighted, dilations)
+  _, height, width, *_ = h.shape
+  offsets, weights = _merge_taps(weighted, dilations, height, width)
   return _apply(h, weights, offsets)
 
 
-def _merge_taps(weighted, dilations):
-  """One weight [T, D] for each distinct offset from the pixel."""
+def _merge_taps(weighted, dilations, height, width):
+  """One weight [T, D] for each distinct offset from the pixel.
+
+  An offset of more than height - 1 rows or width - 1 columns reaches the
+  border from every pixel and is as good as that: in small images more taps
+  coincide (9 are left of 2 x 2, and 1 of 1 x 1).
+  """
+
+  def offset(tap, dilation, size):
+    reach = min(dilation, size - 1)
+    return (tap - 1) * reach
+
   taps: dict[tuple[int, int], Array] = {}
   for m, dilation in enumerate(dilations):
     for row in range(3):
       for column in range(3):
-        offset = ((row - 1) * dilation, (column - 1) * dilation)
+        at = offset(row, dilation, height), offset(column, dilation, width)
         weight = weighted[m, row, column]
-        taps[offset] = taps[offset] + weight if offset in taps else weight
+        taps[at] = taps[at] + weight if at in taps else weight
   return tuple(taps), jnp.stack(list(taps.values()))
 
 
