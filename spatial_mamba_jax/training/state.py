@@ -139,7 +139,7 @@ def initial_state(
 def empty_window() -> dict[str, Float[Array, ""]]:
   """Sums of nothing: of loss, correct images, gradient norm, images, steps."""
   names = ("loss", "correct", "grad_norm", "images", "steps")
-  return {name: jnp.zeros((), jnp.float32) for name in names}
+  return {name: jnp.zeros((), jnp.result_type(float)) for name in names}
 
 
 Preprocess = Callable[[Any, Array], tuple[Array, Array]]

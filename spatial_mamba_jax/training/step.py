@@ -124,14 +124,14 @@ def make_train_step(
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     stats, grads, value, hits = gradients(state, batch, key)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(
       grads, state.opt_state, state.weights.params
     )
     params = optax.apply_updates(state.weights.params, updates)
     weights = Weights(params, stats)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    images = batch["label"].shape[0]
+    images = next(iter(batch.values())).shape[0]
     sums = {
       "loss": value,
       "correct": hits,
