@@ -53,8 +53,8 @@ def correlate(
   Returns:
     The output in the dtype of `weights`.
   """
-  # Without the barrier XLA fuses the padding into each of the taps.
-  padded = jax.lax.optimization_barrier(padded)
+  # Without the barrier XLA computes padding and weights anew in each tap.
+  padded, weights = jax.lax.optimization_barrier((padded, weights))
   total = None
   for weight, offset in zip(weights, offsets, strict=True):
     window = _window(padded, offset, height, width, stride)

@@ -116,6 +116,24 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
   return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
 
 
+@jax.custom_jvp
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """x * sigmoid(x), as one division.
+
+  XLA takes a division for expensive and computes it once. The product of
+  `jax.nn.silu` it computes again in each consumer, the depthwise convolution
+  before it included; on a CPU that made the state fusion 12 times slower.
+  """
+  return x / (1 + jnp.exp(-x))
+
+
+@silu.defjvp
+def _silu_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  gate = jax.nn.sigmoid(x)
+  return silu(x), dx * gate * (1 + x * (1 - gate))
+
+
 def linear(
   features_in: int,
   features_out: int,

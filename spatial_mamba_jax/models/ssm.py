@@ -13,6 +13,7 @@ from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   LayerNorm,
   linear,
+  silu,
   uniform_fan_in,
 )
 
@@ -68,7 +69,7 @@ class StructureAwareSSM(nnx.Module):
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     x, z = jnp.split(self.in_proj(x), 2, axis=-1)
-    u = jax.nn.silu(self.conv(x))
+    u = silu(self.conv(x))
     dt_low, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
     y = smk.structure_aware_ssm(
       u,
@@ -82,7 +83,7 @@ class StructureAwareSSM(nnx.Module):
       delta_bias=self.dt_bias[...],
       implementation=self.implementation,
     )
-    return self.out_proj(self.norm(y) * jax.nn.silu(z))
+    return self.out_proj(self.norm(y) * silu(z))
 
 
 def _dt_bias(key, features, dtype):

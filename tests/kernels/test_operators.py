@@ -96,8 +96,9 @@ def ssm_arguments(batch, height, width, channels, n, dtype, seed=0):
   }
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+# On the CPU, None is "sequential".
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
   st.integers(1, 3),
   st.integers(1, 12),
@@ -123,7 +124,7 @@ def test_ssm_of_any_shape(implementation, batch, height, width, channels, n):
 @pytest.mark.parametrize(
   ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)]
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_ssm_in_lower_precision(implementation, dtype, tolerance):
   arguments = ssm_arguments(2, 9, 13, 8, 2, jnp.float32)
   for name in ("u", "delta", "B", "C"):
@@ -159,15 +160,18 @@ def test_state_is_float32_for_half_inputs():
     jnp.full((1, 1), -1e-6, jnp.float32),
     one,
     one * 1e-3,
-    jnp.zeros(1),
-    jnp.ones((3, 3, 3, 1)),
-    jnp.ones(3),
+    jnp.zeros(1, jnp.float32),
+    jnp.ones((3, 3, 3, 1), jnp.float32),
+    jnp.ones(3, jnp.float32),
   )
   assert jnp.isfinite(y).all()
+  tokens = one.reshape(1, 16, 1)
   states = smk.selective_scan(
-    one.reshape(1, 16, 1), one.reshape(1, 16, 1), -jnp.ones((1, 2)),
+    tokens,
+    tokens,
+    -jnp.ones((1, 2), jnp.float32),
     jnp.ones((1, 16, 2), jnp.float16),
-  )  # fmt: skip
+  )
   assert states.dtype == jnp.float32
   assert states.shape == (1, 16, 1, 2)
 
@@ -242,7 +246,8 @@ def test_a_shape_that_does_not_fit_is_named():
   with pytest.raises(ValueError, match="C must be floating point"):
     smk.structure_aware_ssm(**arguments)
   with pytest.raises(ValueError, match="u is empty"):
-    smk.selective_scan(*(np.zeros((1, 0, 1)),) * 2, np.ones((1, 1)), np.ones((1, 0, 1)))
+    empty = np.zeros((1, 0, 1))
+    smk.selective_scan(empty, empty, np.ones((1, 1)), empty)
   with pytest.raises(ValueError, match="dilations must be 1 or more"):
     smk.state_fusion(
       np.ones((1, 2, 2, 1)), np.ones((1, 3, 3, 1)), np.ones(1), dilations=(0,)

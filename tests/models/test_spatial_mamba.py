@@ -7,9 +7,6 @@ import pytest
 from flax import nnx
 
 import spatial_mamba_jax as smj
-from spatial_mamba_jax.models.config import get_model_config
-from spatial_mamba_jax.models.spatial_mamba import Block, DownSampling, Stem
-from spatial_mamba_jax.models.ssm import StructureAwareSSM
 
 MICRO_SIZES = ["64x64", "96x64", "50x70"]
 
@@ -159,37 +156,30 @@ def test_backbone_returns_the_stages_asked_for(create, images):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(
-  ("name", "path", "make"),
+  ("name", "path", "dims"),
   [
-    (
-      "ssm",
-      "layers.0.blocks.0.self_attention.",
-      lambda c, r: StructureAwareSSM(32, config=c, rngs=r),
-    ),
-    ("block", "layers.0.blocks.0.", lambda c, r: Block(32, config=c, rngs=r)),
-    ("stem", "patch_embed.", lambda c, r: Stem(16, config=c, rngs=r)),
-    (
-      "down",
-      "layers.0.downsample.",
-      lambda c, r: DownSampling(16, 32, config=c, rngs=r),
-    ),
+    ("ssm", "layers.0.blocks.0.self_attention.", (32, 64)),
+    ("block", "layers.0.blocks.0.", (32, 64)),
+    ("stem", "patch_embed.", (16, 32)),
+    ("down", "layers.0.downsample.", (16, 32)),
   ],
 )
-def test_modules_are_the_authors(golden, named_weights, name, path, make, mode):
+def test_modules_are_the_authors(golden, named_weights, name, path, dims, mode):
   g = golden("modules")
-  config = get_model_config(
-    "spatial_mamba_micro", dims=(32, 64), depths=(1, 1), dtype="float64"
+  model = smj.create_model(
+    "spatial_mamba_micro",
+    rngs=nnx.Rngs(0),
+    dims=dims,
+    depths=(1, 1),
+    dtype="float64",
   )
-  if name in ("stem", "down"):
-    config = get_model_config("spatial_mamba_micro", dtype="float64")
-  model = smj.SpatialMamba(config, rngs=nnx.Rngs(0))
   shapes = {k: v.shape for k, v in smj.convert.to_torch(model).items()}
   weights = {
     path + local: named_weights.named_weight(local, shapes[path + local], 1)
     for local in g[f"{name}_names"]
   }
-  smj.convert.from_torch(model, weights, strict=False)
-  del make
+  mismatch = smj.convert.from_torch(model, weights, strict=False)
+  assert not mismatch.unexpected
   module = {
     "ssm": model.stages[0].blocks[0].mixer,
     "block": model.stages[0].blocks[0],
@@ -201,3 +191,156 @@ def test_modules_are_the_authors(golden, named_weights, name, path, make, mode):
   x = np.moveaxis(x, 1, 3) if name == "stem" else x
   y = module(jnp.asarray(x))
   np.testing.assert_allclose(y, g[f"{name}_y_{mode}"], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+def test_evaluation_follows_training(create, images):
+  """The authors cache the merged fusion kernels at the first evaluation.
+
+  Afterwards their validation and their MESA teacher run on stale weights.
+  """
+  model = create("micro", dtype=jnp.float64)
+  batch = jnp.asarray(images("64x64"))
+  before = apply(model, batch)
+  fusion = model.stages[0].blocks[0].mixer.fusion
+  fusion.kernels[...] = 2 * fusion.kernels[...]
+  after = apply(model, batch)
+  assert np.abs(after - before).max() > 1e-3
+  fusion.alpha[...] = fusion.alpha[...] / 2
+  np.testing.assert_allclose(apply(model, batch), before, rtol=1e-12)
+
+
+@pytest.mark.parametrize("d_state", [2, 5])
+def test_more_states_than_one(d_state, images):
+  """Which the authors' code cannot run."""
+  model = smj.create_model(
+    "spatial_mamba_micro", rngs=nnx.Rngs(0), d_state=d_state
+  )
+  assert model.stages[0].blocks[0].mixer.A_log.shape == (32, d_state)
+  logits = {
+    implementation: smj.create_model(
+      "spatial_mamba_micro",
+      rngs=nnx.Rngs(0),
+      d_state=d_state,
+      implementation=implementation,
+    )(images("33x47"))
+    for implementation in ("sequential", "associative")
+  }
+  assert jnp.isfinite(logits["sequential"]).all()
+  np.testing.assert_allclose(*logits.values(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("name", "parameters"),
+  [
+    ("spatial_mamba_tiny", 26_748_862),
+    ("spatial_mamba_small", 43_074_280),
+    ("spatial_mamba_base", 95_745_592),
+  ],
+)
+def test_sizes_are_the_papers(name, parameters):
+  model = nnx.eval_shape(lambda: smj.create_model(name, rngs=nnx.Rngs(0)))
+  params = jax.tree.leaves(nnx.state(model, nnx.Param))
+  assert sum(x.size for x in params) == parameters
+
+
+def test_drop_path_keeps_the_mean_and_needs_a_key(images):
+  model = smj.create_model(
+    "spatial_mamba_micro", rngs=nnx.Rngs(0), drop_path_rate=0.5
+  )
+  assert np.allclose(
+    np.concatenate(model.config.drop_path_rates), np.linspace(0, 0.5, 5)
+  )
+  batch = images("32x32")
+  model.train()
+  with pytest.raises(ValueError, match="rngs=nnx.Rngs"):
+    model(batch)
+
+  @nnx.jit
+  def logits(model, key):
+    return model(batch, rngs=nnx.Rngs(drop_path=key))
+
+  keys = jax.random.split(jax.random.key(0), 2)
+  assert jnp.abs(logits(model, keys[0]) - logits(model, keys[1])).max() > 1e-3
+  assert jnp.array_equal(logits(model, keys[0]), logits(model, keys[0]))
+
+
+def test_drop_path_by_sample():
+  from spatial_mamba_jax.models.layers import drop_path
+
+  x = jnp.ones((4000, 2, 1))
+  y = drop_path(x, jax.random.key(0), jnp.asarray(0.25))
+  assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+  assert (y[:, 0] == y[:, 1]).all()
+  # Three deviations of the mean of 4000 draws.
+  assert jnp.mean(y) == pytest.approx(1, abs=3 * (0.25 / 0.75 / 4000) ** 0.5)
+  kept = drop_path(x, jax.random.key(0), jnp.asarray(0.0))
+  assert jnp.array_equal(kept, x)
+
+
+def test_silu_and_gelu_with_their_gradients():
+  from spatial_mamba_jax.models.layers import gelu, silu
+
+  x = jnp.concatenate([jnp.linspace(-200, 200, 801), jnp.zeros(1)])
+  for ours, theirs in (
+    (silu, jax.nn.silu),
+    (gelu, lambda x: jax.nn.gelu(x, approximate=False)),
+  ):
+    np.testing.assert_allclose(ours(x), theirs(x), atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(
+      jax.vmap(jax.grad(ours))(x), jax.vmap(jax.grad(theirs))(x), atol=2e-6
+    )
+
+
+def test_initialisation_is_the_authors():
+  model = smj.create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
+  block = model.stages[2].blocks[3]
+  mixer = block.mixer
+  assert np.std(mixer.in_proj.kernel[...]) == pytest.approx(0.02, rel=0.02)
+  assert np.abs(mixer.x_proj.kernel[...]).max() <= 512**-0.5
+  assert np.std(mixer.x_proj.kernel[...]) == pytest.approx(
+    (512 * 3) ** -0.5, rel=0.03
+  )
+  assert np.abs(mixer.dt_proj.kernel[...]).max() <= 16**-0.5
+  dt = np.log1p(np.exp(np.asarray(mixer.dt_bias[...], np.float64)))
+  assert 1e-3 * 0.999 <= dt.min() <= dt.max() <= 0.1 * 1.001
+  assert np.mean(np.log(dt)) == pytest.approx(np.log(0.01), abs=0.2)
+  assert (mixer.A_log[...] == 0).all()
+  assert (mixer.D[...] == 1).all()
+  assert (mixer.fusion.kernels[...] == 1).all()
+  assert (mixer.fusion.alpha[...] == 1).all()
+  assert np.std(block.conv1.kernel[...]) == pytest.approx(27**-0.5, rel=0.1)
+  assert not np.any(block.mlp.fc1.bias[...])
+  conv = model.downsamples[0].expand
+  assert np.abs(conv.bias[...]).max() <= 1 / 8
+  assert np.std(conv.kernel[...]) == pytest.approx(1 / (8 * 3**0.5), rel=0.03)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"dims": (16, 32)}, "dims and depths must name the same stages"),
+    ({"dims": (15, 32, 64, 128)}, "must be even"),
+    ({"d_state": 0}, "must be 1 or more"),
+    ({"drop_path_rate": 1.0}, r"must be in \[0, 1\)"),
+    ({"dtype": "int32"}, "must be floating point"),
+    ({"num_class": 3}, "'num_class' is no field of a model"),
+  ],
+)
+def test_a_wrong_field_is_named(overrides, message):
+  with pytest.raises(ValueError, match=message):
+    smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0), **overrides)
+
+
+def test_a_wrong_call_is_explained():
+  with pytest.raises(ValueError, match="no model is named 'vit'"):
+    smj.create_model("vit", rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="out_indices must be some of"):
+    smj.create_backbone(
+      "spatial_mamba_micro", out_indices=(4,), rngs=nnx.Rngs(0)
+    )
+  model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"must have shape \[B, H, W, 3\]"):
+    model(np.zeros((2, 3, 32, 32), np.float32))
+  with pytest.raises(ValueError, match="floating point and normalised"):
+    model(np.zeros((2, 32, 32, 3), np.uint8))

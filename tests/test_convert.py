@@ -1,0 +1,70 @@
+"""Weights to and from the authors' names and layouts."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import spatial_mamba_jax as smj
+
+
+@pytest.fixture
+def micro():
+  return smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
+
+
+def test_round_trip_is_exact(micro, named_weights):
+  state_dict = named_weights.named_state_dict("micro")
+  mismatch = smj.convert.from_torch(micro, state_dict)
+  assert mismatch == ((), ())
+  back = smj.convert.to_torch(micro)
+  assert back.keys() == state_dict.keys()
+  for name, tensor in state_dict.items():
+    assert back[name].shape == tensor.shape, name
+    assert np.array_equal(back[name], tensor), name
+    assert back[name].dtype == tensor.dtype, name
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_names_and_shapes_are_the_authors(named_weights, size):
+  def names():
+    model = smj.create_model(f"spatial_mamba_{size}", rngs=nnx.Rngs(0))
+    # A shape needs no numbers.
+    return {
+      name: tensor.shape for name, tensor in smj.convert.to_torch(model).items()
+    }
+
+  expected = named_weights.state_dict_shapes(size)
+  assert names() == {k: tuple(v) for k, v in expected.items()}
+
+
+def test_what_does_not_fit_is_named_and_changes_nothing(micro, named_weights):
+  before = smj.convert.to_torch(micro)
+  state_dict = named_weights.named_state_dict("micro")
+  del state_dict["head.bias"]
+  state_dict["extra"] = np.zeros(3)
+  state_dict["norm.weight"] = np.zeros(7)
+  with pytest.raises(
+    ValueError,
+    match=(
+      r"1 missing \(head.bias\); 1 unexpected \(extra\); 1 misshapen"
+      r" \(norm.weight is \[7\] instead of \[128\]\)"
+    ),
+  ):
+    smj.convert.from_torch(micro, state_dict)
+  with pytest.raises(ValueError, match="1 misshapen"):
+    smj.convert.from_torch(micro, state_dict, strict=False)
+  after = smj.convert.to_torch(micro)
+  assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_left_out_where_not_strict(micro, named_weights):
+  state_dict = named_weights.named_state_dict("micro")
+  bias = smj.convert.to_torch(micro)["head.bias"]
+  del state_dict["head.bias"]
+  mismatch = smj.convert.from_torch(
+    micro, {**state_dict, "extra": bias}, strict=False
+  )
+  assert mismatch == (("head.bias",), ("extra",))
+  after = smj.convert.to_torch(micro)
+  assert np.array_equal(after["head.bias"], bias)
+  assert np.array_equal(after["head.weight"], state_dict["head.weight"])

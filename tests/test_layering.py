@@ -1,0 +1,94 @@
+"""Imports run one way, and the models need no more than jax, flax and optax."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = "spatial_mamba_jax"
+# Layer -> what of the project it may import.
+ALLOWED = {
+  "kernels": {"kernels"},
+  "models": {"kernels", "models"},
+  "data": {"data"},
+  "training": {"kernels", "models", "data", "training"},
+}
+
+
+def layer_of(module):
+  """The layer of a dotted module name, or None outside the project."""
+  parts = module.split(".")
+  if parts[0] == "spatial_mamba_kernels":
+    return "kernels"
+  if parts[0] == PACKAGE and len(parts) > 1:
+    # The weights' names and layouts stand on the models alone.
+    return "models" if parts[1] == "convert" else parts[1]
+  return None
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path} has a relative import"
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_imports_run_one_way(layer):
+  folder = ROOT / ("kernels" if layer == "kernels" else f"{PACKAGE}/{layer}")
+  files = list(folder.rglob("*.py"))
+  assert files
+  for path in files:
+    for module in imports(path):
+      imported = layer_of(module)
+      assert imported is None or imported in ALLOWED[layer], (path, module)
+
+
+def test_there_is_no_utils():
+  assert not list(ROOT.glob("[!.]*/**/utils.py"))
+
+
+def imported_packages(statement):
+  """Top-level packages in a fresh interpreter after `statement`."""
+  code = f"{statement}; import sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+  path = f"{ROOT}:{ROOT / 'kernels'}"
+  result = subprocess.run(
+    (sys.executable, "-c", code),
+    env={"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "PATH": ""},
+    capture_output=True,
+    check=True,
+    text=True,
+  )
+  return set(result.stdout.split())
+
+
+def test_kernels_need_jax_alone():
+  packages = imported_packages("import spatial_mamba_kernels")
+  assert not packages & {"flax", "optax", "grain", "orbax", "absl", "PIL"}
+
+
+def test_models_need_no_data_package():
+  packages = imported_packages(
+    "import spatial_mamba_jax, benchmarks.model as model"
+  )
+  assert not packages & {
+    "grain",
+    "tensorflow_datasets",
+    "tensorflow",
+    "PIL",
+    "ml_collections",
+    "tensorboardX",
+    "array_record",
+  }
+
+
+@pytest.mark.parametrize("name", ["spatial_mamba_jax", "spatial_mamba_kernels"])
+def test_without_jaxtyping(name):
+  imported_packages(
+    f"import sys; sys.modules['jaxtyping'] = None; import {name}"
+  )
