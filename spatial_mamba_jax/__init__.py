@@ -1,10 +1,10 @@
 """Spatial-Mamba in JAX.
 
-    import spatial_mamba_jax as smj
-    from flax import nnx
+import spatial_mamba_jax as smj
+from flax import nnx
 
-    model = smj.create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
-    logits = model(images)  # [B, H, W, 3], normalised -> [B, 1000]
+model = smj.create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
+logits = model(images)  # [B, H, W, 3], normalised -> [B, 1000]
 """
 
 from spatial_mamba_jax import convert

@@ -24,17 +24,18 @@ def test_round_trip_is_exact(micro, named_weights):
     assert back[name].dtype == tensor.dtype, name
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_names_and_shapes_are_the_authors(named_weights, size):
-  def names():
-    model = smj.create_model(f"spatial_mamba_{size}", rngs=nnx.Rngs(0))
-    # A shape needs no numbers.
-    return {
-      name: tensor.shape for name, tensor in smj.convert.to_torch(model).items()
-    }
-
+@pytest.mark.parametrize(
+  ("size", "parameters"),
+  [("tiny", 26_748_862), ("small", 43_074_280), ("base", 95_745_592)],
+)
+def test_names_and_shapes_are_the_authors(named_weights, size, parameters):
+  model = smj.create_model(f"spatial_mamba_{size}", rngs=nnx.Rngs(0))
+  tensors = smj.convert.to_torch(model)
   expected = named_weights.state_dict_shapes(size)
-  assert names() == {k: tuple(v) for k, v in expected.items()}
+  assert {name: list(x.shape) for name, x in tensors.items()} == expected
+  statistics = ("running_mean", "running_var", "num_batches_tracked")
+  learned = [x for name, x in tensors.items() if not name.endswith(statistics)]
+  assert sum(x.size for x in learned) == parameters
 
 
 def test_what_does_not_fit_is_named_and_changes_nothing(micro, named_weights):

@@ -55,7 +55,9 @@ def test_there_is_no_utils():
 
 def imported_packages(statement):
   """Top-level packages in a fresh interpreter after `statement`."""
-  code = f"{statement}; import sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+  code = (
+    f"{statement}; import sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+  )
   path = f"{ROOT}:{ROOT / 'kernels'}"
   result = subprocess.run(
     (sys.executable, "-c", code),

@@ -1,4 +1,4 @@
-"""The architectures, as the paper's table and the authors' configs give them."""
+"""The architectures, as the authors' configs give them."""
 
 import dataclasses
 import math

@@ -118,7 +118,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.custom_jvp
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """x * sigmoid(x), as one division.
+  """X * sigmoid(x), as one division.
 
   XLA takes a division for expensive and computes it once. The product of
   `jax.nn.silu` it computes again in each consumer, the depthwise convolution

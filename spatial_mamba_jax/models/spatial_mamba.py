@@ -6,6 +6,7 @@ github.com/EdwardChasel/Spatial-Mamba), without its CUDA extensions.
 Axis letters: B batch, H and W height and width, C channels, K classes.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,10 +55,12 @@ class Stem(nnx.Module):
     self.conv1 = conv_norm(3, half, 2)
     self.conv2 = nnx.List([conv_norm(half, half, 1), conv_norm(half, half, 1)])
     project = pointwise_conv(wide, dim, use_bias=False, **kwargs)
-    self.conv3 = nnx.List([
-      conv_norm(half, wide, 2),
-      ConvNorm(project, dim, **kwargs),
-    ])
+    self.conv3 = nnx.List(
+      [
+        conv_norm(half, wide, 2),
+        ConvNorm(project, dim, **kwargs),
+      ]
+    )
 
   def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B Ho Wo C"]:
     x = jax.nn.relu(self.conv1(x))
@@ -66,7 +69,7 @@ class Stem(nnx.Module):
 
 
 class DownSampling(nnx.Module):
-  """Halves height and width, by a depthwise convolution at 4 times the width."""
+  """Halves height and width, by a depthwise convolution at 4 times dim_out."""
 
   def __init__(
     self, dim: int, dim_out: int, *, config: ModelConfig, rngs: nnx.Rngs
@@ -128,9 +131,9 @@ class Stage(nnx.Module):
     config: ModelConfig,
     rngs: nnx.Rngs,
   ):
-    self.blocks = nnx.List([
-      Block(dim, config=config, rngs=rngs) for _ in drop_path_rates
-    ])
+    self.blocks = nnx.List(
+      [Block(dim, config=config, rngs=rngs) for _ in drop_path_rates]
+    )
     self.drop_path_rates = tuple(drop_path_rates)
 
   def __call__(
@@ -161,14 +164,18 @@ class Trunk(nnx.Module):
     dims = config.dims
     self.config = config
     self.stem = Stem(dims[0], config=config, rngs=rngs)
-    self.stages = nnx.List([
-      Stage(dim, rates, config=config, rngs=rngs)
-      for dim, rates in zip(dims, config.drop_path_rates, strict=True)
-    ])
-    self.downsamples = nnx.List([
-      DownSampling(dim, dim_out, config=config, rngs=rngs)
-      for dim, dim_out in zip(dims[:-1], dims[1:], strict=True)
-    ])
+    self.stages = nnx.List(
+      [
+        Stage(dim, rates, config=config, rngs=rngs)
+        for dim, rates in zip(dims, config.drop_path_rates, strict=True)
+      ]
+    )
+    self.downsamples = nnx.List(
+      [
+        DownSampling(dim, dim_out, config=config, rngs=rngs)
+        for dim, dim_out in itertools.pairwise(dims)
+      ]
+    )
     self.deterministic = True
 
   def stage_features(
@@ -245,15 +252,17 @@ class SpatialMambaBackbone(Trunk):
         f"out_indices must be some of the stages {tuple(stages)}, not"
         f" {tuple(out_indices)}"
       )
-    self.norms = nnx.Dict({
-      str(i): LayerNorm(
-        config.dims[i],
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
-      )
-      for i in out_indices
-    })
+    self.norms = nnx.Dict(
+      {
+        str(i): LayerNorm(
+          config.dims[i],
+          dtype=config.dtype,
+          param_dtype=config.param_dtype,
+          rngs=rngs,
+        )
+        for i in out_indices
+      }
+    )
 
   def __call__(
     self, images: ArrayLike, *, rngs: nnx.Rngs | None = None

@@ -87,7 +87,7 @@ class StructureAwareSSM(nnx.Module):
 
 
 def _dt_bias(key, features, dtype):
-  """softplus of it is log-uniform in [.001, .1], but never below 1e-4."""
+  """Softplus of it is log-uniform in [.001, .1], but never below 1e-4."""
   low, high = math.log(1e-3), math.log(1e-1)
   dt = jnp.exp(jax.random.uniform(key, (features,), dtype, low, high))
   dt = jnp.maximum(dt, 1e-4)

@@ -40,6 +40,8 @@ class Checkpoints:
         create=not read_only,
         read_only=read_only,
         cleanup_tmp_directories=not read_only,
+        # Not what decides which to keep, but metrics are written for it alone.
+        best_fn=lambda metrics: metrics["top1"],
         preservation_policy=policies.AnyPreservationPolicy(
           [
             policies.LatestN(keep_last),

@@ -44,10 +44,17 @@ def run(main: Callable[[], None]) -> int:
 
 def config() -> TrainConfig:
   """The experiment, overrides applied and checked."""
-  if CONFIG.value is None:
-    raise TrainingError("--config=FILE is needed, e.g. configs/digits.py")
-  CONFIG.value.validate()
-  return CONFIG.value
+  try:
+    experiment = CONFIG.value
+  except (AttributeError, OSError) as error:
+    raise TrainingError(f"--config: {_one_line(error)}") from error
+  if not isinstance(experiment, TrainConfig):
+    raise TrainingError(
+      "--config=FILE is needed, a file whose get_config() returns a"
+      " TrainConfig, e.g. configs/digits.py"
+    )
+  experiment.validate()
+  return experiment
 
 
 def workdir() -> pathlib.Path:
@@ -71,9 +78,13 @@ def _parse() -> None:
     TypeError,
     ValueError,
   ) as error:
-    raise TrainingError(" ".join(str(error).split())) from error
+    raise TrainingError(_one_line(error)) from error
   if rest[1:]:
     raise TrainingError(f"{rest[1]!r} is no flag; flags look like --name=value")
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
 
 
 def _use_compilation_cache() -> None:

@@ -1,7 +1,7 @@
 """What a run can be told: plain dataclasses, one experiment a file.
 
 A file in `configs/` has a `get_config()` that returns a `TrainConfig`; its
-fields are overridden on the command line, e.g. `--config.optimizer.epsilon=1e-6`.
+fields are overridden on the command line, e.g. `--config.epochs=10`.
 """
 
 import dataclasses
@@ -146,6 +146,7 @@ class TrainConfig:
     )
     for field in ("label_smoothing", "ema_decay"):
       _require(0 <= getattr(self, field) < 1, self, field, "in [0, 1)")
+    _require(0 <= self.seed < 2**32, self, "seed", "in [0, 2**32)")
     _require(0 <= self.mesa_start <= 1, self, "mesa_start", "in [0, 1]")
     _require(self.mesa_weight >= 0, self, "mesa_weight", "0 or more")
     optimizer = self.optimizer

@@ -203,6 +203,7 @@ class _Run:
       state = self.train_step(state, shard_batch(next(batches), self.mesh))
       step += 1
       progress.advance()
+      stop = _should_stop(stopping, step)
       if step % config.log_every == 0 or step == self.steps:
         metrics = self._read_window(state, step)
         seconds = time.perf_counter() - since
@@ -219,10 +220,10 @@ class _Run:
         progress.say(f"epoch {step // self.epoch_steps}: {evaluation}")
         checkpoints.save(state, config, evaluation)
         since = time.perf_counter()
-      elif _should_stop(stopping, step):
+      elif stop:
         self._check_finite(state)
         checkpoints.save(state, config)
-      if _should_stop(stopping, step) and step < self.steps:
+      if stop and step < self.steps:
         checkpoints.wait()
         raise StoppedError(
           f"stopped by SIGTERM after step {step}, which is saved; the same"
@@ -267,10 +268,11 @@ class _Run:
 
 def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
   """Raises a TrainingError unless the devices share batches evenly."""
+  part = config.batch_size // config.accumulation_steps
   for field, size in (
-    ("batch_size / accumulation_steps", config.batch_size // config.accumulation_steps),
+    ("batch_size / accumulation_steps", part),
     ("evaluation_batch_size", config.evaluation_batch_size),
-  ):  # fmt: skip
+  ):
     if size % mesh.size:
       raise TrainingError(
         f"config.{field} = {size} must be a multiple of the {mesh.size} devices"

@@ -6,6 +6,7 @@ import pathlib
 import sys
 import time
 
+import jax
 import tqdm
 from tensorboardX import SummaryWriter
 
@@ -14,11 +15,15 @@ class MetricWriter:
   """Writes each record to `metrics.jsonl` and as TensorBoard events.
 
   A resumed run drops what was logged after its checkpoint, so that the file
-  ends up as if nothing had happened.
+  ends up as if nothing had happened. Of several processes the first one
+  writes.
   """
 
   def __init__(self, workdir: pathlib.Path, *, resumed_step: int):
     """Opens the files of a run that continues after `resumed_step`."""
+    self._is_writer = jax.process_index() == 0
+    if not self._is_writer:
+      return
     path = workdir / "metrics.jsonl"
     if path.exists():
       _drop_records_after(path, resumed_step)
@@ -31,11 +36,14 @@ class MetricWriter:
     return self
 
   def __exit__(self, *error: object) -> None:
-    self._file.close()
-    self._events.close()
+    if self._is_writer:
+      self._file.close()
+      self._events.close()
 
   def write(self, step: int, kind: str, values: dict[str, float]) -> None:
     """Logs values under `kind`, "train" or "evaluation"."""
+    if not self._is_writer:
+      return
     record = {"step": step, "kind": kind, **values}
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
@@ -62,7 +70,8 @@ class Progress:
     self._steps, self._epoch_steps = steps, epoch_steps
     self._start = (step, time.perf_counter())
     self._bar = None
-    if sys.stderr.isatty():
+    self._is_shown = jax.process_index() == 0
+    if self._is_shown and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         initial=step, total=steps, unit="step", dynamic_ncols=True
       )
@@ -91,8 +100,9 @@ class Progress:
 
   def say(self, line: str) -> None:
     """Prints a line, above the bar where there is one."""
-    tqdm.tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
+    if self._is_shown:
+      tqdm.tqdm.write(line, file=sys.stderr)
+      sys.stderr.flush()
 
   def close(self) -> None:
     """Ends the bar."""

@@ -13,7 +13,7 @@ def authors_schedule(
   """Linear warm-up, then a cosine, as the authors' trainer runs timm's.
 
   Their scheduler is told of a step once it is done, so that the learning rate
-  of step s is the curve's at s - 1, and the first step's is drawn twice.
+  of step s is the curve's at s - 1, and the first two are the same.
 
   Args:
     peak: learning rate after warm-up.
@@ -29,7 +29,7 @@ def authors_schedule(
   curve = optax.join_schedules((warmup, cosine), (warmup_steps,))
 
   def schedule(step):
-    return jnp.where(step == 0, first, curve(jnp.maximum(step - 1, 0)))
+    return curve(jnp.maximum(step - 1, 0))
 
   return schedule
 

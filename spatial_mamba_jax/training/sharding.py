@@ -11,9 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 def initialize_distributed() -> None:
   """Joins the other processes of a multi-host run, where there are any.
 
-  Cloud TPUs and clusters are found by JAX itself once asked to; a single
-  machine has nothing to join. Data workers import the main script, and must
-  not join either.
+  They are named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID, or, with the first alone, found out by JAX on a cluster it
+  knows. Data workers import the main script and must not join.
   """
   in_worker = multiprocessing.parent_process() is not None
   if in_worker or "JAX_COORDINATOR_ADDRESS" not in os.environ:

@@ -1,6 +1,5 @@
 """All that a training step changes, and the model as a pure function of it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -140,6 +139,3 @@ def empty_window() -> dict[str, Float[Array, ""]]:
   """Sums of nothing: of loss, correct images, gradient norm, images, steps."""
   names = ("loss", "correct", "grad_norm", "images", "steps")
   return {name: jnp.zeros((), jnp.result_type(float)) for name in names}
-
-
-Preprocess = Callable[[Any, Array], tuple[Array, Array]]

@@ -207,8 +207,9 @@ def make_eval_step(
     logits = model.evaluate(weights, normalise(batch["image"]))
     label, mask = batch["label"], batch["mask"]
     own = jnp.take_along_axis(logits, label[:, None], axis=-1)
-    # Ties count against the label, so that constant logits score nothing.
-    rank = jnp.sum(logits >= own, axis=-1) - 1
+    # Ties count against the label, so that constant or NaN logits score
+    # nothing.
+    rank = jnp.sum(~(logits < own), axis=-1) - 1
     loss = -jax.nn.log_softmax(logits)[jnp.arange(label.size), label]
     sums = {
       "top1": rank < 1,

