@@ -30,16 +30,15 @@ class Checkpoints:
     directory: pathlib.Path,
     *,
     keep_last: int = 2,
-    read_only: bool = False,
+    create: bool = True,
   ):
-    """Opens a directory, which is made where it is missing."""
+    """Opens a directory; `create` makes it, or clears it of partial saves."""
     self._directory = directory
     self._manager = ocp.CheckpointManager(
       directory,
       options=ocp.CheckpointManagerOptions(
-        create=not read_only,
-        read_only=read_only,
-        cleanup_tmp_directories=not read_only,
+        create=create,
+        cleanup_tmp_directories=create,
         # Not what decides which to keep, but metrics are written for it alone.
         best_fn=lambda metrics: metrics["top1"],
         preservation_policy=policies.AnyPreservationPolicy(
@@ -76,11 +75,8 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step of the highest top-1; the newest where none was evaluated."""
-    evaluated = [
-      (self._manager.metrics(step)["top1"], step)
-      for step in self.steps()
-      if self._manager.metrics(step)
-    ]
+    metrics = {step: self._manager.metrics(step) for step in self.steps()}
+    evaluated = [(m["top1"], step) for step, m in metrics.items() if m]
     return max(evaluated)[1] if evaluated else self.latest_step()
 
   def save(
@@ -147,8 +143,12 @@ class Checkpoints:
     return self._manager.restore(step, args=args)["ema"]
 
   def _check(self, step: int, like: Weights) -> None:
-    metadata = self._manager.item_metadata(step)["ema"]
-    saved = _shapes(metadata)
+    metadata = self._manager.item_metadata(step)
+    if metadata is None or metadata.get("ema") is None:
+      raise TrainingError(
+        f"{self._directory} step {step} is no checkpoint of this project"
+      )
+    saved = _shapes(metadata["ema"])
     wanted = _shapes(like)
     differing = [
       f"{name} is {saved.get(name, 'missing')} there and"
@@ -177,7 +177,7 @@ def load_ema(path: pathlib.Path, like: Weights) -> Weights:
   directory = path.parent if is_one else path
   if not directory.is_dir():
     raise TrainingError(f"{path} does not exist: train first, or mend the path")
-  with Checkpoints(directory, read_only=True) as checkpoints:
+  with Checkpoints(directory, create=False) as checkpoints:
     step = int(path.name) if is_one else checkpoints.best_step()
     if step is None or step not in checkpoints.steps():
       raise TrainingError(f"{path} holds no complete checkpoint")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spatial_mamba_jax.data import Source, open_source, train_batches
@@ -252,7 +253,7 @@ class _Run:
       "loss": sums["loss"] / sums["steps"],
       "accuracy": sums["correct"] / sums["images"],
       "grad_norm": sums["grad_norm"] / sums["steps"],
-      "learning_rate": float(self.schedule(step - 1)),
+      "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
       "images": sums["images"],
     }
 

@@ -118,7 +118,15 @@ def create_state(
     weights = model.init(jax.random.key(seed))
     return initial_state(weights, optimizer)
 
-  return jax.jit(init, out_shardings=sharding)()
+  # Drawing numbers is little work in a large program: on a CPU, optimising it
+  # would take longer than compiling the training step.
+  quickly = {"xla_backend_optimization_level": 0}
+  on_cpu = jax.default_backend() == "cpu"
+  return jax.jit(
+    init,
+    out_shardings=sharding,
+    compiler_options=quickly if on_cpu else None,
+  )()
 
 
 def initial_state(

@@ -4,7 +4,7 @@ Axis letters: B batch, H and W height and width, K classes.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def make_train_step(
       grads, state.opt_state, state.weights.params
     )
     params = optax.apply_updates(state.weights.params, updates)
-    weights = Weights(params, stats)
+    weights = Weights(cast(Arrays, params), stats)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     images = next(iter(batch.values())).shape[0]
     sums = {

@@ -22,11 +22,15 @@ def structure_aware_ssm(
 ) -> Float[Array, "B H W D"]:
   """See `spatial_mamba_kernels.structure_aware_ssm`."""
   batch, height, width, _ = u.shape
-  tokens = (x.reshape(batch, height * width, -1) for x in (u, delta))
+
+  def tokens(x):
+    return x.reshape(batch, height * width, -1)
+
   states = scan.states(
-    *tokens,
+    tokens(u),
+    tokens(delta),
     A,
-    B.reshape(batch, height * width, -1),
+    tokens(B),
     delta_bias,
     implementation=implementation,
   )
