@@ -1,0 +1,105 @@
+"""Small experiments, in this process and in others."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Two stages of four channels, so that compiling takes seconds: the command
+# line has no dims, and its tests need none of the model's size.
+EXPERIMENT = """
+from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.training.config import ModelSection, TrainConfig
+from spatial_mamba_jax.training.config import OptimizerConfig
+
+models._PRESETS["tests"] = models.ModelConfig(dims=(4, 4), depths=(1, 2))
+
+
+def get_config():
+  return TrainConfig(
+    model=ModelSection(name="tests", num_classes=3, drop_path_rate=0.2),
+    data=DataConfig(
+      name="synthetic", image_size=16, synthetic_images=24, synthetic_classes=3
+    ),
+    optimizer=OptimizerConfig(reference_batch_size=8, warmup_epochs=1),
+    batch_size=8,
+    epochs=8,
+    ema_decay=0.9,
+    evaluation_batch_size=8,
+    log_every=2,
+  )
+"""
+
+
+class Experiment:
+  """Runs of the scripts with one small config."""
+
+  def __init__(self, directory, cache):
+    self.path = directory / "experiment.py"
+    self.path.write_text(EXPERIMENT)
+    self._environment = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+    }
+
+  def start(self, script, *arguments, **environment):
+    return subprocess.Popen(
+      (sys.executable, script, f"--config={self.path}", *arguments),
+      cwd=ROOT,
+      env={**self._environment, **environment},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  def run(self, script, *arguments, **environment):
+    """(status, standard output, standard error)."""
+    process = self.start(script, *arguments, **environment)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+  @staticmethod
+  def records(workdir):
+    """What a run logged, without its speed."""
+    records = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+      record = json.loads(line)
+      record.pop("images_per_second", None)
+      records.append(record)
+    return records
+
+  @staticmethod
+  def final_arrays(workdir):
+    """Every array of the newest checkpoint, by name."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+      items = manager.restore(
+        manager.latest_step(),
+        args=ocp.args.Composite(
+          ema=ocp.args.StandardRestore(), state=ocp.args.StandardRestore()
+        ),
+      )
+    flat = jax.tree_util.tree_flatten_with_path(dict(items))[0]
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat}
+
+
+@pytest.fixture(scope="session")
+def make_experiment(tmp_path_factory):
+  """Makes an experiment in a directory; all share what they compile."""
+  cache = tmp_path_factory.mktemp("compiled")
+  return lambda directory: Experiment(directory, cache)
+
+
+@pytest.fixture
+def experiment(make_experiment, tmp_path):
+  return make_experiment(tmp_path)
