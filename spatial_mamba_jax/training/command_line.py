@@ -45,6 +45,9 @@ def run(main: Callable[[], None]) -> int:
 def config() -> TrainConfig:
   """The experiment, overrides applied and checked."""
   try:
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    if path and not pathlib.Path(path).is_file():
+      raise TrainingError(f"--config={path} is no file")
     experiment = CONFIG.value
   except (AttributeError, OSError) as error:
     raise TrainingError(f"--config: {_one_line(error)}") from error
@@ -84,7 +87,9 @@ def _parse() -> None:
 
 
 def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())
+  # A KeyError's str() is the repr of its message.
+  message = error.args[0] if isinstance(error, KeyError) else error
+  return " ".join(str(message).split())
 
 
 def _use_compilation_cache() -> None:

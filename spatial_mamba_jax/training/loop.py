@@ -37,6 +37,7 @@ from spatial_mamba_jax.training.state import (
   TrainState,
   create_state,
   empty_window,
+  state_shapes,
 )
 from spatial_mamba_jax.training.step import (
   make_eval_step,
@@ -179,18 +180,15 @@ class _Run:
           progress.close()
 
   def _first_state(self, checkpoints: Checkpoints) -> TrainState:
-    def fresh():
+    step = checkpoints.latest_step()
+    if step is None:
       return create_state(
         self.model, self.optimizer, self.config.seed, replicated(self.mesh)
       )
-
-    step = checkpoints.latest_step()
-    if step is None:
-      return fresh()
     check_same_experiment(
       checkpoints.config(step), self.config, str(self.workdir)
     )
-    like = _placed(jax.eval_shape(fresh), self.mesh)
+    like = _placed(state_shapes(self.model, self.optimizer), self.mesh)
     print(f"resuming {self.workdir} after step {step}", file=sys.stderr)
     return checkpoints.restore_state(step, like)
 

@@ -1,5 +1,6 @@
 """All that a training step changes, and the model as a pure function of it."""
 
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -113,20 +114,26 @@ def create_state(
   sharding: Any,
 ) -> TrainState:
   """A fresh state, made where it is to live."""
-
-  def init():
-    weights = model.init(jax.random.key(seed))
-    return initial_state(weights, optimizer)
-
   # Drawing numbers is little work in a large program: on a CPU, optimising it
   # would take longer than compiling the training step.
   quickly = {"xla_backend_optimization_level": 0}
   on_cpu = jax.default_backend() == "cpu"
   return jax.jit(
-    init,
+    partial(_fresh_state, model, optimizer, seed),
     out_shardings=sharding,
     compiler_options=quickly if on_cpu else None,
   )()
+
+
+def state_shapes(
+  model: PureModel, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """The shapes and types of a state."""
+  return jax.eval_shape(partial(_fresh_state, model, optimizer, 0))
+
+
+def _fresh_state(model, optimizer, seed):
+  return initial_state(model.init(jax.random.key(seed)), optimizer)
 
 
 def initial_state(

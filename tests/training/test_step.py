@@ -20,7 +20,7 @@ from spatial_mamba_jax.training.optimizer import (
   authors_schedule,
   make_optimizer,
 )
-from spatial_mamba_jax.training.state import PureModel, initial_state
+from spatial_mamba_jax.training.state import PureModel, Weights, initial_state
 from spatial_mamba_jax.training.step import make_eval_step, make_train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -141,7 +141,10 @@ def test_evaluation_sums():
     ]
   )
 
-  class Fixed:
+  class Fixed(PureModel):
+    def __init__(self):
+      pass
+
     def evaluate(self, weights, images):
       return jnp.asarray(logits, jnp.float32)
 
@@ -150,12 +153,12 @@ def test_evaluation_sums():
     "label": jnp.asarray([0, 2, 0, 0, 0]),
     "mask": jnp.asarray([True, True, True, True, False]),
   }
-  sums = make_eval_step(Fixed())(None, batch)
+  sums = make_eval_step(Fixed())(Weights({}, {}), batch)
   assert sums["top1"] == 1
   assert sums["top5"] == 4  # Of three classes.
   assert sums["images"] == 4
   batch["mask"] = jnp.asarray([True, True, False, False, False])
-  sums = make_eval_step(Fixed())(None, batch)
+  sums = make_eval_step(Fixed())(Weights({}, {}), batch)
   log_sum = np.log(np.exp([3.0, 1.0, 2.0]).sum())
   assert sums["loss"] == pytest.approx(2 * log_sum - 5, rel=1e-6)
 
