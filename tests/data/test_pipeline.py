@@ -327,10 +327,13 @@ class TestUnreadableImages:
 
 # Prints a line when the workers run, then waits for the end.
 FOREVER = """
+import signal
 import time
 from spatial_mamba_jax.data import *
 
 def main():
+  # A shell's background jobs, and so their tests, ignore SIGINT.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   config = DataConfig(
     name="synthetic", image_size=8, num_workers=2, synthetic_images=10
   )
