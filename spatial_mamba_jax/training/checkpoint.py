@@ -1,6 +1,5 @@
 """Checkpoints: the newest few and the best, written while training goes on."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -8,11 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from spatial_mamba_jax.training.config import (
-  TrainConfig,
-  TrainingError,
-  to_json,
-)
+from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.evaluation import Evaluation
 from spatial_mamba_jax.training.state import TrainState, Weights
 
@@ -21,8 +16,8 @@ class Checkpoints:
   """The checkpoints of one run, by step.
 
   Each holds the moving average of the weights by itself, which is all that
-  evaluation reads, the rest of the training state, and the config. One that is
-  half written when a run is killed is never taken for a checkpoint.
+  evaluation reads, the rest of the training state, and the experiment. One that
+  is half written when a run is killed is never taken for a checkpoint.
   """
 
   def __init__(
@@ -55,7 +50,7 @@ class Checkpoints:
       item_handlers={
         "ema": ocp.StandardCheckpointHandler(),
         "state": ocp.StandardCheckpointHandler(),
-        "config": ocp.JsonCheckpointHandler(),
+        "experiment": ocp.JsonCheckpointHandler(),
       },
     )
 
@@ -82,14 +77,14 @@ class Checkpoints:
   def save(
     self,
     state: TrainState,
-    config: TrainConfig,
+    experiment: dict[str, Any],
     evaluation: Evaluation | None = None,
   ) -> None:
     """Starts to save; returns once the state may change again.
 
     Args:
       state: the state after some step.
-      config: the experiment.
+      experiment: the config and what else a run may not change, as JSON.
       evaluation: of the state, by which the best is kept.
     """
     step = int(state.step)
@@ -101,7 +96,7 @@ class Checkpoints:
       args=ocp.args.Composite(
         ema=ocp.args.StandardSave(state.ema),
         state=ocp.args.StandardSave(_without_ema(state)),
-        config=ocp.args.JsonSave(json.loads(to_json(config))),
+        experiment=ocp.args.JsonSave(experiment),
       ),
       metrics=metrics,
       force=True,
@@ -111,10 +106,10 @@ class Checkpoints:
     """Returns once every checkpoint is on disk."""
     self._manager.wait_until_finished()
 
-  def config(self, step: int) -> dict[str, Any]:
-    """The config that a checkpoint was made with, as nested dictionaries."""
-    args = ocp.args.Composite(config=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)["config"]
+  def experiment(self, step: int) -> dict[str, Any]:
+    """What `save` was told of the experiment."""
+    args = ocp.args.Composite(experiment=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args)["experiment"]
 
   def restore_state(self, step: int, like: TrainState) -> TrainState:
     """The whole state, on the shardings of `like` (shapes are enough).

@@ -19,26 +19,32 @@ CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The experiment: a file with get_config()."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Share the work with the processes on other hosts."
+)
 
 
 def run(main: Callable[[], None]) -> int:
   """Parses the flags and calls `main`; a user's mistake becomes one line.
 
   Returns:
-    The exit status: 0, 1 for a run that diverged, 2 for a mistake, 143 for a
-    run stopped by SIGTERM.
+    The exit status: 0, 1 for a run that diverged, 2 for a mistake, 128 more
+    than the signal for a run stopped by one (143 for SIGTERM, 130 for Ctrl-C).
   """
   try:
     _parse()
     _use_compilation_cache()
-    initialize_distributed()
+    if _DISTRIBUTED.value:
+      initialize_distributed()
     main()
   except (TrainingError, DataError) as error:
     return _fail(error, 2)
   except NonFiniteError as error:
     return _fail(error, 1)
   except StoppedError as error:
-    return _fail(error, 128 + signal.SIGTERM)
+    return _fail(error, 128 + error.signal)
+  except KeyboardInterrupt:
+    return _fail("interrupted", 128 + signal.SIGINT)
   return 0
 
 
@@ -100,6 +106,6 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
   print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
   return status

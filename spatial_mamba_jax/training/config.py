@@ -193,20 +193,19 @@ _FREE_TO_CHANGE = (
 
 
 def check_same_experiment(
-  saved: dict[str, Any], config: TrainConfig, where: str
+  saved: dict[str, Any], now: dict[str, Any], where: str
 ) -> None:
   """Refuses to resume a checkpoint with a config that contradicts it.
 
   Args:
-    saved: the config of the checkpoint, as nested dictionaries.
-    config: that of the run to be.
+    saved: the experiment of the checkpoint, as nested dictionaries.
+    now: that of the run to be.
     where: the working directory, for the message.
 
   Raises:
     TrainingError: naming the fields that differ.
   """
-  old = _flatten(saved)
-  new = _flatten(json.loads(to_json(config)))
+  old, new = _flatten(saved), _flatten(now)
   differing = [
     f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
     for field in sorted(old.keys() | new.keys())
@@ -219,9 +218,9 @@ def check_same_experiment(
     )
 
 
-def to_json(config: TrainConfig) -> str:
-  """The whole config, defaults and overrides resolved."""
-  return json.dumps(dataclasses.asdict(config), indent=2)
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+  """The whole config as JSON has it, defaults and overrides resolved."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

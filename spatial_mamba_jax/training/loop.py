@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spatial_mamba_jax.data import Source, open_source, train_batches
@@ -22,7 +23,7 @@ from spatial_mamba_jax.training.config import (
   TrainConfig,
   TrainingError,
   check_same_experiment,
-  to_json,
+  to_dict,
 )
 from spatial_mamba_jax.training.evaluation import Evaluation, evaluate
 from spatial_mamba_jax.training.metrics import MetricWriter, Progress
@@ -49,6 +50,10 @@ from spatial_mamba_jax.training.step import (
 class StoppedError(Exception):
   """The run was told to stop, and saved itself first."""
 
+  def __init__(self, message: str, stopped_by: signal.Signals):
+    super().__init__(message)
+    self.signal = stopped_by
+
 
 class NonFiniteError(Exception):
   """The loss or the gradient was not finite."""
@@ -67,7 +72,7 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Evaluation | None:
   Raises:
     TrainingError, DataError: something is wrong with the config, the data, or
       what `workdir` holds.
-    StoppedError: on SIGTERM, after saving.
+    StoppedError: on SIGTERM or Ctrl-C, after saving.
     NonFiniteError: the run diverged; its last checkpoint is from before.
   """
   config.validate()
@@ -127,6 +132,10 @@ class _Run:
         f" {len(self.train_source)} training images"
       )
     self.steps = config.epochs * self.epoch_steps
+    self.experiment = {
+      **to_dict(config),
+      "training_images": len(self.train_source),
+    }
     self.schedule = make_schedule(
       config.optimizer,
       batch_size=config.batch_size,
@@ -145,6 +154,8 @@ class _Run:
     on_all = replicated(self.mesh)
     self.train_step = jax.jit(step, donate_argnums=0, out_shardings=on_all)
     self.eval_step = jax.jit(make_eval_step(self.model), out_shardings=on_all)
+    # Jitted, because `device_put` cannot reach other processes' devices.
+    self.empty_window = jax.jit(empty_window, out_shardings=on_all)
 
   def run(self) -> Evaluation | None:
     config = self.config
@@ -171,7 +182,7 @@ class _Run:
         process_count=jax.process_count(),
       )
       writer = MetricWriter(self.workdir, resumed_step=step)
-      with batches, writer, _sigterm() as stopping:
+      with batches, writer, _stop_signals() as stopping:
         try:
           return self._loop(
             state, step, batches, checkpoints, writer, progress, stopping
@@ -186,7 +197,7 @@ class _Run:
         self.model, self.optimizer, self.config.seed, replicated(self.mesh)
       )
     check_same_experiment(
-      checkpoints.config(step), self.config, str(self.workdir)
+      checkpoints.experiment(step), self.experiment, str(self.workdir)
     )
     like = _placed(state_shapes(self.model, self.optimizer), self.mesh)
     print(f"resuming {self.workdir} after step {step}", file=sys.stderr)
@@ -202,7 +213,7 @@ class _Run:
       state = self.train_step(state, shard_batch(next(batches), self.mesh))
       step += 1
       progress.advance()
-      stop = _should_stop(stopping, step)
+      stopped_by = _stopped_by(stopping, step)
       if step % config.log_every == 0 or step == self.steps:
         metrics = self._read_window(state, step)
         seconds = time.perf_counter() - since
@@ -210,23 +221,23 @@ class _Run:
         metrics["images_per_second"] = metrics.pop("images") / seconds
         writer.write(step, "train", metrics)
         progress.show(step, metrics)
-        window = jax.device_put(empty_window(), replicated(self.mesh))
-        state = dataclasses.replace(state, window=window)
+        state = dataclasses.replace(state, window=self.empty_window())
       if step % self.epoch_steps == 0 and self._is_evaluated(step):
         self._check_finite(state)
         evaluation = self._evaluate(state)
         writer.write(step, "evaluation", dataclasses.asdict(evaluation))
         progress.say(f"epoch {step // self.epoch_steps}: {evaluation}")
-        checkpoints.save(state, config, evaluation)
+        checkpoints.save(state, self.experiment, evaluation)
         since = time.perf_counter()
-      elif stop:
+      elif stopped_by:
         self._check_finite(state)
-        checkpoints.save(state, config)
-      if stop and step < self.steps:
+        checkpoints.save(state, self.experiment)
+      if stopped_by and step < self.steps:
         checkpoints.wait()
         raise StoppedError(
-          f"stopped by SIGTERM after step {step}, which is saved; the same"
-          " command resumes"
+          f"stopped by {stopped_by.name} after step {step}, which is saved;"
+          " the same command resumes",
+          stopped_by,
         )
     return evaluation
 
@@ -301,7 +312,7 @@ def _describe_run(config: TrainConfig, workdir: pathlib.Path) -> None:
     return
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
   description = {
-    "config": json.loads(to_json(config)),
+    "config": to_dict(config),
     "versions": {name: importlib.metadata.version(name) for name in packages},
     "commit": _commit(),
     "devices": [device.device_kind for device in jax.devices()],
@@ -325,23 +336,37 @@ def _commit() -> str | None:
 
 
 @contextmanager
-def _sigterm() -> Iterator[list[bool]]:
-  """A list that is no longer empty once SIGTERM has come."""
-  received: list[bool] = []
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+  """A list of the signals to stop that have come; a second one stops at once.
+
+  Of several processes, only one may see a signal: there JAX's own handler of
+  SIGTERM lets all stop after the same step.
+  """
+  received: list[signal.Signals] = []
   if jax.process_count() > 1:
-    # JAX's own handler lets all processes stop after the same step.
     yield received
     return
-  before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+
+  def note(number, frame):
+    del frame
+    received.append(signal.Signals(number))
+    signal.signal(number, before[number])
+
+  before = {
+    number: signal.signal(number, note)
+    for number in (signal.SIGTERM, signal.SIGINT)
+  }
   try:
     yield received
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
-def _should_stop(stopping: list[bool], step: int) -> bool:
+def _stopped_by(
+  received: list[signal.Signals], step: int
+) -> signal.Signals | None:
   if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(step)
-  return bool(stopping)
+    stop = multihost_utils.reached_preemption_sync_point(step)
+    return signal.SIGTERM if stop else None
+  return received[0] if received else None

@@ -1,24 +1,37 @@
 """Where arrays live: batches split over the devices, the state on each."""
 
-import multiprocessing
 import os
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from spatial_mamba_jax.training.config import TrainingError
+
 
 def initialize_distributed() -> None:
-  """Joins the other processes of a multi-host run, where there are any.
+  """Joins the other processes of a run on several hosts.
 
-  They are named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID, or, with the first alone, found out by JAX on a cluster it
-  knows. Data workers import the main script and must not join.
+  JAX finds them by itself on TPU pods, Slurm, Open MPI and Kubernetes.
+  Elsewhere JAX_COORDINATOR_ADDRESS (process 0's host:port), JAX_NUM_PROCESSES
+  and JAX_PROCESS_ID name them.
+
+  Raises:
+    TrainingError: neither names them.
   """
-  in_worker = multiprocessing.parent_process() is not None
-  if in_worker or "JAX_COORDINATOR_ADDRESS" not in os.environ:
-    return
-  jax.distributed.initialize()
+  count = os.environ.get("JAX_NUM_PROCESSES")
+  index = os.environ.get("JAX_PROCESS_ID")
+  try:
+    # JAX reads the address from the environment, but not these two.
+    jax.distributed.initialize(
+      num_processes=int(count) if count else None,
+      process_id=int(index) if index else None,
+    )
+  except ValueError as error:
+    raise TrainingError(
+      f"--distributed: no cluster that JAX knows was found ({error}); set"
+      " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    ) from error
 
 
 def make_mesh() -> Mesh:

@@ -78,16 +78,17 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
   assert_same_run(experiment, workdir, whole)
 
 
-def test_sigterm_saves_first(experiment, tmp_path, whole):
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(experiment, tmp_path, whole, stop):
   workdir = tmp_path / "run"
   process = experiment.start("train.py", f"--workdir={workdir}")
   log = workdir / "metrics.jsonl"
   wait_for(lambda: log.exists() and '"step": 4,' in log.read_text(), process)
-  process.terminate()
+  process.send_signal(stop)
   _, err = process.communicate()
-  assert process.returncode == 128 + signal.SIGTERM
+  assert process.returncode == 128 + stop
   last = err.splitlines()[-1]
-  assert last.startswith("train.py: stopped by SIGTERM after step ")
+  assert last.startswith(f"train.py: stopped by {stop.name} after step ")
   step = last.split("after step ")[1].split(",")[0]
   assert (workdir / "checkpoints" / step).is_dir()
   finish(experiment, workdir)
@@ -111,6 +112,11 @@ def test_a_contradicting_config_is_refused(experiment, tmp_path):
     f"train.py: {workdir} holds another experiment: seed was 0 and is 1;"
     " choose another workdir, or the old values"
   )
+  status, _, err = experiment.run(
+    "train.py", *arguments, "--config.data.synthetic_images=25"
+  )
+  assert status == 2
+  assert "training_images was 24 and is 25" in err.splitlines()[-1]
   status, out, _ = experiment.run(
     "train.py", *arguments, "--config.log_every=1"
   )
