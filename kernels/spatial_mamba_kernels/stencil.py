@@ -1,7 +1,9 @@
-"""Depthwise stencils as sums of shifted products.
+"""Depthwise stencils as sums of shifted products, and as XLA's convolution.
 
-One fused pass over memory on every platform, where XLA's grouped convolution
-is 8 to 18 times slower on a CPU and reads the input several times on a GPU.
+Shifted products are one fused pass over memory, where XLA's grouped convolution
+is 8 to 18 times slower on a CPU and reads the input several times on a GPU. For
+a TPU it is the other way round: compiled for a v5e, the grouped convolution of
+stage 1 takes 0.4 of the cycles of shifted products, and a third of the bytes.
 A stencil is a static tuple of (row, column) offsets into a padded image, and
 one weight per offset and channel.
 """
@@ -91,3 +93,24 @@ def weight_gradient(
   # A loop keeps the program small: a kernel for each tap of each convolution
   # would double the time a CPU takes to compile a training step.
   return jax.lax.map(tap, jnp.asarray(offsets, jnp.int32))
+
+
+def grouped_convolution(
+  x: Float[Array, "B H W D"],
+  kernel: Float[Array, "R S D"],
+  *,
+  stride: int = 1,
+  dilation: int = 1,
+  padding: int = 0,
+) -> Float[Array, "B Ho Wo D"]:
+  """XLA's depthwise convolution, each product and sum in the dtype of `x`."""
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel[:, :, None],
+    (stride, stride),
+    ((padding, padding), (padding, padding)),
+    rhs_dilation=(dilation, dilation),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=x.shape[-1],
+    precision=jax.lax.Precision.HIGHEST,
+  )

@@ -9,8 +9,10 @@ import pytest
 import spatial_mamba_kernels as smk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spatial_mamba_kernels.depthwise_conv import xla as conv_xla
 from spatial_mamba_kernels.selective_scan import reference as scan_reference
 from spatial_mamba_kernels.state_fusion import reference as fusion_reference
+from spatial_mamba_kernels.state_fusion import xla as fusion_xla
 from spatial_mamba_kernels.structure_aware_ssm import reference as ssm_reference
 
 IMPLEMENTATIONS = [None, "sequential", "associative"]
@@ -239,6 +241,24 @@ def test_depthwise_conv_is_a_grouped_convolution(
   expected, expected_pullback = jax.vjp(grouped, x, kernel)
   assert_close(y, expected, 1e-13)
   assert_trees_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), 1e-12)
+
+
+def test_what_a_tpu_is_given_is_the_same():
+  """The grouped convolutions, lowered here for the CPU."""
+  rng = np.random.default_rng(0)
+  h = jnp.asarray(rng.standard_normal((2, 4, 9, 2, 3)))
+  kernels = jnp.asarray(rng.standard_normal((3, 3, 3, 3)))
+  alpha = jnp.asarray(rng.standard_normal(3))
+  y = fusion_xla.grouped(
+    h, alpha[:, None, None, None] * kernels, dilations=(1, 3, 5)
+  )
+  for n in range(2):
+    expected = fusion_reference.state_fusion(h[..., n, :], kernels, alpha)
+    assert_close(y[..., n, :], expected, 1e-13)
+  for stride in (1, 2):
+    y = conv_xla.grouped(h[..., 0, :], kernels[0], stride=stride)
+    expected = smk.depthwise_conv(h[..., 0, :], kernels[0], stride=stride)
+    assert_close(y, expected, 1e-13)
 
 
 def test_scan_is_its_equations():

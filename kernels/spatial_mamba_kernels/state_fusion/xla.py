@@ -1,7 +1,8 @@
-"""State fusion in plain JAX: one stencil of all dilations.
+"""State fusion in plain JAX; see `stencil` for its two forms.
 
-The taps of several dilations that fall on the same pixel (the centre) are
-merged, 27 into 25, and differentiation goes through the merged stencil.
+As shifted products it is one stencil of all dilations: taps that fall on the
+same pixel (the centre) are merged, 27 into 25, and differentiation goes through
+the merged stencil.
 """
 
 from functools import partial
@@ -25,45 +26,66 @@ def fuse(
   """See `state_fusion`; several states a pixel share the channel's stencil."""
   dtype = state_dtype(h, kernels, alpha)
   weighted = alpha.astype(dtype)[:, None, None, None] * kernels.astype(dtype)
-  _, height, width, *_ = h.shape
-  offsets, weights = _merge_taps(weighted, dilations, height, width)
-  return _apply(h, weights, offsets)
-
-
-def _merge_taps(weighted, dilations, height, width):
-  """One weight [T, D] for each distinct offset from the pixel.
-
-  An offset of more than height - 1 rows or width - 1 columns reaches the
-  border from every pixel and is as good as that: in small images more taps
-  coincide (9 are left of 2 x 2, and 1 of 1 x 1).
-  """
-
-  def offset(tap, dilation, size):
-    reach = min(dilation, size - 1)
-    return (tap - 1) * reach
-
-  taps: dict[tuple[int, int], Array] = {}
-  for m, dilation in enumerate(dilations):
-    for row in range(3):
-      for column in range(3):
-        at = offset(row, dilation, height), offset(column, dilation, width)
-        weight = weighted[m, row, column]
-        taps[at] = taps[at] + weight if at in taps else weight
-  return tuple(taps), jnp.stack(list(taps.values()))
+  return _fuse(h, weighted, dilations)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _apply(
+def _fuse(
   h: Float[Array, "B H W *N D"],
-  weights: Float[Array, "T D"],
-  offsets: tuple[tuple[int, int], ...],
+  kernels: Float[Array, "M 3 3 D"],
+  dilations: tuple[int, ...],
 ) -> Float[Array, "B H W *N D"]:
+  return jax.lax.platform_dependent(
+    h,
+    kernels,
+    tpu=partial(grouped, dilations=dilations),
+    default=partial(_shifted, dilations=dilations),
+  )
+
+
+def _fuse_fwd(h, kernels, dilations):
+  return _fuse(h, kernels, dilations), (h, kernels)
+
+
+def _fuse_bwd(dilations, residuals, g):
+  def grouped_bwd(h, kernels, g):
+    return jax.vjp(partial(grouped, dilations=dilations), h, kernels)[1](g)
+
+  return jax.lax.platform_dependent(
+    *residuals,
+    g,
+    tpu=grouped_bwd,
+    default=partial(_shifted_bwd, dilations=dilations),
+  )
+
+
+_fuse.defvjp(_fuse_fwd, _fuse_bwd)
+
+
+def grouped(h: Array, kernels: Array, *, dilations: tuple[int, ...]) -> Array:
+  """One of XLA's grouped convolutions for each dilation."""
+  image = h.reshape(*h.shape[:3], -1)
+  states = image.shape[-1] // kernels.shape[-1]
+  padded = _replicate(image.astype(kernels.dtype), max(dilations))
+  total = jnp.zeros((), kernels.dtype)
+  for kernel, dilation in zip(kernels, dilations, strict=True):
+    total += stencil.grouped_convolution(
+      padded,
+      jnp.tile(kernel, states),
+      dilation=dilation,
+      padding=dilation - max(dilations),
+    )
+  return total.reshape(h.shape).astype(h.dtype)
+
+
+def _shifted(h, kernels, *, dilations):
   _, height, width, *_ = h.shape
-  reach = _reach(offsets)
+  taps = _taps(dilations, height, width)
+  reach = _reach(taps)
   y = stencil.correlate(
     _replicate(h, reach),
-    weights,
-    [(row + reach, column + reach) for row, column in offsets],
+    _merge(kernels, taps),
+    [(row + reach, column + reach) for row, column in taps],
     height=height,
     width=width,
   )
@@ -72,20 +94,17 @@ def _apply(
   return jax.lax.optimization_barrier(y.astype(h.dtype))
 
 
-def _apply_fwd(h, weights, offsets):
-  return _apply(h, weights, offsets), (h, weights)
-
-
-def _apply_bwd(offsets, residuals, g):
-  h, weights = residuals
+def _shifted_bwd(h, kernels, g, *, dilations):
   _, height, width, *_ = h.shape
-  reach = _reach(offsets)
+  taps = _taps(dilations, height, width)
+  reach = _reach(taps)
+  weights, unmerge = jax.vjp(partial(_merge, taps=taps), kernels)
   # The cotangent of the padded image; its border then goes back to the pixels
   # that it was replicated from.
   dpadded = stencil.correlate(
     _zero_pad(g, 2 * reach),
     weights,
-    [(reach - row, reach - column) for row, column in offsets],
+    [(reach - row, reach - column) for row, column in taps],
     height=height + 2 * reach,
     width=width + 2 * reach,
   )
@@ -93,16 +112,37 @@ def _apply_bwd(offsets, residuals, g):
   dweights = stencil.weight_gradient(
     _replicate(h, reach),
     g.astype(weights.dtype),
-    [(row + reach, column + reach) for row, column in offsets],
+    [(row + reach, column + reach) for row, column in taps],
   )
-  return dh.astype(h.dtype), dweights
+  return dh.astype(h.dtype), *unmerge(dweights)
 
 
-_apply.defvjp(_apply_fwd, _apply_bwd)
+def _taps(dilations, height, width):
+  """{offset from the pixel: the places in [M, 3, 3] that have it}.
+
+  An offset of more than height - 1 rows or width - 1 columns reaches the
+  border from every pixel and is as good as that: in small images more taps
+  coincide (9 are left of 2 x 2, and 1 of 1 x 1).
+  """
+  taps: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+  for m, dilation in enumerate(dilations):
+    by_row, by_column = min(dilation, height - 1), min(dilation, width - 1)
+    for row in range(3):
+      for column in range(3):
+        offset = (row - 1) * by_row, (column - 1) * by_column
+        taps.setdefault(offset, []).append((m, row, column))
+  return taps
 
 
-def _reach(offsets):
-  return max(max(abs(row), abs(column)) for row, column in offsets)
+def _merge(kernels, taps):
+  """One weight for each distinct offset, [T, D]."""
+  return jnp.stack(
+    [sum(kernels[place] for place in places) for places in taps.values()]
+  )
+
+
+def _reach(taps):
+  return max(max(abs(row), abs(column)) for row, column in taps)
 
 
 def _spatial_padding(x, by):

@@ -1,0 +1,98 @@
+"""Depthwise 3x3 convolution in plain JAX; see `stencil` for its two forms."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from spatial_mamba_kernels import stencil
+from spatial_mamba_kernels.shapes import state_dtype
+from spatial_mamba_kernels.typing import Array, Float
+
+_TAPS = tuple((row, column) for row in range(3) for column in range(3))
+_FLIPPED_TAPS = _TAPS[::-1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(
+  x: Float[Array, "B H W D"], kernel: Float[Array, "3 3 D"], stride: int
+) -> Float[Array, "B Ho Wo D"]:
+  """See `depthwise_conv`."""
+  return jax.lax.platform_dependent(
+    x,
+    kernel,
+    tpu=partial(grouped, stride=stride),
+    default=partial(_shifted, stride=stride),
+  )
+
+
+def _convolve_fwd(x, kernel, stride):
+  return convolve(x, kernel, stride), (x, kernel)
+
+
+def _convolve_bwd(stride, residuals, g):
+  def grouped_bwd(x, kernel, g):
+    return jax.vjp(partial(grouped, stride=stride), x, kernel)[1](g)
+
+  return jax.lax.platform_dependent(
+    *residuals,
+    g,
+    tpu=grouped_bwd,
+    default=partial(_shifted_bwd, stride=stride),
+  )
+
+
+convolve.defvjp(_convolve_fwd, _convolve_bwd)
+
+
+def grouped(x: Array, kernel: Array, *, stride: int) -> Array:
+  """As XLA's grouped convolution."""
+  dtype = state_dtype(x, kernel)
+  y = stencil.grouped_convolution(
+    x.astype(dtype), kernel.astype(dtype), stride=stride, padding=1
+  )
+  return y.astype(x.dtype)
+
+
+def _shifted(x, kernel, *, stride):
+  _, height, width, _ = x.shape
+  y = stencil.correlate(
+    _pad(x),
+    _weights(x, kernel),
+    _TAPS,
+    height=-(-height // stride),
+    width=-(-width // stride),
+    stride=stride,
+  )
+  return y.astype(x.dtype)
+
+
+def _shifted_bwd(x, kernel, g, *, stride):
+  _, height, width, _ = x.shape
+  weights = _weights(x, kernel)
+  # The transpose of a stride is zeros between the cotangents.
+  spread = jax.lax.pad(
+    g,
+    jnp.zeros((), g.dtype),
+    (
+      (0, 0, 0),
+      (1, height - (g.shape[1] - 1) * stride, stride - 1),
+      (1, width - (g.shape[2] - 1) * stride, stride - 1),
+      (0, 0, 0),
+    ),
+  )
+  dx = stencil.correlate(
+    spread, weights, _FLIPPED_TAPS, height=height, width=width
+  )
+  dweights = stencil.weight_gradient(
+    _pad(x), g.astype(weights.dtype), _TAPS, stride=stride
+  )
+  return dx.astype(x.dtype), dweights.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _weights(x, kernel):
+  return kernel.reshape(9, -1).astype(state_dtype(x, kernel))
+
+
+def _pad(x):
+  return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
