@@ -55,8 +55,6 @@ def correlate(
   Returns:
     The output in the dtype of `weights`.
   """
-  # Without the barrier XLA computes padding and weights anew in each tap.
-  padded, weights = jax.lax.optimization_barrier((padded, weights))
   total = None
   for weight, offset in zip(weights, offsets, strict=True):
     window = _window(padded, offset, height, width, stride)
@@ -75,24 +73,38 @@ def weight_gradient(
 ) -> Float[Array, "T D"]:
   """The cotangent of `weights` in `correlate`, in the cotangent's dtype."""
   _, height, width, *_ = cotangent.shape
-  padded = jax.lax.optimization_barrier(padded)
   all_but_channels = tuple(range(cotangent.ndim - 1))
-  extent = (
-    padded.shape[0],
-    (height - 1) * stride + 1,
-    (width - 1) * stride + 1,
-    *padded.shape[3:],
+
+  def tap(cotangent, window):
+    return jnp.sum(cotangent * window.astype(cotangent.dtype), all_but_channels)
+
+  # A kernel for each tap of each convolution would double the time a CPU takes
+  # to compile a training step.
+  def loop(padded, cotangent):
+    extent = (
+      padded.shape[0],
+      (height - 1) * stride + 1,
+      (width - 1) * stride + 1,
+      *padded.shape[3:],
+    )
+
+    def tap_at(offset):
+      start = jnp.zeros(padded.ndim, offset.dtype).at[1:3].set(offset)
+      window = jax.lax.dynamic_slice(padded, start, extent)
+      return tap(cotangent, window[:, ::stride, ::stride])
+
+    return jax.lax.map(tap_at, jnp.asarray(offsets, jnp.int32))
+
+  # A GPU reads the arrays once for several taps.
+  def unrolled(padded, cotangent):
+    windows = (
+      _window(padded, offset, height, width, stride) for offset in offsets
+    )
+    return jnp.stack([tap(cotangent, window) for window in windows])
+
+  return jax.lax.platform_dependent(
+    padded, cotangent, cpu=loop, default=unrolled
   )
-
-  def tap(offset):
-    start = jnp.zeros(padded.ndim, jnp.int32).at[1:3].set(offset)
-    window = jax.lax.dynamic_slice(padded, start, extent)
-    window = window[:, ::stride, ::stride].astype(cotangent.dtype)
-    return jnp.sum(cotangent * window, axis=all_but_channels)
-
-  # A loop keeps the program small: a kernel for each tap of each convolution
-  # would double the time a CPU takes to compile a training step.
-  return jax.lax.map(tap, jnp.asarray(offsets, jnp.int32))
 
 
 def grouped_convolution(

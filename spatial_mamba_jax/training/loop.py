@@ -96,8 +96,7 @@ def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
   check_batch_sizes(config, mesh)
   source = open_checked_source(config, "validation")
   model = PureModel(config.model.build())
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  weights = load_ema(path, _placed(shapes, mesh))
+  weights = load_ema(path, _placed(model.shapes, mesh))
   return evaluate(
     jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),
     weights,

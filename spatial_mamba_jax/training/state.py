@@ -12,8 +12,9 @@ from spatial_mamba_kernels.typing import Array, Float, Int
 
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 
-# {path: array}, e.g. "stages.0.blocks.1.mixer.in_proj.kernel".
-Arrays = dict[str, Array]
+# {path: array, or its shape and type}, with paths such as
+# "stages.0.blocks.1.mixer.in_proj.kernel".
+Arrays = dict[str, Any]
 
 
 @flax.struct.dataclass
@@ -52,7 +53,11 @@ class TrainState:
 
 
 class PureModel:
-  """A model as functions over `Weights`."""
+  """A model as functions over `Weights`.
+
+  Attributes:
+    shapes: the weights' shapes and types.
+  """
 
   def __init__(self, config: ModelConfig):
     self._config = config
@@ -64,7 +69,11 @@ class PureModel:
     model.train()
     self._train_graphdef = nnx.graphdef(model)
     model.eval()
-    self._eval_graphdef = nnx.graphdef(model)
+    self._eval_graphdef, state = nnx.split(model)
+    self.shapes = jax.eval_shape(
+      lambda state: self.weights_of(nnx.merge(self._eval_graphdef, state)),
+      state,
+    )
 
   def init(self, key: Array) -> Weights:
     """Fresh weights, to be called under `jit`."""
@@ -119,7 +128,7 @@ def create_state(
   quickly = {"xla_backend_optimization_level": 0}
   on_cpu = jax.default_backend() == "cpu"
   return jax.jit(
-    partial(_fresh_state, model, optimizer, seed),
+    lambda: initial_state(model.init(jax.random.key(seed)), optimizer),
     out_shardings=sharding,
     compiler_options=quickly if on_cpu else None,
   )()
@@ -129,11 +138,9 @@ def state_shapes(
   model: PureModel, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """The shapes and types of a state."""
-  return jax.eval_shape(partial(_fresh_state, model, optimizer, 0))
-
-
-def _fresh_state(model, optimizer, seed):
-  return initial_state(model.init(jax.random.key(seed)), optimizer)
+  return jax.eval_shape(
+    partial(initial_state, optimizer=optimizer), model.shapes
+  )
 
 
 def initial_state(

@@ -16,6 +16,9 @@ from spatial_mamba_kernels.typing import Array, Float
 
 DILATIONS = (1, 3, 5)
 
+# Else XLA pads the image and merges the weights anew in each of many taps.
+_computed_once = jax.lax.optimization_barrier
+
 
 def fuse(
   h: Float[Array, "B H W *N D"],
@@ -82,9 +85,12 @@ def _shifted(h, kernels, *, dilations):
   _, height, width, *_ = h.shape
   taps = _taps(dilations, height, width)
   reach = _reach(taps)
+  padded, weights = _computed_once(
+    (_replicate(h, reach), _merge(kernels, taps))
+  )
   y = stencil.correlate(
-    _replicate(h, reach),
-    _merge(kernels, taps),
+    padded,
+    weights,
     [(row + reach, column + reach) for row, column in taps],
     height=height,
     width=width,
@@ -101,17 +107,19 @@ def _shifted_bwd(h, kernels, g, *, dilations):
   weights, unmerge = jax.vjp(partial(_merge, taps=taps), kernels)
   # The cotangent of the padded image; its border then goes back to the pixels
   # that it was replicated from.
+  padded, weights = _computed_once((_zero_pad(g, 2 * reach), weights))
   dpadded = stencil.correlate(
-    _zero_pad(g, 2 * reach),
+    padded,
     weights,
     [(reach - row, reach - column) for row, column in taps],
     height=height + 2 * reach,
     width=width + 2 * reach,
   )
   dh = _fold(_fold(dpadded, reach, axis=1), reach, axis=2)
+  padded, g = _computed_once((_replicate(h, reach), g.astype(weights.dtype)))
   dweights = stencil.weight_gradient(
-    _replicate(h, reach),
-    g.astype(weights.dtype),
+    padded,
+    g,
     [(row + reach, column + reach) for row, column in taps],
   )
   return dh.astype(h.dtype), *unmerge(dweights)
