@@ -1,4 +1,4 @@
-"""Settings of every test, and the golden numbers of the authors' model."""
+"""Settings of every test, golden numbers, and a small tree of images."""
 
 import functools
 import importlib.util
@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -39,3 +40,21 @@ def x64():
   """Runs a test in double precision."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory):
+  """3 classes, 4 training and 3 validation images each, in several modes."""
+  root = tmp_path_factory.mktemp("images")
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 4), ("val", 3)):
+    for class_name in ("n01440764", "n02102040", "n03000684"):
+      directory = root / split / class_name
+      directory.mkdir(parents=True)
+      for i, mode in enumerate(("RGB", "L", "CMYK", "RGB")[:count]):
+        # Smooth, because JPEG keeps noise badly.
+        corners = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        size = tuple(int(side) for side in rng.integers(20, 60, 2))
+        image = Image.fromarray(corners).resize(size).convert(mode)
+        image.save(directory / f"{class_name}_{split}_{i}.JPEG")
+  return root

@@ -5,6 +5,7 @@ Axis letters: B batch, H and W height and width, C channels.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from spatial_mamba_kernels.typing import Array, Float
 
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
+# The authors truncate theirs at +-2 absolute, a hundred deviations away.
+_normal = nnx.initializers.normal(0.02)
+
 
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:
-  """Uniform in +-1/sqrt(fan_in): how PyTorch starts a convolution.
+  """Uniform in +-1/sqrt(fan_in): how PyTorch starts convolutions and Linear.
 
   It is Kaiming's uniform with a = sqrt(5) for kernels, and the default for
   biases.
@@ -139,43 +143,31 @@ def linear(
   features_out: int,
   *,
   use_bias: bool = True,
+  kernel_init: nnx.Initializer = _normal,
+  bias_init: nnx.Initializer = nnx.initializers.zeros,
   dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> nnx.Linear:
-  """A linear layer as the authors start it: normal(0, .02), bias 0.
-
-  Theirs is truncated at +-2 absolute, a hundred deviations away.
-  """
+  """A linear layer that starts as most of the authors' do."""
   return nnx.Linear(
     features_in,
     features_out,
     use_bias=use_bias,
-    kernel_init=nnx.initializers.normal(0.02),
+    kernel_init=kernel_init,
+    bias_init=bias_init,
     dtype=dtype,
     param_dtype=jnp.promote_types(dtype, jnp.float32),
     rngs=rngs,
   )
 
 
-def pointwise_conv(
-  features_in: int,
-  features_out: int,
-  *,
-  use_bias: bool = True,
-  dtype: DTypeLike,
-  rngs: nnx.Rngs,
+def uniform_linear(
+  features_in: int, features_out: int, **kwargs: Any
 ) -> nnx.Linear:
-  """A 1x1 convolution: a linear layer that starts as a convolution does."""
+  """A linear layer or 1x1 convolution that starts as PyTorch starts both."""
   init = uniform_fan_in(features_in)
-  return nnx.Linear(
-    features_in,
-    features_out,
-    use_bias=use_bias,
-    kernel_init=init,
-    bias_init=init,
-    dtype=dtype,
-    param_dtype=jnp.promote_types(dtype, jnp.float32),
-    rngs=rngs,
+  return linear(
+    features_in, features_out, kernel_init=init, bias_init=init, **kwargs
   )
 
 

@@ -25,7 +25,7 @@ from spatial_mamba_jax.models.layers import (
   conv3x3,
   drop_path,
   linear,
-  pointwise_conv,
+  uniform_linear,
 )
 from spatial_mamba_jax.models.ssm import StructureAwareSSM
 
@@ -54,7 +54,7 @@ class Stem(nnx.Module):
 
     self.conv1 = conv_norm(3, half, 2)
     self.conv2 = nnx.List([conv_norm(half, half, 1), conv_norm(half, half, 1)])
-    project = pointwise_conv(wide, dim, use_bias=False, **kwargs)
+    project = uniform_linear(wide, dim, use_bias=False, **kwargs)
     self.conv3 = nnx.List(
       [
         conv_norm(half, wide, 2),
@@ -76,10 +76,10 @@ class DownSampling(nnx.Module):
   ):
     kwargs = {"dtype": config.dtype, "rngs": rngs}
     wide = 4 * dim_out
-    self.expand = pointwise_conv(dim, wide, **kwargs)
+    self.expand = uniform_linear(dim, wide, **kwargs)
     self.conv = DepthwiseConv(wide, stride=2, **kwargs)
     self.project = ConvNorm(
-      pointwise_conv(wide, dim_out, **kwargs), dim_out, **kwargs
+      uniform_linear(wide, dim_out, **kwargs), dim_out, **kwargs
     )
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo Co"]:

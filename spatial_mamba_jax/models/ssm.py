@@ -14,7 +14,7 @@ from spatial_mamba_jax.models.layers import (
   LayerNorm,
   linear,
   silu,
-  uniform_fan_in,
+  uniform_linear,
 )
 
 
@@ -41,22 +41,8 @@ class StructureAwareSSM(nnx.Module):
     kwargs = {"dtype": dtype, "rngs": rngs}
     self.in_proj = linear(dim, 2 * inner, use_bias=False, **kwargs)
     self.conv = DepthwiseConv(inner, **kwargs)
-    self.x_proj = nnx.Linear(
-      inner,
-      rank + 2 * n,
-      use_bias=False,
-      kernel_init=uniform_fan_in(inner),
-      param_dtype=param_dtype,
-      **kwargs,
-    )
-    self.dt_proj = nnx.Linear(
-      rank,
-      inner,
-      use_bias=False,
-      kernel_init=uniform_fan_in(rank),
-      param_dtype=param_dtype,
-      **kwargs,
-    )
+    self.x_proj = uniform_linear(inner, rank + 2 * n, use_bias=False, **kwargs)
+    self.dt_proj = uniform_linear(rank, inner, use_bias=False, **kwargs)
     self.dt_bias = nnx.Param(_dt_bias(rngs.params(), inner, param_dtype))
     log_n = jnp.log(jnp.arange(1, n + 1, dtype=param_dtype))
     self.A_log = nnx.Param(jnp.tile(log_n, (inner, 1)))

@@ -29,7 +29,9 @@ class MetricWriter:
       _drop_records_after(path, resumed_step)
     self._file = path.open("a")
     self._events = SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=resumed_step + 1
+      str(workdir / "tensorboard"),
+      purge_step=resumed_step + 1,
+      filename_suffix=f".{resumed_step}",
     )
 
   def __enter__(self) -> "MetricWriter":

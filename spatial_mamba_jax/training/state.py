@@ -12,9 +12,9 @@ from spatial_mamba_kernels.typing import Array, Float, Int
 
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 
-# {path: array, or its shape and type}, with paths such as
-# "stages.0.blocks.1.mixer.in_proj.kernel".
-Arrays = dict[str, Any]
+# {path: array}, e.g. of "stages.0.blocks.1.mixer.in_proj.kernel". No stricter,
+# because JAX and orbax rebuild trees with shapes or options for arrays.
+Arrays = Any
 
 
 @flax.struct.dataclass

@@ -1,0 +1,64 @@
+"""The scripts on files as users have them: ImageNet's, and a folder's."""
+
+import re
+import runpy
+
+import pytest
+
+from spatial_mamba_jax.data.prepare_imagenet import main as prepare_imagenet
+
+IMAGENET = ("imagenet_tiny", "imagenet_small", "imagenet_base")
+LINE = r"top-1 \d+\.\d\d%  top-5 100\.00%  loss \d+\.\d{4}  images 9\n"
+
+
+def train_and_evaluate(experiment, *arguments):
+  status, _, err = experiment.run("train.py", *arguments)
+  assert status == 0, err
+  status, out, err = experiment.run("eval.py", *arguments)
+  assert status == 0, err
+  assert re.fullmatch(LINE, out)
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_imagenet_configs_are_valid(name):
+  config = runpy.run_path(f"configs/{name}.py")["get_config"]()
+  config.validate()
+  assert config.model.name == name.replace("imagenet", "spatial_mamba")
+
+
+def test_the_imagenet_config_trains_two_steps(
+  experiment, image_tree, tmp_path, capsys
+):
+  data_dir = tmp_path / "tfds"
+  prepare_imagenet([f"--image_folder={image_tree}", f"--data_dir={data_dir}"])
+  assert f"prepared {data_dir}" in capsys.readouterr().out
+  experiment.path = "configs/imagenet_tiny.py"
+  workdir = tmp_path / "run"
+  train_and_evaluate(
+    experiment,
+    f"--workdir={workdir}",
+    f"--config.data.data_dir={data_dir}",
+    "--config.data.image_size=32",
+    "--config.data.num_workers=2",
+    "--config.model.num_classes=3",
+    "--config.optimizer.warmup_epochs=0",
+    "--config.batch_size=6",
+    "--config.evaluation_batch_size=6",
+    "--config.epochs=1",
+    "--config.mesa_start=0",
+    "--config.log_every=1",
+  )
+  logged = experiment.records(workdir)
+  assert [r["step"] for r in logged if r["kind"] == "train"] == [1, 2]
+
+
+def test_a_folder_of_images_trains_and_evaluates(
+  experiment, image_tree, tmp_path
+):
+  train_and_evaluate(
+    experiment,
+    f"--workdir={tmp_path / 'run'}",
+    "--config.data.name=image_folder",
+    f"--config.data.data_dir={image_tree}",
+    "--config.epochs=2",
+  )
