@@ -3,6 +3,7 @@
 import dataclasses
 
 SOURCE_NAMES = ("digits", "imagenet2012", "image_folder", "synthetic")
+SPLITS = ("train", "validation")
 
 
 class DataError(ValueError):

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from spatial_mamba_jax.data.config import DataConfig, DataError
-
-SPLITS = ("train", "validation")
+from spatial_mamba_jax.data.config import SPLITS, DataConfig, DataError
 
 
 @runtime_checkable

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from spatial_mamba_jax.data.config import DataConfig
-from spatial_mamba_jax.data.sources import SPLITS
+from spatial_mamba_jax.data.config import SPLITS, DataConfig
 
 
 @dataclasses.dataclass(frozen=True)

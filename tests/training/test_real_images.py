@@ -38,6 +38,8 @@ def test_the_imagenet_config_trains_two_steps(
     experiment,
     f"--workdir={workdir}",
     f"--config.data.data_dir={data_dir}",
+    # Of the same kind as tiny, and compiled in a fraction of the time.
+    "--config.model.name=spatial_mamba_micro",
     "--config.data.image_size=32",
     "--config.data.num_workers=2",
     "--config.model.num_classes=3",
