@@ -36,7 +36,7 @@ def get_config() -> TrainConfig:
       warmup_epochs=2,
     ),
     batch_size=100,
-    epochs=20,
+    epochs=40,
     ema_decay=0.95,
     evaluation_batch_size=100,
     evaluate_every=5,
