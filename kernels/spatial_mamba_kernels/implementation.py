@@ -12,18 +12,21 @@ Implementation = Literal["sequential", "associative"]
 _KERNELS = ("mosaic_tpu", "mosaic_gpu")
 
 
-def check_implementation(name: str | None, op: str) -> None:
+def check_implementation(
+  name: str | None, op: str, kernels: tuple[str, ...] = ()
+) -> None:
   """Raises where `op` cannot be served by the implementation `name`.
 
   Args:
     name: what the caller asked for; None always works.
     op: the operator's public name, for the message.
+    kernels: those that `op` has.
 
   Raises:
     NotImplementedError: `name` is a kernel that `op` does not have.
     ValueError: `name` is no implementation at all.
   """
-  names = get_args(Implementation)
+  names = (*get_args(Implementation), *kernels)
   if name is None or name in names:
     return
   if name in _KERNELS:
@@ -33,5 +36,5 @@ def check_implementation(name: str | None, op: str) -> None:
     )
   raise ValueError(
     f"implementation={name!r} is unknown: use None, or one of"
-    f" {', '.join((*names, *_KERNELS))}"
+    f" {', '.join(dict.fromkeys((*names, *_KERNELS)))}"
   )

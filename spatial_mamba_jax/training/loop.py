@@ -97,14 +97,15 @@ def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
   source = open_checked_source(config, "validation")
   model = PureModel(config.model.build())
   weights = load_ema(path, _placed(model.shapes, mesh))
-  return evaluate(
-    jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),
-    weights,
-    source,
-    config.data,
-    batch_size=config.evaluation_batch_size,
-    mesh=mesh,
-  )
+  with jax.set_mesh(mesh):  # Kernels are split over it.
+    return evaluate(
+      jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),
+      weights,
+      source,
+      config.data,
+      batch_size=config.evaluation_batch_size,
+      mesh=mesh,
+    )
 
 
 def _placed(shapes: Any, mesh: Mesh) -> Any:
@@ -181,7 +182,13 @@ class _Run:
         process_count=jax.process_count(),
       )
       writer = MetricWriter(self.workdir, resumed_step=step)
-      with batches, writer, _stop_signals() as stopping:
+      # Kernels are split over the mesh in force.
+      with (
+        batches,
+        writer,
+        jax.set_mesh(self.mesh),
+        _stop_signals() as stopping,
+      ):
         try:
           return self._loop(
             state, step, batches, checkpoints, writer, progress, stopping

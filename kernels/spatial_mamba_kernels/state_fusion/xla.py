@@ -16,6 +16,8 @@ from spatial_mamba_kernels.typing import Array, Float
 
 DILATIONS = (1, 3, 5)
 
+Taps = dict[tuple[int, int], list[tuple[int, int, int]]]
+
 # Else XLA pads the image and merges the weights anew in each of many taps.
 _computed_once = jax.lax.optimization_barrier
 
@@ -83,10 +85,10 @@ def grouped(h: Array, kernels: Array, *, dilations: tuple[int, ...]) -> Array:
 
 def _shifted(h, kernels, *, dilations):
   _, height, width, *_ = h.shape
-  taps = _taps(dilations, height, width)
+  taps = stencil_taps(dilations, height, width)
   reach = _reach(taps)
   padded, weights = _computed_once(
-    (_replicate(h, reach), _merge(kernels, taps))
+    (_replicate(h, reach), merge_weights(kernels, taps))
   )
   y = stencil.correlate(
     padded,
@@ -102,9 +104,9 @@ def _shifted(h, kernels, *, dilations):
 
 def _shifted_bwd(h, kernels, g, *, dilations):
   _, height, width, *_ = h.shape
-  taps = _taps(dilations, height, width)
+  taps = stencil_taps(dilations, height, width)
   reach = _reach(taps)
-  weights, unmerge = jax.vjp(partial(_merge, taps=taps), kernels)
+  weights, unmerge = jax.vjp(partial(merge_weights, taps=taps), kernels)
   # The cotangent of the padded image; its border then goes back to the pixels
   # that it was replicated from.
   padded, weights = _computed_once((_zero_pad(g, 2 * reach), weights))
@@ -125,16 +127,23 @@ def _shifted_bwd(h, kernels, g, *, dilations):
   return dh.astype(h.dtype), *unmerge(dweights)
 
 
-def _taps(dilations, height, width):
+def stencil_taps(
+  dilations: tuple[int, ...],
+  height: int | None = None,
+  width: int | None = None,
+) -> Taps:
   """{offset from the pixel: the places in [M, 3, 3] that have it}.
 
-  An offset of more than height - 1 rows or width - 1 columns reaches the
-  border from every pixel and is as good as that: in small images more taps
-  coincide (9 are left of 2 x 2, and 1 of 1 x 1).
+  In an image of known size, an offset of more than height - 1 rows or width - 1
+  columns reaches the border from every pixel and is as good as that: in small
+  images more taps coincide (9 are left of 2 x 2, and 1 of 1 x 1).
   """
-  taps: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+  taps: Taps = {}
   for m, dilation in enumerate(dilations):
-    by_row, by_column = min(dilation, height - 1), min(dilation, width - 1)
+    by_row, by_column = (
+      dilation if size is None else min(dilation, size - 1)
+      for size in (height, width)
+    )
     for row in range(3):
       for column in range(3):
         offset = (row - 1) * by_row, (column - 1) * by_column
@@ -142,8 +151,10 @@ def _taps(dilations, height, width):
   return taps
 
 
-def _merge(kernels, taps):
-  """One weight for each distinct offset, [T, D]."""
+def merge_weights(
+  kernels: Float[Array, "M 3 3 D"], taps: Taps
+) -> Float[Array, "T D"]:
+  """One weight for each distinct offset."""
   return jnp.stack(
     [sum(kernels[place] for place in places) for places in taps.values()]
   )

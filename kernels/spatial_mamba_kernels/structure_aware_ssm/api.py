@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.structure_aware_ssm import xla
+from spatial_mamba_kernels.structure_aware_ssm import kernel, mosaic_tpu, xla
 from spatial_mamba_kernels.typing import Array
 
 
@@ -42,8 +42,8 @@ def structure_aware_ssm(
     kernels: [3, 3, 3, D] (dilation 1, 3 or 5; row; column; channel).
     alpha: [3], the weight of each dilation.
     delta_bias: [D], or None for 0.
-    implementation: None (best for the platform), "sequential" or
-      "associative".
+    implementation: None (best for the platform), "sequential", "associative"
+      or "mosaic_tpu" (a kernel for TPUs, of float32 and bfloat16).
 
   Returns:
     y, [B, H, W, D] in the dtype of `u`. States are kept in float32, or float64
@@ -53,7 +53,7 @@ def structure_aware_ssm(
     ValueError: the shapes are inconsistent, or the implementation is unknown.
     NotImplementedError: the implementation named cannot serve.
   """
-  check_implementation(implementation, "structure_aware_ssm")
+  check_implementation(implementation, "structure_aware_ssm", ("mosaic_tpu",))
   if delta_bias is None:
     delta_bias = jnp.zeros(jnp.shape(u)[-1:])
   arrays = check_shapes(
@@ -70,4 +70,13 @@ def structure_aware_ssm(
       "delta_bias": (delta_bias, "D"),
     },
   )
+  arrays = tuple(arrays)
+  if implementation == "mosaic_tpu" or implementation is None:
+    try:
+      mosaic_tpu.plan(arrays)
+    except NotImplementedError:
+      if implementation:
+        raise
+    else:
+      return kernel.structure_aware_ssm(arrays, implementation)
   return xla.structure_aware_ssm(*arrays, implementation=implementation)
