@@ -44,15 +44,16 @@ from spatial_mamba_kernels.structure_aware_ssm import (
 def main() -> None:
   """Compiles as the command line says."""
   arguments = _parse()
-  compile_program = step if arguments.program == "step" else kernel
+  if arguments.program == "step":
+    print(json.dumps(step(arguments)))
+    return
   with tempfile.TemporaryDirectory() as dump:
     # Read when libtpu is loaded, which is with the first topology.
     os.environ["LIBTPU_INIT_ARGS"] = (
       f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
     )
-    record = compile_program(arguments)
-    if arguments.program != "step":
-      record["loop_bundles"] = loop_bundles(dump)
+    record = kernel(arguments)
+    record["loop_bundles"] = loop_bundles(dump)
   print(json.dumps(record))
 
 
@@ -145,7 +146,9 @@ def _compile(function, arguments, **options) -> dict[str, Any]:
   seconds = time.perf_counter() - start
   text, memory = compiled.as_text(), compiled.memory_analysis()
   cost = compiled.cost_analysis()
-  assert text is not None and memory is not None and cost is not None
+  assert text is not None
+  assert memory is not None
+  assert cost is not None
   return {
     "compile_seconds": seconds,
     "kernels": text.count('custom_call_target="tpu_custom_call"'),

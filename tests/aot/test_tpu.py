@@ -27,7 +27,7 @@ SHAPES = (
   (1, 1, 1, 1, 1),
   (16, 14, 14, 512, 16),
 )
-V5E_MEMORY, V6E_MEMORY = 15.75 * 2**30, 31.25 * 2**30
+V6E_MEMORY = 31.25 * 2**30
 
 
 def compiled(*arguments):
@@ -58,25 +58,9 @@ def test_kernels_compile_for_every_generation(program, target):
   assert record["kernels"] == 1
 
 
-@pytest.mark.parametrize("model", ["tiny", "base"])
-@pytest.mark.parametrize(
-  ("target", "batch_size", "memory"),
-  [
-    ("v5e:2x2", 32, V5E_MEMORY),
-    ("v5e:16x16", 32, V5E_MEMORY),
-    ("v6e:16x16", 32, V6E_MEMORY),
-  ],
-)
-def test_sharded_training_step(model, target, batch_size, memory):
-  record = compiled(
-    "step",
-    "--model",
-    model,
-    "--target",
-    target,
-    "--batch-size",
-    batch_size // (1 if model == "tiny" else 2),
-  )
+def test_sharded_training_step():
+  record = compiled("step", "--target", "v6e:2x2", "--batch-size", 32)
   assert record["kernels"] == 8  # Forward and backward, of each stage.
   assert record["all_gathers"] == 0
-  assert record["argument_bytes"] + record["temporary_bytes"] < memory
+  used = record["argument_bytes"] + record["temporary_bytes"]
+  assert used < V6E_MEMORY

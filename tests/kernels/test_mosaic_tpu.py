@@ -83,17 +83,22 @@ def assert_kernel_is_sequential(*shape, dtype=jnp.float32):
     assert error <= TOLERANCE[dtype] * scale, (name, error / scale)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-  "shape",
+  ("shape", "dtype"),
   [
-    (1, 1, 1, 1, 1),
-    (3, 2, 3, 6, 1),  # Rows and columns that are both first and last.
-    (9, 3, 4, 130, 2),  # A group of images and a register filled up.
-    (2, 13, 6, 4, 1),  # A ring that comes round.
-    (1, 2, 10, 4, 1),  # Tiles of several sizes.
-    (1, 1, 5, 3, 16),
+    ((1, 1, 1, 1, 1), jnp.float32),
+    # Rows and columns that are both first and last.
+    ((3, 2, 3, 6, 1), jnp.float32),
+    ((3, 2, 3, 6, 1), jnp.bfloat16),
+    # A group of images and a register filled up.
+    ((9, 3, 4, 130, 2), jnp.bfloat16),
+    # A ring that comes round.
+    ((2, 13, 6, 4, 1), jnp.float32),
+    # Tiles of several sizes.
+    ((1, 2, 10, 4, 1), jnp.float32),
+    ((1, 1, 5, 3, 16), jnp.float32),
   ],
+  ids=str,
 )
 def test_values_and_gradients(interpreted, shape, dtype):
   assert_kernel_is_sequential(*shape, dtype=dtype)
