@@ -19,13 +19,54 @@ CHANNEL_AXES = ("model", "tensor")
 BATCH, CHANNELS, WHOLE = "batch", "channels", None
 
 
+def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
+  """The axes of the mesh in force that split the batch and the channels.
+
+  Args:
+    batch: images in all.
+    channels: channels in all.
+
+  Returns:
+    {BATCH: names, CHANNELS: names}; nothing where no mesh is in force.
+
+  Raises:
+    NotImplementedError: the mesh has an axis that means nothing here, or that
+      does not split evenly.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = {
+    name: kind
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if kind != AxisType.Manual and mesh.shape[name] > 1
+  }
+  for name, kind in kinds.items():
+    if name not in BATCH_AXES + CHANNEL_AXES or kind != AxisType.Auto:
+      raise NotImplementedError(
+        f"a kernel cannot be split over the {kind} mesh axis {name!r}: it knows"
+        f" automatic axes called {', '.join(BATCH_AXES + CHANNEL_AXES)}"
+      )
+  if not kinds:
+    return {}
+  axes = {}
+  for kind, names, size in (
+    (BATCH, BATCH_AXES, batch),
+    (CHANNELS, CHANNEL_AXES, channels),
+  ):
+    axes[kind] = tuple(name for name in names if name in kinds)
+    shards = math.prod(mesh.shape[name] for name in axes[kind])
+    if size % shards:
+      raise NotImplementedError(
+        f"a kernel over the mesh {dict(mesh.shape)} needs a multiple of"
+        f" {shards} for its {kind}, not {size}"
+      )
+  return axes
+
+
 def per_shard(
   function: Callable[..., Any],
   arguments: Any,
   results: Any,
-  *,
-  batch: int,
-  channels: int,
+  axes: dict[str, tuple[str, ...]],
 ) -> Callable[..., Any]:
   """Wraps a function that computes images and channels independently.
 
@@ -34,35 +75,13 @@ def per_shard(
     arguments: for each argument a tuple with BATCH, CHANNELS or WHOLE for each
       of its dimensions; any tree of them.
     results: the same of what it returns.
-    batch: images in all.
-    channels: channels in all.
+    axes: what `split_axes` says.
 
   Returns:
-    The function over whole arrays; itself where no mesh is in force.
-
-  Raises:
-    NotImplementedError: the batch or the channels cannot be split evenly.
+    The function over whole arrays.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  open_axes = [
-    name
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if kind != AxisType.Manual and mesh.shape[name] > 1
-  ]
-  if not open_axes:
+  if not axes:
     return function
-  axes = {}
-  for kind, names, size in (
-    (BATCH, BATCH_AXES, batch),
-    (CHANNELS, CHANNEL_AXES, channels),
-  ):
-    axes[kind] = tuple(name for name in names if name in open_axes)
-    shards = math.prod(mesh.shape[name] for name in axes[kind])
-    if size % shards:
-      raise NotImplementedError(
-        f"a kernel over the mesh {dict(mesh.shape)} needs a multiple of"
-        f" {shards} for its {kind}, not {size}"
-      )
 
   def spec(dimensions):
     return PartitionSpec(*(axes.get(kind) or None for kind in dimensions))

@@ -137,8 +137,3 @@ def by_row(taps: Sequence[tuple[int, int]]) -> RowTaps:
   for place, (row, column) in enumerate(taps):
     rows.setdefault(row, []).append((column, place))
   return rows
-
-
-def softplus(x: Array) -> Array:
-  """log(1 + exp(x))."""
-  return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))

@@ -143,7 +143,32 @@ def test_plan_cuts_what_does_not_fit():
     plan(1, 2, 2, 4, 1, dtype=jnp.float16)
 
 
-def test_no_race_and_nothing_out_of_bounds():
+@pytest.mark.parametrize(
+  ("batch", "axis"), [(8, "data"), (7, "data"), (8, "pipeline")]
+)
+def test_a_mesh_that_cannot_be_split_is_left_to_xla(batch, axis):
+  arrays = arguments(batch, 2, 2, 4, 1, jnp.float32)
+  mesh = jax.sharding.AbstractMesh(
+    (2,), (axis,), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+  def program(implementation):
+    with jax.sharding.use_abstract_mesh(mesh):
+      return str(
+        jax.make_jaxpr(
+          partial(smk.structure_aware_ssm, implementation=implementation)
+        )(**arrays)
+      )
+
+  if (batch, axis) == (8, "data"):
+    assert "shard_map" in program(None)
+    return
+  assert "pallas_call" not in program(None)
+  with pytest.raises(NotImplementedError, match="a kernel"):
+    program("mosaic_tpu")
+
+
+def test_no_race_and_nothing_out_of_bounds(capsys):
   """TPU semantics: asynchronous copies, buffers, and memory that is not set."""
   arrays = arguments(2, 3, 4, 130, 1, jnp.float32)
   expected = smk.structure_aware_ssm(**arrays, implementation="sequential")
@@ -152,3 +177,4 @@ def test_no_race_and_nothing_out_of_bounds():
   ):
     actual = smk.structure_aware_ssm(**arrays, implementation="mosaic_tpu")
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+  assert "RACE" not in capsys.readouterr().out  # JAX prints, and goes on.

@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.structure_aware_ssm import kernel, mosaic_tpu, xla
+from spatial_mamba_kernels.structure_aware_ssm import kernel, xla
 from spatial_mamba_kernels.typing import Array
 
 
@@ -71,9 +71,9 @@ def structure_aware_ssm(
     },
   )
   arrays = tuple(arrays)
-  if implementation == "mosaic_tpu" or implementation is None:
+  if implementation in (None, "mosaic_tpu"):
     try:
-      mosaic_tpu.plan(arrays)
+      kernel.check_served(arrays)
     except NotImplementedError:
       if implementation:
         raise

@@ -10,7 +10,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE, per_shard
+from spatial_mamba_kernels.sharding import (
+  BATCH,
+  CHANNELS,
+  WHOLE,
+  per_shard,
+  split_axes,
+)
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu, xla
 from spatial_mamba_kernels.typing import Array
 
@@ -38,6 +44,13 @@ _PARTIAL_TOKENS = (CHANNELS, *_TOKENS)
 _PARTIAL_PARAMETERS = (BATCH, WHOLE, CHANNELS)
 
 
+def check_served(arrays: Arrays) -> None:
+  """Raises a NotImplementedError with the reason where no kernel can serve."""
+  mosaic_tpu.plan(arrays)
+  batch, *_, channels = arrays[0].shape
+  split_axes(batch, channels)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def structure_aware_ssm(arrays: Arrays, implementation: str | None) -> Array:
   """The operator by "mosaic_tpu", or by what is best where it runs for None.
@@ -45,9 +58,6 @@ def structure_aware_ssm(arrays: Arrays, implementation: str | None) -> Array:
   Args:
     arrays: u, delta, A, B, C, D, kernels, alpha, delta_bias.
     implementation: None or "mosaic_tpu".
-
-  Raises:
-    NotImplementedError: the kernel cannot serve.
   """
   (y,) = _by_platform(
     implementation, _tpu(arrays, save=False), _xla_forward, arrays
@@ -74,7 +84,7 @@ def _backward(implementation, residuals, g):
   return (
     _by_platform(
       implementation,
-      partial(_tpu_backward, batch=len(g), channels=g.shape[-1]),
+      _tpu_backward,
       without_kernel,
       *residuals,
       g,
@@ -104,18 +114,17 @@ def _tpu(arrays, *, save):
     partial(_run_forward, save=save),
     (_ARGUMENTS,),
     (_IMAGE, _SAVED) if save else (_IMAGE,),
-    batch=u.shape[0],
-    channels=u.shape[-1],
+    split_axes(u.shape[0], u.shape[-1]),
   )
 
 
-def _tpu_backward(arrays, saved, g, *, batch, channels):
+def _tpu_backward(arrays, saved, g):
+  batch, *_, channels = g.shape
   kernel = per_shard(
     _run_backward,
     (_ARGUMENTS, _SAVED, _IMAGE),
     (_IMAGE, _IMAGE, _PARTIAL_TOKENS, _PARTIAL_TOKENS, _PARTIAL_PARAMETERS),
-    batch=batch,
-    channels=channels,
+    split_axes(batch, channels),
   )
   du, ddelta, dB, dC, parameters = kernel(arrays, saved, g)
   _, unmerge = jax.vjp(mosaic_tpu.merged_weights, *arrays[6:8])

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from spatial_mamba_kernels import tpu_rows as rows
+from spatial_mamba_kernels.selective_scan.xla import softplus
 from spatial_mamba_kernels.state_fusion import xla as fusion
 from spatial_mamba_kernels.typing import Array
 
@@ -504,9 +505,7 @@ def _columns(per_token, first):
 
 
 def _time_step(delta, bias, column, lanes):
-  return rows.softplus(
-    delta[column, :, lanes].astype(jnp.float32) + bias[:, lanes]
-  )
+  return softplus(delta[column, :, lanes].astype(jnp.float32) + bias[:, lanes])
 
 
 def _observe_backward(g, C, dfused):
@@ -675,7 +674,7 @@ def _scan_backward(
       before_softplus = (
         delta[first + j, :, lanes].astype(jnp.float32) + bias[:, lanes]
       )
-      dt = rows.softplus(before_softplus)
+      dt = softplus(before_softplus)
       ddt, dx = jnp.zeros_like(dt), D[:, lanes] * dy
       into = []
       for n in range(states):
