@@ -5,16 +5,20 @@
     states = smk.selective_scan(u, delta, A, B)
     y = smk.structure_aware_ssm(u, delta, A, B, C, D, kernels, alpha)
 
+`CHECKPOINT_NAME` is what they call their results for `jax.checkpoint`.
+
 Axis letters: B batch, H and W height and width, L = H * W tokens, D channels,
 N states a channel.
 """
 
+from spatial_mamba_kernels.by_platform import CHECKPOINT_NAME
 from spatial_mamba_kernels.depthwise_conv import depthwise_conv
 from spatial_mamba_kernels.selective_scan import selective_scan
 from spatial_mamba_kernels.state_fusion import state_fusion
 from spatial_mamba_kernels.structure_aware_ssm import structure_aware_ssm
 
 __all__ = [
+  "CHECKPOINT_NAME",
   "depthwise_conv",
   "selective_scan",
   "state_fusion",

@@ -7,34 +7,31 @@ CPU it was traced on, the accelerator it runs on, and an ahead-of-time compile.
 
 from typing import Literal, get_args
 
-Implementation = Literal["sequential", "associative"]
+Implementation = Literal["sequential", "associative", "mosaic_tpu"]
 
-_KERNELS = ("mosaic_tpu", "mosaic_gpu")
+_PLANNED = ("mosaic_gpu",)
 
 
-def check_implementation(
-  name: str | None, op: str, kernels: tuple[str, ...] = ()
-) -> None:
+def check_implementation(name: str | None, op: str) -> None:
   """Raises where `op` cannot be served by the implementation `name`.
 
   Args:
     name: what the caller asked for; None always works.
     op: the operator's public name, for the message.
-    kernels: those that `op` has.
 
   Raises:
-    NotImplementedError: `name` is a kernel that `op` does not have.
+    NotImplementedError: `name` is a kernel that is not there yet.
     ValueError: `name` is no implementation at all.
   """
-  names = (*get_args(Implementation), *kernels)
+  names = get_args(Implementation)
   if name is None or name in names:
     return
-  if name in _KERNELS:
+  if name in _PLANNED:
     raise NotImplementedError(
       f"{op} has no {name} kernel yet: use implementation=None, or one of"
       f" {', '.join(names)}"
     )
   raise ValueError(
     f"implementation={name!r} is unknown: use None, or one of"
-    f" {', '.join(dict.fromkeys((*names, *_KERNELS)))}"
+    f" {', '.join((*names, *_PLANNED))}"
   )

@@ -1,4 +1,4 @@
-"""What the TPU kernels share: layout, tiles of a row, the stencil's rows.
+"""What the TPU kernels share: layout, cut, blocks, loops over a row.
 
 A kernel sees images as [H, W, G, b, D]: channels along the 128 lanes and b = 8
 images along the sublanes of a register, so that a token's step of the scan is a
@@ -8,6 +8,7 @@ no copy where the batch is a multiple of 8. Rows of an image are streamed
 through VMEM one by one; what later rows need stays in rings there.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,140 @@ from jax.experimental.pallas import tpu as pltpu
 from spatial_mamba_kernels.typing import Array, Float
 
 LANES = 128
-SUBLANES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes that decide the speed, not the result.
+
+  Attributes:
+    fuse_tile: columns fused together. More of them share loads of the same
+      states, until 64 registers no longer hold their sums.
+    scan_tile: columns scanned in one piece of code, divided by the states. The
+      exponentials of all of them are computed while the recurrence waits.
+    row: tokens in a row where there is no image to say so: as many numbers,
+      one a token, as lie along the lanes.
+    vmem_bytes: what a kernel may use of the 16 MiB that a v5e gives it.
+  """
+
+  fuse_tile: int = 14
+  scan_tile: int = 28
+  row: int = LANES
+  vmem_bytes: int = 15 * 2**20
+
+
+CONFIG = Config()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """How the work is cut.
+
+  Attributes:
+    group: images computed together, along the sublanes.
+    block: channels computed together, along the lanes.
+  """
+
+  group: int
+  block: int
+
+
+def cut(
+  arrays: Sequence[Array],
+  batch: int,
+  channels: int,
+  bytes_of: Callable[[int, int], int],
+  *,
+  keeps: str,
+) -> Cut:
+  """The largest cut that fits into VMEM.
+
+  Args:
+    arrays: what the operator is given.
+    batch: images.
+    channels: channels of an image.
+    bytes_of: (group, channels in whole registers) -> bytes of VMEM.
+    keeps: what takes the most of them, for the message.
+
+  Raises:
+    NotImplementedError: none does, or a type is not for a TPU.
+  """
+  for array in arrays:
+    if array.dtype not in (jnp.float32, jnp.bfloat16):
+      raise NotImplementedError(
+        f"mosaic_tpu computes float32 and bfloat16, not {array.dtype}"
+      )
+  registers = -(-channels // LANES)
+  for group in (8, 4, 2, 1):
+    group = min(group, batch)
+    for blocks in range(1, registers + 1):
+      lanes = -(-registers // blocks) * LANES
+      if bytes_of(group, lanes) <= CONFIG.vmem_bytes:
+        return Cut(group, min(channels, lanes))
+  raise NotImplementedError(
+    f"mosaic_tpu keeps {keeps} on the chip, which do not fit"
+  )
+
+
+def image_row_bytes(width: int, group: int, lanes: int, itemsize: int) -> int:
+  """Of a row of pixels; smaller numbers fill registers by pairs of rows."""
+  return width * max(group, 4 // itemsize) * lanes * itemsize
+
+
+def lane_row_bytes(width: int, group: int) -> int:
+  """Of a row with one float32 a pixel."""
+  return group * -(-width // LANES) * LANES * 4
+
+
+# Rows follow one another; groups of images and blocks of channels need not.
+COMPILER_PARAMS = pltpu.CompilerParams(
+  dimension_semantics=("parallel", "parallel", "arbitrary")
+)
+
+# A step of the grid to a row.
+RowOf = Callable[[Any], Any]
+
+
+def image_spec(width: int, cut: Cut, row_of: RowOf) -> pl.BlockSpec:
+  """A row of [H, W, G, b, D], or of [H, N, G, b, D] with N for the width."""
+  return pl.BlockSpec(
+    (None, width, None, cut.group, cut.block),
+    lambda i, c, step: (row_of(step), 0, i, 0, c),
+  )
+
+
+def state_spec(width: int, states: int, cut: Cut, row_of: RowOf):
+  """A row of [H, W, N, G, b, D]."""
+  return pl.BlockSpec(
+    (None, width, states, None, cut.group, cut.block),
+    lambda i, c, step: (row_of(step), 0, 0, i, 0, c),
+  )
+
+
+def token_spec(states: int, cut: Cut, lanes: int, row_of: RowOf):
+  """A row of [H, N, G, b, Wp]."""
+  return pl.BlockSpec(
+    (None, states, None, cut.group, lanes),
+    lambda i, c, step: (row_of(step), 0, i, 0, 0),
+  )
+
+
+def partial_token_spec(states: int, cut: Cut, lanes: int, row_of: RowOf):
+  """A row of [K, H, N, G, b, Wp], one K for each block of channels."""
+  return pl.BlockSpec(
+    (None, None, states, None, cut.group, lanes),
+    lambda i, c, step: (c, row_of(step), 0, i, 0, 0),
+  )
+
+
+def parameter_spec(count: int, cut: Cut) -> pl.BlockSpec:
+  """Of [count, D]."""
+  return pl.BlockSpec((count, cut.block), lambda i, c, step: (0, c))
+
+
+def sums_spec(count: int, cut: Cut) -> pl.BlockSpec:
+  """Of [G, count, D], finished after the last row."""
+  return pl.BlockSpec((None, count, cut.block), lambda i, c, step: (i, 0, c))
 
 
 def rows_of(
@@ -39,6 +173,41 @@ def images_of(
   height, width, _, _, channels = x.shape
   x = x.reshape(height, width, -1, channels)
   return x[:, :, :batch].transpose(2, 0, 1, 3)
+
+
+def last_state_rows_of(
+  x: Float[Array, "H N B D"], group: int
+) -> Float[Array, "H N G b D"]:
+  """States that rows leave, the images in groups as in `rows_of`."""
+  height, states, batch, channels = x.shape
+  x = jnp.pad(x, ((0, 0), (0, 0), (0, -batch % group), (0, 0)))
+  return x.reshape(height, states, -1, group, channels)
+
+
+def last_states_of(
+  x: Float[Array, "H N G b D"], batch: int
+) -> Float[Array, "H N B D"]:
+  """The inverse of `last_state_rows_of`."""
+  height, states, _, _, channels = x.shape
+  return x.reshape(height, states, -1, channels)[:, :, :batch]
+
+
+def state_rows_of(
+  x: Float[Array, "B H W N D"], group: int
+) -> Float[Array, "H W N G b D"]:
+  """All states of the images, in groups as in `rows_of`."""
+  batch, _, width, states, channels = x.shape
+  x = rows_of(x.reshape(batch, -1, width * states, channels), group)
+  return x.reshape(x.shape[0], width, states, *x.shape[2:])
+
+
+def states_of(
+  x: Float[Array, "H W N G b D"], batch: int
+) -> Float[Array, "B H W N D"]:
+  """The inverse of `state_rows_of`."""
+  height, width, states, *rest = x.shape
+  x = images_of(x.reshape(height, width * states, *rest), batch)
+  return x.reshape(batch, height, width, states, -1)
 
 
 def lane_rows_of(
@@ -127,13 +296,39 @@ def add(total: Array | None, term: Array) -> Array:
   return term if total is None else total + term
 
 
-# {row offset: [(column offset, place among the weights)]}
-RowTaps = dict[int, list[tuple[int, int]]]
+def inside(channels: int, block: int) -> Any:
+  """How many lanes of this block hold a channel; None if all of them do.
+
+  The last block of channels may reach beyond the last channel.
+  """
+  if channels % block == 0:
+    return None
+  return channels - pl.program_id(1) * block
 
 
-def by_row(taps: Sequence[tuple[int, int]]) -> RowTaps:
-  """A stencil's taps, as (row, column) offsets, row by row."""
-  rows: RowTaps = {}
-  for place, (row, column) in enumerate(taps):
-    rows.setdefault(row, []).append((column, place))
-  return rows
+def lane_sums(
+  products: Sequence[Array],
+  first: Any,
+  shape: tuple[int, ...],
+  lanes: Any,
+  inside: Any,
+) -> Array:
+  """The sums over channels of a tile's columns, each in its token's lane.
+
+  Args:
+    products: [b, lanes] for each column.
+    first: the first column.
+    shape: [b, Wp], of the result.
+    lanes: index of the lanes summed over.
+    inside: as `inside` says.
+  """
+  token = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+  total = None
+  for j, product in enumerate(products):
+    if inside is not None:
+      channel = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
+      product = jnp.where(lanes.start + channel < inside, product, 0)
+    value = jnp.sum(product, axis=1, keepdims=True)
+    total = add(total, jnp.where(token == first + j, value, 0))
+  assert total is not None
+  return total

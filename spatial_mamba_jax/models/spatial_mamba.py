@@ -8,10 +8,12 @@ Axis letters: B batch, H and W height and width, C channels, K classes.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import spatial_mamba_kernels as smk
 from flax import nnx
 from jax.typing import ArrayLike
 from spatial_mamba_kernels.typing import Array, Float
@@ -120,6 +122,15 @@ class Block(nnx.Module):
     return x + drop(self.mlp(self.norm2(x)), 1)
 
 
+# What a block's backward pass finds kept: what a matrix product, convolution or
+# scan made. The rest is elementwise and made again, which costs less than the
+# memory traffic of keeping it.
+_KEEP = jax.checkpoint_policies.save_from_both_policies(
+  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  jax.checkpoint_policies.save_only_these_names(smk.CHECKPOINT_NAME),
+)
+
+
 class Stage(nnx.Module):
   """Blocks of one resolution."""
 
@@ -155,6 +166,7 @@ class Stage(nnx.Module):
       keys = jax.random.split(drop_path_key, depth)
     rates = jnp.asarray(self.drop_path_rates, jnp.float32)
 
+    @partial(jax.checkpoint, policy=_KEEP, prevent_cse=False)
     def step(x, block):
       parameters, key, rate = block
       return nnx.merge(graphdefs[0], parameters)(x, key, rate), None

@@ -1,4 +1,4 @@
-"""The TPU kernels, interpreted on the CPU, against the sequential operator."""
+"""The TPU kernels, interpreted on the CPU, against the sequential operators."""
 
 from functools import partial
 
@@ -11,43 +11,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu
+from spatial_mamba_kernels import tpu_rows
+from spatial_mamba_kernels.selective_scan import mosaic_tpu as scan
+from spatial_mamba_kernels.state_fusion import mosaic_tpu as fusion
+from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as ssm
 
 # Sums of some hundred float32 terms; and the rounding of a result to bfloat16.
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}
+# Tiles and rows small enough to compile in seconds.
+SMALL = tpu_rows.Config(fuse_tile=4, scan_tile=3, row=5)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """Runs kernels as JAX operations, their tiles small enough to compile."""
+  """Runs kernels as JAX operations."""
   jax.clear_caches()
-  small = mosaic_tpu.Config(fuse_tile=4, scan_tile=3)
-  monkeypatch.setattr(mosaic_tpu, "CONFIG", small)
+  monkeypatch.setattr(tpu_rows, "CONFIG", SMALL)
   monkeypatch.setattr(
     pl, "pallas_call", partial(pl.pallas_call, interpret=True)
   )
   yield
   jax.clear_caches()
-
-
-def arguments(batch, height, width, channels, states, dtype, seed=0):
-  rng = np.random.default_rng(seed)
-
-  def normal(*shape, dtype=jnp.float32):
-    return jnp.asarray(rng.standard_normal(shape), dtype)
-
-  image = (batch, height, width)
-  return {
-    "u": normal(*image, channels, dtype=dtype),
-    "delta": normal(*image, channels, dtype=dtype),
-    "A": -jnp.exp(normal(channels, states)),
-    "B": normal(*image, states, dtype=dtype),
-    "C": normal(*image, states, dtype=dtype),
-    "D": normal(channels),
-    "kernels": normal(3, 3, 3, channels),
-    "alpha": normal(3),
-    "delta_bias": normal(channels),
-  }
 
 
 # Interpreted kernels are long programs that run once.
@@ -56,23 +40,24 @@ def arguments(batch, height, width, channels, states, dtype, seed=0):
   static_argnums=0,
   compiler_options={"xla_backend_optimization_level": 0},
 )
-def value_and_gradients(implementation, arrays, g):
-  y, pullback = jax.vjp(
-    lambda arrays: smk.structure_aware_ssm(
-      **arrays, implementation=implementation
-    ),
-    arrays,
-  )
-  return {"y": y, **pullback(g)[0]}
+def value_and_gradients(function, arrays, g):
+  y, pullback = jax.vjp(lambda arrays: function(**arrays), arrays)
+  return {"result": y, **pullback(g)[0]}
 
 
-def assert_kernel_is_sequential(*shape, dtype=jnp.float32):
-  arrays = arguments(*shape, dtype)
+def assert_kernel_is_sequential(operator, arrays, dtype=jnp.float32):
+  """Values and every gradient, of arrays whose first is of the result's type.
+
+  The states of a scan are float32 whatever comes in.
+  """
+  kernel = partial(operator, implementation="mosaic_tpu")
   rng = np.random.default_rng(1)
-  g = jnp.asarray(rng.standard_normal(arrays["u"].shape), dtype)
-  actual = value_and_gradients("mosaic_tpu", arrays, g)
+  shape = jax.eval_shape(lambda arrays: kernel(**arrays), arrays)
+  g = jnp.asarray(rng.standard_normal(shape.shape), shape.dtype)
+  actual = value_and_gradients(kernel, arrays, g)
   exact, exact_g = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, g))
-  expected = value_and_gradients("sequential", exact, exact_g)
+  sequential = partial(operator, implementation="sequential")
+  expected = value_and_gradients(sequential, exact, exact_g)
   assert actual.keys() == expected.keys()
   for name, wanted in expected.items():
     assert actual[name].dtype == arrays.get(name, g).dtype, name
@@ -100,15 +85,70 @@ def assert_kernel_is_sequential(*shape, dtype=jnp.float32):
   ],
   ids=str,
 )
-def test_values_and_gradients(interpreted, shape, dtype):
-  assert_kernel_is_sequential(*shape, dtype=dtype)
+def test_structure_aware_ssm(interpreted, ssm_arguments, shape, dtype):
+  arrays = ssm_arguments(*shape, images=dtype)
+  assert_kernel_is_sequential(smk.structure_aware_ssm, arrays, dtype)
 
 
-def test_blocks_of_channels(interpreted, monkeypatch):
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    ((1, 1, 1, 1), jnp.float32),
+    # Rows that are not full, and fill up the last group of images.
+    ((9, 7, 130, 2), jnp.bfloat16),
+    ((2, 7, 130, 2), jnp.float32),
+    # Full ones.
+    ((1, 15, 3, 16), jnp.float32),
+  ],
+  ids=str,
+)
+def test_selective_scan(interpreted, ssm_arguments, shape, dtype):
+  batch, length, channels, states = shape
+  arrays = ssm_arguments(batch, 1, length, channels, states, images=dtype)
+  arrays = {
+    name: arrays[name] if name in ("A", "delta_bias") else arrays[name][:, 0]
+    for name in ("u", "delta", "A", "B", "delta_bias")
+  }
+  assert_kernel_is_sequential(smk.selective_scan, arrays, dtype)
+
+
+@pytest.mark.parametrize(
+  ("shape", "dilations", "dtype"),
+  [
+    ((1, 1, 1, 1), (1, 3, 5), jnp.float32),
+    ((9, 2, 6, 130), (1, 3, 5), jnp.bfloat16),
+    ((1, 13, 5, 3), (1, 3, 5), jnp.float32),
+    # Other stencils, smaller and larger than the image.
+    ((2, 7, 5, 3), (1,), jnp.float32),
+    ((1, 3, 4, 2), (2, 7), jnp.float32),
+  ],
+  ids=str,
+)
+def test_state_fusion(interpreted, shape, dilations, dtype):
+  rng = np.random.default_rng(0)
+  count = len(dilations)
+  arrays = {
+    "h": jnp.asarray(rng.standard_normal(shape), dtype),
+    "kernels": jnp.asarray(
+      rng.standard_normal((count, 3, 3, shape[-1])), jnp.float32
+    ),
+    "alpha": jnp.asarray(rng.standard_normal(count), jnp.float32),
+  }
+  operator = partial(smk.state_fusion, dilations=dilations)
+  assert_kernel_is_sequential(operator, arrays, dtype)
+
+
+def test_blocks_of_channels(interpreted, ssm_arguments, monkeypatch):
   """VMEM for 128 of 192 channels, so that the second block is half full."""
-  cut = mosaic_tpu.Plan(group=2, block=128)
-  monkeypatch.setattr(mosaic_tpu, "plan", lambda arrays: cut)
-  assert_kernel_is_sequential(3, 2, 3, 192, 1)
+  cut = tpu_rows.Cut(group=2, block=128)
+  monkeypatch.setattr(tpu_rows, "cut", lambda *_, **__: cut)
+  arrays = ssm_arguments(3, 2, 3, 192, 1)
+  assert_kernel_is_sequential(smk.structure_aware_ssm, arrays)
+  h = {name: arrays[name] for name in ("kernels", "alpha")}
+  assert_kernel_is_sequential(smk.state_fusion, {"h": arrays["u"], **h})
+  tokens = {name: arrays[name][:, 0] for name in ("u", "delta", "B")}
+  parameters = {name: arrays[name] for name in ("A", "delta_bias")}
+  assert_kernel_is_sequential(smk.selective_scan, {**tokens, **parameters})
 
 
 @settings(
@@ -124,18 +164,42 @@ def test_blocks_of_channels(interpreted, monkeypatch):
   st.integers(1, 140),
   st.integers(1, 3),
 )
-def test_any_shape(interpreted, batch, height, width, channels, states):
-  assert_kernel_is_sequential(batch, height, width, channels, states)
+def test_any_shape(
+  interpreted, ssm_arguments, batch, height, width, channels, states
+):
+  arrays = ssm_arguments(batch, height, width, channels, states)
+  assert_kernel_is_sequential(smk.structure_aware_ssm, arrays)
 
 
-def test_plan_cuts_what_does_not_fit():
+def test_elsewhere_none_is_xla(ssm_arguments):
+  """Nor is anything lost by saving what the kernels save."""
+  whole = ssm_arguments(2, 3, 4, 5, 2)
+  tokens = {name: whole[name][:, 0] for name in ("u", "delta", "B")}
+  parameters = {name: whole[name] for name in ("A", "delta_bias")}
+  stencil = {name: whole[name] for name in ("kernels", "alpha")}
+  for operator, arrays in (
+    (smk.structure_aware_ssm, whole),
+    (smk.selective_scan, {**tokens, **parameters}),
+    (smk.state_fusion, {"h": whole["u"], **stencil}),
+  ):
+    g = jnp.ones_like(jax.eval_shape(lambda a, op=operator: op(**a), arrays))
+    actual = value_and_gradients(operator, arrays, g)
+    sequential = partial(operator, implementation="sequential")
+    expected = value_and_gradients(sequential, arrays, g)
+    for name, wanted in expected.items():
+      scale = np.abs(np.asarray(wanted)).max()
+      error = np.abs(np.asarray(actual[name] - wanted)).max()
+      assert error <= TOLERANCE[jnp.float32] * scale, name
+
+
+def test_what_does_not_fit_is_cut():
   def plan(batch, height, width, channels, states, dtype=jnp.bfloat16):
     u = jnp.empty((batch, height, width, channels), dtype)
-    return mosaic_tpu.plan((u, u, jnp.empty((channels, states))))
+    return ssm.plan((u, u, jnp.empty((channels, states))))
 
-  assert plan(128, 2, 56, 128, 1) == mosaic_tpu.Plan(8, 128)
-  assert plan(3, 7, 7, 1024, 1) == mosaic_tpu.Plan(3, 1024)
-  assert plan(128, 2, 56, 192, 1) == mosaic_tpu.Plan(8, 128)
+  assert plan(128, 2, 56, 128, 1) == tpu_rows.Cut(8, 128)
+  assert plan(3, 7, 7, 1024, 1) == tpu_rows.Cut(3, 1024)
+  assert plan(128, 2, 56, 192, 1) == tpu_rows.Cut(8, 128)
   assert plan(8, 2, 320, 128, 1).group < 8
   with pytest.raises(NotImplementedError, match="1024 tokens and 16 states"):
     plan(8, 1, 1024, 128, 16)
@@ -143,11 +207,33 @@ def test_plan_cuts_what_does_not_fit():
     plan(1, 2, 2, 4, 1, dtype=jnp.float16)
 
 
+def test_any_length_is_scanned():
+  def plan(length, states):
+    u = jnp.empty((8, length, 128), jnp.float32)
+    return scan.plan((u, u, jnp.empty((128, states))))
+
+  assert plan(3136, 1) == tpu_rows.Cut(8, 128)
+  assert plan(1_000_003, 16).group == 4
+  assert [scan.row_length(n) for n in (3136, 49, 128, 257)] == [
+    112,
+    49,
+    128,
+    128,
+  ]
+
+
+def test_a_stencil_that_is_too_wide_is_refused():
+  stencil = fusion.Stencil((1, 500))
+  h = jnp.empty((1, 2, 1000, 128), jnp.float32)
+  with pytest.raises(NotImplementedError, match="2006 rows of 1000 pixels"):
+    fusion.plan((h,), stencil=stencil)
+
+
 @pytest.mark.parametrize(
   ("batch", "axis"), [(8, "data"), (7, "data"), (8, "pipeline")]
 )
-def test_a_mesh_that_cannot_be_split_is_left_to_xla(batch, axis):
-  arrays = arguments(batch, 2, 2, 4, 1, jnp.float32)
+def test_a_mesh_that_cannot_be_split_is_left_to_xla(ssm_arguments, batch, axis):
+  arrays = ssm_arguments(batch, 2, 2, 4, 1)
   mesh = jax.sharding.AbstractMesh(
     (2,), (axis,), axis_types=(jax.sharding.AxisType.Auto,)
   )
@@ -168,13 +254,23 @@ def test_a_mesh_that_cannot_be_split_is_left_to_xla(batch, axis):
     program("mosaic_tpu")
 
 
-def test_no_race_and_nothing_out_of_bounds(capsys):
+def test_no_race_and_nothing_out_of_bounds(ssm_arguments, monkeypatch, capsys):
   """TPU semantics: asynchronous copies, buffers, and memory that is not set."""
-  arrays = arguments(2, 3, 4, 130, 1, jnp.float32)
-  expected = smk.structure_aware_ssm(**arrays, implementation="sequential")
+  jax.clear_caches()
+  monkeypatch.setattr(tpu_rows, "CONFIG", SMALL)
+  arrays = ssm_arguments(2, 3, 4, 130, 1)
+  g = jnp.ones_like(arrays["u"])
+  kernel = partial(smk.structure_aware_ssm, implementation="mosaic_tpu")
+  sequential = partial(smk.structure_aware_ssm, implementation="sequential")
+  expected = value_and_gradients(sequential, arrays, g)
   with pltpu.force_tpu_interpret_mode(
     pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
   ):
-    actual = smk.structure_aware_ssm(**arrays, implementation="mosaic_tpu")
-  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    actual = value_and_gradients(kernel, arrays, g)
+    jax.block_until_ready(actual)
+  jax.clear_caches()
+  for name, wanted in expected.items():
+    np.testing.assert_allclose(
+      actual[name], wanted, rtol=1e-4, atol=1e-4, err_msg=name
+    )
   assert "RACE" not in capsys.readouterr().out  # JAX prints, and goes on.

@@ -82,26 +82,6 @@ def test_state_fusion_is_the_authors(golden, implementation):
     assert_close(gradient, g["fusion_d" + name], 1e-10)
 
 
-def ssm_arguments(batch, height, width, channels, n, dtype, seed=0):
-  rng = np.random.default_rng(seed)
-
-  def normal(*shape):
-    return jnp.asarray(rng.standard_normal(shape), dtype)
-
-  image = (batch, height, width)
-  return {
-    "u": normal(*image, channels),
-    "delta": normal(*image, channels),
-    "A": -jnp.exp(normal(channels, n)),
-    "B": normal(*image, n),
-    "C": normal(*image, n),
-    "D": normal(channels),
-    "kernels": normal(3, 3, 3, channels),
-    "alpha": normal(3),
-    "delta_bias": normal(channels),
-  }
-
-
 # On the CPU, None is "sequential".
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @settings(max_examples=5, deadline=None, derandomize=True)
@@ -112,7 +92,9 @@ def ssm_arguments(batch, height, width, channels, n, dtype, seed=0):
   st.integers(1, 5),
   st.integers(1, 4),
 )
-def test_ssm_of_any_shape(implementation, batch, height, width, channels, n):
+def test_ssm_of_any_shape(
+  ssm_arguments, implementation, batch, height, width, channels, n
+):
   arguments = ssm_arguments(batch, height, width, channels, n, jnp.float64)
 
   @jax.jit
@@ -137,10 +119,10 @@ def test_ssm_of_any_shape(implementation, batch, height, width, channels, n):
   ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)]
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
-def test_ssm_in_lower_precision(implementation, dtype, tolerance):
-  arguments = ssm_arguments(2, 9, 13, 8, 2, jnp.float32)
-  for name in ("u", "delta", "B", "C"):
-    arguments[name] = arguments[name].astype(dtype)
+def test_ssm_in_lower_precision(
+  ssm_arguments, implementation, dtype, tolerance
+):
+  arguments = ssm_arguments(2, 9, 13, 8, 2, jnp.float32, images=dtype)
   wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
 
   def loss(run, a):
@@ -187,7 +169,7 @@ def test_state_is_float32_for_half_inputs():
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_every_state_is_scanned_and_fused(n):
+def test_every_state_is_scanned_and_fused(ssm_arguments, n):
   """The authors' code crashes beyond one state; here N states are N sums."""
   arguments = ssm_arguments(2, 6, 5, 4, n, jnp.float64)
   skip = arguments.pop("D")
@@ -261,7 +243,7 @@ def test_what_a_tpu_is_given_is_the_same():
     assert_close(y, expected, 1e-13)
 
 
-def test_scan_is_its_equations():
+def test_scan_is_its_equations(ssm_arguments):
   arguments = ssm_arguments(2, 4, 5, 3, 2, jnp.float64)
   u, delta, B = (arguments[k].reshape(2, 20, -1) for k in ("u", "delta", "B"))
   h = smk.selective_scan(u, delta, arguments["A"], B)
@@ -269,7 +251,7 @@ def test_scan_is_its_equations():
   assert_close(h, expected, 1e-13)
 
 
-def test_a_shape_that_does_not_fit_is_named():
+def test_a_shape_that_does_not_fit_is_named(ssm_arguments):
   arguments = ssm_arguments(2, 4, 5, 3, 2, jnp.float64)
   arguments["C"] = arguments["C"][..., :1]
   with pytest.raises(ValueError, match=r"C must have shape \[B, H, W, N\]"):
@@ -288,7 +270,7 @@ def test_a_shape_that_does_not_fit_is_named():
     smk.depthwise_conv(np.ones((1, 2, 2, 1)), np.ones((3, 3, 1)), stride=0)
 
 
-def test_an_implementation_that_cannot_serve_is_refused():
+def test_an_implementation_that_cannot_serve_is_refused(ssm_arguments):
   arguments = ssm_arguments(1, 2, 2, 1, 1, jnp.float64)
   with pytest.raises(ValueError, match="'cuda' is unknown"):
     smk.structure_aware_ssm(**arguments, implementation="cuda")

@@ -3,10 +3,20 @@
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from spatial_mamba_kernels.by_platform import Operator, Passes
 from spatial_mamba_kernels.implementation import check_implementation
-from spatial_mamba_kernels.selective_scan import xla
+from spatial_mamba_kernels.selective_scan import mosaic_tpu, xla
 from spatial_mamba_kernels.shapes import check_shapes
 from spatial_mamba_kernels.typing import Array
+
+
+def _xla(arrays, *, implementation):
+  return xla.states(*arrays, implementation=implementation)
+
+
+_operator = Operator(
+  _xla, mosaic_tpu.KERNEL, Passes(xla.saving_states, xla.from_saved_states)
+)
 
 
 def selective_scan(
@@ -32,7 +42,8 @@ def selective_scan(
     B: [B, L, N], the input projection of each token.
     delta_bias: [D], or None for 0.
     implementation: None (best for the platform), "sequential" (a loop over
-      tokens) or "associative" (a parallel prefix).
+      tokens), "associative" (a parallel prefix) or "mosaic_tpu" (a kernel for
+      TPUs, of float32 and bfloat16).
 
   Returns:
     The states h, [B, L, D, N], in float32 (float64 for float64 inputs).
@@ -54,5 +65,4 @@ def selective_scan(
       "delta_bias": (delta_bias, "D"),
     },
   )
-  states = xla.states(*arrays, implementation=implementation)
-  return jnp.swapaxes(states, 2, 3)
+  return jnp.swapaxes(_operator(tuple(arrays), implementation), 2, 3)

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from spatial_mamba_kernels.by_platform import Arrays, keep
 from spatial_mamba_kernels.shapes import state_dtype
 from spatial_mamba_kernels.typing import Array, Float
 
@@ -23,12 +24,29 @@ def states(
   implementation: str | None,
 ) -> Float[Array, "B L N D"]:
   """Discretises and scans; `selective_scan` states the equations."""
+  decay, drive = _discretise(u, delta, A, B, delta_bias)
+  return linear_recurrence(decay, drive, implementation)
+
+
+def _discretise(u, delta, A, B, delta_bias):
   dtype = state_dtype(u, delta, A, B)
   u, delta, A, B = (x.astype(dtype) for x in (u, delta, A, B))
   dt = softplus(delta + delta_bias.astype(dtype))
   decay = jnp.exp(dt[:, :, None] * A.T)
   drive = (dt * u)[:, :, None] * B[..., None]
-  return linear_recurrence(decay, drive, implementation)
+  return decay, drive
+
+
+def saving_states(arrays: Arrays, *, save: bool) -> Arrays:
+  """The forward pass; the states are all that the backward pass needs."""
+  h = states(*arrays, implementation=None)
+  return (h, h) if save else (h,)
+
+
+def from_saved_states(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
+  """The backward pass, without scanning once more."""
+  (decay, _), pullback = jax.vjp(_discretise, *arrays)
+  return pullback(_recurrence_bwd(None, (decay, *saved), g))
 
 
 def softplus(x: Array) -> Array:
@@ -47,7 +65,7 @@ def linear_recurrence(
 
 
 def _recurrence_fwd(decay, drive, implementation):
-  h = linear_recurrence(decay, drive, implementation)
+  h = keep(linear_recurrence(decay, drive, implementation))
   return h, (decay, h)
 
 

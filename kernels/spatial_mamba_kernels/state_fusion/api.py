@@ -1,11 +1,24 @@
 """Structure-aware state fusion."""
 
+import functools
+
 from jax.typing import ArrayLike
 
+from spatial_mamba_kernels.by_platform import Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.state_fusion import xla
+from spatial_mamba_kernels.state_fusion import mosaic_tpu, xla
 from spatial_mamba_kernels.typing import Array
+
+
+@functools.cache
+def _operator(dilations):
+  def fuse(arrays, *, implementation):
+    del implementation  # Without a recurrence they are the same.
+    h, kernels, alpha = arrays
+    return xla.fuse(h, kernels, alpha, dilations)
+
+  return Operator(fuse, mosaic_tpu.kernel(dilations))
 
 
 def state_fusion(
@@ -30,8 +43,9 @@ def state_fusion(
     kernels: [M, 3, 3, D] (dilation, row, column, channel).
     alpha: [M], the weight of each dilation.
     dilations: M of them, each 1 or more.
-    implementation: None, "sequential" or "associative", as elsewhere; without
-      a recurrence, the two are the same.
+    implementation: None (best for the platform) or "mosaic_tpu" (a kernel for
+      TPUs, of float32 and bfloat16); "sequential" and "associative", as
+      elsewhere, are the same here, without a recurrence.
 
   Returns:
     [B, H, W, D] in the dtype of `h`; sums are in float32, or float64 for
@@ -56,4 +70,5 @@ def state_fusion(
       "alpha": (alpha, f"{m}"),
     },
   )
-  return xla.fuse(h, kernels, alpha, tuple(dilations))
+  arrays = (h, kernels, alpha)
+  return _operator(tuple(dilations))(arrays, implementation)

@@ -3,10 +3,18 @@
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from spatial_mamba_kernels.by_platform import Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.structure_aware_ssm import kernel, xla
+from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu, xla
 from spatial_mamba_kernels.typing import Array
+
+
+def _xla(arrays, *, implementation):
+  return xla.structure_aware_ssm(*arrays, implementation=implementation)
+
+
+_operator = Operator(_xla, mosaic_tpu.KERNEL)
 
 
 def structure_aware_ssm(
@@ -53,7 +61,7 @@ def structure_aware_ssm(
     ValueError: the shapes are inconsistent, or the implementation is unknown.
     NotImplementedError: the implementation named cannot serve.
   """
-  check_implementation(implementation, "structure_aware_ssm", ("mosaic_tpu",))
+  check_implementation(implementation, "structure_aware_ssm")
   if delta_bias is None:
     delta_bias = jnp.zeros(jnp.shape(u)[-1:])
   arrays = check_shapes(
@@ -70,13 +78,4 @@ def structure_aware_ssm(
       "delta_bias": (delta_bias, "D"),
     },
   )
-  arrays = tuple(arrays)
-  if implementation in (None, "mosaic_tpu"):
-    try:
-      kernel.check_served(arrays)
-    except NotImplementedError:
-      if implementation:
-        raise
-    else:
-      return kernel.structure_aware_ssm(arrays, implementation)
-  return xla.structure_aware_ssm(*arrays, implementation=implementation)
+  return _operator(tuple(arrays), implementation)
