@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import aot
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models.config import get_model_config
 
@@ -31,3 +32,35 @@ def test_model_benchmark(monkeypatch, capsys):
     assert measured["images_per_second"] > 0
     assert 0 < measured["matmul_share"] < 1
     assert measured["peak_bytes"] > 1e6
+
+
+def test_bundles_of_loops_are_counted():
+  """Two loops in the grid's, the first run three times; empty bundles count."""
+  text = """\
+  0x12   :  { %s1 = smov 0 }
+  0x14 LB: > { %s2 = sadd.s32 1, %s3 /* iteration index */
+     a comment that goes on */ }
+  0x15 LB: >> { %v1 = vadd.f32 %v2, %v3 }
+  0x16   :  {}
+  0x17   : >> { %p1 = scmp.ge.s32.totalorder %s4, 3 /* loop exit test */ }
+  0x18 PF: > { %s5 = sld [smem:[#allocation1]] }
+  0x19 LB: >> { %v4 = vmul.f32 %v5, %v6 }
+  0x1a   : > { %p2 = scmp.ge.s32.totalorder %s6, 976 /* loop exit test */ }
+  0x1b   :  { %s7 = smov 0 }
+"""
+  counted = aot.count_bundles(text)
+  assert counted == {"loops": [(3, 3), (1, 1)], "step_bundles": 3 + 3 * 3 + 1}
+
+
+def test_bytes_that_a_kernel_moves_are_counted():
+  """Of 6 rows by hand: each comes once, C and y five rows behind."""
+  shape = (8, 6, 7, 128, 1)
+  function, arguments = aot.program(
+    "structure_aware_ssm", "forward", shape, "bfloat16"
+  )
+  row = 8 * 7 * 128 * 2  # One of images,
+  lanes = 8 * 128 * 2  # of numbers, the tokens filled up to 128,
+  state = 8 * 128 * 4  # and the states that a row leaves.
+  parameters = (1 + 1 + 25 + 1) * 128 * 4
+  expected = 6 * (3 * row + 2 * lanes + state) + parameters
+  assert aot.moved_bytes(function, arguments) == expected

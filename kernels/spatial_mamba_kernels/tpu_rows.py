@@ -110,6 +110,26 @@ COMPILER_PARAMS = pltpu.CompilerParams(
   dimension_semantics=("parallel", "parallel", "arbitrary")
 )
 
+
+def cost(
+  arguments: Sequence[Array], results: Any, *, flops: int, transcendentals: int
+) -> pl.CostEstimate:
+  """What XLA should count for a kernel, which it cannot look into.
+
+  Args:
+    arguments: each is read once, the first has all pixels and channels.
+    results: shapes of arrays; each is written once.
+    flops: for each pixel and channel.
+    transcendentals: for each pixel and channel.
+  """
+  moved = (*arguments, *jax.tree.leaves(results))
+  return pl.CostEstimate(
+    flops=flops * arguments[0].size,
+    transcendentals=transcendentals * arguments[0].size,
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
+  )
+
+
 # A step of the grid to a row.
 RowOf = Callable[[Any], Any]
 

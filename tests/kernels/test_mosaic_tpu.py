@@ -1,5 +1,9 @@
 """The TPU kernels, interpreted on the CPU, against the sequential operators."""
 
+import os
+import pathlib
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -252,6 +256,24 @@ def test_a_mesh_that_cannot_be_split_is_left_to_xla(ssm_arguments, batch, axis):
   assert "pallas_call" not in program(None)
   with pytest.raises(NotImplementedError, match="a kernel"):
     program("mosaic_tpu")
+
+
+def test_each_device_computes_its_part():
+  """2 x 2 devices split images and channels, of which each has half."""
+  script = pathlib.Path(__file__).with_name("sharded_kernel.py")
+  process = subprocess.run(
+    [sys.executable, script],
+    capture_output=True,
+    text=True,
+    timeout=300,
+    env={
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "PYTHONPATH": os.pathsep.join(sys.path),
+    },
+  )
+  assert process.returncode == 0, process.stderr
 
 
 def test_no_race_and_nothing_out_of_bounds(ssm_arguments, monkeypatch, capsys):

@@ -141,7 +141,10 @@ def forward(u, delta, A, B, bias, *, cut):
   def row(step):
     return step
 
-  shape = (height, width, states, groups, group, channels)
+  arguments = (u, delta, B, A, bias)
+  h = jax.ShapeDtypeStruct(
+    (height, width, states, groups, group, channels), jnp.float32
+  )
   return pl.pallas_call(
     _forward_kernel,
     grid=(groups, -(-channels // cut.block), height),
@@ -153,11 +156,14 @@ def forward(u, delta, A, B, bias, *, cut):
       rows.parameter_spec(1, cut),
     ],
     out_specs=rows.state_spec(width, states, cut, row),
-    out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+    out_shape=h,
     scratch_shapes=[pltpu.VMEM((states, group, cut.block), jnp.float32)],
     compiler_params=rows.COMPILER_PARAMS,
+    cost_estimate=rows.cost(
+      arguments, h, flops=2 + 5 * states, transcendentals=2 + states
+    ),
     name="selective_scan_forward",
-  )(u, delta, B, A, bias)
+  )(*arguments)
 
 
 def _forward_kernel(u, delta, B, A, bias, h, carry):
@@ -190,6 +196,13 @@ def backward(u, delta, A, B, bias, saved, g, *, cut):
 
   image = rows.image_spec(width, cut, row)
   sums = states + 1
+  arguments = (u, delta, g, B, saved, A, bias)
+  results = [
+    jax.ShapeDtypeStruct(u.shape, u.dtype),
+    jax.ShapeDtypeStruct(u.shape, delta.dtype),
+    jax.ShapeDtypeStruct((blocks, *B.shape), jnp.float32),
+    jax.ShapeDtypeStruct((groups, sums, channels), jnp.float32),
+  ]
   return pl.pallas_call(
     partial(_backward_kernel, height=height, channels=channels),
     grid=(groups, blocks, height),
@@ -208,12 +221,7 @@ def backward(u, delta, A, B, bias, saved, g, *, cut):
       rows.partial_token_spec(states, cut, B.shape[-1], row),
       rows.sums_spec(sums, cut),
     ],
-    out_shape=[
-      jax.ShapeDtypeStruct(u.shape, u.dtype),
-      jax.ShapeDtypeStruct(u.shape, delta.dtype),
-      jax.ShapeDtypeStruct((blocks, *B.shape), jnp.float32),
-      jax.ShapeDtypeStruct((groups, sums, channels), jnp.float32),
-    ],
+    out_shape=results,
     scratch_shapes=[
       pltpu.VMEM((width, states, group, cut.block), jnp.float32),
       pltpu.VMEM((states, group, cut.block), jnp.float32),
@@ -221,8 +229,11 @@ def backward(u, delta, A, B, bias, saved, g, *, cut):
       pltpu.VMEM((sums, group, cut.block), jnp.float32),
     ],
     compiler_params=rows.COMPILER_PARAMS,
+    cost_estimate=rows.cost(
+      arguments, results, flops=8 + 21 * states, transcendentals=5 + 2 * states
+    ),
     name="selective_scan_backward",
-  )(u, delta, g, B, saved, A, bias)
+  )(*arguments)
 
 
 def _backward_kernel(

@@ -164,6 +164,9 @@ def forward(h, weights, *, stencil, cut):
       pltpu.VMEM((window, width, 1, group, cut.block), jnp.float32)
     ],
     compiler_params=rows.COMPILER_PARAMS,
+    cost_estimate=rows.cost(
+      (h, weights), h, flops=2 * len(stencil.taps), transcendentals=0
+    ),
     name="state_fusion_forward",
   )(h, weights)
 
@@ -204,6 +207,11 @@ def backward(h, weights, g, *, stencil, cut):
     return jnp.minimum(step, height - 1)
 
   image = rows.image_spec(width, cut, coming)
+  arguments = (h, g, weights)
+  results = [
+    jax.ShapeDtypeStruct(h.shape, h.dtype),
+    jax.ShapeDtypeStruct((groups, sums, channels), jnp.float32),
+  ]
   return pl.pallas_call(
     partial(_backward_kernel, height=height, stencil=stencil),
     grid=(groups, -(-channels // cut.block), height + reach),
@@ -212,10 +220,7 @@ def backward(h, weights, g, *, stencil, cut):
       rows.image_spec(width, cut, lambda step: jnp.maximum(step - reach, 0)),
       rows.sums_spec(sums, cut),
     ],
-    out_shape=[
-      jax.ShapeDtypeStruct(h.shape, h.dtype),
-      jax.ShapeDtypeStruct((groups, sums, channels), jnp.float32),
-    ],
+    out_shape=results,
     scratch_shapes=[
       pltpu.VMEM((stencil.window, *row), jnp.float32),
       pltpu.VMEM((stencil.cotangent_rows, *row), jnp.float32),
@@ -223,8 +228,11 @@ def backward(h, weights, g, *, stencil, cut):
       pltpu.VMEM((sums, group, cut.block), jnp.float32),
     ],
     compiler_params=rows.COMPILER_PARAMS,
+    cost_estimate=rows.cost(
+      arguments, results, flops=4 * sums, transcendentals=0
+    ),
     name="state_fusion_backward",
-  )(h, g, weights)
+  )(*arguments)
 
 
 def _backward_kernel(
@@ -371,12 +379,17 @@ class CotangentRing:
         self._add(distance, first, self.height - 1)
 
   def _add(self, distance, first, last):
-    total = self._border(distance)
-    self.ref[total] = self.ref[first % self.stencil.window]
+    window, (width, states) = self.stencil.window, self.ref.shape[1:3]
 
-    @pl.loop(first + 1, last + 1)
-    def _(source):
-      self.ref[total] += self.ref[source % self.stencil.window]
+    def tile(column, size, _):
+      for j in range(size):
+        total = self.ref[first % window, column + j]
+        for source in range(first + 1, last + 1):
+          total += self.ref[source % window, column + j]
+        self.ref[self._border(distance), column + j] = total
+
+    # A whole row of several states would be more than the registers hold.
+    rows.for_tiles(width, rows.CONFIG.fuse_tile // states or 1, tile, None)
 
   def sources(self, row: Any) -> Slots:
     """Where the pixels lie that see `row` at each row offset."""

@@ -157,6 +157,7 @@ def forward(u, delta, A, B, C, D, weights, bias, *, save, cut):
 
   image = partial(rows.image_spec, width, cut)
   tokens = partial(rows.token_spec, states, cut, B.shape[-1])
+  arguments = (u, delta, B, C, A, D, weights, bias)
   out_specs = [image(lagging)]
   out_shape = [jax.ShapeDtypeStruct(u.shape, u.dtype)]
   if save:
@@ -181,8 +182,14 @@ def forward(u, delta, A, B, C, D, weights, bias, *, save, cut):
       pltpu.VMEM((states, group, cut.block), jnp.float32),
     ],
     compiler_params=rows.COMPILER_PARAMS,
+    cost_estimate=rows.cost(
+      arguments,
+      out_shape,
+      flops=4 + (7 + 2 * len(STENCIL.taps)) * states,
+      transcendentals=2 + states,
+    ),
     name="structure_aware_ssm_forward",
-  )(u, delta, B, C, A, D, weights, bias)
+  )(*arguments)
 
 
 def _forward_kernel(u, delta, B, C, A, D, weights, bias, y, *refs, height):
@@ -259,8 +266,15 @@ def backward(u, delta, A, B, C, D, weights, bias, saved, g, *, cut):
   image = partial(rows.image_spec, width, cut)
   tokens = partial(rows.token_spec, states, cut, B.shape[-1])
   dtokens = rows.partial_token_spec(states, cut, B.shape[-1], finished)
-  dtokens_shape = jax.ShapeDtypeStruct((blocks, *B.shape), jnp.float32)
   sums = len(STENCIL.taps) + states + 2
+  arguments = (u, delta, g, B, B, C, saved, A, D, weights, bias)
+  results = [
+    jax.ShapeDtypeStruct(u.shape, u.dtype),
+    jax.ShapeDtypeStruct(u.shape, delta.dtype),
+    jax.ShapeDtypeStruct((blocks, *B.shape), jnp.float32),
+    jax.ShapeDtypeStruct((blocks, *B.shape), jnp.float32),
+    jax.ShapeDtypeStruct((groups, sums, channels), jnp.float32),
+  ]
   row = (width, states, group, cut.block)
   return pl.pallas_call(
     partial(_backward_kernel, height=height, channels=channels),
@@ -282,13 +296,7 @@ def backward(u, delta, A, B, C, D, weights, bias, saved, g, *, cut):
       dtokens,
       rows.sums_spec(sums, cut),
     ],
-    out_shape=[
-      jax.ShapeDtypeStruct(u.shape, u.dtype),
-      jax.ShapeDtypeStruct(u.shape, delta.dtype),
-      dtokens_shape,
-      dtokens_shape,
-      jax.ShapeDtypeStruct((groups, sums, channels), jnp.float32),
-    ],
+    out_shape=results,
     scratch_shapes=[
       pltpu.VMEM((WINDOW, *row), jnp.float32),
       pltpu.VMEM((STENCIL.cotangent_rows, *row), jnp.float32),
@@ -302,8 +310,14 @@ def backward(u, delta, A, B, C, D, weights, bias, saved, g, *, cut):
       pltpu.VMEM((sums, group, cut.block), jnp.float32),
     ],
     compiler_params=rows.COMPILER_PARAMS,
+    cost_estimate=rows.cost(
+      arguments,
+      results,
+      flops=12 + (26 + 6 * len(STENCIL.taps)) * states,
+      transcendentals=5 + 2 * states,
+    ),
     name="structure_aware_ssm_backward",
-  )(u, delta, g, B, B, C, saved, A, D, weights, bias)
+  )(*arguments)
 
 
 def _backward_kernel(
