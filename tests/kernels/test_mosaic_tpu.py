@@ -38,6 +38,18 @@ def interpreted(monkeypatch):
   jax.clear_caches()
 
 
+def every_operator(whole):
+  """Each operator with its arguments, taken from those of the fused one."""
+  tokens = {name: whole[name][:, 0] for name in ("u", "delta", "B")}
+  parameters = {name: whole[name] for name in ("A", "delta_bias")}
+  stencil = {name: whole[name] for name in ("kernels", "alpha")}
+  return (
+    (smk.structure_aware_ssm, whole),
+    (smk.selective_scan, {**tokens, **parameters}),
+    (smk.state_fusion, {"h": whole["u"], **stencil}),
+  )
+
+
 # Interpreted kernels are long programs that run once.
 @partial(
   jax.jit,
@@ -108,12 +120,9 @@ def test_structure_aware_ssm(interpreted, ssm_arguments, shape, dtype):
 )
 def test_selective_scan(interpreted, ssm_arguments, shape, dtype):
   batch, length, channels, states = shape
-  arrays = ssm_arguments(batch, 1, length, channels, states, images=dtype)
-  arrays = {
-    name: arrays[name] if name in ("A", "delta_bias") else arrays[name][:, 0]
-    for name in ("u", "delta", "A", "B", "delta_bias")
-  }
-  assert_kernel_is_sequential(smk.selective_scan, arrays, dtype)
+  whole = ssm_arguments(batch, 1, length, channels, states, images=dtype)
+  _, (operator, arrays), _ = every_operator(whole)
+  assert_kernel_is_sequential(operator, arrays, dtype)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +155,8 @@ def test_blocks_of_channels(interpreted, ssm_arguments, monkeypatch):
   """VMEM for 128 of 192 channels, so that the second block is half full."""
   cut = tpu_rows.Cut(group=2, block=128)
   monkeypatch.setattr(tpu_rows, "cut", lambda *_, **__: cut)
-  arrays = ssm_arguments(3, 2, 3, 192, 1)
-  assert_kernel_is_sequential(smk.structure_aware_ssm, arrays)
-  h = {name: arrays[name] for name in ("kernels", "alpha")}
-  assert_kernel_is_sequential(smk.state_fusion, {"h": arrays["u"], **h})
-  tokens = {name: arrays[name][:, 0] for name in ("u", "delta", "B")}
-  parameters = {name: arrays[name] for name in ("A", "delta_bias")}
-  assert_kernel_is_sequential(smk.selective_scan, {**tokens, **parameters})
+  for operator, arrays in every_operator(ssm_arguments(3, 2, 3, 192, 1)):
+    assert_kernel_is_sequential(operator, arrays)
 
 
 @settings(
@@ -175,17 +179,22 @@ def test_any_shape(
   assert_kernel_is_sequential(smk.structure_aware_ssm, arrays)
 
 
+@pytest.mark.parametrize(
+  ("platform", "kernels"), [("tpu", 2), ("cuda", 0), ("rocm", 0), ("cpu", 0)]
+)
+def test_a_kernel_is_chosen_when_lowering_for_a_tpu(
+  ssm_arguments, platform, kernels
+):
+  for operator, arrays in every_operator(ssm_arguments(8, 3, 4, 128, 1)):
+    g = jax.eval_shape(lambda a, op=operator: op(**a), arrays)
+    traced = value_and_gradients.trace(operator, arrays, g)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("@tpu_custom_call") == kernels
+
+
 def test_elsewhere_none_is_xla(ssm_arguments):
   """Nor is anything lost by saving what the kernels save."""
-  whole = ssm_arguments(2, 3, 4, 5, 2)
-  tokens = {name: whole[name][:, 0] for name in ("u", "delta", "B")}
-  parameters = {name: whole[name] for name in ("A", "delta_bias")}
-  stencil = {name: whole[name] for name in ("kernels", "alpha")}
-  for operator, arrays in (
-    (smk.structure_aware_ssm, whole),
-    (smk.selective_scan, {**tokens, **parameters}),
-    (smk.state_fusion, {"h": whole["u"], **stencil}),
-  ):
+  for operator, arrays in every_operator(ssm_arguments(2, 3, 4, 5, 2)):
     g = jnp.ones_like(jax.eval_shape(lambda a, op=operator: op(**a), arrays))
     actual = value_and_gradients(operator, arrays, g)
     sequential = partial(operator, implementation="sequential")
