@@ -94,7 +94,8 @@ def kernel(arguments: argparse.Namespace) -> dict[str, Any]:
   operands = jax.tree.map(placed, operands)
   record, text = _compile(function, operands)
   (call,) = re.findall(r'custom_call_target="tpu_custom_call".*', text)
-  (vmem,) = re.findall(r'"memory_space":"1","offset":"0","size":"(\d+)"', call)
+  vmem = re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)
+  assert vmem is not None
   arrays = operands[0]
   cut = KERNELS[arguments.op].plan(arrays)
   _, height, width, *_ = arguments.shape
@@ -108,7 +109,7 @@ def kernel(arguments: argparse.Namespace) -> dict[str, Any]:
     **record,
     "moved_bytes": moved_bytes(function, operands),
     "compulsory_bytes": compulsory,
-    "vmem_bytes": int(vmem),
+    "vmem_bytes": int(vmem[1]),
     "step_tokens": cut.group * width * -(-cut.block // 128),
   }
 
@@ -283,7 +284,9 @@ def bundles(dump: str, op: str) -> dict[str, Any]:
 
 # A bundle with nothing in it does not say how deep it lies.
 _BUNDLE = re.compile(r"\s*0x[0-9a-f]+\s+(\w\w)?\s*:?\s*(>*)\s*\{(\}?)")
-_EXIT_TEST = re.compile(r"scmp\.ge\.\S+ %\w+, (\d+)\s+/\* loop exit test")
+_EXIT_TEST = re.compile(
+  r"scmp\.ge\.\S+ (?:\(\S+\), )?%\w+, (\d+)\s+/\* loop exit test"
+)
 
 
 def count_bundles(text: str) -> dict[str, Any]:
@@ -295,13 +298,18 @@ def count_bundles(text: str) -> dict[str, Any]:
   Returns:
     `loops`: [trips, bundles of a trip without those of inner loops], innermost
     first; and `step_bundles`: of a step of the grid, every branch taken.
+
+  Raises:
+    ValueError: a loop has no end that can be read.
   """
   loops = []
   grid = {"own": 0, "all": 0}  # The outermost loop, and the last to end.
-  stack = [{"trips": 1, "own": 0, "all": 0}]  # Depth is the place in it.
+  stack = [{"trips": 0, "own": 0, "all": 0}]  # Depth is the place in it.
 
   def close():
     loop = stack.pop()
+    if not loop["trips"]:
+      raise ValueError("cannot tell how often a loop of this kernel runs")
     stack[-1]["all"] += loop["trips"] * (loop["own"] + loop["all"])
     if len(stack) > 1:
       loops.append((loop["trips"], loop["own"]))
@@ -315,7 +323,7 @@ def count_bundles(text: str) -> dict[str, Any]:
         grid = stack[-1]
         close()
       if label == "LB":
-        stack.append({"trips": 1, "own": 0, "all": 0})
+        stack.append({"trips": 0, "own": 0, "all": 0})
       stack[-1]["own"] += 1
     if test := _EXIT_TEST.search(line):
       stack[-1]["trips"] = int(test[1])

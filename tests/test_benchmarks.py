@@ -42,14 +42,18 @@ def test_bundles_of_loops_are_counted():
      a comment that goes on */ }
   0x15 LB: >> { %v1 = vadd.f32 %v2, %v3 }
   0x16   :  {}
-  0x17   : >> { %p1 = scmp.ge.s32.totalorder %s4, 3 /* loop exit test */ }
+  0x17   : >> { %p1 = scmp.ge.s32 (%p8), %s4, 3 /* loop exit test */ }
   0x18 PF: > { %s5 = sld [smem:[#allocation1]] }
   0x19 LB: >> { %v4 = vmul.f32 %v5, %v6 }
   0x1a   : > { %p2 = scmp.ge.s32.totalorder %s6, 976 /* loop exit test */ }
   0x1b   :  { %s7 = smov 0 }
 """
+  exit_test = "scmp.ge.s32 %s8, 2 /* loop exit test */"
+  with pytest.raises(ValueError, match="cannot tell how often"):
+    aot.count_bundles(text)  # The second loop.
+  text = text.replace("vmul.f32 %v5, %v6", exit_test)
   counted = aot.count_bundles(text)
-  assert counted == {"loops": [(3, 3), (1, 1)], "step_bundles": 3 + 3 * 3 + 1}
+  assert counted == {"loops": [(3, 3), (2, 1)], "step_bundles": 3 + 3 * 3 + 2}
 
 
 def test_bytes_that_a_kernel_moves_are_counted():

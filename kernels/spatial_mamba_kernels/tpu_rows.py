@@ -27,17 +27,16 @@ class Config:
   """Sizes that decide the speed, not the result.
 
   Attributes:
-    fuse_tile: columns fused together. More of them share loads of the same
-      states, until 64 registers no longer hold their sums.
-    scan_tile: columns scanned in one piece of code, divided by the states. The
-      exponentials of all of them are computed while the recurrence waits.
+    tile: columns computed in one piece of code, so that their loads, their
+      exponentials and a recurrence's waits overlap. Rows of up to this many
+      need no loop, and their borders no arithmetic while running; more would
+      make the backward kernel longer than some 5000 instructions.
     row: tokens in a row where there is no image to say so: as many numbers,
       one a token, as lie along the lanes.
     vmem_bytes: what a kernel may use of the 16 MiB that a v5e gives it.
   """
 
-  fuse_tile: int = 14
-  scan_tile: int = 28
+  tile: int = 64
   row: int = LANES
   vmem_bytes: int = 15 * 2**20
 
@@ -251,17 +250,27 @@ def tokens_of(
 
 def for_tiles(
   width: int,
-  tile: int,
   body: Callable[[Any, int, Any], Any],
   carry: Any,
   *,
+  states: int = 1,
   reverse: bool = False,
 ) -> Any:
   """Calls body(first column, columns, carry) for tiles that cover a row.
 
   Tiles are as even as can be, so that little is left for the last one.
+
+  Args:
+    width: columns of the row.
+    body: what to do.
+    carry: passed from tile to tile.
+    states: how often the body's code stands for a column.
+    reverse: from the last tile to the first.
+
+  Returns:
+    The last carry.
   """
-  count = -(-width // tile)
+  count = -(-width // max(CONFIG.tile // states, 1))
   tile = -(-width // count)
   whole, rest = divmod(width, tile)
 

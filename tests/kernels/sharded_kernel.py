@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from spatial_mamba_kernels import tpu_rows
 
 pl.pallas_call = partial(pl.pallas_call, interpret=True)
-tpu_rows.CONFIG = tpu_rows.Config(fuse_tile=4, scan_tile=3, row=5)
+tpu_rows.CONFIG = tpu_rows.Config(tile=4, row=5)
 BATCH, HEIGHT, WIDTH, CHANNELS, STATES = 4, 3, 4, 6, 2
 
 # Axes of each argument: images over "data", channels over "model".

@@ -23,7 +23,7 @@ from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as ssm
 # Sums of some hundred float32 terms; and the rounding of a result to bfloat16.
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}
 # Tiles and rows small enough to compile in seconds.
-SMALL = tpu_rows.Config(fuse_tile=4, scan_tile=3, row=5)
+SMALL = tpu_rows.Config(tile=4, row=5)
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def scan_row(u, delta, A, B, bias, carry, out):
       return h
 
     h = tuple(carry[n, :, lanes] for n in range(states))
-    h = rows.for_tiles(width, tile_size(states), tile, h)
+    h = rows.for_tiles(width, tile, h, states=states)
     for n in range(states):
       carry[n, :, lanes] = h[n]
 
@@ -373,14 +373,9 @@ def scan_row_backward(
     return flow
 
   flow = tuple(adjoint[n, :, lanes] for n in range(states))
-  flow = rows.for_tiles(width, tile_size(states), tile, flow, reverse=True)
+  flow = rows.for_tiles(width, tile, flow, states=states, reverse=True)
   for n in range(states):
     adjoint[n, :, lanes] = flow[n]
-
-
-def tile_size(states: int) -> int:
-  """Columns scanned in one piece of code."""
-  return max(rows.CONFIG.scan_tile // states, 1)
 
 
 def columns(per_token, first) -> list[Array]:

@@ -189,7 +189,7 @@ def _forward_kernel(h, weights, y, ring, *, height, stencil):
         for j, value in enumerate(fused):
           y[first + j, :, lanes] = value.astype(y.dtype)
 
-      rows.for_tiles(width, rows.CONFIG.fuse_tile, tile, None)
+      rows.for_tiles(width, tile, None)
 
     rows.for_lanes(channels, fuse)
 
@@ -266,7 +266,7 @@ def _backward_kernel(
           first, size,
         )  # fmt: skip
 
-      rows.for_tiles(width, rows.CONFIG.fuse_tile, tile, None)
+      rows.for_tiles(width, tile, None)
       states_backward(stencil, dring, sources, weights, dstates, lanes)
       dh[:, :, lanes] = dstates[:, 0, :, lanes].astype(dh.dtype)
 
@@ -389,7 +389,7 @@ class CotangentRing:
         self.ref[self._border(distance), column + j] = total
 
     # A whole row of several states would be more than the registers hold.
-    rows.for_tiles(width, rows.CONFIG.fuse_tile // states or 1, tile, None)
+    rows.for_tiles(width, tile, None, states=states)
 
   def sources(self, row: Any) -> Slots:
     """Where the pixels lie that see `row` at each row offset."""
@@ -448,7 +448,7 @@ def states_backward(
 
     rows.for_states(states, of_state, None)
 
-  rows.for_tiles(width, rows.CONFIG.fuse_tile, tile, None)
+  rows.for_tiles(width, tile, None)
 
   def fold(n, _):
     """What replication folds onto the first and the last column."""

@@ -235,7 +235,7 @@ def _forward_kernel(u, delta, B, C, A, D, weights, bias, y, *refs, height):
         for j in range(size):
           y[first + j, :, lanes] = total[j].astype(y.dtype)
 
-      rows.for_tiles(width, rows.CONFIG.fuse_tile, tile, None)
+      rows.for_tiles(width, tile, None)
 
     rows.for_lanes(channels, fuse)
 
@@ -395,8 +395,7 @@ def _observe_backward(u, g, C, dfused, dD):
           dfused[first + j, n, :, lanes] = c[n][:, j : j + 1] * dy
       return total
 
-    size = scan.tile_size(C.shape[0])
-    dD[:, lanes] = rows.for_tiles(width, size, tile, dD[:, lanes])
+    dD[:, lanes] = rows.for_tiles(width, tile, dD[:, lanes], states=C.shape[0])
 
   rows.for_lanes(channels, observe)
 
@@ -421,4 +420,4 @@ def _fuse_weights_backward(
 
     rows.for_states(states, of_state, None)
 
-  rows.for_tiles(width, rows.CONFIG.fuse_tile, tile, None)
+  rows.for_tiles(width, tile, None)
