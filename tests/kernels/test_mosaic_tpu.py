@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from spatial_mamba_kernels import tpu_rows
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as scan
 from spatial_mamba_kernels.state_fusion import mosaic_tpu as fusion
+from spatial_mamba_kernels.state_fusion.tpu_stencil import Stencil
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as ssm
 
 # Sums of some hundred float32 terms; and the rounding of a result to bfloat16.
@@ -236,7 +237,7 @@ def test_any_length_is_scanned():
 
 
 def test_a_stencil_that_is_too_wide_is_refused():
-  stencil = fusion.Stencil((1, 500))
+  stencil = Stencil((1, 500))
   h = jnp.empty((1, 2, 1000, 128), jnp.float32)
   with pytest.raises(NotImplementedError, match="2006 rows of 1000 pixels"):
     fusion.plan((h,), stencil=stencil)

@@ -17,7 +17,7 @@ from spatial_mamba_kernels import tpu_rows as rows
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as scan
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
-from spatial_mamba_kernels.state_fusion import mosaic_tpu as fusion
+from spatial_mamba_kernels.state_fusion import tpu_stencil as fusion
 from spatial_mamba_kernels.state_fusion.xla import DILATIONS
 from spatial_mamba_kernels.typing import Array
 
