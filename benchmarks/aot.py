@@ -325,8 +325,10 @@ def count_bundles(text: str) -> dict[str, Any]:
       if label == "LB":
         stack.append({"trips": 0, "own": 0, "all": 0})
       stack[-1]["own"] += 1
-    if test := _EXIT_TEST.search(line):
-      stack[-1]["trips"] = int(test[1])
+    # That of the loop around may stand among an inner loop's last bundles.
+    for test in _EXIT_TEST.finditer(line):
+      loop = next(loop for loop in reversed(stack) if not loop["trips"])
+      loop["trips"] = int(test[1])
   return {"loops": loops, "step_bundles": grid["own"] + grid["all"]}
 
 
