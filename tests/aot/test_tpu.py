@@ -62,15 +62,19 @@ def test_every_generation(target, op, direction):
   )
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_what_a_kernel_costs(direction):
-  """Bounds a little above what was measured: see `benchmarks.tpu_static`."""
-  record = assert_kernel_compiles("structure_aware_ssm", direction)
+@pytest.mark.parametrize(
+  ("op", "direction", "bundles"),
+  [
+    # The goals are 1.5 and 6; the others lie a little above what was measured.
+    ("selective_scan", "forward", 1.5),
+    ("structure_aware_ssm", "forward", 4),
+    ("structure_aware_ssm", "backward", 12),
+  ],
+)
+def test_what_a_kernel_costs(op, direction, bundles):
+  record = assert_kernel_compiles(op, direction)
   assert record["moved_bytes"] <= 1.05 * record["compulsory_bytes"]
-  tokens, bundles = record["step_tokens"], record["step_bundles"]
-  scan = record["loops"][0]
-  assert scan[0] * scan[1] <= 1.2 * tokens
-  assert bundles <= {"forward": 5, "backward": 17.5}[direction] * tokens
+  assert record["step_bundles"] <= bundles * record["step_tokens"]
 
 
 @pytest.mark.parametrize(

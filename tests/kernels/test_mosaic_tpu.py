@@ -286,20 +286,22 @@ def test_each_device_computes_its_part():
   assert process.returncode == 0, process.stderr
 
 
-def test_no_race_and_nothing_out_of_bounds(ssm_arguments, monkeypatch, capsys):
+@pytest.mark.parametrize("place", range(3), ids=["fused", "scan", "fusion"])
+def test_no_race_and_nothing_out_of_bounds(
+  ssm_arguments, monkeypatch, capsys, place
+):
   """TPU semantics: asynchronous copies, buffers, and memory that is not set."""
   jax.clear_caches()
   monkeypatch.setattr(tpu_rows, "CONFIG", SMALL)
-  arrays = ssm_arguments(2, 3, 4, 130, 1)
-  g = jnp.ones_like(arrays["u"])
-  kernel = partial(smk.structure_aware_ssm, implementation="mosaic_tpu")
-  sequential = partial(smk.structure_aware_ssm, implementation="sequential")
+  operator, arrays = every_operator(ssm_arguments(2, 3, 7, 130, 1))[place]
+  kernel = partial(operator, implementation="mosaic_tpu")
+  sequential = partial(operator, implementation="sequential")
+  g = jnp.ones_like(jax.eval_shape(lambda arrays: kernel(**arrays), arrays))
   expected = value_and_gradients(sequential, arrays, g)
   with pltpu.force_tpu_interpret_mode(
     pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
   ):
-    actual = value_and_gradients(kernel, arrays, g)
-    jax.block_until_ready(actual)
+    actual = jax.block_until_ready(value_and_gradients(kernel, arrays, g))
   jax.clear_caches()
   for name, wanted in expected.items():
     np.testing.assert_allclose(
