@@ -17,7 +17,7 @@ import re
 import runpy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -114,7 +114,9 @@ def kernel(arguments: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-def program(op: str, direction: str, shape: tuple[int, ...], dtype: str):
+def program(
+  op: str, direction: str, shape: tuple[int, ...], dtype: str
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """An operator's forward pass, saving, or backward pass, and its arguments.
 
   Args:
@@ -129,6 +131,8 @@ def program(op: str, direction: str, shape: tuple[int, ...], dtype: str):
   if direction == "forward":
     return forward, (arrays,)
   result, *saved = jax.eval_shape(forward, arrays)
+  if KERNELS[op].saves_result:
+    saved = [result]
   return passes.backward, (arrays, tuple(saved), result)
 
 
@@ -237,7 +241,7 @@ def moved_bytes(function: Any, arguments: Any) -> int:
   """What the one kernel in a function moves between HBM and VMEM.
 
   A block is moved when a step of the grid wants another one than the step
-  before, in whole registers.
+  before; channels in whole registers.
   """
   (call,) = _kernel_calls(jax.make_jaxpr(function)(*arguments).jaxpr)
   mapping = call.params["grid_mapping"]
@@ -327,8 +331,8 @@ def count_bundles(text: str) -> dict[str, Any]:
       stack[-1]["own"] += 1
     # That of the loop around may stand among an inner loop's last bundles.
     for test in _EXIT_TEST.finditer(line):
-      loop = next(loop for loop in reversed(stack) if not loop["trips"])
-      loop["trips"] = int(test[1])
+      loops_left = [loop for loop in stack if not loop["trips"]]
+      loops_left[-1]["trips"] = int(test[1])
   return {"loops": loops, "step_bundles": grid["own"] + grid["all"]}
 
 

@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from spatial_mamba_kernels.sharding import BATCH, per_shard, split_axes
+from spatial_mamba_kernels.sharding import (
+  is_within_shard_map,
+  per_shard,
+  split_axes,
+)
 from spatial_mamba_kernels.typing import Array
 
 Arrays = tuple[Array, ...]
@@ -45,10 +49,12 @@ class Kernel(NamedTuple):
       kernel cannot serve.
     passes: the backward one returns partial sums.
     finish: (arrays, partial sums) -> cotangents of `arrays`.
-    arguments: dimensions of `arrays` (see `per_shard`), images in the first.
+    arguments: dimensions of `arrays` (see `per_shard`); those of the first one
+      begin with the images and end with the channels.
     result: dimensions of the result.
-    saved: dimensions of what the forward pass saves.
+    saved: dimensions of what the backward pass is given as saved.
     sums: dimensions of the partial sums.
+    saves_result: it is the result, which the forward pass then returns once.
   """
 
   plan: Callable[[Arrays], Any]
@@ -58,6 +64,7 @@ class Kernel(NamedTuple):
   result: Any
   saved: Any
   sums: Any
+  saves_result: bool = False
 
 
 class Operator:
@@ -91,8 +98,7 @@ class Operator:
     """
     if implementation in (None, "mosaic_tpu"):
       try:
-        self._kernel.plan(arrays)
-        _axes(self._kernel, arrays)
+        self._check_served(arrays)
       except NotImplementedError:
         if implementation:
           raise
@@ -100,42 +106,48 @@ class Operator:
         return self._chosen(arrays, implementation)
     return self._xla(arrays, implementation=implementation)
 
+  def _check_served(self, arrays):
+    self._kernel.plan(arrays)
+    _axes(self._kernel, arrays)
+    if not is_within_shard_map():
+      return
+    message = "a kernel needs check_vma=False of the shard_map that it is in"
+    if any(jax.typeof(x).manual_axis_type.varying for x in arrays):
+      raise NotImplementedError(message)
+    try:  # Arrays that every device has whole do not tell.
+      jax.eval_shape(partial(self._tpu.forward, save=False), arrays)
+    except ValueError as error:
+      raise NotImplementedError(message) from error
+
   def _forward(self, arrays, implementation):
-    (result,) = self._by_platform(
-      implementation,
-      partial(self._tpu.forward, save=False),
-      partial(self._default.forward, save=False),
-      arrays,
-    )
+    (result,) = self._by_platform("forward", implementation, save=False)(arrays)
     return result
 
   def _save(self, arrays, implementation):
-    result, *saved = keep(
-      self._by_platform(
-        implementation,
-        partial(self._tpu.forward, save=True),
-        partial(self._default.forward, save=True),
-        arrays,
-      )
-    )
-    return result, (arrays, tuple(saved))
+    forward = self._by_platform("forward", implementation, save=True)
+    result, *saved = keep(forward(arrays))
+    saved = (result,) if self._kernel.saves_result else tuple(saved)
+    return result, (arrays, saved)
 
   def _backward(self, implementation, residuals, g):
-    arrays, saved = residuals
-    cotangents = self._by_platform(
-      implementation,
-      self._tpu.backward,
-      self._default.backward,
-      arrays,
-      saved,
-      g,
-    )
-    return (cotangents,)
+    return (self._by_platform("backward", implementation)(*residuals, g),)
 
-  def _by_platform(self, implementation, kernel, default, *arguments):
-    if implementation == "mosaic_tpu":
-      return kernel(*arguments)
-    return jax.lax.platform_dependent(*arguments, tpu=kernel, default=default)
+  def _by_platform(self, name, implementation, **options):
+    """A pass by name; differentiated once more, it is XLA's."""
+    kernel = partial(getattr(self._tpu, name), **options)
+    default = partial(getattr(self._default, name), **options)
+
+    def chosen(*arguments):
+      if implementation == "mosaic_tpu":
+        return kernel(*arguments)
+      return jax.lax.platform_dependent(*arguments, tpu=kernel, default=default)
+
+    once_more = jax.custom_vjp(chosen)
+    once_more.defvjp(
+      lambda *arguments: (chosen(*arguments), arguments),
+      lambda arguments, g: jax.vjp(default, *arguments)[1](g),
+    )
+    return once_more
 
   def _recomputing(self):
     def forward(arrays, *, save):
@@ -158,7 +170,9 @@ def _sharded(kernel: Kernel) -> Passes:
   run_backward = jax.jit(kernel.passes.backward)
 
   def forward(arrays, *, save):
-    results = (kernel.result, *kernel.saved) if save else (kernel.result,)
+    results = (kernel.result,)
+    if save and not kernel.saves_result:
+      results += kernel.saved
     run = per_shard(
       partial(run_forward, save=save),
       (kernel.arguments,),
@@ -184,5 +198,5 @@ def _sharded(kernel: Kernel) -> Passes:
 
 
 def _axes(kernel, arrays):
-  images = arrays[0].shape
-  return split_axes(images[kernel.arguments[0].index(BATCH)], images[-1])
+  batch, *_, channels = arrays[0].shape
+  return split_axes(batch, channels)

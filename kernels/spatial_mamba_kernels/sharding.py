@@ -62,6 +62,11 @@ def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
   return axes
 
 
+def is_within_shard_map() -> bool:
+  """Whether this is traced for one device of a mesh."""
+  return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def per_shard(
   function: Callable[..., Any],
   arguments: Any,

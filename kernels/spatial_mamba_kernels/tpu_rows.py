@@ -71,7 +71,7 @@ def cut(
     arrays: what the operator is given.
     batch: images.
     channels: channels of an image.
-    bytes_of: (group, channels in whole registers) -> bytes of VMEM.
+    bytes_of: (group, channels), each as it fills registers -> bytes of VMEM.
     keeps: what takes the most of them, for the message.
 
   Raises:
@@ -87,7 +87,8 @@ def cut(
     group = min(group, batch)
     for blocks in range(1, registers + 1):
       lanes = -(-registers // blocks) * LANES
-      if bytes_of(group, lanes) <= CONFIG.vmem_bytes:
+      # In VMEM, as many images as a power of two.
+      if bytes_of(1 << (group - 1).bit_length(), lanes) <= CONFIG.vmem_bytes:
         return Cut(group, min(channels, lanes))
   raise NotImplementedError(
     f"mosaic_tpu keeps {keeps} on the chip, which do not fit"
@@ -102,6 +103,11 @@ def image_row_bytes(width: int, group: int, lanes: int, itemsize: int) -> int:
 def lane_row_bytes(width: int, group: int) -> int:
   """Of a row with one float32 a pixel."""
   return group * -(-width // LANES) * LANES * 4
+
+
+def numbers_bytes(count: int, group: int, lanes: int) -> int:
+  """Of so many states or sums; and as many parameters and their cotangents."""
+  return count * (group + 2 * 2) * lanes * 4
 
 
 # Rows follow one another; groups of images and blocks of channels need not.

@@ -206,6 +206,52 @@ def test_elsewhere_none_is_xla(ssm_arguments):
       assert error <= TOLERANCE[jnp.float32] * scale, name
 
 
+def test_second_derivatives(ssm_arguments):
+  """They are XLA's: kernels have none."""
+  for operator, arrays in every_operator(ssm_arguments(2, 2, 3, 2, 1)):
+
+    def curvature(implementation, operator=operator, arrays=arrays):
+      def loss(arrays):
+        y = operator(**arrays, implementation=implementation)
+        return jnp.sum(jnp.sin(y))
+
+      def slope(arrays):
+        squares = jax.tree.map(jnp.vdot, *[jax.grad(loss)(arrays)] * 2)
+        return sum(jax.tree.leaves(squares))
+
+      return jax.jit(jax.grad(slope))(arrays)
+
+    for actual, expected in zip(
+      jax.tree.leaves(curvature(None)),
+      jax.tree.leaves(curvature("sequential")),
+      strict=True,
+    ):
+      np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("axes", [("data",), ()], ids=["split", "whole"])
+def test_within_a_shard_map_none_is_left_to_xla(ssm_arguments, axes):
+  """One that checks how values vary, which kernels do not say."""
+  mesh = jax.sharding.AbstractMesh(
+    (2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  images = jax.sharding.PartitionSpec(*axes)
+  for operator, arrays in every_operator(ssm_arguments(2, 2, 3, 2, 1)):
+    specs = {
+      name: images
+      if name in ("u", "delta", "B", "C", "h")
+      else jax.sharding.PartitionSpec()
+      for name in arrays
+    }
+    run = jax.shard_map(
+      lambda arrays, operator=operator: operator(**arrays),
+      mesh=mesh,
+      in_specs=(specs,),
+      out_specs=images,
+    )
+    assert "pallas_call" not in str(jax.make_jaxpr(run)(arrays))
+
+
 def test_what_does_not_fit_is_cut():
   def plan(batch, height, width, channels, states, dtype=jnp.bfloat16):
     u = jnp.empty((batch, height, width, channels), dtype)
@@ -214,6 +260,8 @@ def test_what_does_not_fit_is_cut():
   assert plan(128, 2, 56, 128, 1) == tpu_rows.Cut(8, 128)
   assert plan(3, 7, 7, 1024, 1) == tpu_rows.Cut(3, 1024)
   assert plan(128, 2, 56, 192, 1) == tpu_rows.Cut(8, 128)
+  # 6 images take the place of 8.
+  assert plan(6, 2, 56, 192, 1) == tpu_rows.Cut(6, 128)
   assert plan(8, 2, 320, 128, 1).group < 8
   with pytest.raises(NotImplementedError, match="1024 tokens and 16 states"):
     plan(8, 1, 1024, 128, 16)
@@ -290,16 +338,21 @@ def test_each_device_computes_its_part():
 def test_no_race_and_nothing_out_of_bounds(
   ssm_arguments, monkeypatch, capsys, place
 ):
-  """TPU semantics: asynchronous copies, buffers, and memory that is not set."""
+  """TPU semantics: two cores, buffers, and memory that is not set."""
   jax.clear_caches()
   monkeypatch.setattr(tpu_rows, "CONFIG", SMALL)
-  operator, arrays = every_operator(ssm_arguments(2, 3, 7, 130, 1))[place]
+  # Two groups of images and two blocks of channels, for two cores.
+  cut = tpu_rows.Cut(group=1, block=128)
+  monkeypatch.setattr(tpu_rows, "cut", lambda *_, **__: cut)
+  operator, arrays = every_operator(ssm_arguments(2, 3, 4, 130, 1))[place]
   kernel = partial(operator, implementation="mosaic_tpu")
   sequential = partial(operator, implementation="sequential")
   g = jnp.ones_like(jax.eval_shape(lambda arrays: kernel(**arrays), arrays))
   expected = value_and_gradients(sequential, arrays, g)
   with pltpu.force_tpu_interpret_mode(
-    pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    pltpu.InterpretParams(
+      detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan"
+    )
   ):
     actual = jax.block_until_ready(value_and_gradients(kernel, arrays, g))
   jax.clear_caches()

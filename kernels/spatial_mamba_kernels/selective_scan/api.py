@@ -15,7 +15,9 @@ def _xla(arrays, *, implementation):
 
 
 _operator = Operator(
-  _xla, mosaic_tpu.KERNEL, Passes(xla.saving_states, xla.from_saved_states)
+  _xla,
+  mosaic_tpu.KERNEL,
+  Passes(xla.saving_states, xla.from_saved_states),
 )
 
 
@@ -50,11 +52,12 @@ def selective_scan(
 
   Raises:
     ValueError: the shapes are inconsistent, or the implementation is unknown.
-    NotImplementedError: the implementation named cannot serve.
+    NotImplementedError: the kernel named cannot serve these arrays or this
+      mesh. On a platform that is not its own it fails when lowered.
   """
   check_implementation(implementation, "selective_scan")
   if delta_bias is None:
-    delta_bias = jnp.zeros(jnp.shape(u)[-1:])
+    delta_bias = jnp.zeros(jnp.shape(u)[-1:], jnp.result_type(delta))
   arrays = check_shapes(
     "selective_scan",
     {

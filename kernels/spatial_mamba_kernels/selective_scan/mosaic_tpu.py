@@ -32,8 +32,9 @@ def plan(arrays: Arrays) -> rows.Cut:
     image_row = rows.image_row_bytes(width, group, lanes, itemsize)
     lane_rows = states * rows.lane_row_bytes(width, group)
     state_row = states * rows.image_row_bytes(width, group, lanes, 4)
+    numbers = rows.numbers_bytes(2 * (states + 1), group, lanes)
     # The row computed anew, and two of each that comes or goes.
-    return 3 * state_row + 2 * (4 * image_row + 2 * lane_rows)
+    return 3 * state_row + 2 * (4 * image_row + 2 * lane_rows) + numbers
 
   keeps = f"3 rows of {width} tokens and {states} states"
   return rows.cut(arrays, batch, channels, bytes_of, keeps=keeps)
@@ -49,12 +50,12 @@ def row_length(length: int) -> int:
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
-  """The states [B, L, N, D] on one device; they are all there is to save."""
+  """The states [B, L, N, D] on one device."""
+  del save  # The result is all that the backward pass needs.
   cut = plan(arrays)
   batch, length, _ = arrays[0].shape
   h = forward(*_lay_out(arrays, cut), cut=cut)
-  h = _from_rows(rows.states_of(h, batch), length)
-  return (h, h) if save else (h,)
+  return (_from_rows(rows.states_of(h, batch), length),)
 
 
 def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
@@ -103,6 +104,7 @@ KERNEL = Kernel(
   result=_STATES,
   saved=(_STATES,),
   sums=(_TOKENS, _TOKENS, (CHANNELS, *_NUMBERS), (BATCH, WHOLE, CHANNELS)),
+  saves_result=True,
 )
 
 

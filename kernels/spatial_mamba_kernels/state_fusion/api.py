@@ -54,7 +54,8 @@ def state_fusion(
   Raises:
     ValueError: the shapes are inconsistent, a dilation is below 1, or the
       implementation is unknown.
-    NotImplementedError: the implementation named cannot serve.
+    NotImplementedError: the kernel named cannot serve these arrays or this
+      mesh. On a platform that is not its own it fails when lowered.
   """
   check_implementation(implementation, "state_fusion")
   if min(dilations, default=0) < 1:

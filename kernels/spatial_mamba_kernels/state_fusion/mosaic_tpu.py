@@ -52,7 +52,8 @@ def plan(arrays: Arrays, *, stencil: Stencil) -> rows.Cut:
   def bytes_of(group, lanes):
     state_row = rows.image_row_bytes(width, group, lanes, 4)
     image_row = rows.image_row_bytes(width, group, lanes, h.dtype.itemsize)
-    return kept * state_row + 2 * 3 * image_row
+    numbers = rows.numbers_bytes(len(stencil.taps), group, lanes)
+    return kept * state_row + 2 * 3 * image_row + numbers
 
   keeps = f"{kept} rows of {width} pixels"
   return rows.cut(arrays, batch, channels, bytes_of, keeps=keeps)

@@ -59,11 +59,12 @@ def structure_aware_ssm(
 
   Raises:
     ValueError: the shapes are inconsistent, or the implementation is unknown.
-    NotImplementedError: the implementation named cannot serve.
+    NotImplementedError: the kernel named cannot serve these arrays or this
+      mesh. On a platform that is not its own it fails when lowered.
   """
   check_implementation(implementation, "structure_aware_ssm")
   if delta_bias is None:
-    delta_bias = jnp.zeros(jnp.shape(u)[-1:])
+    delta_bias = jnp.zeros(jnp.shape(u)[-1:], jnp.result_type(delta))
   arrays = check_shapes(
     "structure_aware_ssm",
     {

@@ -32,16 +32,19 @@ def plan(arrays: Arrays) -> rows.Cut:
   states = A.shape[1]
   itemsize = max(u.dtype.itemsize, delta.dtype.itemsize)
 
+  kept = WINDOW + STENCIL.cotangent_rows + 1
+
   def bytes_of(group, lanes):
     state_row = states * rows.image_row_bytes(width, group, lanes, 4)
     image_row = rows.image_row_bytes(width, group, lanes, itemsize)
     lane_rows = states * rows.lane_row_bytes(width, group)
-    kept = (WINDOW + STENCIL.cotangent_rows + 1) * state_row
-    kept += 3 * (REACH + 1) * image_row
+    count = len(STENCIL.taps) + 4 * states + 2
+    numbers = rows.numbers_bytes(count, group, lanes)
     # Two of each row that comes or goes: three images and two cotangents.
-    return kept + 2 * (5 * image_row + 5 * lane_rows + state_row // width)
+    coming = 2 * (5 * image_row + 5 * lane_rows)
+    return kept * state_row + 3 * (REACH + 1) * image_row + coming + numbers
 
-  keeps = f"{2 * WINDOW} rows of {width} tokens and {states} states"
+  keeps = f"{kept} rows of {width} tokens and {states} states"
   return rows.cut(arrays, batch, channels, bytes_of, keeps=keeps)
 
 
