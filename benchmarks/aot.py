@@ -310,12 +310,15 @@ def count_bundles(text: str) -> dict[str, Any]:
   grid = {"own": 0, "all": 0}  # The outermost loop, and the last to end.
   stack = [{"trips": 0, "own": 0, "all": 0}]  # Depth is the place in it.
 
-  def close():
-    loop = stack.pop()
-    if not loop["trips"]:
-      raise ValueError("cannot tell how often a loop of this kernel runs")
-    stack[-1]["all"] += loop["trips"] * (loop["own"] + loop["all"])
-    if len(stack) > 1:
+  def close(depth):
+    while len(stack) > depth:
+      loop = stack.pop()
+      if not loop["trips"]:
+        raise ValueError("cannot tell how often a loop of this kernel runs")
+      if len(stack) == 1:
+        grid.update(loop)
+        return
+      stack[-1]["all"] += loop["trips"] * (loop["own"] + loop["all"])
       loops.append((loop["trips"], loop["own"]))
 
   for line in text.splitlines():
@@ -323,9 +326,7 @@ def count_bundles(text: str) -> dict[str, Any]:
       label, depth = bundle[1], len(bundle[2])
       if bundle[3]:
         depth = len(stack) - 1
-      while len(stack) > depth + 1 or (label == "LB" and len(stack) > depth):
-        grid = stack[-1]
-        close()
+      close(depth if label == "LB" else depth + 1)
       if label == "LB":
         stack.append({"trips": 0, "own": 0, "all": 0})
       stack[-1]["own"] += 1
@@ -333,6 +334,7 @@ def count_bundles(text: str) -> dict[str, Any]:
     for test in _EXIT_TEST.finditer(line):
       loops_left = [loop for loop in stack if not loop["trips"]]
       loops_left[-1]["trips"] = int(test[1])
+  close(1)
   return {"loops": loops, "step_bundles": grid["own"] + grid["all"]}
 
 
