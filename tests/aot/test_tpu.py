@@ -65,7 +65,7 @@ def test_every_generation(target, op, direction):
 @pytest.mark.parametrize(
   ("op", "direction", "bundles"),
   [
-    # The goals are 1.5 and 6; the others lie a little above what was measured.
+    # Those of the scan are a goal; the others a little above what was measured.
     ("selective_scan", "forward", 1.5),
     ("structure_aware_ssm", "forward", 4),
     ("structure_aware_ssm", "backward", 12),
