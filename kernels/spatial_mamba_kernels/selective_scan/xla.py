@@ -61,7 +61,7 @@ def linear_recurrence(
   implementation: str | None,
 ) -> Float[Array, "B L *C"]:
   """h[t] = decay[t] * h[t - 1] + drive[t] along axis 1, with h[-1] = 0."""
-  return _recur(decay, drive, implementation, reverse=False)
+  return recur(decay, drive, implementation, reverse=False)
 
 
 def _recurrence_fwd(decay, drive, implementation):
@@ -76,14 +76,17 @@ def _recurrence_bwd(implementation, residuals, g):
   ddecay[t] = ddrive[t] * h[t - 1]
   """
   decay, h = residuals
-  ddrive = _recur(_shift(decay, -1), g, implementation, reverse=True)
-  return ddrive * _shift(h, 1), ddrive
+  ddrive = recur(shift(decay, -1), g, implementation, reverse=True)
+  return ddrive * shift(h, 1), ddrive
 
 
 linear_recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
 
 
-def _recur(decay, drive, implementation, *, reverse):
+def recur(
+  decay: Array, drive: Array, implementation: str | None, *, reverse: bool
+) -> Array:
+  """`linear_recurrence` in either direction, without its derivative."""
   loop = partial(_loop, reverse=reverse)
   prefix = partial(_prefix, reverse=reverse)
   if implementation == "sequential":
@@ -95,7 +98,7 @@ def _recur(decay, drive, implementation, *, reverse):
   return jax.lax.platform_dependent(decay, drive, cpu=loop, default=prefix)
 
 
-def _shift(x: Array, by: int) -> Array:
+def shift(x: Array, by: int) -> Array:
   """x[t - by] along axis 1, zero where that is outside; `by` is 1 or -1."""
   padding = [(0, 0, 0)] * x.ndim
   padding[1] = (by, -by, 0)

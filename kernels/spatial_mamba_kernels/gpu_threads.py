@@ -1,0 +1,187 @@
+"""What the GPU kernels share: a thread for each channel, 128 to a program.
+
+A vector of 128 channels lies across a warpgroup, one channel a thread, so that
+a recurrence over tokens and a stencil over pixels never leave their thread: no
+thread waits for another, but for what copies bring into shared memory and for
+sums over channels. Tokens and rows come through shared memory by the tensor
+memory accelerator (TMA), which leaves out what is beyond an array's end.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatial_mamba_kernels.typing import Array
+
+try:
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+except ImportError:  # Without absl-py, which it needs and JAX does not.
+  plgpu: Any = None
+
+CHANNELS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes that decide the speed, not the result.
+
+  Attributes:
+    tokens: computed in one piece of code, so that their loads, exponentials and
+      a recurrence's waits overlap.
+    stages: pieces on their way into shared memory.
+    programs: at least as many as a device has multiprocessors (132 on an H100
+      or H200), if there is work for them.
+    smem_bytes: of shared memory for rows; a multiprocessor has 227 KiB.
+  """
+
+  tokens: int = 16
+  stages: int = 4
+  programs: int = 128
+  smem_bytes: int = 216 * 2**10
+
+
+CONFIG = Config()
+
+
+def check_served(arrays: Sequence[Array]) -> None:
+  """Raises NotImplementedError where no GPU kernel can serve these arrays."""
+  if plgpu is None:
+    raise NotImplementedError(
+      "mosaic_gpu needs absl-py: pip install absl-py"
+    )
+  for array in arrays:
+    if array.dtype not in (jnp.float32, jnp.bfloat16):
+      raise NotImplementedError(
+        f"mosaic_gpu computes float32 and bfloat16, not {array.dtype}"
+      )
+
+
+def blocks(channels: int) -> int:
+  """How many programs share an image's channels."""
+  return -(-channels // CHANNELS)
+
+
+def pad_channels(x: Array) -> Array:
+  """Fills channels up where the TMA asks for it: rows of 16 bytes, 128 wide."""
+  channels = x.shape[-1]
+  if channels > CHANNELS and channels % 8 == 0:
+    return x
+  return pad_to_blocks(x)
+
+
+def pad_to_blocks(x: Array) -> Array:
+  """Fills channels up to whole blocks."""
+  padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % CHANNELS)]
+  return jnp.pad(x, padding)
+
+
+def parameters(x: Array) -> Array:
+  """[..., D] as the kernels take them."""
+  return pad_to_blocks(x.astype(jnp.float32))
+
+
+def split(size: int, programs: int, *, least: int) -> int:
+  """Into how many parts to cut `size`, where there are `programs` already.
+
+  Args:
+    size: of what is cut.
+    programs: without cutting.
+    least: size of a part worth a program.
+  """
+  wanted = -(-CONFIG.programs // programs)
+  return max(1, min(wanted, size // least))
+
+
+def kernel(body: Callable[..., None], *, name: str, **options: Any):
+  """A kernel whose threads keep to their own channels.
+
+  That makes barriers around each store needless. Where threads do read what
+  others wrote, or copies overwrite what threads read, `commit` stands between.
+  """
+  return plgpu.kernel(
+    body,
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, unsafe_no_auto_barriers=True
+    ),
+    **options,
+  )
+
+
+def commit() -> None:
+  """Waits until all threads of the warpgroup have read and written."""
+  plgpu.commit_smem()
+
+
+def vector(x: Array) -> Array:
+  """Lays 128 channels across the threads, as loops need it said."""
+  return plgpu.layout_cast(x, plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1))
+
+
+def zeros() -> Array:
+  """A vector of zeros."""
+  return vector(jnp.zeros((CHANNELS,), jnp.float32))
+
+
+# Sums over channels: a warp takes 4 rows, whose channels its threads load in
+# order, so that they meet no bank of shared memory twice.
+ROWS_SUMMED = 16
+
+
+def channel_sums(products: Any) -> Array:
+  """The sums over channels of [16, 128] float32 in shared memory: [16]."""
+  layout = plgpu.Layout.TILED(
+    plgpu.Tiling(((ROWS_SUMMED, 32), (4, 32), (1,))),
+    warp_dims=(-5,),
+    lane_dims=(-2,),
+    vector_dim=-1,
+  )
+  return jnp.sum(_load(products, layout), axis=1)
+
+
+def _load(ref, layout):
+  try:
+    return plgpu.load(ref, layout=layout, optimized=False)
+  except TypeError:  # JAX before 0.12 takes an index as well.
+    return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def _log1p_coefficients(degree=9):
+  """Of log(1 + x) / x on [0, 1], interpolated at Chebyshev's points."""
+  points = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1)) / 2
+  points += 0.5
+  return np.polynomial.Polynomial.fit(
+    points, np.log1p(points) / points, degree, domain=[0, 1], window=[0, 1]
+  ).coef
+
+
+LOG1P = _log1p_coefficients()
+
+
+def softplus(x: Array) -> Array:
+  """log(1 + exp(x)), to 2e-7 of it, in 17 instructions.
+
+  Mosaic has no log1p, and the GPU's fast logarithm is off by 2e-7 near 1, where
+  a small time step is that small itself.
+  """
+  small = jnp.exp(-jnp.abs(x))
+  ratio = jnp.full_like(x, LOG1P[-1])
+  for coefficient in LOG1P[-2::-1]:
+    ratio = ratio * small + np.float32(coefficient)
+  return jnp.maximum(x, 0) + ratio * small
+
+
+def sigmoid(x: Array) -> Array:
+  """1 / (1 + exp(-x)), without overflow."""
+  small = jnp.exp(-jnp.abs(x))
+  return jnp.where(x < 0, small, 1) / (1 + small)
+
+
+def bytes_of(shape: Sequence[int], dtype: Any) -> int:
+  """Of shared memory."""
+  return math.prod(shape) * jnp.dtype(dtype).itemsize
