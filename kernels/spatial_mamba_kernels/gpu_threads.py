@@ -8,7 +8,6 @@ memory accelerator (TMA), which leaves out what is beyond an array's end.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,13 +35,13 @@ class Config:
     stages: pieces on their way into shared memory.
     programs: at least as many as a device has multiprocessors (132 on an H100
       or H200), if there is work for them.
-    smem_bytes: of shared memory for rows; a multiprocessor has 227 KiB.
+    smem_bytes: for rows, of the 227 KiB of shared memory that a program can have.
   """
 
   tokens: int = 16
   stages: int = 4
   programs: int = 128
-  smem_bytes: int = 216 * 2**10
+  smem_bytes: int = 224 * 2**10
 
 
 CONFIG = Config()
@@ -182,6 +181,6 @@ def sigmoid(x: Array) -> Array:
   return jnp.where(x < 0, small, 1) / (1 + small)
 
 
-def bytes_of(shape: Sequence[int], dtype: Any) -> int:
-  """Of shared memory."""
-  return math.prod(shape) * jnp.dtype(dtype).itemsize
+def add(total: Array | None, term: Array) -> Array:
+  """Sums that start from nothing."""
+  return term if total is None else total + term

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from spatial_mamba_kernels import tpu_rows
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as scan
 from spatial_mamba_kernels.state_fusion import mosaic_tpu as fusion
-from spatial_mamba_kernels.state_fusion.tpu_stencil import Stencil
+from spatial_mamba_kernels.state_fusion.taps import Stencil
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as ssm
 
 # Sums of some hundred float32 terms; and the rounding of a result to bfloat16.

@@ -15,9 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from spatial_mamba_kernels import tpu_rows as rows
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
+from spatial_mamba_kernels.state_fusion.taps import Stencil
 from spatial_mamba_kernels.state_fusion.tpu_stencil import (
   CotangentRing,
-  Stencil,
   fuse_tile,
   states_backward,
   weights_backward_tile,
@@ -128,7 +128,7 @@ def _forward_kernel(h, weights, y, ring, *, height, stencil):
 
   @pl.when(r >= stencil.reach)
   def _():
-    slots = stencil.slots(r - stencil.reach, height)
+    slots = stencil.slots(r - stencil.reach, height, stencil.window)
 
     def fuse(lanes):
       def tile(first, size, _):
@@ -202,7 +202,7 @@ def _backward_kernel(
   @pl.when(r >= stencil.reach)
   def _():
     row = r - stencil.reach
-    slots = stencil.slots(row, height)
+    slots = stencil.slots(row, height, stencil.window)
     cotangents.add_border_rows(row)
     sources = cotangents.sources(row)
 

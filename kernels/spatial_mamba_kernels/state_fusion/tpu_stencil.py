@@ -5,7 +5,6 @@ place r modulo the size of the ring.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,70 +12,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels import tpu_rows as rows
-from spatial_mamba_kernels.state_fusion import xla
+from spatial_mamba_kernels.state_fusion.taps import (
+  Slots,
+  Stencil,
+  clip,
+  columns_read,
+)
 from spatial_mamba_kernels.typing import Array
-
-# A row's taps: (column offset, place among the weights).
-RowTaps = list[tuple[int, int]]
-# A row offset -> where in a ring that neighbour of a row lies.
-Slots = dict[int, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stencil:
-  """The taps of all dilations together, those on the same pixel merged."""
-
-  dilations: tuple[int, ...]
-
-  @functools.cached_property
-  def taps(self) -> xla.Taps:
-    """{(row, column) offset: the places in the kernels that have it}."""
-    return xla.stencil_taps(self.dilations)
-
-  @functools.cached_property
-  def by_row(self) -> dict[int, RowTaps]:
-    """{row offset: its taps}."""
-    by_row: dict[int, RowTaps] = {}
-    for place, (row, column) in enumerate(self.taps):
-      by_row.setdefault(row, []).append((column, place))
-    return by_row
-
-  @property
-  def reach(self) -> int:
-    """How many rows or columns away the farthest tap is."""
-    return max(self.dilations)
-
-  @property
-  def window(self) -> int:
-    """Rows that a row of fused states needs: the size of a ring."""
-    return 2 * self.reach + 1
-
-  @functools.cached_property
-  def distances(self) -> list[int]:
-    """Positive row offsets."""
-    return sorted(row for row in self.by_row if row > 0)
-
-  @property
-  def cotangent_rows(self) -> int:
-    """Size of a ring of cotangents: see `CotangentRing`."""
-    return self.window + 1 + len(self.distances)
-
-  def merge(self, kernels: Array, alpha: Array) -> Array:
-    """The weights as the kernels take them, [T, D]."""
-    kernels, alpha = kernels.astype(jnp.float32), alpha.astype(jnp.float32)
-    return xla.merge_weights(alpha[:, None, None, None] * kernels, self.taps)
-
-  def slots(self, row: Any, height: int) -> Slots:
-    """Where the neighbours of a row lie, at the border those replicated."""
-    return {
-      offset: clip(row + offset, height) % self.window for offset in self.by_row
-    }
-
-
-def clip(row: Any, height: int) -> Any:
-  """Where the border is replicated from."""
-  return jnp.clip(row, 0, height - 1)
-
 
 def fuse_tile(
   stencil: Stencil, ring, slots: Slots, n, lanes, weights, first, size: int
@@ -99,10 +41,10 @@ def fuse_tile(
   fused: list[Any] = [None] * size
   for offset, taps in stencil.by_row.items():
     weight = _load(taps, weights, lanes)
-    for value, hits in _neighbours(
+    for value, readers in _neighbours(
       ring.at[slots[offset]], n, lanes, taps, first, size
     ):
-      for j, place in hits:
+      for j, place in readers:
         fused[j] = rows.add(fused[j], weight[place] * value)
   return fused
 
@@ -132,10 +74,10 @@ def weights_backward_tile(
   fused: list[Any] = [None] * size
   for offset, taps in stencil.by_row.items():
     weight, dweights = _load(taps, weights, lanes), {}
-    for value, hits in _neighbours(
+    for value, readers in _neighbours(
       ring.at[slots[offset]], n, lanes, taps, first, size
     ):
-      for j, place in hits:
+      for j, place in readers:
         fused[j] = rows.add(fused[j], weight[place] * value)
         dweights[place] = rows.add(dweights.get(place), cotangent[j] * value)
     for place, total in dweights.items():
@@ -232,12 +174,12 @@ def states_backward(
         source = dring.at[sources[offset]]
         weight = _load(taps, weights, lanes)
         transposed = [(-column, place) for column, place in taps]
-        for column, hits in _hits(transposed, size):
+        for column, readers in columns_read(transposed, size):
           value = source[clip(first + column, width), n, :, lanes]
           if not 0 <= column < size:
             inside = (first + column >= 0) & (first + column < width)
             value = jnp.where(inside, value, 0)
-          for j, place in hits:
+          for j, place in readers:
             total[j] = rows.add(total[j], weight[place] * value)
       for j in range(size):
         dh[first + j, n, :, lanes] = total[j]
@@ -276,17 +218,5 @@ def _neighbours(h, n, lanes, taps, first, size) -> Iterator[tuple[Array, Any]]:
 
   Yields (states [b, lanes], [(place in the tile, place among the weights)]).
   """
-  for column, hits in _hits(taps, size):
-    yield h[clip(first + column, h.shape[0]), n, :, lanes], hits
-
-
-def _hits(taps, size):
-  reach = max(abs(column) for column, _ in taps)
-  for column in range(-reach, size + reach):
-    hits = [
-      (column - offset, place)
-      for offset, place in taps
-      if 0 <= column - offset < size
-    ]
-    if hits:
-      yield column, hits
+  for column, readers in columns_read(taps, size):
+    yield h[clip(first + column, h.shape[0]), n, :, lanes], readers

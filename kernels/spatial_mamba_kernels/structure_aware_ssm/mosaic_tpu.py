@@ -18,10 +18,11 @@ from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as scan
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.state_fusion import tpu_stencil as fusion
+from spatial_mamba_kernels.state_fusion.taps import Stencil, clip
 from spatial_mamba_kernels.state_fusion.xla import DILATIONS
 from spatial_mamba_kernels.typing import Array
 
-STENCIL = fusion.Stencil(DILATIONS)
+STENCIL = Stencil(DILATIONS)
 REACH, WINDOW = STENCIL.reach, STENCIL.window
 
 
@@ -216,7 +217,7 @@ def _forward_kernel(u, delta, B, C, A, D, weights, bias, y, *refs, height):
   def _():
     row = r - REACH
     x = skip.at[row % (REACH + 1)]
-    slots = STENCIL.slots(row, height)
+    slots = STENCIL.slots(row, height, WINDOW)
 
     def fuse(lanes):
       def tile(first, size, _):
@@ -264,7 +265,7 @@ def backward(u, delta, A, B, C, D, weights, bias, saved, g, *, cut):
     return jnp.maximum(height - 2 - step, 0)
 
   def finished(step):
-    return fusion.clip(height - 1 - step + REACH, height)
+    return clip(height - 1 - step + REACH, height)
 
   image = partial(rows.image_spec, width, cut)
   tokens = partial(rows.token_spec, states, cut, B.shape[-1])
@@ -360,7 +361,7 @@ def _backward_kernel(
     dB[...] = jnp.zeros_like(dB)
     dC[...] = jnp.zeros_like(dC)
     cotangents.add_border_rows(row)
-    slots, sources = STENCIL.slots(row, height), cotangents.sources(row)
+    slots, sources = STENCIL.slots(row, height, WINDOW), cotangents.sources(row)
     before = ring.at[(row - 1) % WINDOW, width - 1]
 
     def finish(lanes):

@@ -1,0 +1,296 @@
+"""How GPU kernels walk over an image, in strips of columns, row by row.
+
+A program takes a strip for 128 channels, from the first row to the last, or
+some of the rows where a GPU needs more programs. Rows come into rings in shared
+memory, row r in place r modulo the size of the ring.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from spatial_mamba_kernels import gpu_threads as gpu
+from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.state_fusion.taps import clip
+from spatial_mamba_kernels.typing import Array
+
+# Columns of a strip: a thread keeps a sum for each in registers.
+MOST_COLUMNS = 32
+
+GRID = ("image", "block", "strip", "rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """How an image is cut.
+
+  Attributes:
+    height: rows of the image.
+    width: columns of the image.
+    reach: columns to either side that a column reads.
+    strip: columns computed by a program. The last strip ends where the image
+      does, and may compute columns that another one computes as well.
+    rows: computed by a program; the last one may have fewer.
+  """
+
+  height: int
+  width: int
+  reach: int
+  strip: int
+  rows: int
+
+  @property
+  def strips(self) -> int:
+    """How many strips there are."""
+    return -(-self.width // self.strip)
+
+  @property
+  def blocks(self) -> int:
+    """How many blocks of rows there are."""
+    return -(-self.height // self.rows)
+
+  @property
+  def read(self) -> int:
+    """How many columns a strip reads."""
+    return _columns_read(self.width, self.strip, self.reach)
+
+
+def cut(image: Array, reach: int, bytes_of: Callable[[int, int], int]) -> Cut:
+  """Into few strips that fit into shared memory.
+
+  Args:
+    image: [B, H, W, D].
+    reach: columns to either side that a column reads.
+    bytes_of: (columns computed, columns read) -> bytes of shared memory.
+
+  Raises:
+    NotImplementedError: none fit.
+  """
+  batch, height, width, channels = image.shape
+  for strips in range(-(-width // MOST_COLUMNS), width + 1):
+    strip = -(-width // strips)
+    read = _columns_read(width, strip, reach)
+    if bytes_of(strip, read) <= gpu.CONFIG.smem_bytes:
+      programs = batch * gpu.blocks(channels) * strips
+      parts = gpu.split(height, programs, least=reach)
+      return Cut(height, width, reach, strip, -(-height // parts))
+  raise NotImplementedError(
+    f"mosaic_gpu keeps rows in shared memory, which do not fit where a pixel"
+    f" reads {reach} columns to either side"
+  )
+
+
+def _columns_read(width, strip, reach):
+  # Of two strips each is at a border, with nothing beyond.
+  sides = 1 if strip < width <= 2 * strip else 2
+  return min(strip + sides * reach, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What this program computes: its place in the grid, and in the image."""
+
+  cut: Cut
+  image: Any
+  block: Any
+  strip: Any
+  rows: Any
+
+  @property
+  def channels(self) -> Any:
+    """Index of its channels."""
+    return pl.ds(self.block * gpu.CHANNELS, gpu.CHANNELS)
+
+  @property
+  def first_row(self) -> Any:
+    """Its first row."""
+    return self.rows * self.cut.rows
+
+  @property
+  def end_row(self) -> Any:
+    """The row after its last one."""
+    return jnp.minimum(self.first_row + self.cut.rows, self.cut.height)
+
+  @property
+  def column(self) -> Any:
+    """Its first column."""
+    if self.cut.strips == 1:
+      return 0
+    last = self.cut.width - self.cut.strip
+    return jnp.minimum(self.strip * self.cut.strip, last)
+
+  @property
+  def own_column(self) -> Any:
+    """The first of its columns that no strip before computes."""
+    return self.strip * self.cut.strip
+
+  @property
+  def first_read(self) -> Any:
+    """The first column that its columns read."""
+    if self.cut.read == self.cut.width:
+      return 0
+    last = self.cut.width - self.cut.read
+    return jnp.clip(self.column - self.cut.reach, 0, last)
+
+  def places(self) -> dict[int, Any]:
+    """Where columns lie in what is read: counted from its own first column.
+
+    Columns beyond the image lie where the border does.
+    """
+    strip, reach, first = self.cut.strip, self.cut.reach, self.first_read
+    places = {j: self.column - first + j for j in range(strip)}
+    for j in (*range(-reach, 0), *range(strip, strip + reach)):
+      places[j] = clip(self.column + j, self.cut.width) - first
+    return places
+
+  def rows_of(self, image: Any) -> Any:
+    """[H, W, D], the columns that are read, of a reference [B, H, W, D]."""
+    columns = pl.ds(self.first_read, self.cut.read)
+    return image.at[self.image, :, columns, self.channels]
+
+  def own_rows_of(self, image: Any) -> Any:
+    """[H, W, D], its own columns."""
+    columns = pl.ds(self.column, self.cut.strip)
+    return image.at[self.image, :, columns, self.channels]
+
+
+def kernel(
+  body: Callable[..., None], image: Array, cut: Cut, **options: Any
+) -> Callable[..., Any]:
+  """A kernel over images, [B, H, W, D], cut like this one.
+
+  Args:
+    body: is given the `Program` after all references.
+    image: with padded channels.
+    cut: see `Cut`.
+    **options: see `gpu_threads.kernel`.
+  """
+
+  def run(*refs, **scratch):
+    body(*refs, Program(cut, *(lax.axis_index(x) for x in GRID)), **scratch)
+
+  grid = (len(image), gpu.blocks(image.shape[-1]), cut.strips, cut.blocks)
+  return gpu.kernel(run, grid=grid, grid_names=GRID, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """Rows of an image on their way through a ring in shared memory.
+
+  Attributes:
+    image: reference to [H, W, D].
+    ring: reference to [S, W, D].
+    barriers: one for each place of the ring.
+    rows: (first row to be computed, the one after the last).
+    reach: so many rows before and after a row must be there with it.
+  """
+
+  image: Any
+  ring: Any
+  barriers: Any
+  rows: tuple[Any, Any]
+  reach: int
+
+  @staticmethod
+  def scratch(name: str, columns: int, dtype: Any, reach: int) -> dict[str, Any]:
+    """The ring, with a place for the row that comes next, and the barriers."""
+    size = 2 * reach + 2
+    return {
+      name: plgpu.SMEM((size, columns, gpu.CHANNELS), dtype),
+      f"{name}_barriers": plgpu.Barrier(num_barriers=size),
+    }
+
+  @property
+  def _first(self):
+    return jnp.maximum(self.rows[0] - self.reach, 0)
+
+  @property
+  def _end(self):
+    return jnp.minimum(self.rows[1] + self.reach, self.image.shape[0])
+
+  def start(self) -> None:
+    """Fetches rows, and waits for all that the first row needs but the last."""
+
+    @pl.loop(self._first, jnp.minimum(self._first + len_of(self.ring), self._end))
+    def _(row):
+      self._fetch(row)
+
+    @pl.loop(self._first, jnp.minimum(self.rows[0] + self.reach, self._end))
+    def _(row):
+      self._wait(row)
+
+  def arrive(self, row: Any) -> None:
+    """Waits for the last of the rows that `row` needs."""
+
+    @pl.when(row + self.reach < self._end)
+    def _():
+      self._wait(row + self.reach)
+
+  def release(self, row: Any) -> None:
+    """Fetches a row in place of the first of those that `row` needed."""
+    done = row - self.reach
+    following = done + len_of(self.ring)
+
+    @pl.when((done >= self._first) & (following < self._end))
+    def _():
+      self._fetch(following)
+
+  def _fetch(self, row):
+    place = row % len_of(self.ring)
+    plgpu.copy_gmem_to_smem(
+      self.image.at[row], self.ring.at[place], self.barriers.at[place]
+    )
+
+  def _wait(self, row):
+    plgpu.barrier_wait(self.barriers.at[row % len_of(self.ring)])
+
+
+def len_of(ring: Any) -> int:
+  """How many rows a ring has."""
+  return ring.shape[0]
+
+
+def for_rows(
+  rows: tuple[Any, Any],
+  streams: Sequence[Stream],
+  body: Callable[[Any, Any], Any],
+  carry: Any,
+) -> Any:
+  """Calls body(row, carry) for each row, with what it needs in the rings.
+
+  Returns:
+    The last carry.
+  """
+
+  def step(row, carry):
+    for stream in streams:
+      stream.arrive(row)
+    carry = body(row, carry)
+    gpu.commit()
+    for stream in streams:
+      stream.release(row)
+    return carry
+
+  for stream in streams:
+    stream.start()
+  return lax.fori_loop(*rows, step, carry)
+
+
+def store(values: Sequence[Array], tile: Any, row: Any) -> None:
+  """Writes a row of results, while the next one is computed.
+
+  Args:
+    values: for each column a vector of channels.
+    tile: reference to [W, D] in shared memory, for this alone.
+    row: reference to [W, D].
+  """
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  for j, value in enumerate(values):
+    tile[j] = value.astype(tile.dtype)
+  gpu.commit()
+  plgpu.copy_smem_to_gmem(tile, row)

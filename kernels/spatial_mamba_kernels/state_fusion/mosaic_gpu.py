@@ -1,0 +1,431 @@
+"""State fusion as GPU kernels; see `gpu_strips` for how they walk."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from spatial_mamba_kernels import gpu_threads as gpu
+from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
+from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
+from spatial_mamba_kernels.state_fusion import gpu_strips as strips
+from spatial_mamba_kernels.state_fusion.gpu_strips import Stream
+from spatial_mamba_kernels.state_fusion.taps import Stencil, columns_read
+from spatial_mamba_kernels.typing import Array
+
+
+def kernel(dilations: tuple[int, ...]) -> Kernel:
+  """The kernel for one choice of dilations."""
+  stencil = Stencil(dilations)
+  image = (BATCH, WHOLE, WHOLE, CHANNELS)
+  return Kernel(
+    partial(plan, stencil=stencil),
+    Passes(
+      partial(run_forward, stencil=stencil),
+      partial(run_backward, stencil=stencil),
+    ),
+    partial(_finish, stencil=stencil),
+    arguments=(image, (WHOLE, WHOLE, WHOLE, CHANNELS), (WHOLE,)),
+    result=image,
+    saved=(),
+    sums=(image, (BATCH, WHOLE, CHANNELS)),
+  )
+
+
+def plan(arrays: Arrays, *, stencil: Stencil) -> None:
+  """Raises NotImplementedError where the kernels cannot serve."""
+  gpu.check_served(arrays)
+  h, *_ = arrays
+  cut_to_fuse(h, stencil, h)
+  cut_to_states(h, stencil, h)
+
+
+def run_forward(arrays: Arrays, *, save: bool, stencil: Stencil) -> Arrays:
+  """The fused states [B, H, W, D] on one device; there is nothing to save."""
+  del save
+  h, *weights = arrays
+  return (fuse(h, stencil.merge(*weights), stencil=stencil, dtype=h.dtype),)
+
+
+def run_backward(
+  arrays: Arrays, saved: Arrays, g: Array, *, stencil: Stencil
+) -> Arrays:
+  """The cotangents [B, H, W, D], and [G, T, D] of the merged weights."""
+  del saved
+  h, *weights = arrays
+  merged = stencil.merge(*weights)
+  dh = states_backward(g, merged, stencil=stencil, dtype=h.dtype)
+  dweights, _ = weights_backward(h, merged, g, stencil=stencil)
+  return dh, dweights
+
+
+def _finish(arrays, sums, *, stencil):
+  dh, dweights = sums
+  _, unmerge = jax.vjp(stencil.merge, *arrays[1:])
+  return dh, *unmerge(jnp.sum(dweights, axis=0))
+
+
+def cut_to_fuse(h: Array, stencil: Stencil, image: Array) -> strips.Cut:
+  """For `fuse` and `weights_backward`, with another image beside the states."""
+  other = gpu.CHANNELS * image.dtype.itemsize
+  sums = gpu.CHANNELS * gpu.ROWS_SUMMED * 4
+
+  def bytes_of(strip, read):
+    ring = (stencil.window + 1) * read * gpu.CHANNELS * h.dtype.itemsize
+    # Two rows of the image come; one of the result, or products, goes.
+    return ring + 2 * strip * other + max(strip * other, sums)
+
+  return strips.cut(h, stencil.reach, bytes_of)
+
+
+def cut_to_states(h: Array, stencil: Stencil, g: Array) -> strips.Cut:
+  """For `states_backward`: `h` is of the type of its result."""
+
+  def bytes_of(strip, read):
+    ring = stencil.window * (read + 2 * len(stencil.distances)) * 4
+    come, go = 2 * read * g.dtype.itemsize, strip * h.dtype.itemsize
+    return (ring + come + go) * gpu.CHANNELS
+
+  return strips.cut(h, stencil.reach, bytes_of)
+
+
+def fuse(h, weights, *, stencil, dtype, observe=None):
+  """Fuses states, and may observe them.
+
+  Args:
+    h: [B, H, W, D], the states.
+    weights: [T, D].
+    stencil: its taps.
+    dtype: of the result.
+    observe: (C [B, H, W], D [D], u [B, H, W, D]), for C * fused + D * u.
+
+  Returns:
+    [B, H, W, D].
+  """
+  channels = h.shape[-1]
+  cut = cut_to_fuse(h, stencil, observe[2] if observe else h)
+  h = gpu.pad_channels(h)
+  operands = [h, gpu.parameters(weights)]
+  scratch = {
+    "tile": plgpu.SMEM((cut.strip, gpu.CHANNELS), dtype),
+    **Stream.scratch("ring", cut.read, h.dtype, stencil.reach),
+  }
+  if observe:
+    C, D, u = observe
+    operands += [C.astype(jnp.float32), gpu.parameters(D[None])]
+    operands.append(gpu.pad_channels(u))
+    scratch |= Stream.scratch("image", cut.strip, u.dtype, 0)
+  y = strips.kernel(
+    partial(_fuse_kernel, stencil=stencil),
+    h,
+    cut,
+    out_type=jax.ShapeDtypeStruct(h.shape, dtype),
+    scratch_types=scratch,
+    name="state_fusion_forward",
+  )(*operands)
+  return y[..., :channels]
+
+
+def _fuse_kernel(
+  h, weights, *refs, stencil, tile, ring, ring_barriers, image=None,
+  image_barriers=None,
+):  # fmt: skip
+  *observe, y, program = refs
+  rows = program.first_row, program.end_row
+  states = Stream(
+    program.rows_of(h), ring, ring_barriers, rows, stencil.reach
+  )
+  streams = [states]
+  weights, places = _load_weights(weights, program), program.places()
+  if observe:
+    C, D, u = observe
+    D = D[0, program.channels]
+    streams.append(
+      Stream(program.own_rows_of(u), image, image_barriers, rows, 0)
+    )
+
+  def fuse_row(row, _):
+    slots = stencil.slots(row, program.cut.height, strips.len_of(ring))
+    fused = _fuse_columns(
+      stencil, ring, slots, places, weights, program.cut.strip
+    )
+    if observe:
+      x = image.at[row % strips.len_of(image)]
+      c = [C[program.image, row, program.column + j] for j in range(len(fused))]
+      fused = [
+        c[j] * value + D * x[j].astype(jnp.float32)
+        for j, value in enumerate(fused)
+      ]
+    strips.store(fused, tile, program.own_rows_of(y).at[row])
+
+  strips.for_rows(rows, streams, fuse_row, None)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _load_weights(weights, program):
+  return [weights[t, program.channels] for t in range(weights.shape[0])]
+
+
+def _fuse_columns(stencil, ring, slots, places, weights, size):
+  """A row of fused states, a vector of channels for each column."""
+  fused: list[Any] = [None] * size
+  for value, readers in _neighbours(stencil, ring, slots, places, size):
+    for j, place in readers:
+      fused[j] = gpu.add(fused[j], weights[place] * value)
+  return fused
+
+
+def _neighbours(stencil, ring, slots, places, size):
+  """All that a row of pixels reads: (states, by whom); see `columns_read`."""
+  for offset, taps in stencil.by_row.items():
+    for column, readers in columns_read(taps, size):
+      value = ring[slots[offset], places[column]]
+      yield value.astype(jnp.float32), readers
+
+
+def weights_backward(h, weights, g, *, stencil, C=None):
+  """The cotangents of the weights, and of the observation.
+
+  Args:
+    h: [B, H, W, D], the states.
+    weights: [T, D].
+    g: [B, H, W, D], the cotangents of what was observed, C * fused.
+    stencil: its taps.
+    C: [B, H, W], or None for 1.
+
+  Returns:
+    [G, T, D], to be summed over G; and of C, [K, B, H, W], to be summed over
+    K, or None.
+  """
+  batch, height, width, channels = h.shape
+  cut = cut_to_fuse(h, stencil, g)
+  h = gpu.pad_channels(h)
+  blocks, taps = gpu.blocks(channels), len(weights)
+  grid = (batch, cut.strips, cut.blocks)
+  scratch = Stream.scratch("ring", cut.read, h.dtype, stencil.reach)
+  scratch |= Stream.scratch("image", cut.strip, g.dtype, 0)
+  operands = [h, gpu.parameters(weights), gpu.pad_channels(g)]
+  results = [
+    jax.ShapeDtypeStruct((*grid, taps, blocks * gpu.CHANNELS), jnp.float32)
+  ]
+  sums = -(-cut.strip // gpu.ROWS_SUMMED) * gpu.ROWS_SUMMED
+  if C is not None:
+    operands.append(C.astype(jnp.float32))
+    shape = (blocks, batch, height, cut.strips, sums)
+    results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    shape = (gpu.ROWS_SUMMED, gpu.CHANNELS)
+    scratch["products"] = plgpu.SMEM(shape, jnp.float32)
+  dweights, *dC = strips.kernel(
+    partial(_weights_kernel, stencil=stencil),
+    h,
+    cut,
+    out_type=results,
+    scratch_types=scratch,
+    name="state_fusion_weights",
+  )(*operands)
+  dweights = dweights.reshape(-1, *dweights.shape[3:])[..., :channels]
+  if not dC:
+    return dweights, None
+  # The last strip ends where the image does.
+  parts = [dC[0][..., strip, : cut.strip] for strip in range(cut.strips)]
+  parts[-1] = parts[-1][..., cut.strips * cut.strip - width :]
+  return dweights, jnp.concatenate(parts, axis=-1)
+
+
+def _weights_kernel(
+  h, weights, g, *refs, stencil, ring, ring_barriers, image, image_barriers,
+  products=None,
+):  # fmt: skip
+  *refs, program = refs
+  *C, dweights = refs[: 1 + (len(refs) > 1)]
+  dC = refs[-1]
+  cut, size = program.cut, program.cut.strip
+  rows = program.first_row, program.end_row
+  streams = [
+    Stream(program.rows_of(h), ring, ring_barriers, rows, stencil.reach),
+    Stream(program.own_rows_of(g), image, image_barriers, rows, 0),
+  ]
+  weights, places = _load_weights(weights, program), program.places()
+
+  def add_row(row, sums):
+    slots = stencil.slots(row, cut.height, strips.len_of(ring))
+    dy = image.at[row % strips.len_of(image)]
+    dy = [dy[j].astype(jnp.float32) for j in range(size)]
+    dfused = dy
+    if C:
+      c = [C[0][program.image, row, program.column + j] for j in range(size)]
+      dfused = [c[j] * x for j, x in enumerate(dy)]
+    if cut.width % size:
+      own = [program.column + j >= program.own_column for j in range(size)]
+      dfused = [jnp.where(own[j], x, 0) for j, x in enumerate(dfused)]
+    sums, fused = list(sums), [None] * size
+    for value, readers in _neighbours(stencil, ring, slots, places, size):
+      for j, place in readers:
+        sums[place] += dfused[j] * value
+        if C:
+          fused[j] = gpu.add(fused[j], weights[place] * value)
+    if C:
+      row_of = dC.at[program.block, program.image, row, program.strip]
+      _store_sums([x * y for x, y in zip(dy, fused)], products, row_of)
+    return sums
+
+  sums = [gpu.zeros() for _ in weights]
+  sums = strips.for_rows(rows, streams, add_row, sums)
+  for place, total in enumerate(sums):
+    dweights[
+      program.image, program.strip, program.rows, place, program.channels
+    ] = total
+
+
+def _store_sums(values, products, out):
+  """Sums over channels, [16 or more], of a vector for each column."""
+  for first in range(0, len(values), gpu.ROWS_SUMMED):
+    for j, value in enumerate(values[first : first + gpu.ROWS_SUMMED]):
+      products[j] = value
+    gpu.commit()
+    out[jnp.s_[first : first + gpu.ROWS_SUMMED]] = gpu.channel_sums(products)
+    gpu.commit()
+
+
+def states_backward(g, weights, *, stencil, dtype, C=None):
+  """The cotangents of states: the transpose of `fuse`.
+
+  Args:
+    g: [B, H, W, D], the cotangents of what was observed, C * fused.
+    weights: [T, D].
+    stencil: its taps.
+    dtype: of the result.
+    C: [B, H, W], or None for 1.
+
+  Returns:
+    [B, H, W, D].
+  """
+  channels = g.shape[-1]
+  cut = cut_to_states(jax.ShapeDtypeStruct(g.shape, dtype), stencil, g)
+  g = gpu.pad_channels(g)
+  row = (cut.read + 2 * len(stencil.distances), gpu.CHANNELS)
+  dh = strips.kernel(
+    partial(_states_kernel, stencil=stencil),
+    g,
+    cut,
+    out_type=jax.ShapeDtypeStruct(g.shape, dtype),
+    scratch_types={
+      "tile": plgpu.SMEM((cut.strip, gpu.CHANNELS), dtype),
+      "ring": plgpu.SMEM((stencil.window, *row), jnp.float32),
+      **Stream.scratch("image", cut.read, g.dtype, 0),
+    },
+    name="state_fusion_states",
+  )(g, gpu.parameters(weights), *(() if C is None else (C.astype(jnp.float32),)))
+  return dh[..., :channels]
+
+
+def _states_kernel(
+  g, weights, *refs, stencil, tile, ring, image, image_barriers
+):
+  *C, dh, program = refs
+  cut, reach = program.cut, stencil.reach
+  first = jnp.maximum(program.first_row - reach, 0)
+  end = jnp.minimum(program.end_row + reach, cut.height)
+  coming = Stream(program.rows_of(g), image, image_barriers, (first, end), 0)
+  weights, places = _load_weights(weights, program), program.places()
+
+  def take_row(row):
+    source = image.at[row % strips.len_of(image)]
+    target = ring.at[row % stencil.window]
+    values = [source[j].astype(jnp.float32) for j in range(cut.read)]
+    if C:
+      values = [C[0][program.image, row, program.first_read + j] * x for j, x in enumerate(values)]
+    for j, value in enumerate((*values, *_folded(values, stencil, program))):
+      target[j] = value
+
+  coming.start()
+
+  @pl.loop(first, program.end_row + reach)
+  def _(row):
+    @pl.when(row < end)
+    def _():
+      coming.arrive(row)
+      take_row(row)
+      gpu.commit()
+      coming.release(row)
+
+    @pl.when(row - reach >= program.first_row)
+    def _():
+      total = _transpose_row(
+        stencil, ring, row - reach, places, weights, program
+      )
+      strips.store(total, tile, program.own_rows_of(dh).at[row - reach])
+
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _folded(values, stencil, program):
+  """What replication folds onto the first and the last column of an image.
+
+  Of the pixels that see the border column in place of one beyond it, the sum
+  for each distance; zero where the strip has no border.
+  """
+  cut = program.cut
+  for at_border, inwards in (
+    (program.column == 0, values),
+    (program.column + cut.strip == cut.width, values[::-1]),
+  ):
+    for distance in stencil.distances:
+      total = sum(inwards[1 : min(distance, cut.width)], inwards[0])
+      yield jnp.where(at_border, total, 0)
+
+
+def _transpose_row(stencil, ring, row, places, weights, program):
+  """The cotangents of a row of states, a vector of channels for each column."""
+  cut = program.cut
+  total = [gpu.zeros() for _ in range(cut.strip)]
+  for offset, taps in stencil.by_row.items():
+
+    def add_row(source, total, taps=taps):
+      cotangents = ring.at[source % stencil.window]
+      return _transpose_columns(
+        stencil, cotangents, taps, total, places, weights, program
+      )
+
+    first, end = _sources(row, offset, cut.height)
+    total = lax.fori_loop(first, end, add_row, total)
+  return total
+
+
+def _sources(row, offset, height):
+  """The rows that see `row` at `offset`: none, one, or at the border several."""
+  if offset > 0:
+    last = row == height - 1
+    first = jnp.maximum(jnp.where(last, height - 1 - offset, row - offset), 0)
+    return first, jnp.where(last, height, row - offset + 1)
+  is_first = row == 0
+  first = jnp.where(is_first, 0, row - offset)
+  end = jnp.where(is_first, 1 - offset, row - offset + 1)
+  return first, jnp.minimum(end, height)
+
+
+def _transpose_columns(
+  stencil, cotangents, taps, total, places, weights, program
+):
+  """Adds what flows back from one row of pixels by the taps of one offset."""
+  cut, total = program.cut, list(total)
+  transposed = [(-column, place) for column, place in taps]
+  for column, readers in columns_read(transposed, cut.strip):
+    value = cotangents[places[column]]
+    if not 0 <= column < cut.strip:
+      beyond = program.column + column
+      value = jnp.where((beyond >= 0) & (beyond < cut.width), value, 0)
+    for j, place in readers:
+      total[j] += weights[place] * value
+  for column, place in taps:
+    if column:
+      side = stencil.distances.index(abs(column))
+      if column > 0:
+        side += len(stencil.distances)
+      border = 0 if column < 0 else cut.strip - 1
+      total[border] += weights[place] * cotangents[cut.read + side]
+  return total

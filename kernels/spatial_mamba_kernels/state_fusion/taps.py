@@ -1,0 +1,96 @@
+"""The taps of state fusion as kernels walk them, row by row."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+from spatial_mamba_kernels.state_fusion import xla
+from spatial_mamba_kernels.typing import Array
+
+# A row's taps: (column offset, place among the weights).
+RowTaps = list[tuple[int, int]]
+# A row offset -> where in a ring that neighbour of a row lies.
+Slots = dict[int, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stencil:
+  """The taps of all dilations together, those on the same pixel merged."""
+
+  dilations: tuple[int, ...]
+
+  @functools.cached_property
+  def taps(self) -> xla.Taps:
+    """{(row, column) offset: the places in the kernels that have it}."""
+    return xla.stencil_taps(self.dilations)
+
+  @functools.cached_property
+  def by_row(self) -> dict[int, RowTaps]:
+    """{row offset: its taps}."""
+    by_row: dict[int, RowTaps] = {}
+    for place, (row, column) in enumerate(self.taps):
+      by_row.setdefault(row, []).append((column, place))
+    return by_row
+
+  @property
+  def reach(self) -> int:
+    """How many rows or columns away the farthest tap is."""
+    return max(self.dilations)
+
+  @property
+  def window(self) -> int:
+    """Rows that a row of fused states needs: the size of a ring."""
+    return 2 * self.reach + 1
+
+  @functools.cached_property
+  def distances(self) -> list[int]:
+    """Positive row offsets."""
+    return sorted(row for row in self.by_row if row > 0)
+
+  @property
+  def cotangent_rows(self) -> int:
+    """Size of a ring of cotangents: see `CotangentRing`."""
+    return self.window + 1 + len(self.distances)
+
+  def merge(self, kernels: Array, alpha: Array) -> Array:
+    """The weights as the kernels take them, [T, D]."""
+    kernels, alpha = kernels.astype(jnp.float32), alpha.astype(jnp.float32)
+    return xla.merge_weights(alpha[:, None, None, None] * kernels, self.taps)
+
+  def slots(self, row: Any, height: int, ring: int) -> Slots:
+    """Where the neighbours of a row lie, at the border those replicated.
+
+    Args:
+      row: of an image.
+      height: of the image.
+      ring: rows of a ring, in which row r is in place r modulo `ring`.
+    """
+    return {
+      offset: clip(row + offset, height) % ring for offset in self.by_row
+    }
+
+
+def clip(row: Any, height: int) -> Any:
+  """Where the border is replicated from."""
+  return jnp.clip(row, 0, height - 1)
+
+
+def columns_read(
+  taps: RowTaps, size: int
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+  """For each column that `size` columns in a row read: it, and by whom.
+
+  Yields (column, [(place in the row, place among the weights)]).
+  """
+  reach = max(abs(column) for column, _ in taps)
+  for column in range(-reach, size + reach):
+    readers = [
+      (column - offset, place)
+      for offset, place in taps
+      if 0 <= column - offset < size
+    ]
+    if readers:
+      yield column, readers
