@@ -182,8 +182,11 @@ def _fuse_columns(stencil, ring, slots, places, weights, size):
 def _neighbours(stencil, ring, slots, places, size):
   """All that a row of pixels reads: (states, by whom); see `columns_read`."""
   for offset, taps in stencil.by_row.items():
+    row = ring.at[slots[offset]]
+    own = row.at[pl.ds(places[0], size)]
     for column, readers in columns_read(taps, size):
-      value = ring[slots[offset], places[column]]
+      inside = 0 <= column < size
+      value = own[column] if inside else row[places[column]]
       yield value.astype(jnp.float32), readers
 
 
@@ -413,12 +416,15 @@ def _transpose_columns(
 ):
   """Adds what flows back from one row of pixels by the taps of one offset."""
   cut, total = program.cut, list(total)
+  own = cotangents.at[pl.ds(places[0], cut.strip)]
   transposed = [(-column, place) for column, place in taps]
   for column, readers in columns_read(transposed, cut.strip):
-    value = cotangents[places[column]]
-    if not 0 <= column < cut.strip:
+    if 0 <= column < cut.strip:
+      value = own[column]
+    else:
       beyond = program.column + column
-      value = jnp.where((beyond >= 0) & (beyond < cut.width), value, 0)
+      inside = (beyond >= 0) & (beyond < cut.width)
+      value = jnp.where(inside, cotangents[places[column]], 0)
     for j, place in readers:
       total[j] += weights[place] * value
   for column, place in taps:

@@ -1,0 +1,118 @@
+"""The structure-aware SSM on GPUs, from the kernels of the scan and the fusion.
+
+All states of a row do not fit into shared memory eleven times at 56 x 56, so
+they go through device memory once; the fusion observes them at once.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from spatial_mamba_kernels import gpu_threads as gpu
+from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
+from spatial_mamba_kernels.selective_scan import mosaic_gpu as scan
+from spatial_mamba_kernels.state_fusion import mosaic_gpu as fusion
+from spatial_mamba_kernels.state_fusion.taps import Stencil
+from spatial_mamba_kernels.state_fusion.xla import DILATIONS
+from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu
+from spatial_mamba_kernels.typing import Array
+
+STENCIL = Stencil(DILATIONS)
+
+
+def plan(arrays: Arrays) -> None:
+  """Raises NotImplementedError where the kernels cannot serve."""
+  gpu.check_served(arrays)
+  u, _, A, *_ = arrays
+  if A.shape[1] > 1:
+    raise NotImplementedError(
+      f"mosaic_gpu observes one state a channel, not {A.shape[1]}"
+    )
+  h = jax.ShapeDtypeStruct(u.shape, jnp.float32)
+  fusion.cut_to_fuse(h, STENCIL, u)
+  fusion.cut_to_states(h, STENCIL, u)
+
+
+def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
+  """The operator on one device, and if `save` each row's last states.
+
+  They are [H, N, B, D].
+  """
+  u, _, _, _, C, D, kernels, alpha, _ = arrays
+  h = _states(arrays)
+  y = fusion.fuse(
+    h,
+    STENCIL.merge(kernels, alpha),
+    stencil=STENCIL,
+    dtype=u.dtype,
+    observe=(C[..., 0], D, u),
+  )
+  if not save:
+    return (y,)
+  return y, h[:, :, -1].swapaxes(0, 1)[:, None]
+
+
+def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
+  """Cotangents on one device; those of parameters as sums over some images.
+
+  Returns:
+    du, ddelta [B, H, W, D]; dB, dC [K, B, H, W, N], to be summed over K;
+    [G, T, D], of the merged weights, and [G, N + 2, D], of A, delta_bias and D,
+    to be summed over G.
+  """
+  del saved  # The states of all tokens are computed anew.
+  u, _, _, _, C, D, kernels, alpha, _ = arrays
+  weights = STENCIL.merge(kernels, alpha)
+  h = _states(arrays)
+  dweights, dC = fusion.weights_backward(
+    h, weights, g, stencil=STENCIL, C=C[..., 0]
+  )
+  dh = fusion.states_backward(
+    g, weights, stencil=STENCIL, dtype=jnp.float32, C=C[..., 0]
+  )
+  du, ddelta, dB, parameters = scan.scan_backward(
+    *_tokens(arrays),
+    _to_tokens(h)[:, :, None],
+    _to_tokens(dh)[:, :, None],
+    D=D,
+    dy=_to_tokens(g),
+  )
+  return (
+    du.reshape(u.shape),
+    ddelta.reshape(u.shape),
+    dB.reshape(len(dB), *C.shape),
+    dC[..., None],
+    dweights,
+    parameters,
+  )
+
+
+def _to_tokens(image):
+  batch, _, _, channels = image.shape
+  return image.reshape(batch, -1, channels)
+
+
+def _tokens(arrays):
+  u, delta, A, B, *_, bias = arrays
+  return _to_tokens(u), _to_tokens(delta), A, _to_tokens(B), bias
+
+
+def _states(arrays):
+  """[B, H, W, D]."""
+  return scan.scan(*_tokens(arrays)).reshape(arrays[0].shape)
+
+
+def _finish(arrays, sums):
+  du, ddelta, dB, dC, dweights, parameters = sums
+  *dA, dbias, dD = jnp.sum(parameters, axis=0)
+  _, unmerge = jax.vjp(STENCIL.merge, *arrays[6:8])
+  dkernels, dalpha = unmerge(jnp.sum(dweights, axis=0))
+  dA, dB, dC = jnp.stack(dA, -1), jnp.sum(dB, axis=0), jnp.sum(dC, axis=0)
+  return du, ddelta, dA, dB, dC, dD, dkernels, dalpha, dbias
+
+
+KERNEL = mosaic_tpu.KERNEL._replace(
+  plan=plan,
+  passes=Passes(run_forward, run_backward),
+  finish=_finish,
+  sums=(),
+)
