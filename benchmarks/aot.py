@@ -131,7 +131,7 @@ def program(
   if direction == "forward":
     return forward, (arrays,)
   result, *saved = jax.eval_shape(forward, arrays)
-  if KERNELS[op].saves_result:
+  if op == "selective_scan":
     saved = [result]
   return passes.backward, (arrays, tuple(saved), result)
 

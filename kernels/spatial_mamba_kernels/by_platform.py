@@ -1,17 +1,20 @@
 """Operators that are a kernel on some platforms and XLA's on all others.
 
-Nothing here is differentiated by JAX: kernels cannot be, and neither should a
-choice between platforms. Which one runs is known when a program is lowered, so
-what the forward pass keeps has the same shapes on all of them.
+Which of them runs is known when a program is lowered, and only then is it
+traced: a primitive stands for each pass until then. Nothing here is
+differentiated by JAX: kernels cannot be, and neither should a choice between
+platforms. What the forward pass keeps has the same shapes on all of them.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from spatial_mamba_kernels.sharding import (
   is_within_shard_map,
@@ -27,6 +30,8 @@ Arrays = tuple[Array, ...]
 CHECKPOINT_NAME = "spatial_mamba_kernels"
 
 keep = partial(checkpoint_name, name=CHECKPOINT_NAME)
+
+PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 
 
 class Passes(NamedTuple):
@@ -49,22 +54,31 @@ class Kernel(NamedTuple):
       kernel cannot serve.
     passes: the backward one returns partial sums.
     finish: (arrays, partial sums) -> cotangents of `arrays`.
-    arguments: dimensions of `arrays` (see `per_shard`); those of the first one
-      begin with the images and end with the channels.
-    result: dimensions of the result.
-    saved: dimensions of what the backward pass is given as saved.
-    sums: dimensions of the partial sums.
-    saves_result: it is the result, which the forward pass then returns once.
+    sums: dimensions of the partial sums (see `per_shard`).
+    check_device: raises NotImplementedError, while lowering, where the device
+      cannot run it.
   """
 
   plan: Callable[[Arrays], Any]
   passes: Passes
   finish: Callable[[Arrays, Arrays], Arrays]
+  sums: Any
+  check_device: Callable[[], None] = lambda: None
+
+
+class Dimensions(NamedTuple):
+  """Of what all kernels of an operator take and give (see `per_shard`).
+
+  Attributes:
+    arguments: those of the first one begin with the images and end with the
+      channels.
+    result: of the operator.
+    saved: of what the forward pass saves for the backward pass.
+  """
+
   arguments: Any
   result: Any
   saved: Any
-  sums: Any
-  saves_result: bool = False
 
 
 class Operator:
@@ -72,21 +86,28 @@ class Operator:
 
   Args:
     xla: (arrays, implementation=) -> result, differentiable, on any platform.
-    mosaic_tpu: the kernel for TPUs.
-    passes: `xla` with what the kernel saves; without, the result is computed
-      anew in the backward pass.
+    kernels: {implementation: kernel}.
+    dimensions: what all of these have in common.
+    saves: arrays -> shapes and types of what the kernels save. XLA computes the
+      result anew in the backward pass, and saves zeros.
+    passes: where the result is all that is saved, `xla` with that.
   """
 
   def __init__(
     self,
     xla: Callable[..., Array],
-    mosaic_tpu: Kernel,
+    kernels: Mapping[str, Kernel],
+    dimensions: Dimensions,
+    *,
+    saves: Callable[[Arrays], Any] = lambda arrays: (),
     passes: Passes | None = None,
   ):
     self._xla = xla
-    self._kernel = mosaic_tpu
-    self._tpu = _sharded(mosaic_tpu)
-    self._default = passes or self._recomputing()
+    self._kernels = kernels
+    self._dimensions = dimensions
+    self._saves = saves
+    self._saves_result = passes is not None
+    self._default = passes or Passes(self._anew_forward, self._anew_backward)
     self._chosen = jax.custom_vjp(self._forward, nondiff_argnums=(1,))
     self._chosen.defvjp(self._save, self._backward)
 
@@ -96,107 +117,214 @@ class Operator:
     Raises:
       NotImplementedError: the kernel named cannot serve.
     """
-    if implementation in (None, "mosaic_tpu"):
-      try:
-        self._check_served(arrays)
-      except NotImplementedError:
-        if implementation:
-          raise
-      else:
-        return self._chosen(arrays, implementation)
+    if implementation is None:
+      names = tuple(
+        name for name in self._kernels if self._serves(name, arrays)
+      )
+    elif implementation in self._kernels:
+      self._check_served(implementation, arrays)
+      names = (implementation,)
+    else:
+      names = ()
+    if names:
+      return self._chosen(arrays, (names, implementation is not None))
     return self._xla(arrays, implementation=implementation)
 
-  def _check_served(self, arrays):
-    self._kernel.plan(arrays)
-    _axes(self._kernel, arrays)
+  def _serves(self, name, arrays):
+    try:
+      self._check_served(name, arrays)
+    except NotImplementedError:
+      return False
+    return True
+
+  def _check_served(self, name, arrays):
+    self._kernels[name].plan(arrays)
+    self._axes(arrays)
     if not is_within_shard_map():
       return
     message = "a kernel needs check_vma=False of the shard_map that it is in"
     if any(jax.typeof(x).manual_axis_type.varying for x in arrays):
       raise NotImplementedError(message)
     try:  # Arrays that every device has whole do not tell.
-      jax.eval_shape(partial(self._tpu.forward, save=False), arrays)
+      jax.eval_shape(partial(self._kernel(name).forward, save=False), arrays)
     except ValueError as error:
       raise NotImplementedError(message) from error
 
-  def _forward(self, arrays, implementation):
-    (result,) = self._by_platform("forward", implementation, save=False)(arrays)
+  def _axes(self, arrays):
+    batch, *_, channels = arrays[0].shape
+    return split_axes(batch, channels)
+
+  def _forward(self, arrays, choice):
+    (result,) = self._pass("forward", choice, save=False)(arrays)
     return result
 
-  def _save(self, arrays, implementation):
-    forward = self._by_platform("forward", implementation, save=True)
-    result, *saved = keep(forward(arrays))
-    saved = (result,) if self._kernel.saves_result else tuple(saved)
+  def _save(self, arrays, choice):
+    result, *saved = keep(self._pass("forward", choice, save=True)(arrays))
+    saved = (result,) if self._saves_result else tuple(saved)
     return result, (arrays, saved)
 
-  def _backward(self, implementation, residuals, g):
-    return (self._by_platform("backward", implementation)(*residuals, g),)
+  def _backward(self, choice, residuals, g):
+    return (self._pass("backward", choice)(*residuals, g),)
 
-  def _by_platform(self, name, implementation, **options):
+  def _pass(self, name, choice, **options):
     """A pass by name; differentiated once more, it is XLA's."""
-    kernel = partial(getattr(self._tpu, name), **options)
-    default = partial(getattr(self._default, name), **options)
+    run = Run(self, name, tuple(options.items()), *choice)
 
     def chosen(*arguments):
-      if implementation == "mosaic_tpu":
-        return kernel(*arguments)
-      return jax.lax.platform_dependent(*arguments, tpu=kernel, default=default)
+      return run_by_platform(run, arguments)
 
     once_more = jax.custom_vjp(chosen)
     once_more.defvjp(
       lambda *arguments: (chosen(*arguments), arguments),
-      lambda arguments, g: jax.vjp(default, *arguments)[1](g),
+      lambda arguments, g: jax.vjp(run.on(None), *arguments)[1](g),
     )
     return once_more
 
-  def _recomputing(self):
+  def on(self, kernel: str | None) -> Passes:
+    """The passes by a kernel's name, or XLA's."""
+    return self._kernel(kernel) if kernel else self._default
+
+  def check_device(self, kernel: str) -> None:
+    """See `Kernel`."""
+    self._kernels[kernel].check_device()
+
+  def _anew_forward(self, arrays, *, save):
+    saved = self._saves(arrays) if save else ()
+    zeros = (jnp.zeros(x.shape, x.dtype) for x in saved)
+    return self._xla(arrays, implementation=None), *zeros
+
+  def _anew_backward(self, arrays, saved, g):
+    del saved
+    function = partial(self._xla, implementation=None)
+    return jax.vjp(function, arrays)[1](g)[0]
+
+  def _kernel(self, name):
+    """A kernel on whole arrays, which the mesh in force may have split."""
+    kernel, dimensions = self._kernels[name], self._dimensions
+
     def forward(arrays, *, save):
-      shapes = jax.eval_shape(partial(self._tpu.forward, save=save), arrays)
-      saved = (jnp.zeros(x.shape, x.dtype) for x in shapes[1:])
-      return self._xla(arrays, implementation=None), *saved
+      results = (dimensions.result,)
+      if save and not self._saves_result:
+        results += dimensions.saved
+      run = per_shard(
+        partial(kernel.passes.forward, save=save),
+        (dimensions.arguments,),
+        results,
+        self._axes(arrays),
+      )
+      return run(arrays)
 
     def backward(arrays, saved, g):
-      del saved
-      function = partial(self._xla, implementation=None)
-      return jax.vjp(function, arrays)[1](g)[0]
+      run = per_shard(
+        kernel.passes.backward,
+        (dimensions.arguments, dimensions.saved, dimensions.result),
+        kernel.sums,
+        self._axes(arrays),
+      )
+      cotangents = kernel.finish(arrays, run(arrays, saved, g))
+      return tuple(
+        cotangent.astype(array.dtype)
+        for cotangent, array in zip(cotangents, arrays, strict=True)
+      )
 
     return Passes(forward, backward)
 
 
-def _sharded(kernel: Kernel) -> Passes:
-  """The kernel on whole arrays, which the mesh in force may have split."""
-  # Jitted, so that a kernel is traced once for all blocks of a stage.
-  run_forward = jax.jit(kernel.passes.forward, static_argnames="save")
-  run_backward = jax.jit(kernel.passes.backward)
+class Run(NamedTuple):
+  """A pass of an operator, as a program has it until it is lowered.
 
-  def forward(arrays, *, save):
-    results = (kernel.result,)
-    if save and not kernel.saves_result:
-      results += kernel.saved
-    run = per_shard(
-      partial(run_forward, save=save),
-      (kernel.arguments,),
-      results,
-      _axes(kernel, arrays),
-    )
-    return run(arrays)
+  Attributes:
+    operator: whose pass it is.
+    name: of the pass.
+    options: of the pass, as pairs.
+    kernels: names of those that can serve.
+    named: the caller named the only one, for whatever platform.
+  """
 
-  def backward(arrays, saved, g):
-    run = per_shard(
-      run_backward,
-      (kernel.arguments, kernel.saved, kernel.result),
-      kernel.sums,
-      _axes(kernel, arrays),
-    )
-    cotangents = kernel.finish(arrays, run(arrays, saved, g))
-    return tuple(
-      cotangent.astype(array.dtype)
-      for cotangent, array in zip(cotangents, arrays, strict=True)
-    )
+  operator: Operator
+  name: str
+  options: tuple[tuple[str, Any], ...]
+  kernels: tuple[str, ...]
+  named: bool
 
-  return Passes(forward, backward)
+  def on(self, platform: str | None) -> Callable[..., Arrays]:
+    """The pass as it runs on a platform."""
+    passes = self.operator.on(self._kernel_for(platform))
+    return partial(getattr(passes, self.name), **dict(self.options))
+
+  def _kernel_for(self, platform):
+    if self.named:
+      return self.kernels[0]
+    for name in self.kernels:
+      if PLATFORMS[name] == platform:
+        try:
+          self.operator.check_device(name)
+        except NotImplementedError:
+          return None
+        return name
+    return None
 
 
-def _axes(kernel, arrays):
-  batch, *_, channels = arrays[0].shape
-  return split_axes(batch, channels)
+@partial(jax.jit, static_argnums=0)
+def run_by_platform(run: Run, arguments: Any) -> Any:
+  """Runs a pass as the platform lowered for does it best."""
+  if run.named:
+    return run.on(None)(*arguments)
+  leaves, tree = jax.tree.flatten(arguments)
+  result = jax.tree.structure(_result(run, arguments))
+  return jax.tree.unflatten(
+    result, _primitive.bind(*leaves, run=run, tree=tree, axes=())
+  )
+
+
+def _result(run, arguments):
+  return jax.eval_shape(run.on(None), *arguments)
+
+
+_primitive = Primitive("kernel_by_platform")
+_primitive.multiple_results = True
+
+
+@cache
+def _flat(run, tree, axes, platform):
+  """The pass over a list of arrays, mapped over these axes of them."""
+
+  def function(*leaves):
+    return jax.tree.leaves(run.on(platform)(*jax.tree.unflatten(tree, leaves)))
+
+  for in_axes in axes:
+    function = jax.vmap(function, in_axes)
+  return function
+
+
+@_primitive.def_impl
+def _eagerly(*leaves, **parameters):
+  with jax.disable_jit(False):
+    return jax.jit(partial(_primitive.bind, **parameters))(*leaves)
+
+
+@_primitive.def_abstract_eval
+def _shapes(*leaves, run, tree, axes):
+  return jax.make_jaxpr(_flat(run, tree, axes, None))(*leaves).out_avals
+
+
+def _lowering(platform):
+  def function(*leaves, run, tree, axes):
+    return _flat(run, tree, axes, platform)(*leaves)
+
+  return mlir.lower_fun(function, multiple_results=True)
+
+
+mlir.register_lowering(_primitive, _lowering(None))
+for _platform in PLATFORMS.values():
+  mlir.register_lowering(_primitive, _lowering(_platform), platform=_platform)
+
+
+def _batch(leaves, dimensions, *, run, tree, axes):
+  in_axes = tuple(None if d is batching.not_mapped else d for d in dimensions)
+  axes = (*axes, in_axes)
+  results = _primitive.bind(*leaves, run=run, tree=tree, axes=axes)
+  return results, [0] * len(results)
+
+
+batching.primitive_batchers[_primitive] = _batch

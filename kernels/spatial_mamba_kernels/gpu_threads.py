@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.backend import get_default_device
 
 from spatial_mamba_kernels.typing import Array
 
@@ -35,7 +36,7 @@ class Config:
     stages: pieces on their way into shared memory.
     programs: at least as many as a device has multiprocessors (132 on an H100
       or H200), if there is work for them.
-    smem_bytes: for rows, of the 227 KiB of shared memory that a program can have.
+    smem_bytes: for rows, of the 227 KiB of shared memory that a program has.
   """
 
   tokens: int = 16
@@ -50,14 +51,28 @@ CONFIG = Config()
 def check_served(arrays: Sequence[Array]) -> None:
   """Raises NotImplementedError where no GPU kernel can serve these arrays."""
   if plgpu is None:
-    raise NotImplementedError(
-      "mosaic_gpu needs absl-py: pip install absl-py"
-    )
+    raise NotImplementedError("mosaic_gpu needs absl-py: pip install absl-py")
   for array in arrays:
     if array.dtype not in (jnp.float32, jnp.bfloat16):
       raise NotImplementedError(
         f"mosaic_gpu computes float32 and bfloat16, not {array.dtype}"
       )
+
+
+def check_device() -> None:
+  """Raises NotImplementedError where the GPU lowered for has no TMA.
+
+  It is the one that is there, or that a program is compiled for ahead of time
+  where that is JAX's default device; with neither, it is taken for a Hopper.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  device = device or get_default_device()
+  capability = getattr(device, "compute_capability", "9.0")
+  if float(capability) < 9:
+    raise NotImplementedError(
+      "mosaic_gpu needs a GPU of compute capability 9.0 or more, not"
+      f" {capability}"
+    )
 
 
 def blocks(channels: int) -> int:

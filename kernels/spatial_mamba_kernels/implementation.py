@@ -7,9 +7,9 @@ CPU it was traced on, the accelerator it runs on, and an ahead-of-time compile.
 
 from typing import Literal, get_args
 
-Implementation = Literal["sequential", "associative", "mosaic_tpu"]
-
-_PLANNED = ("mosaic_gpu",)
+Implementation = Literal[
+  "sequential", "associative", "mosaic_tpu", "mosaic_gpu"
+]
 
 
 def check_implementation(name: str | None, op: str) -> None:
@@ -20,18 +20,12 @@ def check_implementation(name: str | None, op: str) -> None:
     op: the operator's public name, for the message.
 
   Raises:
-    NotImplementedError: `name` is a kernel that is not there yet.
     ValueError: `name` is no implementation at all.
   """
   names = get_args(Implementation)
   if name is None or name in names:
     return
-  if name in _PLANNED:
-    raise NotImplementedError(
-      f"{op} has no {name} kernel yet: use implementation=None, or one of"
-      f" {', '.join(names)}"
-    )
   raise ValueError(
-    f"implementation={name!r} is unknown: use None, or one of"
-    f" {', '.join((*names, *_PLANNED))}"
+    f"{op}: implementation={name!r} is unknown: use None, or one of"
+    f" {', '.join(names)}"
   )

@@ -5,7 +5,8 @@ from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.by_platform import Operator, Passes
 from spatial_mamba_kernels.implementation import check_implementation
-from spatial_mamba_kernels.selective_scan import mosaic_tpu, xla
+from spatial_mamba_kernels.selective_scan import mosaic_gpu, mosaic_tpu, xla
+from spatial_mamba_kernels.selective_scan.dimensions import DIMENSIONS
 from spatial_mamba_kernels.shapes import check_shapes
 from spatial_mamba_kernels.typing import Array
 
@@ -16,8 +17,9 @@ def _xla(arrays, *, implementation):
 
 _operator = Operator(
   _xla,
-  mosaic_tpu.KERNEL,
-  Passes(xla.saving_states, xla.from_saved_states),
+  {"mosaic_tpu": mosaic_tpu.KERNEL, "mosaic_gpu": mosaic_gpu.KERNEL},
+  DIMENSIONS,
+  passes=Passes(xla.saving_states, xla.from_saved_states),
 )
 
 

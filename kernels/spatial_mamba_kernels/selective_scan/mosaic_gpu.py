@@ -20,6 +20,7 @@ from spatial_mamba_kernels import gpu_threads as gpu
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.selective_scan import xla
+from spatial_mamba_kernels.selective_scan.dimensions import NUMBERS, TOKENS
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.typing import Array
 
@@ -56,19 +57,12 @@ def _finish(arrays, sums):
   return du, ddelta, parameters[:-1].T, jnp.sum(dB, axis=0), parameters[-1]
 
 
-_TOKENS = (BATCH, WHOLE, CHANNELS)
-_NUMBERS = (BATCH, WHOLE, WHOLE)
-_STATES = (BATCH, WHOLE, WHOLE, CHANNELS)
-
 KERNEL = Kernel(
   plan,
   Passes(run_forward, run_backward),
   _finish,
-  arguments=(_TOKENS, _TOKENS, (CHANNELS, WHOLE), _NUMBERS, (CHANNELS,)),
-  result=_STATES,
-  saved=(_STATES,),
-  sums=(_TOKENS, _TOKENS, (CHANNELS, *_NUMBERS), (BATCH, WHOLE, CHANNELS)),
-  saves_result=True,
+  sums=(TOKENS, TOKENS, (CHANNELS, *NUMBERS), (BATCH, WHOLE, CHANNELS)),
+  check_device=gpu.check_device,
 )
 
 

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from spatial_mamba_kernels import tpu_rows as rows
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
+from spatial_mamba_kernels.selective_scan.dimensions import NUMBERS, TOKENS
 from spatial_mamba_kernels.selective_scan.xla import softplus
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.typing import Array
@@ -92,19 +93,11 @@ def _finish(arrays, sums):
   return du, ddelta, parameters[:-1].T, jnp.sum(dB, axis=0), parameters[-1]
 
 
-_TOKENS = (BATCH, WHOLE, CHANNELS)
-_NUMBERS = (BATCH, WHOLE, WHOLE)
-_STATES = (BATCH, WHOLE, WHOLE, CHANNELS)
-
 KERNEL = Kernel(
   plan,
   Passes(run_forward, run_backward),
   _finish,
-  arguments=(_TOKENS, _TOKENS, (CHANNELS, WHOLE), _NUMBERS, (CHANNELS,)),
-  result=_STATES,
-  saved=(_STATES,),
-  sums=(_TOKENS, _TOKENS, (CHANNELS, *_NUMBERS), (BATCH, WHOLE, CHANNELS)),
-  saves_result=True,
+  sums=(TOKENS, TOKENS, (CHANNELS, *NUMBERS), (BATCH, WHOLE, CHANNELS)),
 )
 
 

@@ -7,7 +7,8 @@ from jax.typing import ArrayLike
 from spatial_mamba_kernels.by_platform import Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.state_fusion import mosaic_tpu, xla
+from spatial_mamba_kernels.state_fusion import mosaic_gpu, mosaic_tpu, xla
+from spatial_mamba_kernels.state_fusion.dimensions import DIMENSIONS
 from spatial_mamba_kernels.typing import Array
 
 
@@ -18,7 +19,11 @@ def _operator(dilations):
     h, kernels, alpha = arrays
     return xla.fuse(h, kernels, alpha, dilations)
 
-  return Operator(fuse, mosaic_tpu.kernel(dilations))
+  kernels = {
+    "mosaic_tpu": mosaic_tpu.kernel(dilations),
+    "mosaic_gpu": mosaic_gpu.kernel(dilations),
+  }
+  return Operator(fuse, kernels, DIMENSIONS)
 
 
 def state_fusion(

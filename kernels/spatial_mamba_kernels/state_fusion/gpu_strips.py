@@ -7,7 +7,6 @@ memory, row r in place r modulo the size of the ring.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,18 +59,20 @@ class Cut:
     return _columns_read(self.width, self.strip, self.reach)
 
 
-def cut(image: Array, reach: int, bytes_of: Callable[[int, int], int]) -> Cut:
+def cut(
+  shape: tuple[int, ...], reach: int, bytes_of: Callable[[int, int], int]
+) -> Cut:
   """Into few strips that fit into shared memory.
 
   Args:
-    image: [B, H, W, D].
+    shape: of the images, [B, H, W, D].
     reach: columns to either side that a column reads.
     bytes_of: (columns computed, columns read) -> bytes of shared memory.
 
   Raises:
     NotImplementedError: none fit.
   """
-  batch, height, width, channels = image.shape
+  batch, height, width, channels = shape
   for strips in range(-(-width // MOST_COLUMNS), width + 1):
     strip = -(-width // strips)
     read = _columns_read(width, strip, reach)
@@ -197,7 +198,9 @@ class Stream:
   reach: int
 
   @staticmethod
-  def scratch(name: str, columns: int, dtype: Any, reach: int) -> dict[str, Any]:
+  def scratch(
+    name: str, columns: int, dtype: Any, reach: int
+  ) -> dict[str, Any]:
     """The ring, with a place for the row that comes next, and the barriers."""
     size = 2 * reach + 2
     return {
@@ -216,7 +219,9 @@ class Stream:
   def start(self) -> None:
     """Fetches rows, and waits for all that the first row needs but the last."""
 
-    @pl.loop(self._first, jnp.minimum(self._first + len_of(self.ring), self._end))
+    @pl.loop(
+      self._first, jnp.minimum(self._first + len_of(self.ring), self._end)
+    )
     def _(row):
       self._fetch(row)
 

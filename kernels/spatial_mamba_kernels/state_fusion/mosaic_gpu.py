@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from spatial_mamba_kernels import gpu_threads as gpu
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.state_fusion import gpu_strips as strips
+from spatial_mamba_kernels.state_fusion.dimensions import IMAGE, WEIGHTS
 from spatial_mamba_kernels.state_fusion.gpu_strips import Stream
 from spatial_mamba_kernels.state_fusion.taps import Stencil, columns_read
 from spatial_mamba_kernels.typing import Array
@@ -21,7 +21,6 @@ from spatial_mamba_kernels.typing import Array
 def kernel(dilations: tuple[int, ...]) -> Kernel:
   """The kernel for one choice of dilations."""
   stencil = Stencil(dilations)
-  image = (BATCH, WHOLE, WHOLE, CHANNELS)
   return Kernel(
     partial(plan, stencil=stencil),
     Passes(
@@ -29,10 +28,8 @@ def kernel(dilations: tuple[int, ...]) -> Kernel:
       partial(run_backward, stencil=stencil),
     ),
     partial(_finish, stencil=stencil),
-    arguments=(image, (WHOLE, WHOLE, WHOLE, CHANNELS), (WHOLE,)),
-    result=image,
-    saved=(),
-    sums=(image, (BATCH, WHOLE, CHANNELS)),
+    sums=(IMAGE, WEIGHTS),
+    check_device=gpu.check_device,
   )
 
 
@@ -40,8 +37,8 @@ def plan(arrays: Arrays, *, stencil: Stencil) -> None:
   """Raises NotImplementedError where the kernels cannot serve."""
   gpu.check_served(arrays)
   h, *_ = arrays
-  cut_to_fuse(h, stencil, h)
-  cut_to_states(h, stencil, h)
+  cut_to_fuse(h.shape, stencil, h.dtype, h.dtype)
+  cut_to_states(h.shape, stencil, h.dtype, h.dtype)
 
 
 def run_forward(arrays: Arrays, *, save: bool, stencil: Stencil) -> Arrays:
@@ -69,28 +66,35 @@ def _finish(arrays, sums, *, stencil):
   return dh, *unmerge(jnp.sum(dweights, axis=0))
 
 
-def cut_to_fuse(h: Array, stencil: Stencil, image: Array) -> strips.Cut:
-  """For `fuse` and `weights_backward`, with another image beside the states."""
-  other = gpu.CHANNELS * image.dtype.itemsize
+def cut_to_fuse(
+  shape: tuple[int, ...], stencil: Stencil, states: Any, image: Any
+) -> strips.Cut:
+  """For `fuse` and `weights_backward`; types of states and another image."""
+  other = gpu.CHANNELS * jnp.dtype(image).itemsize
+  state = gpu.CHANNELS * jnp.dtype(states).itemsize
   sums = gpu.CHANNELS * gpu.ROWS_SUMMED * 4
 
   def bytes_of(strip, read):
-    ring = (stencil.window + 1) * read * gpu.CHANNELS * h.dtype.itemsize
+    ring = (
+      (stencil.window + 1) * read * gpu.CHANNELS * jnp.dtype(states).itemsize
+    )
     # Two rows of the image come; one of the result, or products, goes.
     return ring + 2 * strip * other + max(strip * other, sums)
 
-  return strips.cut(h, stencil.reach, bytes_of)
+  return strips.cut(shape, stencil.reach, bytes_of)
 
 
-def cut_to_states(h: Array, stencil: Stencil, g: Array) -> strips.Cut:
-  """For `states_backward`: `h` is of the type of its result."""
+def cut_to_states(
+  shape: tuple[int, ...], stencil: Stencil, states: Any, g: Any
+) -> strips.Cut:
+  """For `states_backward`; types of its result and of the cotangents."""
+  come, go = (jnp.dtype(x).itemsize for x in (g, states))
 
   def bytes_of(strip, read):
     ring = stencil.window * (read + 2 * len(stencil.distances)) * 4
-    come, go = 2 * read * g.dtype.itemsize, strip * h.dtype.itemsize
-    return (ring + come + go) * gpu.CHANNELS
+    return (ring + 2 * read * come + strip * go) * gpu.CHANNELS
 
-  return strips.cut(h, stencil.reach, bytes_of)
+  return strips.cut(shape, stencil.reach, bytes_of)
 
 
 def fuse(h, weights, *, stencil, dtype, observe=None):
@@ -107,7 +111,9 @@ def fuse(h, weights, *, stencil, dtype, observe=None):
     [B, H, W, D].
   """
   channels = h.shape[-1]
-  cut = cut_to_fuse(h, stencil, observe[2] if observe else h)
+  cut = cut_to_fuse(
+    h.shape, stencil, h.dtype, observe[2].dtype if observe else h.dtype
+  )
   h = gpu.pad_channels(h)
   operands = [h, gpu.parameters(weights)]
   scratch = {
@@ -136,9 +142,7 @@ def _fuse_kernel(
 ):  # fmt: skip
   *observe, y, program = refs
   rows = program.first_row, program.end_row
-  states = Stream(
-    program.rows_of(h), ring, ring_barriers, rows, stencil.reach
-  )
+  states = Stream(program.rows_of(h), ring, ring_barriers, rows, stencil.reach)
   streams = [states]
   weights, places = _load_weights(weights, program), program.places()
   if observe:
@@ -205,7 +209,7 @@ def weights_backward(h, weights, g, *, stencil, C=None):
     K, or None.
   """
   batch, height, width, channels = h.shape
-  cut = cut_to_fuse(h, stencil, g)
+  cut = cut_to_fuse(h.shape, stencil, h.dtype, g.dtype)
   h = gpu.pad_channels(h)
   blocks, taps = gpu.blocks(channels), len(weights)
   grid = (batch, cut.strips, cut.blocks)
@@ -273,7 +277,8 @@ def _weights_kernel(
           fused[j] = gpu.add(fused[j], weights[place] * value)
     if C:
       row_of = dC.at[program.block, program.image, row, program.strip]
-      _store_sums([x * y for x, y in zip(dy, fused)], products, row_of)
+      values = [x * y for x, y in zip(dy, fused, strict=True)]
+      _store_sums(values, products, row_of)
     return sums
 
   sums = [gpu.zeros() for _ in weights]
@@ -308,7 +313,7 @@ def states_backward(g, weights, *, stencil, dtype, C=None):
     [B, H, W, D].
   """
   channels = g.shape[-1]
-  cut = cut_to_states(jax.ShapeDtypeStruct(g.shape, dtype), stencil, g)
+  cut = cut_to_states(g.shape, stencil, dtype, g.dtype)
   g = gpu.pad_channels(g)
   row = (cut.read + 2 * len(stencil.distances), gpu.CHANNELS)
   dh = strips.kernel(
@@ -322,7 +327,9 @@ def states_backward(g, weights, *, stencil, dtype, C=None):
       **Stream.scratch("image", cut.read, g.dtype, 0),
     },
     name="state_fusion_states",
-  )(g, gpu.parameters(weights), *(() if C is None else (C.astype(jnp.float32),)))
+  )(
+    g, gpu.parameters(weights), *(() if C is None else (C.astype(jnp.float32),))
+  )
   return dh[..., :channels]
 
 
@@ -341,7 +348,10 @@ def _states_kernel(
     target = ring.at[row % stencil.window]
     values = [source[j].astype(jnp.float32) for j in range(cut.read)]
     if C:
-      values = [C[0][program.image, row, program.first_read + j] * x for j, x in enumerate(values)]
+      values = [
+        C[0][program.image, row, program.first_read + j] * x
+        for j, x in enumerate(values)
+      ]
     for j, value in enumerate((*values, *_folded(values, stencil, program))):
       target[j] = value
 
@@ -400,7 +410,7 @@ def _transpose_row(stencil, ring, row, places, weights, program):
 
 
 def _sources(row, offset, height):
-  """The rows that see `row` at `offset`: none, one, or at the border several."""
+  """The rows that see `row` at `offset`: first and end; several at a border."""
   if offset > 0:
     last = row == height - 1
     first = jnp.maximum(jnp.where(last, height - 1 - offset, row - offset), 0)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from spatial_mamba_kernels import tpu_rows as rows
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
+from spatial_mamba_kernels.state_fusion.dimensions import IMAGE, WEIGHTS
 from spatial_mamba_kernels.state_fusion.taps import Stencil
 from spatial_mamba_kernels.state_fusion.tpu_stencil import (
   CotangentRing,
@@ -28,7 +28,6 @@ from spatial_mamba_kernels.typing import Array
 def kernel(dilations: tuple[int, ...]) -> Kernel:
   """The kernel for one choice of dilations."""
   stencil = Stencil(dilations)
-  image = (BATCH, WHOLE, WHOLE, CHANNELS)
   return Kernel(
     partial(plan, stencil=stencil),
     Passes(
@@ -36,10 +35,7 @@ def kernel(dilations: tuple[int, ...]) -> Kernel:
       partial(run_backward, stencil=stencil),
     ),
     partial(_finish, stencil=stencil),
-    arguments=(image, (WHOLE, WHOLE, WHOLE, CHANNELS), (WHOLE,)),
-    result=image,
-    saved=(),
-    sums=(image, (BATCH, WHOLE, CHANNELS)),
+    sums=(IMAGE, WEIGHTS),
   )
 
 

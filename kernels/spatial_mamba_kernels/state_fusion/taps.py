@@ -68,9 +68,7 @@ class Stencil:
       height: of the image.
       ring: rows of a ring, in which row r is in place r modulo `ring`.
     """
-    return {
-      offset: clip(row + offset, height) % ring for offset in self.by_row
-    }
+    return {offset: clip(row + offset, height) % ring for offset in self.by_row}
 
 
 def clip(row: Any, height: int) -> Any:

@@ -20,6 +20,7 @@ from spatial_mamba_kernels.state_fusion.taps import (
 )
 from spatial_mamba_kernels.typing import Array
 
+
 def fuse_tile(
   stencil: Stencil, ring, slots: Slots, n, lanes, weights, first, size: int
 ) -> list[Array]:

@@ -1,12 +1,18 @@
 """The structure-aware state space model, the heart of Spatial-Mamba."""
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.by_platform import Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu, xla
+from spatial_mamba_kernels.structure_aware_ssm import (
+  mosaic_gpu,
+  mosaic_tpu,
+  xla,
+)
+from spatial_mamba_kernels.structure_aware_ssm.dimensions import DIMENSIONS
 from spatial_mamba_kernels.typing import Array
 
 
@@ -14,7 +20,20 @@ def _xla(arrays, *, implementation):
   return xla.structure_aware_ssm(*arrays, implementation=implementation)
 
 
-_operator = Operator(_xla, mosaic_tpu.KERNEL)
+def _last_states(arrays):
+  """What kernels save: the state that each row leaves."""
+  u, _, A, *_ = arrays
+  batch, height, _, channels = u.shape
+  shape = (height, A.shape[1], batch, channels)
+  return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+
+
+_operator = Operator(
+  _xla,
+  {"mosaic_tpu": mosaic_tpu.KERNEL, "mosaic_gpu": mosaic_gpu.KERNEL},
+  DIMENSIONS,
+  saves=_last_states,
+)
 
 
 def structure_aware_ssm(

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from spatial_mamba_kernels import gpu_threads as gpu
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.selective_scan import mosaic_gpu as scan
+from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.state_fusion import mosaic_gpu as fusion
 from spatial_mamba_kernels.state_fusion.taps import Stencil
 from spatial_mamba_kernels.state_fusion.xla import DILATIONS
-from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu
+from spatial_mamba_kernels.structure_aware_ssm.dimensions import IMAGE, NUMBERS
 from spatial_mamba_kernels.typing import Array
 
 STENCIL = Stencil(DILATIONS)
@@ -27,9 +28,8 @@ def plan(arrays: Arrays) -> None:
     raise NotImplementedError(
       f"mosaic_gpu observes one state a channel, not {A.shape[1]}"
     )
-  h = jax.ShapeDtypeStruct(u.shape, jnp.float32)
-  fusion.cut_to_fuse(h, STENCIL, u)
-  fusion.cut_to_states(h, STENCIL, u)
+  fusion.cut_to_fuse(u.shape, STENCIL, jnp.float32, u.dtype)
+  fusion.cut_to_states(u.shape, STENCIL, jnp.float32, u.dtype)
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
@@ -110,9 +110,17 @@ def _finish(arrays, sums):
   return du, ddelta, dA, dB, dC, dD, dkernels, dalpha, dbias
 
 
-KERNEL = mosaic_tpu.KERNEL._replace(
-  plan=plan,
-  passes=Passes(run_forward, run_backward),
-  finish=_finish,
-  sums=(),
+KERNEL = Kernel(
+  plan,
+  Passes(run_forward, run_backward),
+  _finish,
+  sums=(
+    IMAGE,
+    IMAGE,
+    (CHANNELS, *NUMBERS),
+    (CHANNELS, *NUMBERS),
+    (BATCH, WHOLE, CHANNELS),
+    (BATCH, WHOLE, CHANNELS),
+  ),
+  check_device=gpu.check_device,
 )

@@ -20,6 +20,7 @@ from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.state_fusion import tpu_stencil as fusion
 from spatial_mamba_kernels.state_fusion.taps import Stencil, clip
 from spatial_mamba_kernels.state_fusion.xla import DILATIONS
+from spatial_mamba_kernels.structure_aware_ssm.dimensions import IMAGE, NUMBERS
 from spatial_mamba_kernels.typing import Array
 
 STENCIL = Stencil(DILATIONS)
@@ -100,31 +101,15 @@ def _finish(arrays, sums):
   return du, ddelta, dA.T, dB, dC, dD, *unmerge(dweights), dbias
 
 
-_IMAGE = (BATCH, WHOLE, WHOLE, CHANNELS)
-_TOKENS = (BATCH, WHOLE, WHOLE, WHOLE)
-
 KERNEL = Kernel(
   plan,
   Passes(run_forward, run_backward),
   _finish,
-  arguments=(
-    _IMAGE,
-    _IMAGE,
-    (CHANNELS, WHOLE),
-    _TOKENS,
-    _TOKENS,
-    (CHANNELS,),
-    (WHOLE, WHOLE, WHOLE, CHANNELS),
-    (WHOLE,),
-    (CHANNELS,),
-  ),
-  result=_IMAGE,
-  saved=((WHOLE, WHOLE, BATCH, CHANNELS),),
   sums=(
-    _IMAGE,
-    _IMAGE,
-    (CHANNELS, *_TOKENS),
-    (CHANNELS, *_TOKENS),
+    IMAGE,
+    IMAGE,
+    (CHANNELS, *NUMBERS),
+    (CHANNELS, *NUMBERS),
     (BATCH, WHOLE, CHANNELS),
   ),
 )
