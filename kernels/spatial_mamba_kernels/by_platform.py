@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from spatial_mamba_kernels.sharding import (
-  is_within_shard_map,
+  check_shard_map,
   per_shard,
   split_axes,
 )
@@ -140,15 +140,7 @@ class Operator:
   def _check_served(self, name, arrays):
     self._kernels[name].plan(arrays)
     self._axes(arrays)
-    if not is_within_shard_map():
-      return
-    message = "a kernel needs check_vma=False of the shard_map that it is in"
-    if any(jax.typeof(x).manual_axis_type.varying for x in arrays):
-      raise NotImplementedError(message)
-    try:  # Arrays that every device has whole do not tell.
-      jax.eval_shape(partial(self._kernel(name).forward, save=False), arrays)
-    except ValueError as error:
-      raise NotImplementedError(message) from error
+    check_shard_map()
 
   def _axes(self, arrays):
     batch, *_, channels = arrays[0].shape
@@ -321,8 +313,7 @@ for _platform in PLATFORMS.values():
 
 
 def _batch(leaves, dimensions, *, run, tree, axes):
-  in_axes = tuple(None if d is batching.not_mapped else d for d in dimensions)
-  axes = (*axes, in_axes)
+  axes = (*axes, tuple(dimensions))
   results = _primitive.bind(*leaves, run=run, tree=tree, axes=axes)
   return results, [0] * len(results)
 

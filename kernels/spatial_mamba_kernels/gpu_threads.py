@@ -121,7 +121,10 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any):
     body,
     kernel_name=name,
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, unsafe_no_auto_barriers=True
+      approx_math=True,
+      unsafe_no_auto_barriers=True,
+      # Layouts are as said here, and not inferred, as by JAX 0.12's default.
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
     **options,
   )
@@ -147,15 +150,22 @@ def zeros() -> Array:
 ROWS_SUMMED = 16
 
 
-def channel_sums(products: Any) -> Array:
-  """The sums over channels of [16, 128] float32 in shared memory: [16]."""
+def store_channel_sums(products: Any, out: Any) -> None:
+  """Sums over channels, which all threads must have written and may overwrite.
+
+  Args:
+    products: reference to [16, 128], float32 in shared memory.
+    out: reference to [16], float32 in device memory.
+  """
   layout = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS_SUMMED, 32), (4, 32), (1,))),
     warp_dims=(-5,),
     lane_dims=(-2,),
     vector_dim=-1,
   )
-  return jnp.sum(_load(products, layout), axis=1)
+  commit()
+  _store(out, jnp.sum(_load(products, layout), axis=1))
+  commit()
 
 
 def _load(ref, layout):
@@ -163,6 +173,13 @@ def _load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False)
   except TypeError:  # JAX before 0.12 takes an index as well.
     return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def _store(ref, value):
+  if hasattr(plgpu, "store"):  # Since JAX 0.12, which else asks for full sectors.
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value
 
 
 def _log1p_coefficients(degree=9):

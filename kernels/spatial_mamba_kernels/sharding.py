@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
 BATCH_AXES = ("replica", "data", "fsdp")
@@ -62,9 +64,20 @@ def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
   return axes
 
 
-def is_within_shard_map() -> bool:
-  """Whether this is traced for one device of a mesh."""
-  return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+def check_shard_map() -> None:
+  """Raises NotImplementedError within a `shard_map` that kernels cannot be in.
+
+  It is one that checks how values vary, which kernels do not say.
+  """
+  if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+    return
+  nothing = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+  try:  # Pallas alone can tell.
+    jax.eval_shape(pl.pallas_call(lambda _: None, out_shape=nothing))
+  except ValueError as error:
+    raise NotImplementedError(
+      "a kernel needs check_vma=False of the shard_map that it is in"
+    ) from error
 
 
 def per_shard(

@@ -401,8 +401,7 @@ def _backward_kernel(*refs, chunks):
       dbias += dbefore
       du_tile[place, j] = dx.astype(du.dtype)
       ddelta_tile[place, j] = dbefore.astype(ddelta.dtype)
-    gpu.commit()
-    dB[image, block, tile] = gpu.channel_sums(products)
+    gpu.store_channel_sums(products, dB.at[image, block, tile])
     tokens = pl.ds(first, chunks.tile)
     for source, target in ((du_tile, du), (ddelta_tile, ddelta)):
       plgpu.copy_smem_to_gmem(

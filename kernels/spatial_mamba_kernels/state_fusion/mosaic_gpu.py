@@ -294,9 +294,7 @@ def _store_sums(values, products, out):
   for first in range(0, len(values), gpu.ROWS_SUMMED):
     for j, value in enumerate(values[first : first + gpu.ROWS_SUMMED]):
       products[j] = value
-    gpu.commit()
-    out[jnp.s_[first : first + gpu.ROWS_SUMMED]] = gpu.channel_sums(products)
-    gpu.commit()
+    gpu.store_channel_sums(products, out.at[pl.ds(first, gpu.ROWS_SUMMED)])
 
 
 def states_backward(g, weights, *, stencil, dtype, C=None):
