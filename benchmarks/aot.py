@@ -1,23 +1,24 @@
-"""Compiles one program for a TPU that is not there, and says what came of it.
+"""Compiles one program for an accelerator that is not there, and describes it.
 
     python -m benchmarks.aot kernel structure_aware_ssm backward \
       --target v5e:2x2 --shape 128 56 56 128 1
+    python -m benchmarks.aot kernel selective_scan forward --target H200
     python -m benchmarks.aot step --model tiny --target v5e:16x16
+    python -m benchmarks.aot step --model tiny --target H200:4
 
-It prints one line of JSON. libtpu is needed (`pip install ".[train,aot]"`). A
-compiler that aborts takes its process along: compile one program in each.
+It prints one line of JSON. Needed are libtpu for TPUs, and for GPUs JAX's CUDA
+plugin and a ptxas (`pip install ".[train,aot]"`). A compiler that aborts takes
+its process along: compile one program in each.
 """
 
 import argparse
-import glob
 import json
-import math
 import os
 import re
 import runpy
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import (
   AxisType,
   Mesh,
@@ -33,12 +33,16 @@ from jax.sharding import (
   PartitionSpec,
 )
 from spatial_mamba_kernels.by_platform import Kernel
-from spatial_mamba_kernels.selective_scan import mosaic_tpu as selective_scan
-from spatial_mamba_kernels.state_fusion import mosaic_tpu as state_fusion
+from spatial_mamba_kernels.selective_scan import mosaic_gpu as gpu_scan
+from spatial_mamba_kernels.selective_scan import mosaic_tpu as tpu_scan
+from spatial_mamba_kernels.state_fusion import mosaic_gpu as gpu_fusion
+from spatial_mamba_kernels.state_fusion import mosaic_tpu as tpu_fusion
 from spatial_mamba_kernels.state_fusion.xla import DILATIONS
-from spatial_mamba_kernels.structure_aware_ssm import (
-  mosaic_tpu as structure_aware_ssm,
-)
+from spatial_mamba_kernels.structure_aware_ssm import mosaic_gpu as gpu_ssm
+from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as tpu_ssm
+
+from benchmarks import gpu_code, tpu_code
+from benchmarks.gpu_targets import TARGETS as GPUS
 
 # A host of one v5e that is not there either. Nothing is computed, so processes
 # may share it.
@@ -47,85 +51,123 @@ ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  # XLA's search for a fusion of small products needs a GPU to try them on.
+  "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
 }
 
-KERNELS: dict[str, Kernel] = {
-  "selective_scan": selective_scan.KERNEL,
-  "state_fusion": state_fusion.kernel(DILATIONS),
-  "structure_aware_ssm": structure_aware_ssm.KERNEL,
+OPS = ("selective_scan", "state_fusion", "structure_aware_ssm")
+KERNELS: dict[str, dict[str, Kernel]] = {
+  "tpu": {
+    "selective_scan": tpu_scan.KERNEL,
+    "state_fusion": tpu_fusion.kernel(DILATIONS),
+    "structure_aware_ssm": tpu_ssm.KERNEL,
+  },
+  "cuda": {
+    "selective_scan": gpu_scan.KERNEL,
+    "state_fusion": gpu_fusion.kernel(DILATIONS),
+    "structure_aware_ssm": gpu_ssm.KERNEL,
+  },
 }
+CUSTOM_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
 
 
 def main() -> None:
   """Compiles as the command line says."""
   arguments = _parse()
-  # Before libtpu is loaded, which is with the first topology.
-  os.environ.update(ENVIRONMENT)
-  jax.config.update("jax_platforms", "cpu")
-  if arguments.program == "step":
-    print(json.dumps(step(arguments)))
-    return
   with tempfile.TemporaryDirectory() as dump:
-    os.environ["LIBTPU_INIT_ARGS"] = (
-      f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-    )
-    record = kernel(arguments)
-    record.update(bundles(dump, arguments.op))
-  print(json.dumps(record))
+    # Before the compilers are loaded, which is with the first topology.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.update(ENVIRONMENT)
+    if arguments.program == "kernel":
+      os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+      )
+      os.environ.update(gpu_code.dump_to(dump))
+    run = {"kernel": kernel, "step": step}[arguments.program]
+    print(json.dumps(run(arguments, dump)))
 
 
-def kernel(arguments: argparse.Namespace) -> dict[str, Any]:
-  """An operator's forward or backward kernel on one chip.
+def platform_of(target: str) -> str:
+  """Of a target: "tpu", or "cuda" for one of `gpu_targets`."""
+  return "cuda" if target.partition(":")[0] in GPUS else "tpu"
+
+
+def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
+  """An operator's forward or backward kernels on one device.
 
   Returns:
-    What `_compile` does; and, of the kernel alone, `moved_bytes` between HBM
-    and VMEM; `compulsory_bytes`, of the operator's arguments and result, and
-    backward of their cotangents; `vmem_bytes`; and `step_tokens`, of 128
-    channels each, that a step of the grid computes.
+    What `_compile` does; `compulsory_bytes`, of the operator's arguments and
+    result, and backward of their cotangents; and
+
+    for a TPU, of the one kernel alone, `moved_bytes` between HBM and VMEM;
+    `vmem_bytes`; `step_tokens`, of 128 channels each, that a step of the grid
+    computes, and what `tpu_code.count_bundles` says of it;
+
+    for a GPU `programs`: what `gpu_code.kernels` says of each kernel.
   """
+  platform = platform_of(arguments.target)
   sharding = NamedSharding(_mesh(arguments.target, 1), PartitionSpec())
 
   def placed(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   function, operands = program(
-    arguments.op, arguments.direction, arguments.shape, arguments.dtype
+    arguments.op,
+    arguments.direction,
+    arguments.shape,
+    arguments.dtype,
+    platform,
   )
   operands = jax.tree.map(placed, operands)
-  record, text = _compile(function, operands)
-  (call,) = re.findall(r'custom_call_target="tpu_custom_call".*', text)
-  vmem = re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)
-  assert vmem is not None
+  record, text = _compile(function, operands, platform)
   arrays = operands[0]
-  cut = KERNELS[arguments.op].plan(arrays)
-  _, height, width, *_ = arguments.shape
-  if arguments.op == "selective_scan":
-    width = selective_scan.row_length(height * width)
-  forward = partial(KERNELS[arguments.op].passes.forward, save=False)
+  passes = KERNELS[platform][arguments.op].passes
+  forward = partial(passes.forward, save=False)
   compulsory = _bytes((arrays, jax.eval_shape(forward, arrays)))
   if arguments.direction == "backward":
     compulsory += _bytes(arrays)
+  record["compulsory_bytes"] = compulsory
+  if platform == "cuda":
+    return {**record, "programs": gpu_code.kernels(dump)}
   return {
     **record,
-    "moved_bytes": moved_bytes(function, operands),
-    "compulsory_bytes": compulsory,
+    **_tpu_kernel(arguments, function, operands, text),
+    **tpu_code.bundles(dump, arguments.op),
+  }
+
+
+def _tpu_kernel(arguments, function, operands, text):
+  (call,) = re.findall(r'custom_call_target="tpu_custom_call".*', text)
+  vmem = re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)
+  assert vmem is not None
+  cut = KERNELS["tpu"][arguments.op].plan(operands[0])
+  _, height, width, *_ = arguments.shape
+  if arguments.op == "selective_scan":
+    width = tpu_scan.row_length(height * width)
+  return {
+    "moved_bytes": tpu_code.moved_bytes(function, operands),
     "vmem_bytes": int(vmem[1]),
     "step_tokens": cut.group * width * -(-cut.block // 128),
   }
 
 
 def program(
-  op: str, direction: str, shape: tuple[int, ...], dtype: str
+  op: str,
+  direction: str,
+  shape: tuple[int, ...],
+  dtype: str,
+  platform: str = "tpu",
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """An operator's forward pass, saving, or backward pass, and its arguments.
 
   Args:
-    op: a name in `KERNELS`.
+    op: one of `OPS`.
     direction: "forward" or "backward".
     shape: B, H, W, D, N.
     dtype: of what has a number or more a pixel, but for states, in float32.
+    platform: "tpu" or "cuda".
   """
-  passes = KERNELS[op].passes
+  passes = KERNELS[platform][op].passes
   arrays = _arrays(op, *shape, dtype=dtype)
   forward = partial(passes.forward, save=True)
   if direction == "forward":
@@ -152,8 +194,9 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   return image, image, A, numbers, numbers, channel, *stencil, channel
 
 
-def step(arguments: argparse.Namespace) -> dict[str, Any]:
+def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """A training step of one of the ImageNet experiments, without MESA."""
+  del dump
   # Here, because kernels are compiled without what training needs.
   from spatial_mamba_jax.training import optimizer as optimizers
   from spatial_mamba_jax.training import state as states
@@ -193,12 +236,15 @@ def step(arguments: argparse.Namespace) -> dict[str, Any]:
     "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split),
     "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split),
   }
-  effort = {"exec_time_optimization_effort": arguments.effort}
+  options = {}
+  if platform_of(arguments.target) == "tpu":
+    options["exec_time_optimization_effort"] = arguments.effort
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     record, _ = _compile(
       function,
       (state, batch),
-      effort,
+      platform_of(arguments.target),
+      options,
       donate_argnums=0,
       out_shardings=whole,
     )
@@ -206,25 +252,33 @@ def step(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _mesh(target: str, devices: int | None = None) -> Mesh:
-  topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
+  if platform_of(target) == "cuda":
+    name, _, count = target.partition(":")
+    topology = topologies.get_topology_desc(
+      platform="cuda", target_config=GPUS[name], topology=f"1x1x{count or 1}"
+    )
+  else:
+    topology = topologies.get_topology_desc(
+      platform="tpu", topology_name=target
+    )
   chips = np.array(topology.devices[:devices]).flatten()
   return Mesh(chips, ("data",), axis_types=(AxisType.Auto,))
 
 
-def _compile(function, arguments, options=None, **jit_options):
+def _compile(function, arguments, platform, options=None, **jit_options):
   """Compiles; also returns the program's text."""
   lowered = jax.jit(function, **jit_options).lower(*arguments)
   start = time.perf_counter()
   compiled = lowered.compile(compiler_options=options)
   seconds = time.perf_counter() - start
   text, memory = compiled.as_text(), compiled.memory_analysis()
-  cost = compiled.cost_analysis()
   assert text is not None
   assert memory is not None
-  assert cost is not None
+  # XLA counts no bytes for a GPU.
+  cost = compiled.cost_analysis() or {"bytes accessed": None}
   record = {
     "compile_seconds": seconds,
-    "kernels": text.count('custom_call_target="tpu_custom_call"'),
+    "kernels": text.count(f'"{CUSTOM_CALLS[platform]}"'),
     "all_gathers": text.count(" all-gather"),
     "accessed_bytes": cost["bytes accessed"],
     "argument_bytes": memory.argument_size_in_bytes,
@@ -237,112 +291,11 @@ def _bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def moved_bytes(function: Any, arguments: Any) -> int:
-  """What the one kernel in a function moves between HBM and VMEM.
-
-  A block is moved when a step of the grid wants another one than the step
-  before; channels in whole registers.
-  """
-  (call,) = _kernel_calls(jax.make_jaxpr(function)(*arguments).jaxpr)
-  mapping = call.params["grid_mapping"]
-  # The first axes repeat what the last one does.
-  *repeats, last = mapping.grid
-  steps = np.arange(last, dtype=np.int32)
-  total = 0
-  for block in mapping.block_mappings:
-    index_map = jaxpr_as_fun(block.index_map_jaxpr)
-    indices = np.stack([index_map(0, 0, step) for step in steps])
-    moves = 1 + int(np.sum(np.any(np.diff(indices, axis=0), axis=1)))
-    array = block.array_aval
-    total += moves * math.prod(repeats) * _block_bytes(block, array.dtype)
-  return total
-
-
-def _block_bytes(block, dtype) -> int:
-  sizes = [getattr(size, "block_size", size) for size in block.block_shape]
-  sizes = [size for size in sizes if isinstance(size, int)]
-  *rows, lanes = sizes
-  return math.prod(rows) * -(-lanes // 128) * 128 * dtype.itemsize
-
-
-def _kernel_calls(jaxpr) -> Iterator[Any]:
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "pallas_call":
-      yield equation
-    else:
-      for value in equation.params.values():
-        if isinstance(value, ClosedJaxpr):
-          yield from _kernel_calls(value.jaxpr)
-
-
-def bundles(dump: str, op: str) -> dict[str, Any]:
-  """What `count_bundles` does, of the kernel whose compilation left `dump`."""
-  (path,) = (
-    name
-    for name in glob.glob(f"{dump}/*{op}*-final_bundles.txt")
-    if "schedule-analysis" not in name
-  )
-  with open(path) as file:
-    return count_bundles(file.read())
-
-
-# A bundle with nothing in it does not say how deep it lies.
-_BUNDLE = re.compile(r"\s*0x[0-9a-f]+\s+(\w\w)?\s*:?\s*(>*)\s*\{(\}?)")
-_EXIT_TEST = re.compile(
-  r"scmp\.ge\.\S+ (?:\(\S+\), )?%\w+, (\d+)\s+/\* loop exit test"
-)
-
-
-def count_bundles(text: str) -> dict[str, Any]:
-  """Instructions, each a cycle at best, of a scheduled TPU kernel.
-
-  Args:
-    text: the file `*-final_bundles.txt` of libtpu's dump.
-
-  Returns:
-    `loops`: [trips, bundles of a trip without those of inner loops], innermost
-    first; and `step_bundles`: of a step of the grid, every branch taken.
-
-  Raises:
-    ValueError: a loop has no end that can be read.
-  """
-  loops = []
-  grid = {"own": 0, "all": 0}  # The outermost loop, and the last to end.
-  stack = [{"trips": 0, "own": 0, "all": 0}]  # Depth is the place in it.
-
-  def close(depth):
-    while len(stack) > depth:
-      loop = stack.pop()
-      if not loop["trips"]:
-        raise ValueError("cannot tell how often a loop of this kernel runs")
-      if len(stack) == 1:
-        grid.update(loop)
-        return
-      stack[-1]["all"] += loop["trips"] * (loop["own"] + loop["all"])
-      loops.append((loop["trips"], loop["own"]))
-
-  for line in text.splitlines():
-    if bundle := _BUNDLE.match(line):
-      label, depth = bundle[1], len(bundle[2])
-      if bundle[3]:
-        depth = len(stack) - 1
-      close(depth if label == "LB" else depth + 1)
-      if label == "LB":
-        stack.append({"trips": 0, "own": 0, "all": 0})
-      stack[-1]["own"] += 1
-    # That of the loop around may stand among an inner loop's last bundles.
-    for test in _EXIT_TEST.finditer(line):
-      loops_left = [loop for loop in stack if not loop["trips"]]
-      loops_left[-1]["trips"] = int(test[1])
-  close(1)
-  return {"loops": loops, "step_bundles": grid["own"] + grid["all"]}
-
-
 def _parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.aot")
   programs = parser.add_subparsers(dest="program", required=True)
   kernel = programs.add_parser("kernel")
-  kernel.add_argument("op", choices=KERNELS)
+  kernel.add_argument("op", choices=OPS)
   kernel.add_argument("direction", choices=("forward", "backward"))
   kernel.add_argument(
     "--shape",
@@ -356,13 +309,18 @@ def _parse() -> argparse.Namespace:
   step.add_argument(
     "--model", default="tiny", choices=("tiny", "small", "base")
   )
-  step.add_argument("--batch-size", type=int, default=128, help="a chip")
+  step.add_argument("--batch-size", type=int, default=128, help="a device")
   step.add_argument("--implementation", default="", help="empty: the best")
   step.add_argument(
-    "--effort", type=float, default=0.0, help="-1: compile fast, not well"
+    "--effort",
+    type=float,
+    default=0.0,
+    help="for a TPU; -1: compile fast, not well",
   )
   for subparser in (kernel, step):
-    subparser.add_argument("--target", default="v5e:2x2", help="TPU topology")
+    subparser.add_argument(
+      "--target", default="v5e:2x2", help="TPU topology, or a GPU"
+    )
   return parser.parse_args()
 
 

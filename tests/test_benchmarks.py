@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import aot
+from benchmarks import aot, tpu_code
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models.config import get_model_config
 
@@ -50,9 +50,9 @@ def test_bundles_of_loops_are_counted():
 """
   exit_test = "scmp.ge.s32 %s8, 2 /* loop exit test */"
   with pytest.raises(ValueError, match="cannot tell how often"):
-    aot.count_bundles(text)  # The second loop.
+    tpu_code.count_bundles(text)  # The second loop.
   text = text.replace("vmul.f32 %v5, %v6", exit_test)
-  counted = aot.count_bundles(text)
+  counted = tpu_code.count_bundles(text)
   assert counted == {"loops": [(3, 3), (2, 1)], "step_bundles": 3 + 3 * 3 + 2}
 
 
@@ -67,4 +67,4 @@ def test_bytes_that_a_kernel_moves_are_counted():
   state = 8 * 128 * 4  # and the states that a row leaves.
   parameters = (1 + 1 + 25 + 1) * 128 * 4
   expected = 6 * (3 * row + 2 * lanes + state) + parameters
-  assert aot.moved_bytes(function, arguments) == expected
+  assert tpu_code.moved_bytes(function, arguments) == expected
