@@ -176,7 +176,9 @@ def _load(ref, layout):
 
 
 def _store(ref, value):
-  if hasattr(plgpu, "store"):  # Since JAX 0.12, which else asks for full sectors.
+  if hasattr(
+    plgpu, "store"
+  ):  # Since JAX 0.12, which else asks for full sectors.
     plgpu.store(ref, value, optimized=False)
   else:
     ref[...] = value

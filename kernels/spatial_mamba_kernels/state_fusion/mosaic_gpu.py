@@ -71,7 +71,6 @@ def cut_to_fuse(
 ) -> strips.Cut:
   """For `fuse` and `weights_backward`; types of states and another image."""
   other = gpu.CHANNELS * jnp.dtype(image).itemsize
-  state = gpu.CHANNELS * jnp.dtype(states).itemsize
   sums = gpu.CHANNELS * gpu.ROWS_SUMMED * 4
 
   def bytes_of(strip, read):

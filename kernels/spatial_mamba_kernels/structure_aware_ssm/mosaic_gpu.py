@@ -1,7 +1,8 @@
-"""The structure-aware SSM on GPUs, from the kernels of the scan and the fusion.
+"""The structure-aware SSM on GPUs.
 
-All states of a row do not fit into shared memory eleven times at 56 x 56, so
-they go through device memory once; the fusion observes them at once.
+Forward it is one kernel where its rows fit a program (`gpu_fused`). Elsewhere,
+and backward, it is made of the kernels of the scan and the fusion, and states
+go through device memory.
 """
 
 import jax
@@ -14,6 +15,7 @@ from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.state_fusion import mosaic_gpu as fusion
 from spatial_mamba_kernels.state_fusion.taps import Stencil
 from spatial_mamba_kernels.state_fusion.xla import DILATIONS
+from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
 from spatial_mamba_kernels.structure_aware_ssm.dimensions import IMAGE, NUMBERS
 from spatial_mamba_kernels.typing import Array
 
@@ -37,11 +39,19 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
 
   They are [H, N, B, D].
   """
-  u, _, _, _, C, D, kernels, alpha, _ = arrays
+  u, delta, A, B, C, D, kernels, alpha, bias = arrays
+  weights = STENCIL.merge(kernels, alpha)
+  try:
+    gpu_fused.share(u.shape, u.dtype, delta.dtype)
+  except NotImplementedError:
+    pass
+  else:
+    A, B, C = A[:, 0], B[..., 0], C[..., 0]
+    return gpu_fused.forward(u, delta, A, B, C, D, weights, bias, save=save)
   h = _states(arrays)
   y = fusion.fuse(
     h,
-    STENCIL.merge(kernels, alpha),
+    weights,
     stencil=STENCIL,
     dtype=u.dtype,
     observe=(C[..., 0], D, u),
