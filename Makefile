@@ -15,7 +15,8 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Compiles for TPUs that are not there, in an environment with libtpu (0.7 GB).
+# Compiles for TPUs and GPUs that are not there, in an environment with libtpu
+# (0.7 GB), JAX's CUDA plugin (0.4 GB) and ptxas.
 aot:
 	$(MAKE) $(AOT_VENV)/.installed VENV=$(AOT_VENV)
 	$(AOT_VENV)/bin/python -m pip install --quiet --editable ".[aot]"

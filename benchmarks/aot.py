@@ -12,6 +12,7 @@ its process along: compile one program in each.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from spatial_mamba_kernels.selective_scan import mosaic_tpu as tpu_scan
 from spatial_mamba_kernels.state_fusion import mosaic_gpu as gpu_fusion
 from spatial_mamba_kernels.state_fusion import mosaic_tpu as tpu_fusion
 from spatial_mamba_kernels.state_fusion.xla import DILATIONS
+from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_gpu as gpu_ssm
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as tpu_ssm
 
@@ -103,7 +105,8 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     `vmem_bytes`; `step_tokens`, of 128 channels each, that a step of the grid
     computes, and what `tpu_code.count_bundles` says of it;
 
-    for a GPU `programs`: what `gpu_code.kernels` says of each kernel.
+    for a GPU `programs`: what `gpu_code.kernels` says of each kernel, and
+    `loop_tokens`, of 128 channels, that a run of its loop computes.
   """
   platform = platform_of(arguments.target)
   sharding = NamedSharding(_mesh(arguments.target, 1), PartitionSpec())
@@ -128,12 +131,41 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     compulsory += _bytes(arrays)
   record["compulsory_bytes"] = compulsory
   if platform == "cuda":
-    return {**record, "programs": gpu_code.kernels(dump)}
+    tokens = _loop_tokens(arguments.op, arrays)
+    programs = [
+      program | {"loop_tokens": tokens[program["name"]]}
+      for program in gpu_code.kernels(dump)
+    ]
+    return {**record, "programs": programs}
   return {
     **record,
     **_tpu_kernel(arguments, function, operands, text),
     **tpu_code.bundles(dump, arguments.op),
   }
+
+
+def _loop_tokens(op, arrays):
+  """{name of a GPU kernel: tokens that a run of its loop computes}."""
+  image, stencil = arrays[0], gpu_ssm.STENCIL
+  states = arrays[2].shape[1] if op == "selective_scan" else 1
+  tile = gpu_scan.tokens_of_tile(states)
+  tokens = {
+    f"selective_scan_{name}": tile
+    for name in ("forward", "backward", "summary")
+  }
+  if op == "selective_scan":
+    return tokens
+  states = image.dtype if op == "state_fusion" else jnp.float32
+  types = image.shape, stencil, states, image.dtype
+  for name in ("forward", "weights"):
+    tokens[f"state_fusion_{name}"] = gpu_fusion.cut_to_fuse(*types).strip
+  tokens["state_fusion_states"] = gpu_fusion.cut_to_states(*types).strip
+  if op == "structure_aware_ssm":
+    # Forward, where it is not made of the others.
+    with contextlib.suppress(NotImplementedError):
+      share = gpu_fused.share(image.shape, image.dtype, arrays[1].dtype)
+      tokens["structure_aware_ssm_forward"] = share.columns
+  return tokens
 
 
 def _tpu_kernel(arguments, function, operands, text):

@@ -46,8 +46,8 @@ def selective_scan(
     B: [B, L, N], the input projection of each token.
     delta_bias: [D], or None for 0.
     implementation: None (best for the platform), "sequential" (a loop over
-      tokens), "associative" (a parallel prefix) or "mosaic_tpu" (a kernel for
-      TPUs, of float32 and bfloat16).
+      tokens), "associative" (a parallel prefix), "mosaic_tpu" or "mosaic_gpu"
+      (kernels for TPUs and GPUs, of float32 and bfloat16).
 
   Returns:
     The states h, [B, L, D, N], in float32 (float64 for float64 inputs).

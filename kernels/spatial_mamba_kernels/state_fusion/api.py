@@ -48,9 +48,9 @@ def state_fusion(
     kernels: [M, 3, 3, D] (dilation, row, column, channel).
     alpha: [M], the weight of each dilation.
     dilations: M of them, each 1 or more.
-    implementation: None (best for the platform) or "mosaic_tpu" (a kernel for
-      TPUs, of float32 and bfloat16); "sequential" and "associative", as
-      elsewhere, are the same here, without a recurrence.
+    implementation: None (best for the platform), "mosaic_tpu" or "mosaic_gpu"
+      (kernels for TPUs and GPUs, of float32 and bfloat16); "sequential" and
+      "associative", as elsewhere, are the same here, without a recurrence.
 
   Returns:
     [B, H, W, D] in the dtype of `h`; sums are in float32, or float64 for

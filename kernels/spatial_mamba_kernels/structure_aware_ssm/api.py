@@ -69,8 +69,9 @@ def structure_aware_ssm(
     kernels: [3, 3, 3, D] (dilation 1, 3 or 5; row; column; channel).
     alpha: [3], the weight of each dilation.
     delta_bias: [D], or None for 0.
-    implementation: None (best for the platform), "sequential", "associative"
-      or "mosaic_tpu" (a kernel for TPUs, of float32 and bfloat16).
+    implementation: None (best for the platform), "sequential", "associative",
+      "mosaic_tpu" or "mosaic_gpu" (kernels for TPUs and GPUs, of float32 and
+      bfloat16).
 
   Returns:
     y, [B, H, W, D] in the dtype of `u`. States are kept in float32, or float64

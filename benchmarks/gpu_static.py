@@ -1,0 +1,51 @@
+"""What the GPU kernels take, read off the compiled programs; no GPU is needed.
+
+    python -m benchmarks.gpu_static > table.md
+
+For each kernel of the operators at the stages of the tiny model, compiled for
+an H200: registers of a thread, shared memory of a program, and instructions (in
+PTX, of 128 channels' 4 warps each) a token, of its longest loop with each
+branch taken and each loop in it run once.
+
+Needs `pip install ".[train,aot]"`. Takes a minute or two on two cores.
+"""
+
+from benchmarks.tpu_static import BATCH_SIZE, OPS, STAGES, compiled
+
+TARGET = "H200"
+
+
+def main() -> None:
+  """Prints a Markdown table."""
+  sizes = ", ".join(f"{size} x {size}" for size, *_ in STAGES)
+  print(
+    f"| kernel, bfloat16, batch {BATCH_SIZE}, at {sizes}"
+    " | registers | shared memory, KiB | instructions a token |"
+  )
+  print("| --- | --- | --- | --- |")
+  for op in OPS:
+    for direction in ("forward", "backward"):
+      for row in _rows(op, direction):
+        print(row, flush=True)
+
+
+def _rows(op, direction):
+  records = [
+    compiled(
+      *("kernel", op, direction, "--target", TARGET),
+      *("--shape", BATCH_SIZE, size, size, *rest),
+    )["programs"]
+    for size, *rest in STAGES
+  ]
+  for stages in zip(*records, strict=True):
+    registers = ", ".join(str(x["registers"]) for x in stages)
+    memory = ", ".join(f"{x['smem_bytes'] / 1024:.0f}" for x in stages)
+    work = ", ".join(
+      f"{x['loop_instructions'] / x['loop_tokens']:.0f}" for x in stages
+    )
+    name = f"{op} {direction}: {stages[0]['name']}"
+    yield f"| {name} | {registers} | {memory} | {work} |"
+
+
+if __name__ == "__main__":
+  main()
