@@ -279,10 +279,14 @@ _primitive.multiple_results = True
 
 @cache
 def _flat(run, tree, axes, platform):
-  """The pass over a list of arrays, mapped over these axes of them."""
+  """The pass over a list of arrays, mapped over these axes of them.
+
+  Mapped, it is XLA's: a TPU kernel cannot have an axis before any argument's.
+  """
+  on = run.on(None if axes else platform)
 
   def function(*leaves):
-    return jax.tree.leaves(run.on(platform)(*jax.tree.unflatten(tree, leaves)))
+    return jax.tree.leaves(on(*jax.tree.unflatten(tree, leaves)))
 
   for in_axes in axes:
     function = jax.vmap(function, in_axes)

@@ -1,8 +1,15 @@
-"""Arguments of the structure-aware SSM."""
+"""Arguments of every operator, and the comparison with the sequential ones."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import spatial_mamba_kernels as smk
+
+# Sums of some hundred float32 terms; and the rounding of a result to bfloat16.
+TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +41,98 @@ def ssm_arguments():
     }
 
   return arguments
+
+
+@pytest.fixture(scope="session")
+def fusion_arguments():
+  """(shape of the image, dilations, its dtype) -> {name: array}."""
+
+  def arguments(shape, dilations, dtype):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype=jnp.float32):
+      return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    count = len(dilations)
+    return {
+      "h": normal(*shape, dtype=dtype),
+      "kernels": normal(count, 3, 3, shape[-1]),
+      "alpha": normal(count),
+    }
+
+  return arguments
+
+
+@pytest.fixture(scope="session")
+def every_operator():
+  """Each operator with its arguments, taken from those of the fused one."""
+
+  def operators(whole):
+    tokens = {
+      name: whole[name].reshape(len(whole[name]), -1, whole[name].shape[-1])
+      for name in ("u", "delta", "B")
+    }
+    parameters = {name: whole[name] for name in ("A", "delta_bias")}
+    stencil = {name: whole[name] for name in ("kernels", "alpha")}
+    return (
+      (smk.structure_aware_ssm, whole),
+      (smk.selective_scan, {**tokens, **parameters}),
+      (smk.state_fusion, {"h": whole["u"], **stencil}),
+    )
+
+  return operators
+
+
+@pytest.fixture(scope="session")
+def cotangent():
+  """(operator, arrays) -> what to pull back, random."""
+
+  def random(operator, arrays):
+    rng = np.random.default_rng(1)
+    result = jax.eval_shape(lambda arrays: operator(**arrays), arrays)
+    return jnp.asarray(rng.standard_normal(result.shape), result.dtype)
+
+  return random
+
+
+@pytest.fixture(scope="session")
+def value_and_gradients():
+  """(operator, arrays, cotangent) -> {name: array}, compiled."""
+
+  def run(operator, arrays, g):
+    y, pullback = jax.vjp(lambda arrays: operator(**arrays), arrays)
+    return {"result": y, **pullback(g)[0]}
+
+  # Interpreted kernels are long programs that run once.
+  options = {"xla_backend_optimization_level": 0}
+  return jax.jit(
+    run,
+    static_argnums=0,
+    compiler_options=options if jax.default_backend() == "cpu" else None,
+  )
+
+
+@pytest.fixture(scope="session")
+def assert_is_sequential(cotangent, value_and_gradients):
+  """Values and every gradient, of arrays whose first is of the result's type.
+
+  The states of a scan are float32 whatever comes in.
+  """
+
+  def check(implementation, operator, arrays, dtype=jnp.float32):
+    kernel = partial(operator, implementation=implementation)
+    g = cotangent(kernel, arrays)
+    actual = value_and_gradients(kernel, arrays, g)
+    exact, exact_g = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, g))
+    sequential = partial(operator, implementation="sequential")
+    expected = value_and_gradients(sequential, exact, exact_g)
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+      assert actual[name].dtype == arrays.get(name, g).dtype, name
+      wanted = np.asarray(wanted)
+      error = np.abs(np.asarray(actual[name], np.float32) - wanted).max()
+      # Cotangents that vanish (of A for one token) are compared as they are.
+      scale = max(np.abs(wanted).max(), 1e-6)
+      assert error <= TOLERANCE[dtype] * scale, (name, error / scale)
+
+  return check

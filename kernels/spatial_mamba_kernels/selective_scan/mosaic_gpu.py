@@ -47,7 +47,9 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
 
 def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   """Cotangents on one device; see `scan_backward`."""
-  return scan_backward(*arrays, *saved, g)
+  u, delta, A, B, bias = arrays
+  (h,) = saved
+  return scan_backward(u, delta, A, B, bias, h, g)
 
 
 def _finish(arrays, sums):
@@ -133,7 +135,7 @@ def scan(u, delta, A, B, bias):
   return h[..., : u.shape[-1]]
 
 
-def scan_backward(u, delta, A, B, bias, h, dh, *, D=None, dy=None):
+def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
   """The cotangents of what `scan` was given, from those of its states.
 
   Args:
@@ -144,8 +146,8 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, D=None, dy=None):
     bias: [D].
     h: [B, L, N, D], the states.
     dh: [B, L, N, D], their cotangents.
-    D: [D], of a skip connection from `u`, or None.
-    dy: [B, L, D], the cotangent of where that leads.
+    skip: (D [D], dy [B, L, D]) of a connection from `u` to what `dy` is the
+      cotangent of, or None.
 
   Returns:
     du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; and
@@ -158,7 +160,9 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, D=None, dy=None):
   after = _zeros(operands, chunks)
   if chunks.count > 1:
     after = _carry(operands, chunks, dh)
-  skip = () if D is None else (gpu.parameters(D[None]), gpu.pad_channels(dy))
+  if skip:
+    D, dy = skip
+    skip = gpu.parameters(D[None]), gpu.pad_channels(dy)
   tile = (2, chunks.tile, gpu.CHANNELS)
   sums = chunks.states + 1 + bool(skip)
   batch, blocks = len(u), gpu.blocks(channels)
@@ -182,7 +186,7 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, D=None, dy=None):
       plgpu.SMEM((gpu.ROWS_SUMMED, gpu.CHANNELS), jnp.float32),
     ],
     name="selective_scan_backward",
-  )(*operands, after, h, dh, *skip)
+  )(*operands, after, h, dh, *(skip or ()))
   dB = dB[..., : chunks.tile * chunks.states]
   dB = dB.reshape(batch, blocks, -1, chunks.states)[:, :, : u.shape[1]]
   return (

@@ -56,7 +56,7 @@ def run_backward(
   h, *weights = arrays
   merged = stencil.merge(*weights)
   dh = states_backward(g, merged, stencil=stencil, dtype=h.dtype)
-  dweights, _ = weights_backward(h, merged, g, stencil=stencil)
+  (dweights,) = weights_backward(h, merged, g, stencil=stencil)
   return dh, dweights
 
 
@@ -136,37 +136,53 @@ def fuse(h, weights, *, stencil, dtype, observe=None):
 
 
 def _fuse_kernel(
-  h, weights, *refs, stencil, tile, ring, ring_barriers, image=None,
-  image_barriers=None,
+  h, weights, *refs, stencil, tile, ring, ring_barriers, **scratch
 ):  # fmt: skip
-  *observe, y, program = refs
+  *observed, y, program = refs
   rows = program.first_row, program.end_row
   states = Stream(program.rows_of(h), ring, ring_barriers, rows, stencil.reach)
   streams = [states]
   weights, places = _load_weights(weights, program), program.places()
-  if observe:
-    C, D, u = observe
-    D = D[0, program.channels]
-    streams.append(
-      Stream(program.own_rows_of(u), image, image_barriers, rows, 0)
-    )
+
+  def observe(row, fused):
+    return fused
+
+  if observed:
+    streams.append(_image_of(observed[2], program, scratch))
+    observe = partial(_observe, *observed, program, scratch["image"])
 
   def fuse_row(row, _):
     slots = stencil.slots(row, program.cut.height, strips.len_of(ring))
     fused = _fuse_columns(
       stencil, ring, slots, places, weights, program.cut.strip
     )
-    if observe:
-      x = image.at[row % strips.len_of(image)]
-      c = [C[program.image, row, program.column + j] for j in range(len(fused))]
-      fused = [
-        c[j] * value + D * x[j].astype(jnp.float32)
-        for j, value in enumerate(fused)
-      ]
+    fused = observe(row, fused)
     strips.store(fused, tile, program.own_rows_of(y).at[row])
 
   strips.for_rows(rows, streams, fuse_row, None)
   plgpu.wait_smem_to_gmem(0)
+
+
+def _image_of(image, program, scratch):
+  """A stream of another image's rows, one at a time."""
+  return Stream(
+    program.own_rows_of(image),
+    scratch["image"],
+    scratch["image_barriers"],
+    (program.first_row, program.end_row),
+    0,
+  )
+
+
+def _observe(C, D, u, program, image, row, fused):
+  """C * fused + D * u for a row; the rows of `u` come through `image`."""
+  del u
+  skip, x = D[0, program.channels], image.at[row % strips.len_of(image)]
+  c = C.at[program.image, row, pl.ds(program.column, len(fused))]
+  return [
+    c[j] * value + skip * x[j].astype(jnp.float32)
+    for j, value in enumerate(fused)
+  ]
 
 
 def _load_weights(weights, program):
@@ -193,7 +209,7 @@ def _neighbours(stencil, ring, slots, places, size):
       yield value.astype(jnp.float32), readers
 
 
-def weights_backward(h, weights, g, *, stencil, C=None):
+def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
   """The cotangents of the weights, and of the observation.
 
   Args:
@@ -204,8 +220,8 @@ def weights_backward(h, weights, g, *, stencil, C=None):
     C: [B, H, W], or None for 1.
 
   Returns:
-    [G, T, D], to be summed over G; and of C, [K, B, H, W], to be summed over
-    K, or None.
+    [G, T, D], to be summed over G; and, if it is given, of C, [K, B, H, W], to
+    be summed over K.
   """
   batch, height, width, channels = h.shape
   cut = cut_to_fuse(h.shape, stencil, h.dtype, g.dtype)
@@ -235,7 +251,7 @@ def weights_backward(h, weights, g, *, stencil, C=None):
   )(*operands)
   dweights = dweights.reshape(-1, *dweights.shape[3:])[..., :channels]
   if not dC:
-    return dweights, None
+    return (dweights,)
   # The last strip ends where the image does.
   parts = [dC[0][..., strip, : cut.strip] for strip in range(cut.strips)]
   parts[-1] = parts[-1][..., cut.strips * cut.strip - width :]
@@ -243,8 +259,7 @@ def weights_backward(h, weights, g, *, stencil, C=None):
 
 
 def _weights_kernel(
-  h, weights, g, *refs, stencil, ring, ring_barriers, image, image_barriers,
-  products=None,
+  h, weights, g, *refs, stencil, ring, ring_barriers, **scratch
 ):  # fmt: skip
   *refs, program = refs
   *C, dweights = refs[: 1 + (len(refs) > 1)]
@@ -253,8 +268,9 @@ def _weights_kernel(
   rows = program.first_row, program.end_row
   streams = [
     Stream(program.rows_of(h), ring, ring_barriers, rows, stencil.reach),
-    Stream(program.own_rows_of(g), image, image_barriers, rows, 0),
+    _image_of(g, program, scratch),
   ]
+  image = scratch["image"]
   weights, places = _load_weights(weights, program), program.places()
 
   def add_row(row, sums):
@@ -263,7 +279,7 @@ def _weights_kernel(
     dy = [dy[j].astype(jnp.float32) for j in range(size)]
     dfused = dy
     if C:
-      c = [C[0][program.image, row, program.column + j] for j in range(size)]
+      c = C[0].at[program.image, row, pl.ds(program.column, size)]
       dfused = [c[j] * x for j, x in enumerate(dy)]
     if cut.width % size:
       own = [program.column + j >= program.own_column for j in range(size)]
@@ -277,7 +293,7 @@ def _weights_kernel(
     if C:
       row_of = dC.at[program.block, program.image, row, program.strip]
       values = [x * y for x, y in zip(dy, fused, strict=True)]
-      _store_sums(values, products, row_of)
+      _store_sums(values, scratch["products"], row_of)
     return sums
 
   sums = [gpu.zeros() for _ in weights]

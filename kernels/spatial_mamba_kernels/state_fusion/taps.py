@@ -11,7 +11,7 @@ from spatial_mamba_kernels.state_fusion import xla
 from spatial_mamba_kernels.typing import Array
 
 # A row's taps: (column offset, place among the weights).
-RowTaps = list[tuple[int, int]]
+RowTaps = list[tuple[int, Any]]
 # A row offset -> where in a ring that neighbour of a row lies.
 Slots = dict[int, Any]
 
@@ -78,7 +78,7 @@ def clip(row: Any, height: int) -> Any:
 
 def columns_read(
   taps: RowTaps, size: int
-) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
   """For each column that `size` columns in a row read: it, and by whom.
 
   Yields (column, [(place in the row, place among the weights)]).

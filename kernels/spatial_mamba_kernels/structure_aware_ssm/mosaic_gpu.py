@@ -83,8 +83,7 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
     *_tokens(arrays),
     _to_tokens(h)[:, :, None],
     _to_tokens(dh)[:, :, None],
-    D=D,
-    dy=_to_tokens(g),
+    skip=(D, _to_tokens(g)),
   )
   return (
     du.reshape(u.shape),

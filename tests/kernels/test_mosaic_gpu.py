@@ -1,0 +1,283 @@
+"""The GPU kernels, interpreted on the CPU, against the sequential operators.
+
+The interpreter raises where copies and threads race, and for what is read or
+written beyond an array. It takes the threads of a warpgroup for one.
+"""
+
+import contextlib
+import types
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+import spatial_mamba_kernels as smk
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from spatial_mamba_kernels import gpu_threads
+from spatial_mamba_kernels.state_fusion import gpu_strips, mosaic_gpu
+from spatial_mamba_kernels.state_fusion.taps import Stencil
+
+DILATIONS = (1, 3, 5)
+
+needs_interpreter = pytest.mark.skipif(
+  not hasattr(plgpu, "force_gpu_interpret_mode"),
+  reason="only JAX 0.12 (Python 3.12) interprets GPU kernels: .ci/run does, on"
+  " the newest jax",
+)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """(columns=, races=, sizes) -> runs kernels cut so as JAX operations."""
+
+  def of_sizes(columns=gpu_strips.MOST_COLUMNS, races=True, **sizes):
+    sizes = {"programs": 1, "tokens": 4, "stages": 2, **sizes}
+    monkeypatch.setattr(gpu_threads, "CONFIG", gpu_threads.Config(**sizes))
+    monkeypatch.setattr(gpu_strips, "MOST_COLUMNS", columns)
+    # Copies of one TMA thread are in order, which hides races between them.
+    parameters = plgpu.InterpretGPUParams(
+      detect_races=races, num_tma_threads_per_device=64
+    )
+    stack.enter_context(plgpu.force_gpu_interpret_mode(parameters))
+
+  jax.clear_caches()
+  with contextlib.ExitStack() as stack:
+    yield of_sizes
+  jax.clear_caches()
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("shape", "dtype", "sizes"),
+  [
+    ((1, 1, 1, 1, 1), jnp.float32, {}),
+    # Rows and columns that are both first and last; a block of channels that
+    # reaches beyond the array.
+    ((2, 2, 2, 136, 1), jnp.bfloat16, {}),
+    # Two blocks of rows, in which the ring comes round, and two chunks of
+    # tokens, the last one shorter.
+    ((1, 17, 2, 4, 1), jnp.float32, {"programs": 2}),
+    # Strips of 8, 8 and 6 columns; two of these are computed, and written,
+    # twice.
+    ((1, 2, 22, 2, 1), jnp.float32, {"columns": 8, "races": False}),
+  ],
+  ids=str,
+)
+def test_structure_aware_ssm(
+  interpreted, ssm_arguments, assert_is_sequential, shape, dtype, sizes
+):
+  interpreted(**sizes)
+  arrays = ssm_arguments(*shape, images=dtype)
+  assert_is_sequential("mosaic_gpu", smk.structure_aware_ssm, arrays, dtype)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("shape", "dtype", "sizes"),
+  [
+    ((1, 1, 1, 16), jnp.float32, {}),
+    # A last tile that is not full, and channels that are padded.
+    ((2, 9, 130, 1), jnp.bfloat16, {}),
+    # Chunks of 3, 3, 3 and 2 tiles, of two tokens each.
+    ((1, 21, 136, 3), jnp.float32, {"programs": 8, "tokens": 6}),
+  ],
+  ids=str,
+)
+def test_selective_scan(
+  interpreted,
+  ssm_arguments,
+  every_operator,
+  assert_is_sequential,
+  shape,
+  dtype,
+  sizes,
+):
+  interpreted(**sizes)
+  batch, length, channels, states = shape
+  whole = ssm_arguments(batch, 1, length, channels, states, images=dtype)
+  _, (operator, arrays), _ = every_operator(whole)
+  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("shape", "dilations", "dtype", "sizes"),
+  [
+    ((1, 1, 1, 1), DILATIONS, jnp.bfloat16, {}),
+    # A ring that comes round, for padded channels.
+    ((1, 14, 2, 130), DILATIONS, jnp.float32, {}),
+    # A stencil larger than the image.
+    ((1, 3, 4, 2), (2, 7), jnp.float32, {}),
+    # Blocks of 3, 3 and 1 rows, and strips of 3, 3 and 1 columns; two more are
+    # computed, and written, twice.
+    (
+      (1, 7, 7, 136),
+      (1,),
+      jnp.bfloat16,
+      {"columns": 3, "programs": 18, "races": False},
+    ),
+    ((1, 3, 6, 3), (1,), jnp.float32, {"columns": 2}),
+    # Two strips, each at a border.
+    ((1, 2, 12, 3), DILATIONS, jnp.float32, {"columns": 6}),
+  ],
+  ids=str,
+)
+def test_state_fusion(
+  interpreted,
+  fusion_arguments,
+  assert_is_sequential,
+  shape,
+  dilations,
+  dtype,
+  sizes,
+):
+  interpreted(**sizes)
+  arrays = fusion_arguments(shape, dilations, dtype)
+  operator = partial(smk.state_fusion, dilations=dilations)
+  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
+
+
+class Mapped:
+  """An operator on two of everything but its parameters."""
+
+  PARAMETERS = ("A", "delta_bias", "alpha")
+
+  def __init__(self, operator):
+    self._operator = operator
+
+  def __call__(self, *, implementation, **arrays):
+    axes = {name: None if name in self.PARAMETERS else 0 for name in arrays}
+
+    def one(arrays):
+      return self._operator(**arrays, implementation=implementation)
+
+    if implementation != "sequential":
+      return jax.vmap(one, (axes,))(arrays)
+    return jnp.stack(
+      [
+        one({k: x if axes[k] is None else x[i] for k, x in arrays.items()})
+        for i in range(2)
+      ]
+    )
+
+  def arguments(self, arrays):
+    """Two of what is mapped."""
+    return {
+      name: x if name in self.PARAMETERS else jnp.stack([x, x[::-1]])
+      for name, x in arrays.items()
+    }
+
+
+@pytest.mark.parametrize(
+  "implementation",
+  [None, pytest.param("mosaic_gpu", marks=needs_interpreter)],
+)
+@pytest.mark.parametrize("place", [1, 2], ids=["scan", "fusion"])
+def test_operators_are_mapped(
+  request,
+  ssm_arguments,
+  every_operator,
+  assert_is_sequential,
+  place,
+  implementation,
+):
+  if implementation:
+    request.getfixturevalue("interpreted")()
+  operator, arrays = every_operator(ssm_arguments(2, 1, 3, 5, 1))[place]
+  mapped = Mapped(operator)
+  assert_is_sequential(implementation, mapped, mapped.arguments(arrays))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("place", "owner", "name"),
+  [
+    (1, gpu_threads, "commit"),
+    (1, plgpu, "wait_smem_to_gmem"),
+    (2, gpu_threads, "commit"),
+    (2, gpu_strips.Stream, "_wait"),
+  ],
+  ids=["scan commits", "scan waits", "fusion commits", "fusion waits"],
+)
+def test_what_does_not_wait_is_a_race(
+  interpreted, ssm_arguments, every_operator, monkeypatch, place, owner, name
+):
+  """That the tests above do fail."""
+  interpreted()
+  monkeypatch.setattr(owner, name, lambda *_, **__: None)
+  operator, arrays = every_operator(ssm_arguments(1, 13, 1, 1, 1))[place]
+  with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+    jax.block_until_ready(operator(**arrays, implementation="mosaic_gpu"))
+
+
+def lowered_for_a_gpu(operator, arrays):
+  traced = jax.jit(lambda arrays: operator(**arrays)).trace(arrays)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def assert_refused(operator, arrays, why):
+  """By name; None leaves it to XLA."""
+  with pytest.raises(NotImplementedError, match=why):
+    operator(**arrays, implementation="mosaic_gpu")
+  assert "mosaic_gpu" not in lowered_for_a_gpu(operator, arrays)
+
+
+@pytest.mark.parametrize(
+  ("place", "states", "why"),
+  [
+    (0, 2, "one state a channel, not 2"),
+    (1, 17, "up to 16 states a channel in registers, not 17"),
+  ],
+)
+def test_too_many_states(ssm_arguments, every_operator, place, states, why):
+  operators = every_operator(ssm_arguments(1, 2, 3, 4, states))
+  assert_refused(*operators[place], why)
+
+
+@pytest.mark.usefixtures("x64")
+def test_double_precision(ssm_arguments, every_operator):
+  for operator, arrays in every_operator(
+    ssm_arguments(1, 2, 3, 4, 1, dtype=jnp.float64)
+  ):
+    assert_refused(operator, arrays, "float32 and bfloat16, not float64")
+
+
+def test_without_absl(ssm_arguments, every_operator, monkeypatch):
+  monkeypatch.setattr(gpu_threads, "plgpu", None)
+  for operator, arrays in every_operator(ssm_arguments(1, 2, 3, 4, 1)):
+    assert_refused(operator, arrays, "pip install absl-py")
+
+
+@pytest.mark.parametrize(
+  ("capability", "is_kernel"), [("8.0", False), ("9.0", True), ("10.0", True)]
+)
+def test_older_gpus_are_left_to_xla(
+  ssm_arguments, every_operator, monkeypatch, capability, is_kernel
+):
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(gpu_threads, "get_default_device", lambda: device)
+  for operator, arrays in every_operator(ssm_arguments(1, 2, 3, 4, 1)):
+    program = lowered_for_a_gpu(operator, arrays)
+    assert ("@mosaic_gpu_v2" in program) == is_kernel
+
+
+def test_what_does_not_fit_is_cut(monkeypatch):
+  def columns_and_rows(height, width, dtype, programs=1):
+    config = gpu_threads.Config(programs=programs)
+    monkeypatch.setattr(gpu_threads, "CONFIG", config)
+    image = (1, height, width, 128), Stencil(DILATIONS), jnp.float32, dtype
+    cuts = mosaic_gpu.cut_to_fuse(*image), mosaic_gpu.cut_to_states(*image)
+    return [(cut.strip, cut.rows) for cut in cuts]
+
+  assert columns_and_rows(14, 14, jnp.bfloat16) == [(14, 14), (14, 14)]
+  assert columns_and_rows(56, 56, jnp.bfloat16) == [(28, 56), (19, 56)]
+  assert columns_and_rows(200, 320, jnp.float32) == [(20, 200), (18, 200)]
+  # Strips are programs too.
+  assert columns_and_rows(28, 28, jnp.float32, 8) == [(28, 6), (14, 7)]
+
+
+def test_a_stencil_that_is_too_wide_is_refused():
+  stencil = Stencil((1, 500))
+  h = jnp.empty((1, 2, 1000, 128), jnp.float32)
+  with pytest.raises(NotImplementedError, match="reads 500 columns"):
+    mosaic_gpu.plan((h,), stencil=stencil)

@@ -1,0 +1,93 @@
+"""The GPU kernels on a GPU, against the sequential operators.
+
+Run by `pytest -m gpu tests/kernels/test_on_gpu.py`.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import spatial_mamba_kernels as smk
+
+pytestmark = pytest.mark.gpu
+
+OPERATORS = {"fused": 0, "scan": 1, "fusion": 2}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# [B, H, W, D, N] at the four stages of tiny, at stage 1 of base, in images of
+# 512 x 512 and 800 x 1280 pixels, and off every size of block, tile and strip.
+SHAPES = (
+  (8, 56, 56, 128, 1),
+  (8, 28, 28, 256, 1),
+  (8, 14, 14, 512, 1),
+  (8, 7, 7, 1024, 1),
+  (8, 56, 56, 192, 1),
+  (1, 128, 128, 128, 1),
+  (1, 200, 320, 128, 1),
+  (3, 5, 9, 96, 1),
+  (1, 1, 1, 1, 1),
+  (2, 17, 61, 130, 1),
+)
+ODD = SHAPES[-1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def gpu():
+  if jax.default_backend() != "gpu":
+    reason = f"JAX found no GPU for these tests, only {jax.devices()}"
+    pytest.exit(reason, returncode=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_is_sequential(
+  ssm_arguments, every_operator, assert_is_sequential, shape, name, dtype
+):
+  whole = ssm_arguments(*shape, images=DTYPES[dtype])
+  operator, arrays = every_operator(whole)[OPERATORS[name]]
+  assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+  "shape", [(8, 14, 14, 512, 16), (*ODD[:4], 3)], ids=str
+)
+def test_scan_of_several_states(
+  ssm_arguments, every_operator, assert_is_sequential, shape, dtype
+):
+  _, scan, _ = every_operator(ssm_arguments(*shape, images=DTYPES[dtype]))
+  assert_is_sequential("mosaic_gpu", *scan, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dilations", [(1,), (2, 7)], ids=str)
+def test_fusion_of_other_dilations(
+  fusion_arguments, assert_is_sequential, dilations, dtype
+):
+  arrays = fusion_arguments(ODD[:4], dilations, DTYPES[dtype])
+  operator = partial(smk.state_fusion, dilations=dilations)
+  assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", [SHAPES[2], ODD], ids=str)
+def test_none_is_the_kernel(
+  ssm_arguments,
+  every_operator,
+  cotangent,
+  value_and_gradients,
+  shape,
+  name,
+  dtype,
+):
+  """Bit for bit."""
+  whole = ssm_arguments(*shape, images=DTYPES[dtype])
+  operator, arrays = every_operator(whole)[OPERATORS[name]]
+  g = cotangent(operator, arrays)
+  kernel = partial(operator, implementation="mosaic_gpu")
+  expected = value_and_gradients(kernel, arrays, g)
+  actual = value_and_gradients(operator, arrays, g)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
