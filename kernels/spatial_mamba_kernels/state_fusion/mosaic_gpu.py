@@ -235,8 +235,9 @@ def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
     jax.ShapeDtypeStruct((*grid, taps, blocks * gpu.CHANNELS), jnp.float32)
   ]
   sums = -(-cut.strip // gpu.ROWS_SUMMED) * gpu.ROWS_SUMMED
+  # A factor keeps LLVM from products of bfloat16, which ptxas spills on B200.
+  operands.append(jnp.ones(1) if C is None else C.astype(jnp.float32))
   if C is not None:
-    operands.append(C.astype(jnp.float32))
     shape = (blocks, batch, height, cut.strips, sums)
     results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     shape = (gpu.ROWS_SUMMED, gpu.CHANNELS)
@@ -259,11 +260,9 @@ def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
 
 
 def _weights_kernel(
-  h, weights, g, *refs, stencil, ring, ring_barriers, **scratch
+  h, weights, g, C, dweights, *refs, stencil, ring, ring_barriers, **scratch
 ):  # fmt: skip
-  *refs, program = refs
-  *C, dweights = refs[: 1 + (len(refs) > 1)]
-  dC = refs[-1]
+  *dC, program = refs
   cut, size = program.cut, program.cut.strip
   rows = program.first_row, program.end_row
   streams = [
@@ -277,10 +276,11 @@ def _weights_kernel(
     slots = stencil.slots(row, cut.height, strips.len_of(ring))
     dy = image.at[row % strips.len_of(image)]
     dy = [dy[j].astype(jnp.float32) for j in range(size)]
-    dfused = dy
-    if C:
-      c = C[0].at[program.image, row, pl.ds(program.column, size)]
+    if dC:
+      c = C.at[program.image, row, pl.ds(program.column, size)]
       dfused = [c[j] * x for j, x in enumerate(dy)]
+    else:
+      dfused = [C[0] * x for x in dy]
     if cut.width % size:
       own = [program.column + j >= program.own_column for j in range(size)]
       dfused = [jnp.where(own[j], x, 0) for j, x in enumerate(dfused)]
@@ -288,10 +288,10 @@ def _weights_kernel(
     for value, readers in _neighbours(stencil, ring, slots, places, size):
       for j, place in readers:
         sums[place] += dfused[j] * value
-        if C:
+        if dC:
           fused[j] = gpu.add(fused[j], weights[place] * value)
-    if C:
-      row_of = dC.at[program.block, program.image, row, program.strip]
+    if dC:
+      row_of = dC[0].at[program.block, program.image, row, program.strip]
       values = [x * y for x, y in zip(dy, fused, strict=True)]
       _store_sums(values, scratch["products"], row_of)
     return sums
