@@ -60,7 +60,7 @@ def check_served(arrays: Sequence[Array]) -> None:
 
 
 def check_device() -> None:
-  """Raises NotImplementedError where the GPU lowered for has no TMA.
+  """Raises NotImplementedError where the GPU lowered for cannot run kernels.
 
   It is the one that is there, or that a program is compiled for ahead of time
   where that is JAX's default device; with neither, it is taken for a Hopper.
@@ -68,10 +68,10 @@ def check_device() -> None:
   device = jax.sharding.get_abstract_mesh().abstract_device
   device = device or get_default_device()
   capability = getattr(device, "compute_capability", "9.0")
-  if float(capability) < 9:
+  if not 9 <= float(capability) < 12:
     raise NotImplementedError(
-      "mosaic_gpu needs a GPU of compute capability 9.0 or more, not"
-      f" {capability}"
+      "mosaic_gpu needs a GPU with TMA and 227 KiB of shared memory a program"
+      f" (compute capability 9.0 to 11.0), not {capability}"
     )
 
 

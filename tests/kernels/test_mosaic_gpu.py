@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from spatial_mamba_kernels import gpu_threads
 from spatial_mamba_kernels.state_fusion import gpu_strips, mosaic_gpu
 from spatial_mamba_kernels.state_fusion.taps import Stencil
+from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
 
 DILATIONS = (1, 3, 5)
 
@@ -54,12 +55,16 @@ def interpreted(monkeypatch):
     # Rows and columns that are both first and last; a block of channels that
     # reaches beyond the array.
     ((2, 2, 2, 136, 1), jnp.bfloat16, {}),
-    # Two blocks of rows, in which the ring comes round, and two chunks of
-    # tokens, the last one shorter.
-    ((1, 17, 2, 4, 1), jnp.float32, {"programs": 2}),
+    # So few images that tokens are cut into chunks, and rows into blocks, in
+    # which the ring comes round.
+    ((1, 17, 2, 4, 1), jnp.float32, {"programs": 4}),
     # Strips of 8, 8 and 6 columns; two of these are computed, and written,
     # twice.
-    ((1, 2, 22, 2, 1), jnp.float32, {"columns": 8, "races": False}),
+    (
+      (1, 2, 22, 2, 1),
+      jnp.float32,
+      {"columns": 8, "programs": 4, "races": False},
+    ),
   ],
   ids=str,
 )
@@ -69,6 +74,21 @@ def test_structure_aware_ssm(
   interpreted(**sizes)
   arrays = ssm_arguments(*shape, images=dtype)
   assert_is_sequential("mosaic_gpu", smk.structure_aware_ssm, arrays, dtype)
+
+
+@needs_interpreter
+def test_warpgroups_that_share_a_row(interpreted, ssm_arguments, monkeypatch):
+  """Three of them, with a ring that comes round."""
+  interpreted()
+  monkeypatch.setattr(gpu_fused, "MOST_COLUMNS", 5)
+  arrays = ssm_arguments(1, 8, 15, 3, 1)
+  u = arrays["u"]
+  assert gpu_fused.share(u.shape, u.dtype, u.dtype) == gpu_fused.Share(3, 5)
+  actual = smk.structure_aware_ssm(**arrays, implementation="mosaic_gpu")
+  expected = smk.structure_aware_ssm(**arrays, implementation="sequential")
+  scale = jnp.abs(expected).max()
+  # Sums of some hundred float32 terms.
+  assert jnp.abs(actual - expected).max() <= 2e-6 * scale
 
 
 @needs_interpreter
@@ -249,7 +269,8 @@ def test_without_absl(ssm_arguments, every_operator, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("capability", "is_kernel"), [("8.0", False), ("9.0", True), ("10.0", True)]
+  ("capability", "is_kernel"),
+  [("8.0", False), ("9.0", True), ("10.3", True), ("12.0", False)],
 )
 def test_older_gpus_are_left_to_xla(
   ssm_arguments, every_operator, monkeypatch, capability, is_kernel
