@@ -7,7 +7,7 @@ platforms. What the forward pass keeps has the same shapes on all of them.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -277,15 +277,14 @@ _primitive = Primitive("kernel_by_platform")
 _primitive.multiple_results = True
 
 
-@cache
 def _flat(run, tree, axes, platform):
   """The pass over a list of arrays, mapped over these axes of them.
 
   Mapped, it is XLA's: a TPU kernel cannot have an axis before any argument's.
   """
-  on = run.on(None if axes else platform)
 
   def function(*leaves):
+    on = run.on(None if axes else platform)
     return jax.tree.leaves(on(*jax.tree.unflatten(tree, leaves)))
 
   for in_axes in axes:
