@@ -20,8 +20,7 @@ from spatial_mamba_kernels import gpu_threads as gpu
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.selective_scan import xla
-from spatial_mamba_kernels.selective_scan.dimensions import NUMBERS, TOKENS
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
+from spatial_mamba_kernels.selective_scan.dimensions import SUMS, finish
 from spatial_mamba_kernels.typing import Array
 
 # A thread keeps a decay, a state and a sum for each in registers.
@@ -52,18 +51,11 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   return scan_backward(u, delta, A, B, bias, h, g)
 
 
-def _finish(arrays, sums):
-  del arrays
-  du, ddelta, dB, parameters = sums
-  parameters = jnp.sum(parameters, axis=0)
-  return du, ddelta, parameters[:-1].T, jnp.sum(dB, axis=0), parameters[-1]
-
-
 KERNEL = Kernel(
   plan,
   Passes(run_forward, run_backward),
-  _finish,
-  sums=(TOKENS, TOKENS, (CHANNELS, *NUMBERS), (BATCH, WHOLE, CHANNELS)),
+  finish,
+  SUMS,
   check_device=gpu.check_device,
 )
 

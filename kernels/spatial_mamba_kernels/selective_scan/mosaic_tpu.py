@@ -16,9 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from spatial_mamba_kernels import tpu_rows as rows
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
-from spatial_mamba_kernels.selective_scan.dimensions import NUMBERS, TOKENS
+from spatial_mamba_kernels.selective_scan.dimensions import SUMS, finish
 from spatial_mamba_kernels.selective_scan.xla import softplus
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.typing import Array
 
 
@@ -86,18 +85,11 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   )
 
 
-def _finish(arrays, sums):
-  del arrays
-  du, ddelta, dB, parameters = sums
-  parameters = jnp.sum(parameters, axis=0)
-  return du, ddelta, parameters[:-1].T, jnp.sum(dB, axis=0), parameters[-1]
-
-
 KERNEL = Kernel(
   plan,
   Passes(run_forward, run_backward),
-  _finish,
-  sums=(TOKENS, TOKENS, (CHANNELS, *NUMBERS), (BATCH, WHOLE, CHANNELS)),
+  finish,
+  SUMS,
 )
 
 

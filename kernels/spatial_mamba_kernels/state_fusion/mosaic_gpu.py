@@ -12,7 +12,7 @@ from spatial_mamba_kernels import gpu_threads as gpu
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.state_fusion import gpu_strips as strips
-from spatial_mamba_kernels.state_fusion.dimensions import IMAGE, WEIGHTS
+from spatial_mamba_kernels.state_fusion.dimensions import SUMS, finish
 from spatial_mamba_kernels.state_fusion.gpu_strips import Stream
 from spatial_mamba_kernels.state_fusion.taps import Stencil, columns_read
 from spatial_mamba_kernels.typing import Array
@@ -27,8 +27,8 @@ def kernel(dilations: tuple[int, ...]) -> Kernel:
       partial(run_forward, stencil=stencil),
       partial(run_backward, stencil=stencil),
     ),
-    partial(_finish, stencil=stencil),
-    sums=(IMAGE, WEIGHTS),
+    partial(finish, stencil=stencil),
+    SUMS,
     check_device=gpu.check_device,
   )
 
@@ -58,12 +58,6 @@ def run_backward(
   dh = states_backward(g, merged, stencil=stencil, dtype=h.dtype)
   (dweights,) = weights_backward(h, merged, g, stencil=stencil)
   return dh, dweights
-
-
-def _finish(arrays, sums, *, stencil):
-  dh, dweights = sums
-  _, unmerge = jax.vjp(stencil.merge, *arrays[1:])
-  return dh, *unmerge(jnp.sum(dweights, axis=0))
 
 
 def cut_to_fuse(

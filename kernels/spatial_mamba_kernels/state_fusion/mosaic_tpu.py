@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from spatial_mamba_kernels import tpu_rows as rows
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
-from spatial_mamba_kernels.state_fusion.dimensions import IMAGE, WEIGHTS
+from spatial_mamba_kernels.state_fusion.dimensions import SUMS, finish
 from spatial_mamba_kernels.state_fusion.taps import Stencil
 from spatial_mamba_kernels.state_fusion.tpu_stencil import (
   CotangentRing,
@@ -34,8 +34,8 @@ def kernel(dilations: tuple[int, ...]) -> Kernel:
       partial(run_forward, stencil=stencil),
       partial(run_backward, stencil=stencil),
     ),
-    partial(_finish, stencil=stencil),
-    sums=(IMAGE, WEIGHTS),
+    partial(finish, stencil=stencil),
+    SUMS,
   )
 
 
@@ -80,12 +80,6 @@ def run_backward(
     cut=cut,
   )
   return rows.images_of(dh, len(h)), dweights
-
-
-def _finish(arrays, sums, *, stencil):
-  dh, dweights = sums
-  _, unmerge = jax.vjp(stencil.merge, *arrays[1:])
-  return dh, *unmerge(jnp.sum(dweights, axis=0))
 
 
 def forward(h, weights, *, stencil, cut):
