@@ -96,7 +96,10 @@ class Experiment:
 @pytest.fixture(scope="session")
 def make_experiment(tmp_path_factory):
   """Makes an experiment in a directory; all share what they compile."""
-  cache = tmp_path_factory.mktemp("compiled")
+  cache = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    cache = cache.parent  # What one worker compiled serves the others.
+  cache /= "compiled"
   return lambda directory: Experiment(directory, cache)
 
 
