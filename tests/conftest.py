@@ -7,7 +7,6 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -45,6 +44,9 @@ def x64():
 @pytest.fixture(scope="session")
 def image_tree(tmp_path_factory):
   """3 classes, 4 training and 3 validation images each, in several modes."""
+  # Here, because kernels are tested where there is no Pillow.
+  from PIL import Image
+
   root = tmp_path_factory.mktemp("images")
   rng = np.random.default_rng(0)
   for split, count in (("train", 4), ("val", 3)):
