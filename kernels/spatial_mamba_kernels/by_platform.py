@@ -263,14 +263,9 @@ def run_by_platform(run: Run, arguments: Any) -> Any:
   if run.named:
     return run.on(None)(*arguments)
   leaves, tree = jax.tree.flatten(arguments)
-  result = jax.tree.structure(_result(run, arguments))
-  return jax.tree.unflatten(
-    result, _primitive.bind(*leaves, run=run, tree=tree, axes=())
-  )
-
-
-def _result(run, arguments):
-  return jax.eval_shape(run.on(None), *arguments)
+  results = _primitive.bind(*leaves, run=run, tree=tree, axes=())
+  shapes = jax.eval_shape(run.on(None), *arguments)
+  return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
 _primitive = Primitive("kernel_by_platform")

@@ -176,9 +176,8 @@ def _load(ref, layout):
 
 
 def _store(ref, value):
-  if hasattr(
-    plgpu, "store"
-  ):  # Since JAX 0.12, which else asks for full sectors.
+  if hasattr(plgpu, "store"):
+    # JAX 0.12 would ask for whole sectors of memory.
     plgpu.store(ref, value, optimized=False)
   else:
     ref[...] = value
@@ -197,7 +196,7 @@ LOG1P = _log1p_coefficients()
 
 
 def softplus(x: Array) -> Array:
-  """log(1 + exp(x)), to 2e-7 of it, in 17 instructions.
+  """log(1 + exp(x)), to 2e-7 of it.
 
   Mosaic has no log1p, and the GPU's fast logarithm is off by 2e-7 near 1, where
   a small time step is that small itself.
