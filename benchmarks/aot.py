@@ -34,6 +34,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 from spatial_mamba_kernels.by_platform import Kernel
+from spatial_mamba_kernels.selective_scan import gpu_tiles
 from spatial_mamba_kernels.selective_scan import mosaic_gpu as gpu_scan
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as tpu_scan
 from spatial_mamba_kernels.state_fusion import mosaic_gpu as gpu_fusion
@@ -86,7 +87,8 @@ def main() -> None:
       )
       os.environ.update(gpu_code.dump_to(dump))
     run = {"kernel": kernel, "step": step}[arguments.program]
-    print(json.dumps(run(arguments, dump)))
+    with _as_default_device(arguments.target):
+      print(json.dumps(run(arguments, dump)))
 
 
 def platform_of(target: str) -> str:
@@ -148,7 +150,7 @@ def _loop_tokens(op, arrays):
   """{name of a GPU kernel: tokens that a run of its loop computes}."""
   image, stencil = arrays[0], gpu_ssm.STENCIL
   states = arrays[2].shape[1] if op == "selective_scan" else 1
-  tile = gpu_scan.tokens_of_tile(states)
+  tile = gpu_tiles.tokens_of_tile(states)
   tokens = {
     f"selective_scan_{name}": tile
     for name in ("forward", "backward", "summary")
@@ -295,6 +297,13 @@ def _mesh(target: str, devices: int | None = None) -> Mesh:
     )
   chips = np.array(topology.devices[:devices]).flatten()
   return Mesh(chips, ("data",), axis_types=(AxisType.Auto,))
+
+
+def _as_default_device(target):
+  """Where the target is a GPU: kernels ask which one they are for."""
+  if platform_of(target) == "tpu":
+    return contextlib.nullcontext()
+  return jax.default_device(_mesh(target, 1).devices.item())
 
 
 def _compile(function, arguments, platform, options=None, **jit_options):

@@ -53,9 +53,8 @@ def _read(path):
 
 def _shared_memory(passes):
   """The bytes that the host's code asks for when it launches the kernel."""
-  start = passes.rindex("call @mosaic_gpu_launch_kernel(")
-  arguments = passes[start:].partition("(")[2].partition(")")[0].split(", ")
-  value = re.escape(arguments[10])
+  start = passes.rindex("dynamic_shared_memory_size")
+  value = re.escape(passes[start:].split()[1])
   constants = re.findall(
     rf"{value} = llvm.mlir.constant\((\d+) : i32\)", passes[:start]
   )

@@ -60,6 +60,17 @@ device_description_str: "{name}"
 
 
 TARGETS = {
+  "A100": _describe(
+    "NVIDIA A100-SXM4-80GB",
+    capability="8.0",
+    cores=108,
+    smem_core=167936,
+    smem_block=166912,
+    bandwidth=2_039_040_000_000,
+    l2=41_943_040,
+    clock_ghz=1.41,
+    memory=85_100_068_864,
+  ),
   "H100": _describe(
     "NVIDIA H100 80GB HBM3",
     capability="9.0",

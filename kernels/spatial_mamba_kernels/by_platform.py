@@ -51,19 +51,16 @@ class Kernel(NamedTuple):
 
   Attributes:
     plan: raises NotImplementedError, with the reason, for arrays that the
-      kernel cannot serve.
+      kernel cannot serve; asked again while lowering, of the device then known.
     passes: the backward one returns partial sums.
     finish: (arrays, partial sums) -> cotangents of `arrays`.
     sums: dimensions of the partial sums (see `per_shard`).
-    check_device: raises NotImplementedError, while lowering, where the device
-      cannot run it.
   """
 
   plan: Callable[[Arrays], Any]
   passes: Passes
   finish: Callable[[Arrays, Arrays], Arrays]
   sums: Any
-  check_device: Callable[[], None] = lambda: None
 
 
 class Dimensions(NamedTuple):
@@ -131,11 +128,7 @@ class Operator:
     return self._xla(arrays, implementation=implementation)
 
   def _serves(self, name, arrays):
-    try:
-      self._check_served(name, arrays)
-    except NotImplementedError:
-      return False
-    return True
+    return is_implemented(self._check_served, name, arrays)
 
   def _check_served(self, name, arrays):
     self._kernels[name].plan(arrays)
@@ -168,7 +161,7 @@ class Operator:
     once_more = jax.custom_vjp(chosen)
     once_more.defvjp(
       lambda *arguments: (chosen(*arguments), arguments),
-      lambda arguments, g: jax.vjp(run.on(None), *arguments)[1](g),
+      lambda arguments, g: jax.vjp(partial(run, None), *arguments)[1](g),
     )
     return once_more
 
@@ -176,9 +169,9 @@ class Operator:
     """The passes by a kernel's name, or XLA's."""
     return self._kernel(kernel) if kernel else self._default
 
-  def check_device(self, kernel: str) -> None:
+  def plan(self, kernel: str, arrays: Arrays) -> None:
     """See `Kernel`."""
-    self._kernels[kernel].check_device()
+    self._kernels[kernel].plan(arrays)
 
   def _anew_forward(self, arrays, *, save):
     saved = self._saves(arrays) if save else ()
@@ -239,32 +232,41 @@ class Run(NamedTuple):
   kernels: tuple[str, ...]
   named: bool
 
-  def on(self, platform: str | None) -> Callable[..., Arrays]:
-    """The pass as it runs on a platform."""
-    passes = self.operator.on(self._kernel_for(platform))
-    return partial(getattr(passes, self.name), **dict(self.options))
+  def __call__(
+    self, platform: str | None, arrays: Arrays, *rest: Any
+  ) -> Arrays:
+    """Runs the pass as a platform does it best, or XLA."""
+    passes = self.operator.on(self._kernel_for(platform, arrays))
+    run = getattr(passes, self.name)
+    return run(arrays, *rest, **dict(self.options))
 
-  def _kernel_for(self, platform):
+  def _kernel_for(self, platform, arrays):
     if self.named:
       return self.kernels[0]
     for name in self.kernels:
       if PLATFORMS[name] == platform:
-        try:
-          self.operator.check_device(name)
-        except NotImplementedError:
-          return None
-        return name
+        if is_implemented(self.operator.plan, name, arrays):
+          return name
     return None
+
+
+def is_implemented(check: Callable[..., Any], *arguments: Any) -> bool:
+  """Whether a check does not raise NotImplementedError."""
+  try:
+    check(*arguments)
+  except NotImplementedError:
+    return False
+  return True
 
 
 @partial(jax.jit, static_argnums=0)
 def run_by_platform(run: Run, arguments: Any) -> Any:
   """Runs a pass as the platform lowered for does it best."""
   if run.named:
-    return run.on(None)(*arguments)
+    return run(None, *arguments)
   leaves, tree = jax.tree.flatten(arguments)
   results = _primitive.bind(*leaves, run=run, tree=tree, axes=())
-  shapes = jax.eval_shape(run.on(None), *arguments)
+  shapes = jax.eval_shape(partial(run, None), *arguments)
   return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
@@ -279,8 +281,8 @@ def _flat(run, tree, axes, platform):
   """
 
   def function(*leaves):
-    on = run.on(None if axes else platform)
-    return jax.tree.leaves(on(*jax.tree.unflatten(tree, leaves)))
+    where = None if axes else platform
+    return jax.tree.leaves(run(where, *jax.tree.unflatten(tree, leaves)))
 
   for in_axes in axes:
     function = jax.vmap(function, in_axes)

@@ -2,14 +2,16 @@
 
 A vector of 128 channels lies across a warpgroup, one channel a thread, so that
 a recurrence over tokens and a stencil over pixels never leave their thread: no
-thread waits for another, but for what copies bring into shared memory and for
-sums over channels. Tokens and rows come through shared memory by the tensor
-memory accelerator (TMA), which leaves out what is beyond an array's end.
+thread waits for another, but for what is copied beside them and for sums over
+channels. Since Hopper the tensor memory accelerator (TMA) copies tokens and
+rows through shared memory, and leaves out what is beyond an array's end. Before
+it, each thread copies its own channel: what it will need next is on its way to
+registers while it computes, and results go straight to device memory.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,10 @@ from jax.extend.backend import get_default_device
 from spatial_mamba_kernels.typing import Array
 
 try:
+  from jax.experimental.mosaic import gpu as mgpu
   from jax.experimental.pallas import mosaic_gpu as plgpu
 except ImportError:  # Without absl-py, which it needs and JAX does not.
+  mgpu: Any = None
   plgpu: Any = None
 
 CHANNELS = 128
@@ -36,16 +40,58 @@ class Config:
     stages: pieces on their way into shared memory.
     programs: at least as many as a device has multiprocessors (132 on an H100
       or H200), if there is work for them.
-    smem_bytes: for rows, of the 227 KiB of shared memory that a program has.
   """
 
   tokens: int = 16
   stages: int = 4
   programs: int = 128
-  smem_bytes: int = 224 * 2**10
 
 
 CONFIG = Config()
+
+
+# What a program may have of shared memory, in KiB, by compute capability.
+SMEM_KIB = {
+  **dict.fromkeys(("8.0", "8.7"), 163),
+  **dict.fromkeys(("8.6", "8.9", "12.0", "12.1"), 99),
+  **dict.fromkeys(("9.0", "10.0", "10.3", "11.0"), 227),
+}
+
+
+class Device(NamedTuple):
+  """What kernels must know of a GPU.
+
+  Attributes:
+    tma: there is one, which copies.
+    smem_bytes: of shared memory that a program may have.
+  """
+
+  tma: bool
+  smem_bytes: int
+
+
+def device() -> Device:
+  """The GPU that kernels are for: JAX's default device.
+
+  To compile ahead of time, make it the one to compile for; where the default
+  device is no GPU, kernels are for a Hopper.
+
+  Raises:
+    NotImplementedError: no kernel can run there.
+  """
+  capability = getattr(get_default_device(), "compute_capability", "9.0")
+  if capability not in SMEM_KIB:
+    raise NotImplementedError(
+      f"mosaic_gpu knows NVIDIA's compute capabilities {', '.join(SMEM_KIB)},"
+      f" not {capability}"
+    )
+  tma = float(capability) >= 9
+  if not tma and jax.__version_info__ < (0, 11, 2):
+    raise NotImplementedError(
+      f"mosaic_gpu needs JAX 0.11.2 or newer for compute capability"
+      f" {capability}, not {jax.__version__}"
+    )
+  return Device(tma, SMEM_KIB[capability] * 2**10)
 
 
 def check_served(arrays: Sequence[Array]) -> None:
@@ -57,22 +103,7 @@ def check_served(arrays: Sequence[Array]) -> None:
       raise NotImplementedError(
         f"mosaic_gpu computes float32 and bfloat16, not {array.dtype}"
       )
-
-
-def check_device() -> None:
-  """Raises NotImplementedError where the GPU lowered for cannot run kernels.
-
-  It is the one that is there, or that a program is compiled for ahead of time
-  where that is JAX's default device; with neither, it is taken for a Hopper.
-  """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  device = device or get_default_device()
-  capability = getattr(device, "compute_capability", "9.0")
-  if not 9 <= float(capability) < 12:
-    raise NotImplementedError(
-      "mosaic_gpu needs a GPU with TMA and 227 KiB of shared memory a program"
-      f" (compute capability 9.0 to 11.0), not {capability}"
-    )
+  device()
 
 
 def blocks(channels: int) -> int:
@@ -81,9 +112,12 @@ def blocks(channels: int) -> int:
 
 
 def pad_channels(x: Array) -> Array:
-  """Fills channels up where the TMA asks for it: rows of 16 bytes, 128 wide."""
+  """Fills channels up where copies ask for it.
+
+  The TMA asks for rows of 16 bytes, 128 wide; threads for whole blocks.
+  """
   channels = x.shape[-1]
-  if channels > CHANNELS and channels % 8 == 0:
+  if device().tma and channels > CHANNELS and channels % 8 == 0:
     return x
   return pad_to_blocks(x)
 
@@ -115,7 +149,7 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any):
   """A kernel whose threads keep to their own channels.
 
   That makes barriers around each store needless. Where threads do read what
-  others wrote, or copies overwrite what threads read, `commit` stands between.
+  others wrote `meet` stands between, and `commit` where the TMA does.
   """
   return plgpu.kernel(
     body,
@@ -130,9 +164,53 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any):
   )
 
 
-def commit() -> None:
+def meet() -> None:
   """Waits until all threads of the warpgroup have read and written."""
-  plgpu.commit_smem()
+  if device().tma:
+    plgpu.commit_smem()
+  else:
+    _barrier()
+
+
+def _barrier():
+  # Pallas has none without a fence for the TMA, which older GPUs do not know.
+  plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
+
+
+def commit() -> None:
+  """Lets the TMA read what threads wrote, and overwrite what they read."""
+  if device().tma:
+    plgpu.commit_smem()
+
+
+def outlet(
+  name: str, shape: tuple[int, ...], dtype: Any
+) -> dict[str, Any]:
+  """Scratch for results, if it is the TMA that copies them out."""
+  return {name: plgpu.SMEM(shape, dtype)} if device().tma else {}
+
+
+def place(tiles: Any, index: Any, target: Any) -> Any:
+  """Where results go first: into one of an outlet's tiles, or to the target."""
+  return target if tiles is None else tiles.at[index]
+
+
+def wait_sent(copies: int) -> None:
+  """Waits until no more copies of results are being read from shared memory."""
+  if device().tma:
+    plgpu.wait_smem_to_gmem(copies, wait_read_only=True)
+
+
+def send(results: Any, target: Any) -> None:
+  """Copies results out, unless they have been written to the target."""
+  if results is not target:
+    plgpu.copy_smem_to_gmem(results, target)
+
+
+def finish() -> None:
+  """Waits until all results have been copied out."""
+  if device().tma:
+    plgpu.wait_smem_to_gmem(0)
 
 
 def vector(x: Array) -> Array:
@@ -163,9 +241,9 @@ def store_channel_sums(products: Any, out: Any) -> None:
     lane_dims=(-2,),
     vector_dim=-1,
   )
-  commit()
+  meet()
   _store(out, jnp.sum(_load(products, layout), axis=1))
-  commit()
+  meet()
 
 
 def _load(ref, layout):

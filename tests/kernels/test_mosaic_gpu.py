@@ -28,10 +28,28 @@ needs_interpreter = pytest.mark.skipif(
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-  """(columns=, races=, sizes) -> runs kernels cut so as JAX operations."""
+def on_gpu(monkeypatch):
+  """(compute capability) -> kernels are for such a GPU."""
 
-  def of_sizes(columns=gpu_strips.MOST_COLUMNS, races=True, **sizes):
+  def of_capability(capability):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(gpu_threads, "get_default_device", lambda: device)
+    jax.clear_caches()
+
+  yield of_capability
+  jax.clear_caches()
+
+
+@pytest.fixture
+def interpreted(monkeypatch, on_gpu):
+  """(gpu=, columns=, races=, sizes) -> runs kernels so as JAX operations."""
+
+  def of_sizes(
+    gpu="9.0", columns=gpu_strips.MOST_COLUMNS, races=True, **sizes
+  ):
+    on_gpu(gpu)
+    # The interpreter has no barriers, and no threads that they would hold.
+    monkeypatch.setattr(gpu_threads, "_barrier", lambda: None)
     sizes = {"programs": 1, "tokens": 4, "stages": 2, **sizes}
     monkeypatch.setattr(gpu_threads, "CONFIG", gpu_threads.Config(**sizes))
     monkeypatch.setattr(gpu_strips, "MOST_COLUMNS", columns)
@@ -41,10 +59,8 @@ def interpreted(monkeypatch):
     )
     stack.enter_context(plgpu.force_gpu_interpret_mode(parameters))
 
-  jax.clear_caches()
   with contextlib.ExitStack() as stack:
     yield of_sizes
-  jax.clear_caches()
 
 
 @needs_interpreter
@@ -58,6 +74,7 @@ def interpreted(monkeypatch):
     # So few images that tokens are cut into chunks, and rows into blocks, in
     # which the ring comes round.
     ((1, 17, 2, 4, 1), jnp.float32, {"programs": 4}),
+    ((1, 17, 2, 136, 1), jnp.bfloat16, {"programs": 8, "gpu": "8.0"}),
     # Strips of 8, 8 and 6 columns; two of these are computed, and written,
     # twice.
     (
@@ -100,6 +117,7 @@ def test_warpgroups_that_share_a_row(interpreted, ssm_arguments, monkeypatch):
     ((2, 9, 130, 1), jnp.bfloat16, {}),
     # Chunks of 3, 3, 3 and 2 tiles, of two tokens each.
     ((1, 21, 136, 3), jnp.float32, {"programs": 8, "tokens": 6}),
+    ((1, 21, 3, 3), jnp.bfloat16, {"programs": 4, "tokens": 6, "gpu": "8.0"}),
   ],
   ids=str,
 )
@@ -139,6 +157,7 @@ def test_selective_scan(
     ((1, 3, 6, 3), (1,), jnp.float32, {"columns": 2}),
     # Two strips, each at a border.
     ((1, 2, 12, 3), DILATIONS, jnp.float32, {"columns": 6}),
+    ((1, 14, 12, 3), DILATIONS, jnp.float32, {"columns": 6, "gpu": "8.0"}),
   ],
   ids=str,
 )
@@ -270,16 +289,31 @@ def test_without_absl(ssm_arguments, every_operator, monkeypatch):
 
 @pytest.mark.parametrize(
   ("capability", "is_kernel"),
-  [("8.0", False), ("9.0", True), ("10.3", True), ("12.0", False)],
+  [
+    ("7.5", False),
+    ("8.0", jax.__version_info__ >= (0, 11, 2)),
+    ("9.0", True),
+    ("10.3", True),
+    ("12.0", True),
+    ("gfx942", False),
+  ],
 )
-def test_older_gpus_are_left_to_xla(
-  ssm_arguments, every_operator, monkeypatch, capability, is_kernel
+def test_gpus_without_kernels_are_left_to_xla(
+  ssm_arguments, every_operator, on_gpu, capability, is_kernel
 ):
-  device = types.SimpleNamespace(compute_capability=capability)
-  monkeypatch.setattr(gpu_threads, "get_default_device", lambda: device)
+  on_gpu(capability)
   for operator, arrays in every_operator(ssm_arguments(1, 2, 3, 4, 1)):
     program = lowered_for_a_gpu(operator, arrays)
     assert ("@mosaic_gpu_v2" in program) == is_kernel
+
+
+def test_older_gpus_need_a_newer_jax(
+  ssm_arguments, every_operator, on_gpu, monkeypatch
+):
+  on_gpu("8.0")
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+  for operator, arrays in every_operator(ssm_arguments(1, 2, 3, 4, 1)):
+    assert_refused(operator, arrays, "needs JAX 0.11.2 or newer")
 
 
 def test_what_does_not_fit_is_cut(monkeypatch):
@@ -295,6 +329,14 @@ def test_what_does_not_fit_is_cut(monkeypatch):
   assert columns_and_rows(200, 320, jnp.float32) == [(20, 200), (18, 200)]
   # Strips are programs too.
   assert columns_and_rows(28, 28, jnp.float32, 8) == [(28, 6), (14, 7)]
+
+
+def test_rows_too_wide_for_a_smaller_gpu(fusion_arguments, on_gpu):
+  operator = partial(smk.state_fusion, dilations=DILATIONS)
+  arrays = fusion_arguments((1, 2, 30, 3), DILATIONS, jnp.float32)
+  assert "mosaic_gpu" in lowered_for_a_gpu(operator, arrays)
+  on_gpu("12.0")
+  assert_refused(operator, arrays, "reads 5 columns")
 
 
 def test_a_stencil_that_is_too_wide_is_refused():

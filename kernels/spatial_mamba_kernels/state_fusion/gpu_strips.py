@@ -20,6 +20,8 @@ from spatial_mamba_kernels.typing import Array
 
 # Columns of a strip: a thread keeps a sum for each in registers.
 MOST_COLUMNS = 32
+# Shared memory for what is not rows: barriers, and sums across warps.
+OTHER_BYTES = 3 * 2**10
 
 GRID = ("image", "block", "strip", "rows")
 
@@ -73,10 +75,11 @@ def cut(
     NotImplementedError: none fit.
   """
   batch, height, width, channels = shape
+  most_bytes = gpu.device().smem_bytes - OTHER_BYTES
   for strips in range(-(-width // MOST_COLUMNS), width + 1):
     strip = -(-width // strips)
     read = _columns_read(width, strip, reach)
-    if bytes_of(strip, read) <= gpu.CONFIG.smem_bytes:
+    if bytes_of(strip, read) <= most_bytes:
       programs = batch * gpu.blocks(channels) * strips
       parts = gpu.split(height, programs, least=reach)
       return Cut(height, width, reach, strip, -(-height // parts))
@@ -183,10 +186,14 @@ def kernel(
 class Stream:
   """Rows of an image on their way through a ring in shared memory.
 
+  While a row is computed the next one that is needed comes: by the TMA, to a
+  place of its own; by the threads, to their registers, and then in place of the
+  first row that was needed.
+
   Attributes:
     image: reference to [H, W, D].
     ring: reference to [S, W, D].
-    barriers: one for each place of the ring.
+    barriers: one for each place of the ring, or None without a TMA.
     rows: (first row to be computed, the one after the last).
     reach: so many rows before and after a row must be there with it.
   """
@@ -201,58 +208,74 @@ class Stream:
   def scratch(
     name: str, columns: int, dtype: Any, reach: int
   ) -> dict[str, Any]:
-    """The ring, with a place for the row that comes next, and the barriers."""
-    size = 2 * reach + 2
-    return {
-      name: plgpu.SMEM((size, columns, gpu.CHANNELS), dtype),
-      f"{name}_barriers": plgpu.Barrier(num_barriers=size),
-    }
+    """The ring, and the barriers."""
+    size = Stream.places(reach)
+    ring = {name: plgpu.SMEM((size, columns, gpu.CHANNELS), dtype)}
+    if gpu.device().tma:
+      ring[f"{name}_barriers"] = plgpu.Barrier(num_barriers=size)
+    return ring
 
-  @property
-  def _first(self):
-    return jnp.maximum(self.rows[0] - self.reach, 0)
+  @staticmethod
+  def places(reach: int) -> int:
+    """How many rows its ring has."""
+    return 2 * reach + 1 + gpu.device().tma
 
   @property
   def _end(self):
     return jnp.minimum(self.rows[1] + self.reach, self.image.shape[0])
 
   def start(self) -> None:
-    """Fetches rows, and waits for all that the first row needs but the last."""
+    """Brings all that the first row needs, but may not wait for the last."""
+    first = jnp.maximum(self.rows[0] - self.reach, 0)
+    last = self.rows[0] + self.reach
 
-    @pl.loop(
-      self._first, jnp.minimum(self._first + len_of(self.ring), self._end)
-    )
+    @pl.loop(first, jnp.minimum(last + 1, self._end))
     def _(row):
-      self._fetch(row)
+      if self.barriers is None:
+        self._put(row, self._load(row))
+      else:
+        self._fetch(row)
 
-    @pl.loop(self._first, jnp.minimum(self.rows[0] + self.reach, self._end))
-    def _(row):
-      self._wait(row)
+    if self.barriers is not None:
+      pl.loop(first, jnp.minimum(last, self._end))(self._wait)
+
+  def request(self, row: Any) -> list[Any]:
+    """Begins to bring what the row after this one needs, for `receive`."""
+    following = row + self.reach + 1
+    if self.barriers is None:
+      return self._load(jnp.minimum(following, self._end - 1))
+    pl.when(following < self._end)(lambda: self._fetch(following))
+    return []
 
   def arrive(self, row: Any) -> None:
     """Waits for the last of the rows that `row` needs."""
+    last = row + self.reach
+    if self.barriers is not None:
+      pl.when(last < self._end)(lambda: self._wait(last))
 
-    @pl.when(row + self.reach < self._end)
-    def _():
-      self._wait(row + self.reach)
+  def receive(self, row: Any, requested: list[Any]) -> None:
+    """Takes what was requested, when `row` has been computed."""
+    self._put(row + self.reach + 1, requested)
 
-  def release(self, row: Any) -> None:
-    """Fetches a row in place of the first of those that `row` needed."""
-    done = row - self.reach
-    following = done + len_of(self.ring)
+  def _place(self, row):
+    return row % len_of(self.ring)
 
-    @pl.when((done >= self._first) & (following < self._end))
-    def _():
-      self._fetch(following)
+  def _load(self, row):
+    return [self.image[row, j] for j in range(self.ring.shape[1])]
+
+  def _put(self, row, columns):
+    place = self.ring.at[self._place(row)]
+    for j, column in enumerate(columns):
+      place[j] = column
 
   def _fetch(self, row):
-    place = row % len_of(self.ring)
+    place = self._place(row)
     plgpu.copy_gmem_to_smem(
       self.image.at[row], self.ring.at[place], self.barriers.at[place]
     )
 
   def _wait(self, row):
-    plgpu.barrier_wait(self.barriers.at[row % len_of(self.ring)])
+    plgpu.barrier_wait(self.barriers.at[self._place(row)])
 
 
 def len_of(ring: Any) -> int:
@@ -273,12 +296,13 @@ def for_rows(
   """
 
   def step(row, carry):
+    requested = [stream.request(row) for stream in streams]
     for stream in streams:
       stream.arrive(row)
     carry = body(row, carry)
     gpu.commit()
-    for stream in streams:
-      stream.release(row)
+    for stream, columns in zip(streams, requested, strict=True):
+      stream.receive(row, columns)
     return carry
 
   for stream in streams:
@@ -287,15 +311,17 @@ def for_rows(
 
 
 def store(values: Sequence[Array], tile: Any, row: Any) -> None:
-  """Writes a row of results, while the next one is computed.
+  """Writes a row of results.
 
   Args:
     values: for each column a vector of channels.
-    tile: reference to [W, D] in shared memory, for this alone.
+    tile: reference to [W, D] in shared memory, from which they are copied while
+      the next row is computed, or None without a TMA.
     row: reference to [W, D].
   """
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  place = row if tile is None else tile
+  gpu.wait_sent(0)
   for j, value in enumerate(values):
-    tile[j] = value.astype(tile.dtype)
+    place[j] = value.astype(place.dtype)
   gpu.commit()
-  plgpu.copy_smem_to_gmem(tile, row)
+  gpu.send(place, row)

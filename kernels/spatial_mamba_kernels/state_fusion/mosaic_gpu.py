@@ -29,7 +29,6 @@ def kernel(dilations: tuple[int, ...]) -> Kernel:
     ),
     partial(finish, stencil=stencil),
     SUMS,
-    check_device=gpu.check_device,
   )
 
 
@@ -68,11 +67,10 @@ def cut_to_fuse(
   sums = gpu.CHANNELS * gpu.ROWS_SUMMED * 4
 
   def bytes_of(strip, read):
-    ring = (
-      (stencil.window + 1) * read * gpu.CHANNELS * jnp.dtype(states).itemsize
-    )
-    # Two rows of the image come; one of the result, or products, goes.
-    return ring + 2 * strip * other + max(strip * other, sums)
+    ring = Stream.places(stencil.reach) * read
+    ring *= gpu.CHANNELS * jnp.dtype(states).itemsize
+    # Rows of the image come; one of the result, or products, goes.
+    return ring + Stream.places(0) * strip * other + max(strip * other, sums)
 
   return strips.cut(shape, stencil.reach, bytes_of)
 
@@ -85,7 +83,8 @@ def cut_to_states(
 
   def bytes_of(strip, read):
     ring = stencil.window * (read + 2 * len(stencil.distances)) * 4
-    return (ring + 2 * read * come + strip * go) * gpu.CHANNELS
+    rows = ring + Stream.places(0) * read * come + strip * go
+    return rows * gpu.CHANNELS
 
   return strips.cut(shape, stencil.reach, bytes_of)
 
@@ -110,7 +109,7 @@ def fuse(h, weights, *, stencil, dtype, observe=None):
   h = gpu.pad_channels(h)
   operands = [h, gpu.parameters(weights)]
   scratch = {
-    "tile": plgpu.SMEM((cut.strip, gpu.CHANNELS), dtype),
+    **gpu.outlet("tile", (cut.strip, gpu.CHANNELS), dtype),
     **Stream.scratch("ring", cut.read, h.dtype, stencil.reach),
   }
   if observe:
@@ -130,7 +129,7 @@ def fuse(h, weights, *, stencil, dtype, observe=None):
 
 
 def _fuse_kernel(
-  h, weights, *refs, stencil, tile, ring, ring_barriers, **scratch
+  h, weights, *refs, stencil, ring, tile=None, ring_barriers=None, **scratch
 ):  # fmt: skip
   *observed, y, program = refs
   rows = program.first_row, program.end_row
@@ -154,7 +153,7 @@ def _fuse_kernel(
     strips.store(fused, tile, program.own_rows_of(y).at[row])
 
   strips.for_rows(rows, streams, fuse_row, None)
-  plgpu.wait_smem_to_gmem(0)
+  gpu.finish()
 
 
 def _image_of(image, program, scratch):
@@ -162,7 +161,7 @@ def _image_of(image, program, scratch):
   return Stream(
     program.own_rows_of(image),
     scratch["image"],
-    scratch["image_barriers"],
+    scratch.get("image_barriers"),
     (program.first_row, program.end_row),
     0,
   )
@@ -254,7 +253,7 @@ def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
 
 
 def _weights_kernel(
-  h, weights, g, C, dweights, *refs, stencil, ring, ring_barriers, **scratch
+  h, weights, g, C, dweights, *refs, stencil, ring, ring_barriers=None, **scratch
 ):  # fmt: skip
   *dC, program = refs
   cut, size = program.cut, program.cut.strip
@@ -329,7 +328,7 @@ def states_backward(g, weights, *, stencil, dtype, C=None):
     cut,
     out_type=jax.ShapeDtypeStruct(g.shape, dtype),
     scratch_types={
-      "tile": plgpu.SMEM((cut.strip, gpu.CHANNELS), dtype),
+      **gpu.outlet("tile", (cut.strip, gpu.CHANNELS), dtype),
       "ring": plgpu.SMEM((stencil.window, *row), jnp.float32),
       **Stream.scratch("image", cut.read, g.dtype, 0),
     },
@@ -341,7 +340,7 @@ def states_backward(g, weights, *, stencil, dtype, C=None):
 
 
 def _states_kernel(
-  g, weights, *refs, stencil, tile, ring, image, image_barriers
+  g, weights, *refs, stencil, ring, image, tile=None, image_barriers=None
 ):
   *C, dh, program = refs
   cut, reach = program.cut, stencil.reach
@@ -366,12 +365,12 @@ def _states_kernel(
 
   @pl.loop(first, program.end_row + reach)
   def _(row):
+    requested = coming.request(row)
+
     @pl.when(row < end)
     def _():
       coming.arrive(row)
       take_row(row)
-      gpu.commit()
-      coming.release(row)
 
     @pl.when(row - reach >= program.first_row)
     def _():
@@ -380,7 +379,10 @@ def _states_kernel(
       )
       strips.store(total, tile, program.own_rows_of(dh).at[row - reach])
 
-  plgpu.wait_smem_to_gmem(0)
+    gpu.commit()
+    coming.receive(row, requested)
+
+  gpu.finish()
 
 
 def _folded(values, stencil, program):

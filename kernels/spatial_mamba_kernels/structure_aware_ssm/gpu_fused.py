@@ -53,8 +53,8 @@ GOING_ON += [(offset, _taps(offset, 0)) for offset in (-1, -3, -5)]
 # with 4 warpgroups it has 128 of these.
 MOST_COLUMNS = 14
 MOST_WARPGROUPS = 4
-# What a program may have but for barriers, of which there are ten at most.
-MOST_BYTES = 227 * 2**10 - 10 * 8
+# Of barriers, of which there are ten at most.
+BARRIER_BYTES = 10 * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,11 @@ def share(shape: tuple[int, ...], image: Any, delta: Any) -> Share:
 
   Raises:
     NotImplementedError: the rows do not fit into registers and shared memory,
-      or there are too few images to keep a GPU busy.
+      there are too few images to keep a GPU busy, or no TMA copies rows.
   """
+  device = gpu.device()
+  if not device.tma:
+    raise NotImplementedError("rows are copied by a TMA")
   batch, _, width, channels = shape
   if batch * gpu.blocks(channels) < gpu.CONFIG.programs // 2:
     raise NotImplementedError("too few programs")
@@ -88,7 +91,7 @@ def share(shape: tuple[int, ...], image: Any, delta: Any) -> Share:
       row = width * gpu.CHANNELS
       come = 2 * jnp.dtype(image).itemsize + jnp.dtype(delta).itemsize
       numbers = _numbers(warpgroups) * gpu.CHANNELS * 4
-      if row * (RING * 4 + come) + numbers <= MOST_BYTES:
+      if row * (RING * 4 + come) + numbers <= device.smem_bytes - BARRIER_BYTES:
         return Share(warpgroups, columns)
   raise NotImplementedError(f"rows of {width} pixels do not fit")
 

@@ -131,5 +131,4 @@ KERNEL = Kernel(
     (BATCH, WHOLE, CHANNELS),
     (BATCH, WHOLE, CHANNELS),
   ),
-  check_device=gpu.check_device,
 )

@@ -1,0 +1,186 @@
+"""How GPU kernels walk over the tokens of an image, tile by tile.
+
+A program takes all tokens for 128 channels, or a chunk of them where a GPU
+needs more programs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from spatial_mamba_kernels import gpu_threads as gpu
+from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.typing import Array
+
+GRID = ("image", "block", "chunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+  """How the tokens of an image are cut: into chunks of whole tiles.
+
+  Attributes:
+    states: of a channel.
+    tiles: in all; the last one may reach beyond the tokens.
+    per_chunk: tiles of a chunk; the last one may have fewer.
+  """
+
+  states: int
+  tiles: int
+  per_chunk: int
+
+  @classmethod
+  def of(cls, u: Array, A: Array) -> "Chunks":
+    """As many chunks as a GPU needs, and no more."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    tiles = -(-length // tokens_of_tile(states))
+    programs = batch * gpu.blocks(channels)
+    parts = gpu.split(tiles, programs, least=gpu.CONFIG.stages)
+    return cls(states, tiles, -(-tiles // parts))
+
+  @property
+  def tile(self) -> int:
+    """Tokens of a tile."""
+    return tokens_of_tile(self.states)
+
+  @property
+  def count(self) -> int:
+    """How many chunks there are."""
+    return -(-self.tiles // self.per_chunk)
+
+  def tiles_of(self, chunk: Any) -> Any:
+    """How many tiles a chunk has."""
+    if self.tiles % self.per_chunk == 0:
+      return self.per_chunk
+    return jnp.minimum(self.per_chunk, self.tiles - chunk * self.per_chunk)
+
+  def pad(self, x: Array) -> Array:
+    """Fills up channels and tokens, [B, L, ..., D], where copies ask for it."""
+    x = gpu.pad_channels(x)
+    return x if gpu.device().tma else self.pad_tokens(x)
+
+  def pad_tokens(self, x: Array) -> Array:
+    """Fills tokens up to whole tiles."""
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, self.tiles * self.tile - x.shape[1])
+    return jnp.pad(x, padding)
+
+
+def tokens_of_tile(states):
+  """So many that the code is as long for any number of states."""
+  return max(1, gpu.CONFIG.tokens // states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What this program computes: its place in the grid."""
+
+  chunks: Chunks
+  image: Any
+  block: Any
+  chunk: Any
+
+  @classmethod
+  def this(cls, chunks: Chunks) -> "Program":
+    """The one that runs."""
+    return cls(chunks, *(lax.axis_index(name) for name in GRID))
+
+  @property
+  def channels(self) -> Any:
+    """Index of its channels."""
+    return pl.ds(self.block * gpu.CHANNELS, gpu.CHANNELS)
+
+
+def for_tiles(
+  body: Callable[..., Any],
+  refs: Sequence[Any],
+  program: Program,
+  carry: Any,
+  *,
+  reverse: bool = False,
+  last_of: Sequence[Any] = (),
+) -> Any:
+  """Calls body(tile, *tiles, carry) for the tiles of a chunk.
+
+  Args:
+    body: returns the next carry.
+    refs: references to [B, L, ..., D].
+    program: whose chunk it is.
+    carry: the first one.
+    reverse: from the last tile to the first.
+    last_of: references of which the body is given, after the tiles, the last
+      token before the tile; the first tile's is meaningless.
+  """
+  chunks = program.chunks
+  count = chunks.tiles_of(program.chunk)
+
+  def tile_of(step):
+    step = count - 1 - step if reverse else step
+    return program.chunk * chunks.per_chunk + step
+
+  def first(tile):
+    return tile * chunks.tile
+
+  def last_before(tile):
+    return jnp.maximum(tile * chunks.tile - 1, 0)
+
+  sources = [(ref, chunks.tile, first) for ref in refs]
+  sources += [(ref, 1, last_before) for ref in last_of]
+  walk = _by_tma if gpu.device().tma else _by_threads
+  return walk(body, sources, program, tile_of, count, carry)
+
+
+def _by_tma(body, sources, program, tile_of, count, carry):
+  def spec(ref, tokens, first):
+    rest = ref.shape[2:-1]
+    return plgpu.BlockSpec(
+      (None, pl.Element(tokens), *rest, gpu.CHANNELS),
+      lambda step: (
+        *(program.image, first(tile_of(step))),
+        *(*(0 for _ in rest), program.block),
+      ),
+    )
+
+  def step(indices, *arguments):
+    return body(tile_of(indices[0]), *arguments)
+
+  return plgpu.emit_pipeline(
+    step,
+    grid=(count,),
+    in_specs=[spec(*source) for source in sources],
+    max_concurrent_steps=gpu.CONFIG.stages,
+    init_carry=carry,
+  )(*(ref for ref, *_ in sources))
+
+
+def _by_threads(body, sources, program, tile_of, count, carry):
+  """While a tile is computed, the next one is on its way to registers."""
+
+  def load(step):
+    tile = tile_of(jnp.minimum(step, count - 1))
+    return [_load(*source, program, tile) for source in sources]
+
+  def step(index, carry):
+    tiles, carry = carry
+    coming = load(index + 1)
+    return coming, body(tile_of(index), *tiles, carry)
+
+  _, carry = lax.fori_loop(0, count, step, (load(0), carry))
+  return carry
+
+
+def _load(ref, tokens, first, program, tile):
+  """{index: vector of channels} of a tile."""
+  start, rest = first(tile), ref.shape[2:-1]
+  return {
+    (j, *indices) if rest else j: gpu.vector(
+      ref[program.image, start + j, *indices, program.channels]
+    )
+    for j, *indices in np.ndindex(tokens, *rest)
+  }
