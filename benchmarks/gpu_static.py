@@ -1,22 +1,26 @@
 """What the GPU kernels take, read off the compiled programs; no GPU is needed.
 
-    python -m benchmarks.gpu_static > table.md
+    python -m benchmarks.gpu_static H200 > table.md
 
 For each kernel of the operators at the stages of the tiny model, compiled for
-an H200: registers of a thread, shared memory of a program, and instructions (in
-PTX, of 128 channels' 4 warps each) a token, of its longest loop with each
-branch taken and each loop in it run once.
+one of `gpu_targets`: registers of a thread, shared memory of a program, and
+instructions (in PTX, of 128 channels' 4 warps each) a token, of its longest
+loop with each branch taken and each loop in it run once.
 
 Needs `pip install ".[train,aot]"`. Takes a minute or two on two cores.
 """
 
-from benchmarks.tpu_static import BATCH_SIZE, OPS, STAGES, compiled
+import argparse
 
-TARGET = "H200"
+from benchmarks.gpu_targets import TARGETS
+from benchmarks.tpu_static import BATCH_SIZE, OPS, STAGES, compiled
 
 
 def main() -> None:
   """Prints a Markdown table."""
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static")
+  parser.add_argument("target", choices=TARGETS)
+  target = parser.parse_args().target
   sizes = ", ".join(f"{size} x {size}" for size, *_ in STAGES)
   print(
     f"| kernel, bfloat16, batch {BATCH_SIZE}, at {sizes}"
@@ -25,14 +29,14 @@ def main() -> None:
   print("| --- | --- | --- | --- |")
   for op in OPS:
     for direction in ("forward", "backward"):
-      for row in _rows(op, direction):
+      for row in _rows(target, op, direction):
         print(row, flush=True)
 
 
-def _rows(op, direction):
+def _rows(target, op, direction):
   records = [
     compiled(
-      *("kernel", op, direction, "--target", TARGET),
+      *("kernel", op, direction, "--target", target),
       *("--shape", BATCH_SIZE, size, size, *rest),
     )["programs"]
     for size, *rest in STAGES

@@ -71,6 +71,17 @@ TARGETS = {
     clock_ghz=1.41,
     memory=85_100_068_864,
   ),
+  "L4": _describe(
+    "NVIDIA L4",
+    capability="8.9",
+    cores=58,
+    smem_core=102400,
+    smem_block=101376,
+    bandwidth=300_000_000_000,
+    l2=50_331_648,
+    clock_ghz=2.04,
+    memory=23_000_000_000,
+  ),
   "H100": _describe(
     "NVIDIA H100 80GB HBM3",
     capability="9.0",

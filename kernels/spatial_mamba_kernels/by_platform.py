@@ -244,9 +244,9 @@ class Run(NamedTuple):
     if self.named:
       return self.kernels[0]
     for name in self.kernels:
-      if PLATFORMS[name] == platform:
-        if is_implemented(self.operator.plan, name, arrays):
-          return name
+      here = PLATFORMS[name] == platform
+      if here and is_implemented(self.operator.plan, name, arrays):
+        return name
     return None
 
 

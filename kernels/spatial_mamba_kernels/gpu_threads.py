@@ -11,13 +11,12 @@ registers while it computes, and results go straight to device memory.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.backend import get_default_device
 
+from spatial_mamba_kernels.gpu_device import device
 from spatial_mamba_kernels.typing import Array
 
 try:
@@ -48,50 +47,6 @@ class Config:
 
 
 CONFIG = Config()
-
-
-# What a program may have of shared memory, in KiB, by compute capability.
-SMEM_KIB = {
-  **dict.fromkeys(("8.0", "8.7"), 163),
-  **dict.fromkeys(("8.6", "8.9", "12.0", "12.1"), 99),
-  **dict.fromkeys(("9.0", "10.0", "10.3", "11.0"), 227),
-}
-
-
-class Device(NamedTuple):
-  """What kernels must know of a GPU.
-
-  Attributes:
-    tma: there is one, which copies.
-    smem_bytes: of shared memory that a program may have.
-  """
-
-  tma: bool
-  smem_bytes: int
-
-
-def device() -> Device:
-  """The GPU that kernels are for: JAX's default device.
-
-  To compile ahead of time, make it the one to compile for; where the default
-  device is no GPU, kernels are for a Hopper.
-
-  Raises:
-    NotImplementedError: no kernel can run there.
-  """
-  capability = getattr(get_default_device(), "compute_capability", "9.0")
-  if capability not in SMEM_KIB:
-    raise NotImplementedError(
-      f"mosaic_gpu knows NVIDIA's compute capabilities {', '.join(SMEM_KIB)},"
-      f" not {capability}"
-    )
-  tma = float(capability) >= 9
-  if not tma and jax.__version_info__ < (0, 11, 2):
-    raise NotImplementedError(
-      f"mosaic_gpu needs JAX 0.11.2 or newer for compute capability"
-      f" {capability}, not {jax.__version__}"
-    )
-  return Device(tma, SMEM_KIB[capability] * 2**10)
 
 
 def check_served(arrays: Sequence[Array]) -> None:
@@ -183,9 +138,7 @@ def commit() -> None:
     plgpu.commit_smem()
 
 
-def outlet(
-  name: str, shape: tuple[int, ...], dtype: Any
-) -> dict[str, Any]:
+def outlet(name: str, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
   """Scratch for results, if it is the TMA that copies them out."""
   return {name: plgpu.SMEM(shape, dtype)} if device().tma else {}
 

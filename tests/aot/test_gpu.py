@@ -11,21 +11,25 @@ from benchmarks.tpu_static import compiled
 
 pytestmark = pytest.mark.aot
 
-A100 = pytest.param(
-  "A100",
-  marks=pytest.mark.skipif(
-    jax.__version_info__ < (0, 11, 2),
-    reason="older versions of JAX abort: .ci/run compiles for an A100 with the"
-    " newest jax",
-  ),
+needs_new_jax = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11, 2),
+  reason="older versions of JAX abort: .ci/run compiles these with the"
+  " newest jax",
 )
+A100 = pytest.param("A100", marks=needs_new_jax)
 TARGETS = (A100, "H100", "H200", "B200")
 # With and without a TMA.
 KINDS = (A100, "H200")
 DIRECTIONS = ("forward", "backward")
 OPS = ("selective_scan", "state_fusion", "structure_aware_ssm")
 # What a program may have, in bytes.
-MOST_SMEM = {"A100": 166_912, "H100": 232_448, "H200": 232_448, "B200": 232_448}
+MOST_SMEM = {
+  "A100": 166_912,
+  "L4": 101_376,
+  "H100": 232_448,
+  "H200": 232_448,
+  "B200": 232_448,
+}
 # Kernels of the operators, forward and backward.
 COUNTS = {
   ("selective_scan", "forward"): 1,
@@ -104,6 +108,17 @@ def test_several_states(target, states, direction):
   assert_kernels_compile(
     target, "selective_scan", direction, "--shape", 128, 14, 14, 512, states
   )
+
+
+@needs_new_jax
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+  ("op", "size"),
+  [("selective_scan", 56), ("structure_aware_ssm", 7)],
+)
+def test_little_shared_memory(op, size, direction):
+  shape = (128, size, size, 1024, 1)
+  assert_kernels_compile("L4", op, direction, "--shape", *shape)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 import spatial_mamba_kernels as smk
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from spatial_mamba_kernels import gpu_threads
+from spatial_mamba_kernels import gpu_device, gpu_threads
 from spatial_mamba_kernels.state_fusion import gpu_strips, mosaic_gpu
 from spatial_mamba_kernels.state_fusion.taps import Stencil
 from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
@@ -33,7 +33,7 @@ def on_gpu(monkeypatch):
 
   def of_capability(capability):
     device = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(gpu_threads, "get_default_device", lambda: device)
+    monkeypatch.setattr(gpu_device, "get_default_device", lambda: device)
     jax.clear_caches()
 
   yield of_capability
@@ -44,9 +44,7 @@ def on_gpu(monkeypatch):
 def interpreted(monkeypatch, on_gpu):
   """(gpu=, columns=, races=, sizes) -> runs kernels so as JAX operations."""
 
-  def of_sizes(
-    gpu="9.0", columns=gpu_strips.MOST_COLUMNS, races=True, **sizes
-  ):
+  def of_sizes(gpu="9.0", columns=gpu_strips.MOST_COLUMNS, races=True, **sizes):
     on_gpu(gpu)
     # The interpreter has no barriers, and no threads that they would hold.
     monkeypatch.setattr(gpu_threads, "_barrier", lambda: None)

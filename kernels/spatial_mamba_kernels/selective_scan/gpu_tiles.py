@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels import gpu_threads as gpu
+from spatial_mamba_kernels.gpu_device import device
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.typing import Array
 
@@ -63,7 +64,7 @@ class Chunks:
   def pad(self, x: Array) -> Array:
     """Fills up channels and tokens, [B, L, ..., D], where copies ask for it."""
     x = gpu.pad_channels(x)
-    return x if gpu.device().tma else self.pad_tokens(x)
+    return x if device().tma else self.pad_tokens(x)
 
   def pad_tokens(self, x: Array) -> Array:
     """Fills tokens up to whole tiles."""
@@ -132,7 +133,7 @@ def for_tiles(
 
   sources = [(ref, chunks.tile, first) for ref in refs]
   sources += [(ref, 1, last_before) for ref in last_of]
-  walk = _by_tma if gpu.device().tma else _by_threads
+  walk = _by_tma if device().tma else _by_threads
   return walk(body, sources, program, tile_of, count, carry)
 
 
@@ -142,8 +143,10 @@ def _by_tma(body, sources, program, tile_of, count, carry):
     return plgpu.BlockSpec(
       (None, pl.Element(tokens), *rest, gpu.CHANNELS),
       lambda step: (
-        *(program.image, first(tile_of(step))),
-        *(*(0 for _ in rest), program.block),
+        program.image,
+        first(tile_of(step)),
+        *(0 for _ in rest),
+        program.block,
       ),
     )
 
@@ -164,7 +167,7 @@ def _by_threads(body, sources, program, tile_of, count, carry):
 
   def load(step):
     tile = tile_of(jnp.minimum(step, count - 1))
-    return [_load(*source, program, tile) for source in sources]
+    return [_load(program, tile, *source) for source in sources]
 
   def step(index, carry):
     tiles, carry = carry
@@ -175,7 +178,7 @@ def _by_threads(body, sources, program, tile_of, count, carry):
   return carry
 
 
-def _load(ref, tokens, first, program, tile):
+def _load(program, tile, ref, tokens, first):
   """{index: vector of channels} of a tile."""
   start, rest = first(tile), ref.shape[2:-1]
   return {

@@ -8,7 +8,6 @@ first. See `gpu_threads` for how channels lie.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +226,9 @@ def _forward_kernel(
     gpu.send(place, target)
     return state
 
-  carry = [gpu.vector(before[image, program.chunk, n, channels]) for n in states]
+  carry = [
+    gpu.vector(before[image, program.chunk, n, channels]) for n in states
+  ]
   for_tiles(scan_tile, (u, delta), program, carry)
   gpu.finish()
 
@@ -278,8 +279,7 @@ def _backward_kernel(*refs, products, du_tiles=None, ddelta_tiles=None):
     before = [jnp.where(tile > 0, before[0, n], 0) for n in states]
     first = tile * chunks.tile
     targets = [
-      ref.at[image, pl.ds(first, chunks.tile), channels]
-      for ref in (du, ddelta)
+      ref.at[image, pl.ds(first, chunks.tile), channels] for ref in (du, ddelta)
     ]
     du_place, ddelta_place = places = [
       gpu.place(tiles, tile % 2, target)

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels import gpu_threads as gpu
+from spatial_mamba_kernels.gpu_device import device
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.state_fusion.taps import clip
 from spatial_mamba_kernels.typing import Array
@@ -75,7 +76,7 @@ def cut(
     NotImplementedError: none fit.
   """
   batch, height, width, channels = shape
-  most_bytes = gpu.device().smem_bytes - OTHER_BYTES
+  most_bytes = device().smem_bytes - OTHER_BYTES
   for strips in range(-(-width // MOST_COLUMNS), width + 1):
     strip = -(-width // strips)
     read = _columns_read(width, strip, reach)
@@ -211,14 +212,14 @@ class Stream:
     """The ring, and the barriers."""
     size = Stream.places(reach)
     ring = {name: plgpu.SMEM((size, columns, gpu.CHANNELS), dtype)}
-    if gpu.device().tma:
-      ring[f"{name}_barriers"] = plgpu.Barrier(num_barriers=size)
-    return ring
+    if not device().tma:
+      return ring
+    return {**ring, f"{name}_barriers": plgpu.Barrier(num_barriers=size)}
 
   @staticmethod
   def places(reach: int) -> int:
     """How many rows its ring has."""
-    return 2 * reach + 1 + gpu.device().tma
+    return 2 * reach + 1 + device().tma
 
   @property
   def _end(self):
@@ -237,7 +238,10 @@ class Stream:
         self._fetch(row)
 
     if self.barriers is not None:
-      pl.loop(first, jnp.minimum(last, self._end))(self._wait)
+
+      @pl.loop(first, jnp.minimum(last, self._end))
+      def _(row):
+        self._wait(row)
 
   def request(self, row: Any) -> list[Any]:
     """Begins to bring what the row after this one needs, for `receive`."""

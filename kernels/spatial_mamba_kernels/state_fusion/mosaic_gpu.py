@@ -253,9 +253,9 @@ def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
 
 
 def _weights_kernel(
-  h, weights, g, C, dweights, *refs, stencil, ring, ring_barriers=None, **scratch
+  h, weights, g, C, *refs, stencil, ring, ring_barriers=None, **scratch
 ):  # fmt: skip
-  *dC, program = refs
+  dweights, *dC, program = refs
   cut, size = program.cut, program.cut.strip
   rows = program.first_row, program.end_row
   streams = [

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels import gpu_threads as gpu
+from spatial_mamba_kernels.gpu_device import device
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.state_fusion.taps import (
   Stencil,
@@ -77,8 +78,8 @@ def share(shape: tuple[int, ...], image: Any, delta: Any) -> Share:
     NotImplementedError: the rows do not fit into registers and shared memory,
       there are too few images to keep a GPU busy, or no TMA copies rows.
   """
-  device = gpu.device()
-  if not device.tma:
+  tma, smem_bytes = device()
+  if not tma:
     raise NotImplementedError("rows are copied by a TMA")
   batch, _, width, channels = shape
   if batch * gpu.blocks(channels) < gpu.CONFIG.programs // 2:
@@ -91,7 +92,7 @@ def share(shape: tuple[int, ...], image: Any, delta: Any) -> Share:
       row = width * gpu.CHANNELS
       come = 2 * jnp.dtype(image).itemsize + jnp.dtype(delta).itemsize
       numbers = _numbers(warpgroups) * gpu.CHANNELS * 4
-      if row * (RING * 4 + come) + numbers <= device.smem_bytes - BARRIER_BYTES:
+      if row * (RING * 4 + come) + numbers <= smem_bytes - BARRIER_BYTES:
         return Share(warpgroups, columns)
   raise NotImplementedError(f"rows of {width} pixels do not fit")
 
