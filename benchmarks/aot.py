@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import re
-import runpy
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,8 +43,9 @@ from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_gpu as gpu_ssm
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as tpu_ssm
 
-from benchmarks import gpu_code, tpu_code
+from benchmarks import gpu_code, network, tpu_code
 from benchmarks.gpu_targets import TARGETS as GPUS
+from spatial_mamba_jax.training.state import state_shapes
 
 # A host of one v5e that is not there either. Nothing is computed, so processes
 # may share it.
@@ -231,39 +231,19 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
 def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """A training step of one of the ImageNet experiments, without MESA."""
   del dump
-  # Here, because kernels are compiled without what training needs.
-  from spatial_mamba_jax.training import optimizer as optimizers
-  from spatial_mamba_jax.training import state as states
-  from spatial_mamba_jax.training import step as steps
-
   mesh = _mesh(arguments.target)
-  config = runpy.run_path(f"configs/imagenet_{arguments.model}.py")[
-    "get_config"
-  ]()
-  config.mesa_weight = 0.0
-  config.batch_size = arguments.batch_size * mesh.size
-  config.model.implementation = arguments.implementation
-  epoch_steps = 1_281_167 // config.batch_size
-  schedule = optimizers.make_schedule(
-    config.optimizer,
-    batch_size=config.batch_size,
-    epochs=config.epochs,
-    epoch_steps=epoch_steps,
+  config = network.experiment(
+    f"spatial_mamba_{arguments.model}",
+    batch_size=arguments.batch_size * mesh.size,
+    dtype="bfloat16",
+    implementation=arguments.implementation,
   )
-  optimizer = optimizers.make_optimizer(config.optimizer, schedule)
-  model = states.PureModel(config.model.build())
-  function = steps.make_train_step(
-    model,
-    optimizer,
-    steps.make_preprocess(config),
-    config,
-    epoch_steps=epoch_steps,
-  )
+  function, model, optimizer = network.training_step(config)
   whole = NamedSharding(mesh, PartitionSpec())
   split = NamedSharding(mesh, PartitionSpec("data"))
   state = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-    states.state_shapes(model, optimizer),
+    state_shapes(model, optimizer),
   )
   shape = (config.batch_size, 224, 224, 3)
   batch = {

@@ -3,9 +3,11 @@
 import json
 import sys
 
+import jax
 import pytest
+import spatial_mamba_kernels as smk
 
-from benchmarks import aot, tpu_code
+from benchmarks import aot, device, network, operators, table, tpu_code
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models.config import get_model_config
 
@@ -15,23 +17,78 @@ from spatial_mamba_jax.models.config import get_model_config
 )
 def test_work_is_the_papers(size, gmac):
   config = get_model_config(f"spatial_mamba_{size}")
-  assert benchmark.forward_flops(config, 224) == pytest.approx(
+  assert network.forward_flops(config, 224) == pytest.approx(
     2e9 * gmac, rel=0.01
   )
 
 
+def run(main, monkeypatch, capsys, *arguments):
+  """What a benchmark prints."""
+  monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+  main()
+  return capsys.readouterr().out
+
+
 def test_model_benchmark(monkeypatch, capsys):
-  arguments = (
-    "--model=spatial_mamba_micro --batch-size=2 --size=32 --repeats=2 --json"
+  out = run(
+    benchmark.main,
+    monkeypatch,
+    capsys,
+    *("--model=spatial_mamba_micro", "--batch-size=2", "--size=32", "--json"),
+    "--programs=inference",
   )
-  monkeypatch.setattr(sys, "argv", ["model", *arguments.split()])
-  benchmark.main()
-  record = json.loads(capsys.readouterr().out)
-  for program in ("inference", "train"):
-    measured = record[program]
-    assert measured["images_per_second"] > 0
+  measured = json.loads(out)["inference"]
+  assert measured["images_per_second"] > 0
+  assert 0 < measured["matmul_share"] < 1
+  assert measured["peak_bytes"] > 1e6
+
+
+def test_device_benchmark(monkeypatch, capsys, tmp_path):
+  file = tmp_path / "device.json"
+  run(device.main, monkeypatch, capsys, "--small", "--output", file)
+  record = json.loads(file.read_text())
+  assert record["versions"]["jax"] == jax.__version__
+  assert [x["program"] for x in record["networks"]] == ["inference", "train"]
+  for measured in record["networks"]:
     assert 0 < measured["matmul_share"] < 1
-    assert measured["peak_bytes"] > 1e6
+  # Three operators in two precisions, of two implementations.
+  assert len(record["operators"]) == 12
+  for measured in record["operators"]:
+    assert measured["ok"]
+    assert measured["backward"]["seconds"] > 0
+  table_of_file = run(table.main, monkeypatch, capsys, file)
+  assert table_of_file.count("| structure_aware_ssm 2 x 5 x 5 x 8") == 4
+  assert "| micro at 32, batch 2, train, kernel |" in table_of_file
+
+
+def test_a_wrong_operator_fails_the_device_benchmark(
+  monkeypatch, capsys, tmp_path
+):
+  def wrong(*, implementation, **arrays):
+    return smk.state_fusion(**arrays) + 0.1 * (implementation is None)
+
+  monkeypatch.setattr(operators, "OPERATORS", {"state_fusion": wrong})
+  with pytest.raises(SystemExit, match="2 operators are wrong"):
+    run(
+      device.main,
+      monkeypatch,
+      capsys,
+      *("--small", "--sections", "operators"),
+      *("--output", tmp_path / "device.json"),
+    )
+
+
+def test_what_there_is_no_time_for_is_listed(monkeypatch, capsys, tmp_path):
+  file = tmp_path / "device.json"
+  run(
+    device.main,
+    monkeypatch,
+    capsys,
+    *("--small", "--minutes", 0, "--output", file),
+  )
+  record = json.loads(file.read_text())
+  assert not record["networks"]
+  assert "spatial_mamba_micro 32  train" in record["left_out"]
 
 
 def test_bundles_of_loops_are_counted():

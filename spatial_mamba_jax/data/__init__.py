@@ -6,15 +6,23 @@ with train_batches(source, config, batch_size=100, seed=0) as batches:
   batch = next(batches)  # "image" uint8 [100, 32, 32, 3], "label" int32 [100]
 """
 
-from spatial_mamba_jax.data.config import DataConfig, DataError
-from spatial_mamba_jax.data.pipeline import (
-  Batch,
-  Batches,
-  evaluation_batches,
-  train_batches,
+from typing import TYPE_CHECKING
+
+from spatial_mamba_jax.data.config import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  DataConfig,
+  DataError,
 )
 from spatial_mamba_jax.data.sources import Source, open_source
-from spatial_mamba_jax.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:
+  from spatial_mamba_jax.data.pipeline import (
+    Batch,
+    Batches,
+    evaluation_batches,
+    train_batches,
+  )
 
 __all__ = [
   "IMAGENET_MEAN",
@@ -28,3 +36,13 @@ __all__ = [
   "open_source",
   "train_batches",
 ]
+
+
+def __getattr__(name: str):
+  # Only who asks for a pipeline needs grain and Pillow: a training step, and
+  # what measures it, do without.
+  if name not in __all__:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  from spatial_mamba_jax.data import pipeline
+
+  return getattr(pipeline, name)

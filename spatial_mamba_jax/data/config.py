@@ -4,6 +4,9 @@ import dataclasses
 
 SOURCE_NAMES = ("digits", "imagenet2012", "image_folder", "synthetic")
 SPLITS = ("train", "validation")
+# Means and deviations over ImageNet's pixels, by channel, on the scale 0..1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DataError(ValueError):

@@ -13,10 +13,6 @@ from PIL import Image, UnidentifiedImageError
 
 from spatial_mamba_jax.data.config import DataConfig
 
-# Means and deviations over ImageNet's pixels, by channel, on the scale 0..1.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 _CROP_ATTEMPTS = 10
 # Without this list a broken file would be tried on every plugin of Pillow,
 # some of which start other programs.

@@ -1,0 +1,244 @@
+"""Measures this project on the machine at hand: `python -m benchmarks.device`.
+
+It checks every kernel's values and gradients against the reference, measures
+how fast the device copies and multiplies, times the operators at the stages of
+the tiny model, inference and the training step of tiny, small and base, and
+PyTorch's networks of the same size where they are installed. `timing` has the
+protocol. What is not done after `--minutes` is left out, and listed.
+
+It writes one JSON file, by default into `benchmarks/results`, of which `python
+-m benchmarks.table` makes the README's tables. Needed are jax, flax and optax.
+`--small` is for a CPU.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import network, operators, peers, timing
+
+SECTIONS = ("operators", "networks", "peers")
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """How large what is measured is.
+
+  Attributes:
+    stages: (H = W, D) of the operators.
+    batch_sizes: of the operators.
+    implementations: of the operators.
+    networks: (model, size of the images, implementation; none for the best), at
+      the first of the batch sizes.
+    matmul: rows and columns of the product whose rate is measured.
+    copy: bytes copied.
+  """
+
+  stages: tuple[tuple[int, int], ...]
+  batch_sizes: tuple[int, ...]
+  implementations: tuple[str, ...]
+  networks: tuple[tuple[str, int, str], ...]
+  matmul: int
+  copy: int
+
+
+FULL = Scale(
+  stages=((56, 128), (28, 256), (14, 512), (7, 1024)),
+  batch_sizes=(128, 1),
+  implementations=tuple(operators.IMPLEMENTATIONS),
+  networks=tuple(
+    (f"spatial_mamba_{model}", size, implementation)
+    for model, size in (
+      ("tiny", 224),
+      ("small", 224),
+      ("base", 224),
+      ("tiny", 512),
+    )
+    for implementation in ("", "associative")
+  ),
+  matmul=8192,
+  copy=2**30,
+)
+SMALL = Scale(
+  stages=((5, 8),),
+  batch_sizes=(2,),
+  implementations=("kernel", "associative"),
+  networks=(("spatial_mamba_micro", 32, ""),),
+  matmul=256,
+  copy=2**20,
+)
+
+
+def main() -> None:
+  """Measures, and writes what was measured; status 1 where a check failed."""
+  arguments = _parse()
+  scale = SMALL if arguments.small else FULL
+  deadline = time.monotonic() + 60 * arguments.minutes
+  record = describe_machine()
+  output = arguments.output or RESULTS / _file_name(record)
+  output.parent.mkdir(parents=True, exist_ok=True)
+  rates = {
+    "copy_bytes_per_second": timing.copy_rate(scale.copy),
+    "matmul_flops": timing.matmul_rate(jnp.bfloat16, scale.matmul),
+  }
+  record |= rates
+  print(json.dumps(record), flush=True)
+  sections = {
+    "networks": _networks(scale, rates["matmul_flops"]),
+    "operators": _operators(scale, rates["copy_bytes_per_second"]),
+    "peers": _peers(scale),
+  }
+  record |= {name: [] for name in sections} | {"left_out": []}
+  for name in arguments.sections:
+    for label, task in sections[name]:
+      if time.monotonic() > deadline:
+        record["left_out"].append(label)
+      else:
+        for row in task():
+          print(json.dumps(row), flush=True)
+          record[name].append(row)
+      output.write_text(json.dumps(record, indent=1) + "\n")
+  print(f"written to {output}", file=sys.stderr)
+  wrong = [row for row in record["operators"] if not row["ok"]]
+  if wrong:
+    sys.exit(f"{len(wrong)} operators are wrong, the first: {wrong[0]}")
+
+
+def describe_machine() -> dict[str, Any]:
+  """Where and with what all that follows was measured."""
+  device = jax.devices()[0]
+  plugins = {
+    name: importlib.metadata.version(name)
+    for name in ("jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu")
+    if _is_installed(name)
+  }
+  return {
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "platform": device.platform,
+    "host": platform.machine(),
+    "python": platform.python_version(),
+    "versions": {
+      "jax": jax.__version__,
+      "flax": flax.__version__,
+      "optax": optax.__version__,
+      **plugins,
+    },
+    "commit": _commit(),
+    "date": datetime.date.today().isoformat(),
+    "command": "python -m benchmarks.device " + " ".join(sys.argv[1:]),
+    "protocol": timing.__doc__,
+  }
+
+
+Task = tuple[str, Callable[[], Iterable[dict[str, Any]]]]
+
+
+def _operators(scale: Scale, copy_rate: float) -> list[Task]:
+  def task(case):
+    return lambda: operators.measure([case], copy_rate, scale.implementations)
+
+  return [
+    (str(case), task(case))
+    for case in operators.stage_cases(scale.stages, scale.batch_sizes)
+  ]
+
+
+def _networks(scale: Scale, rate: float) -> list[Task]:
+  def task(model, size, implementation, program):
+    config = network.experiment(
+      model,
+      batch_size=scale.batch_sizes[0],
+      dtype="bfloat16",
+      implementation=implementation,
+    )
+    measured = network.measure(program, config, size, rate)
+    yield {
+      "model": model,
+      "size": size,
+      "batch_size": config.batch_size,
+      "program": program,
+      "implementation": implementation or "kernel",
+      **dataclasses.asdict(measured),
+    }
+
+  return [
+    (" ".join(map(str, what)), lambda what=what: task(*what))
+    for what in (
+      (*network_of_scale, program)
+      for network_of_scale in scale.networks
+      for program in network.PROGRAMS
+    )
+  ]
+
+
+def _peers(scale: Scale) -> list[Task]:
+  if not (_is_installed("torch") and _is_installed("timm")):
+    return []
+  platform_name = {"gpu": "cuda"}.get(jax.default_backend())
+  if platform_name is None:
+    return []
+
+  def task(name):
+    return lambda: peers.measure(
+      scale.batch_sizes[0], platform_name, "bfloat16", (name,)
+    )
+
+  return [(name, task(name)) for name in peers.MODELS]
+
+
+def _is_installed(name):
+  try:
+    importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return False
+  return True
+
+
+def _commit():
+  """Of this project, and whether anything was changed since."""
+  try:
+    return subprocess.run(
+      ("git", "describe", "--always", "--dirty", "--abbrev=40"),
+      cwd=RESULTS.parent,
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+
+
+def _file_name(record):
+  kind = record["device"].lower().replace(" ", "-")
+  return f"{kind}-jax-{record['versions']['jax']}.json"
+
+
+def _parse():
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.device")
+  parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
+  parser.add_argument("--small", action="store_true", help="for a CPU")
+  parser.add_argument("--minutes", type=float, default=8)
+  parser.add_argument(
+    "--sections", nargs="+", default=SECTIONS, choices=SECTIONS
+  )
+  return parser.parse_args()
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,183 @@
+"""The networks as benchmarks run them: inference, and the real training step.
+
+The work counted is the model's multiply-adds (2 FLOP each; three times the
+forward's for a training step), whatever the implementation.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import spatial_mamba_jax as smj
+from benchmarks import timing
+from spatial_mamba_jax.training.config import ModelSection, TrainConfig
+from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from spatial_mamba_jax.training.state import PureModel, create_state
+from spatial_mamba_jax.training.step import make_preprocess, make_train_step
+
+PROGRAMS = ("inference", "train")
+IMAGENET_IMAGES = 1_281_167
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+  """One compiled program.
+
+  Attributes:
+    compile_seconds: tracing, lowering and compiling.
+    images_per_second: the batch over the time of a call.
+    spread: see `timing.Timing`.
+    matmul_share: achieved FLOP/s over the matmul rate of this process.
+    peak_bytes: arguments, results and temporaries, as the compiler plans them.
+  """
+
+  compile_seconds: float
+  images_per_second: float
+  spread: float
+  matmul_share: float
+  peak_bytes: int
+
+
+def experiment(
+  model: str, *, batch_size: int, dtype: str, implementation: str
+) -> TrainConfig:
+  """The published recipe's first quarter, before MESA begins."""
+  return TrainConfig(
+    model=ModelSection(
+      name=model,
+      num_classes=1000,
+      drop_path_rate=0.2,
+      dtype=dtype,
+      implementation=implementation,
+    ),
+    batch_size=batch_size,
+    epochs=300,
+    mesa_weight=0.0,
+  )
+
+
+def training_step(
+  config: TrainConfig,
+) -> tuple[Callable[..., Any], PureModel, optax.GradientTransformation]:
+  """(state, batch) -> state, not yet jitted; its model and its optimizer."""
+  epoch_steps = IMAGENET_IMAGES // config.batch_size
+  schedule = make_schedule(
+    config.optimizer,
+    batch_size=config.batch_size,
+    epochs=config.epochs,
+    epoch_steps=epoch_steps,
+  )
+  model = PureModel(config.model.build())
+  optimizer = make_optimizer(config.optimizer, schedule)
+  step = make_train_step(
+    model, optimizer, make_preprocess(config), config, epoch_steps=epoch_steps
+  )
+  return step, model, optimizer
+
+
+def measure(
+  program: str, config: TrainConfig, size: int, rate: float
+) -> Measurement:
+  """Compiles and times "inference" or the "train" step.
+
+  Args:
+    program: one of `PROGRAMS`.
+    config: the experiment.
+    size: of the images, in pixels a side.
+    rate: of matrix products, in FLOP/s.
+  """
+  compiled, call, seconds = _PREPARE[program](config, size)
+  time_of_call = timing.time_calls(call)
+  flops = config.batch_size * forward_flops(config.model.build(), size)
+  if program == "train":
+    flops *= 3
+  memory = compiled.memory_analysis()
+  assert memory is not None
+  return Measurement(
+    compile_seconds=seconds,
+    images_per_second=config.batch_size / time_of_call.seconds,
+    spread=time_of_call.spread,
+    matmul_share=flops / time_of_call.seconds / rate,
+    peak_bytes=memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes,
+  )
+
+
+def _prepare_inference(config, size):
+  _, model, _ = training_step(config)
+  weights = jax.jit(model.init)(jax.random.key(0))
+  shape = (config.batch_size, size, size, 3)
+  images = jax.random.normal(jax.random.key(0), shape)
+  compiled, seconds = _compile(jax.jit(model.evaluate), weights, images)
+  return compiled, lambda: compiled(weights, images), seconds
+
+
+def _prepare_train(config, size):
+  step, model, optimizer = training_step(config)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  state = create_state(model, optimizer, 0, device)
+  shape = (config.batch_size, size, size, 3)
+  batch = {
+    "image": jax.random.bits(jax.random.key(0), shape, jnp.uint8),
+    "label": jnp.arange(config.batch_size) % config.model.num_classes,
+  }
+  # Of descriptions of arrays, as lowering makes them, no state can be.
+  leaves, tree = jax.tree.flatten(state)
+
+  def step_of_leaves(leaves, batch):
+    return jax.tree.leaves(step(jax.tree.unflatten(tree, leaves), batch))
+
+  compiled, seconds = _compile(
+    jax.jit(step_of_leaves, donate_argnums=0), leaves, batch
+  )
+
+  def call():
+    nonlocal leaves
+    leaves = compiled(leaves, batch)
+    return leaves
+
+  return compiled, call, seconds
+
+
+_PREPARE = {"inference": _prepare_inference, "train": _prepare_train}
+
+
+def _compile(function, *arguments):
+  start = time.perf_counter()
+  compiled = function.lower(*arguments).compile()
+  return compiled, time.perf_counter() - start
+
+
+def forward_flops(config: smj.ModelConfig, size: int) -> float:
+  """FLOP of one image, twice the multiply-adds (4.42 GMAC for tiny at 224).
+
+  The paper has 4.43 for tiny; it may count the scan's exponentials.
+  """
+  half = -(-size // 2)
+  side = -(-half // 2)
+  dim = config.dims[0]
+  macs = half**2 * (9 * 3 * (dim // 2) + 2 * 9 * (dim // 2) ** 2)
+  macs += side**2 * (9 * (dim // 2) * 4 * dim + 4 * dim * dim)
+  for i, (dim, depth) in enumerate(
+    zip(config.dims, config.depths, strict=True)
+  ):
+    inner, rank = config.expand * dim, config.dt_rank(dim)
+    block = 3 * dim * inner + inner * (2 * rank + 2 * config.d_state)
+    block += 2 * int(config.mlp_ratio * dim) * dim
+    # Depthwise convolutions; decay, drive and observation of the states, their
+    # fusion by 27 taps; the skip connection.
+    block += 2 * 9 * dim + 9 * inner + (3 + 27) * inner * config.d_state + inner
+    macs += side**2 * depth * block
+    if i + 1 < len(config.dims):
+      wide, dim_out = 4 * config.dims[i + 1], config.dims[i + 1]
+      macs += side**2 * dim * wide
+      side = -(-side // 2)
+      macs += side**2 * wide * (9 + dim_out)
+  return 2.0 * (macs + config.dims[-1] * config.num_classes)

@@ -1,0 +1,206 @@
+"""The operators as the device benchmark checks and times them."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import spatial_mamba_kernels as smk
+
+from benchmarks import timing
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+  "selective_scan": smk.selective_scan,
+  "state_fusion": smk.state_fusion,
+  "structure_aware_ssm": smk.structure_aware_ssm,
+}
+# None is "kernel": what the platform has, XLA's where it has none.
+IMPLEMENTATIONS = {
+  "kernel": None,
+  "associative": "associative",
+  "sequential": "sequential",
+}
+DIRECTIONS = ("forward", "backward")
+# Sums of up to a million float32 products, by one order and another; and the
+# rounding of results and of what they are made of to bfloat16.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """An operator at a stage of a network.
+
+  Attributes:
+    op: one of `OPERATORS`.
+    shape: B, H, W, D; a channel has one state.
+    dtype: of what has a number or more a pixel.
+  """
+
+  op: str
+  shape: tuple[int, int, int, int]
+  dtype: str
+
+  def arrays(self) -> dict[str, jax.Array]:
+    """Arguments of the operator, random."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype="float32"):
+      return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    *image, channels = self.shape
+    stencil = {"kernels": normal(3, 3, 3, channels), "alpha": normal(3)}
+    pixels = partial(normal, *image, dtype=self.dtype)
+    if self.op == "state_fusion":
+      return {"h": pixels(channels), **stencil}
+    whole = {
+      "u": pixels(channels),
+      "delta": pixels(channels),
+      "A": -jnp.exp(normal(channels, 1)),
+      "B": pixels(1),
+      "delta_bias": normal(channels),
+    }
+    if self.op == "structure_aware_ssm":
+      return {**whole, "C": pixels(1), "D": normal(channels), **stencil}
+    return {
+      name: x.reshape(len(x), -1, x.shape[-1]) if x.ndim == 4 else x
+      for name, x in whole.items()
+    }
+
+  def run(self, implementation: str | None) -> Callable[..., Any]:
+    """The operator, of a dictionary of arrays."""
+    operator = OPERATORS[self.op]
+    return lambda arrays: operator(**arrays, implementation=implementation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """A case's compiled programs.
+
+  Attributes:
+    forward: arrays -> result.
+    save: arrays -> (result, what pulls cotangents back).
+    backward: (what pulls back, cotangent) -> cotangents of the arrays.
+  """
+
+  forward: Callable[..., Any]
+  save: Callable[..., Any]
+  backward: Callable[..., Any]
+
+
+def measure(
+  cases: Sequence[Case],
+  copy_rate: float,
+  implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
+) -> Iterator[dict[str, Any]]:
+  """Checks and times cases; a record for each case and implementation.
+
+  Its `error` is that of values and gradients from "sequential" in float32 on
+  the same numbers, each relative to the greatest one; `ok` says whether that is
+  what rounding makes. Of each direction there are `seconds` and `spread` (see
+  `timing.Timing`), `bytes_per_second` over the compulsory bytes (arguments and
+  result; backward also the cotangents of both) and `copy_share`, of the rate at
+  which the device copies.
+  """
+  for case in cases:
+    arrays = case.arrays()
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    wanted, g = None, None
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      reference = _compile(case, "sequential", exact, pool)
+      programs = {
+        name: _compile(case, IMPLEMENTATIONS[name], arrays, pool)
+        for name in implementations
+      }
+    for name, compiled in programs.items():
+      result, pullback = compiled.save(arrays)
+      if g is None or wanted is None:
+        g = jax.random.normal(jax.random.key(0), result.shape, result.dtype)
+        wanted = _values(reference, exact, g.astype(jnp.float32))
+      errors = jax.tree.map(_error, _values(compiled, arrays, g), wanted)
+      error = max(map(float, jax.tree.leaves(errors)))
+      forward_bytes = _bytes((arrays, result))
+      calls = {
+        "forward": (partial(compiled.forward, arrays), forward_bytes),
+        "backward": (
+          partial(compiled.backward, pullback, g),
+          forward_bytes + _bytes(arrays),
+        ),
+      }
+      yield {
+        **dataclasses.asdict(case),
+        "implementation": name,
+        "error": error,
+        "ok": error <= TOLERANCE[case.dtype],
+        **{
+          direction: _record(timing.time_calls(call), size, copy_rate)
+          for direction, (call, size) in calls.items()
+        },
+      }
+
+
+def stage_cases(
+  stages: Sequence[tuple[int, int]],
+  batch_sizes: Sequence[int],
+) -> list[Case]:
+  """Each operator and precision at each stage: (H = W, D)."""
+  return [
+    Case(op, (batch, size, size, channels), dtype)
+    for (size, channels), batch, dtype, op in itertools.product(
+      stages, batch_sizes, TOLERANCE, OPERATORS
+    )
+  ]
+
+
+def _compile(case, implementation, arrays, pool) -> Programs:
+  """Traces here, and compiles in threads."""
+  run = case.run(implementation)
+  save = jax.jit(lambda arrays: jax.vjp(run, arrays))
+  backward = jax.jit(lambda pullback, g: pullback(g)[0])
+  result, pullback = jax.eval_shape(save, arrays)
+  lowered = (
+    jax.jit(run).lower(arrays),
+    save.lower(arrays),
+    backward.lower(pullback, result),
+  )
+  futures = [pool.submit(program.compile) for program in lowered]
+  return Programs(*(_Later(future) for future in futures))
+
+
+class _Later:
+  """A program that may still be compiling."""
+
+  def __init__(self, future):
+    self._future = future
+
+  def __call__(self, *arguments):
+    return self._future.result()(*arguments)
+
+
+def _values(programs, arrays, g):
+  result, pullback = programs.save(arrays)
+  return {"result": result, **programs.backward(pullback, g)}
+
+
+def _error(actual, wanted):
+  # Cotangents may vanish: of A for one token.
+  scale = jnp.maximum(jnp.abs(wanted).max(), 1e-6)
+  return jnp.abs(actual.astype(jnp.float32) - wanted).max() / scale
+
+
+def _record(measured, size, copy_rate):
+  rate = size / measured.seconds
+  return {
+    **dataclasses.asdict(measured),
+    "bytes_per_second": rate,
+    "copy_share": rate / copy_rate,
+  }
+
+
+def _bytes(tree):
+  return sum(x.nbytes for x in jax.tree.leaves(tree))

@@ -1,0 +1,69 @@
+"""How a program is timed, and with what its time is compared.
+
+Arguments are resident on the device. After warm-up, calls are queued in groups
+that take some 20 ms, so that neither Python nor a clock's tick counts; the time
+of a call is the median group's. All of it is done twice, and how far the two
+medians lie apart is stated with each figure.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+GROUP_SECONDS = 0.02
+GROUPS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Of one program.
+
+  Attributes:
+    seconds: of a call.
+    spread: how far two measurements of it lay apart, relative to it.
+  """
+
+  seconds: float
+  spread: float
+
+
+def time_calls(call: Callable[[], Any]) -> Timing:
+  """Times a function that queues a program and returns what it will compute."""
+  jax.block_until_ready(call())
+  count = max(1, math.ceil(GROUP_SECONDS / _seconds(call, 1)))
+  first, second = (
+    statistics.median(_seconds(call, count) for _ in range(GROUPS))
+    for _ in range(2)
+  )
+  seconds = (first + second) / 2
+  return Timing(seconds, abs(first - second) / seconds)
+
+
+def _seconds(call, count):
+  start = time.perf_counter()
+  result = None
+  for _ in range(count):
+    result = call()
+  jax.block_until_ready(result)
+  return (time.perf_counter() - start) / count
+
+
+def matmul_rate(dtype: Any, size: int) -> float:
+  """FLOP/s of a square matrix product in this precision."""
+  x = jnp.ones((size, size), dtype)
+  product = jax.jit(jnp.matmul)
+  return 2 * size**3 / time_calls(lambda: product(x, x)).seconds
+
+
+def copy_rate(size: int) -> float:
+  """Bytes/s read and written, of copying an array of `size` bytes."""
+  x = jnp.zeros(size // 4, jnp.int32)
+  # A sign that changes, because XLA would alias a plain copy.
+  copy = jax.jit(jnp.negative)
+  return 2 * x.nbytes / time_calls(lambda: copy(x)).seconds
