@@ -73,7 +73,7 @@ def training_step(
     epoch_steps=epoch_steps,
   )
   model = PureModel(config.model.build())
-  optimizer = make_optimizer(config.optimizer, schedule)
+  optimizer = make_optimizer(config.optimizer, schedule, model.decays)
   step = make_train_step(
     model, optimizer, make_preprocess(config), config, epoch_steps=epoch_steps
   )

@@ -8,7 +8,6 @@ Axis letters: B batch, H and W height and width, C channels, K classes.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -132,7 +131,11 @@ _KEEP = jax.checkpoint_policies.save_from_both_policies(
 
 
 class Stage(nnx.Module):
-  """Blocks of one resolution."""
+  """Blocks of one resolution.
+
+  Attributes:
+    blocks: one after the other; or only the first, see `stack`.
+  """
 
   def __init__(
     self,
@@ -146,33 +149,54 @@ class Stage(nnx.Module):
       [Block(dim, config=config, rngs=rngs) for _ in drop_path_rates]
     )
     self.drop_path_rates = tuple(drop_path_rates)
+    self.is_stacked = False
     self.deterministic = True
+
+  def stack(self) -> None:
+    """Keeps of the blocks the first, to hold the weights of all of them.
+
+    They lie along an axis before each weight's own. A program then has one
+    block, however deep the stage is, and an optimizer as many arrays.
+    """
+    if not self.is_stacked:
+      graphdef, stacked = _stacked(self.blocks)
+      self.blocks = nnx.List([nnx.merge(graphdef, stacked)])
+      self.is_stacked = True
 
   def __call__(
     self, x: Float[Array, "B H W C"], drop_path_key: Array | None = None
   ) -> Float[Array, "B H W C"]:
-    if self.deterministic:
-      for block in self.blocks:
-        x = block(x)
-      return x
-    # A scan over the blocks, so that a training step compiles in the same time
-    # however deep the model is. Inference compiles fast as it is, and would be
-    # a tenth slower for stacking the weights at each call.
-    graphdefs, parameters = zip(*map(nnx.split, self.blocks), strict=True)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parameters)
-    depth = len(parameters)
+    if self.is_stacked:
+      return self._scan(*nnx.split(self.blocks[0]), x, drop_path_key)
+    if not self.deterministic:
+      return self._scan(*_stacked(self.blocks), x, drop_path_key)
+    # Not a scan: weights would have to be stacked at each call, which costs a
+    # tenth of it.
+    for block in self.blocks:
+      x = block(x)
+    return x
+
+  def _scan(self, graphdef, stacked, x, drop_path_key):
+    depth = len(self.drop_path_rates)
     keys = None
     if drop_path_key is not None:
       keys = jax.random.split(drop_path_key, depth)
     rates = jnp.asarray(self.drop_path_rates, jnp.float32)
 
-    @partial(jax.checkpoint, policy=_KEEP, prevent_cse=False)
     def step(x, block):
       parameters, key, rate = block
-      return nnx.merge(graphdefs[0], parameters)(x, key, rate), None
+      return nnx.merge(graphdef, parameters)(x, key, rate), None
 
+    if not self.deterministic:
+      step = jax.checkpoint(step, policy=_KEEP, prevent_cse=False)
     x, _ = jax.lax.scan(step, x, (stacked, keys, rates))
     return x
+
+
+def _stacked(blocks: Sequence[Block]) -> tuple[Any, Any]:
+  """What the blocks have in common, and their weights along a new axis."""
+  graphdefs, parameters = zip(*map(nnx.split, blocks), strict=True)
+  return graphdefs[0], jax.tree.map(lambda *x: jnp.stack(x), *parameters)
 
 
 class Trunk(nnx.Module):

@@ -142,8 +142,10 @@ class _Run:
       epochs=config.epochs,
       epoch_steps=self.epoch_steps,
     )
-    self.optimizer = make_optimizer(config.optimizer, self.schedule)
     self.model = PureModel(config.model.build())
+    self.optimizer = make_optimizer(
+      config.optimizer, self.schedule, self.model.decays
+    )
     step = make_train_step(
       self.model,
       self.optimizer,

@@ -1,6 +1,7 @@
 """AdamW with the authors' decay groups and schedule."""
 
-import jax
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import optax
 
@@ -49,22 +50,30 @@ def make_schedule(
 
 
 def make_optimizer(
-  config: OptimizerConfig, schedule: optax.Schedule
+  config: OptimizerConfig,
+  schedule: optax.Schedule,
+  decays: Mapping[str, bool],
 ) -> optax.GradientTransformation:
   """Clipping by global norm, then AdamW.
 
-  Weights of one dimension do not decay: biases, norms, D and alpha. All others
-  do, A_log and the fusion kernels included, as the authors' code has it (its
-  `_no_weight_decay` marks are never read).
+  Args:
+    config: its numbers.
+    schedule: of the learning rate.
+    decays: for each parameter, whether it does (`PureModel.decays`). Weights of
+      one dimension do not: biases, norms, D and alpha. All others do, A_log and
+      the fusion kernels included, as the authors' code has it (its
+      `_no_weight_decay` marks are never read).
   """
+  # Over one vector of all gradients: array by array it would be half of what
+  # there is to compile in a training step.
+  adam = optax.flatten(
+    optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+    )
+  )
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      schedule,
-      b1=config.beta1,
-      b2=config.beta2,
-      eps=config.epsilon,
-      weight_decay=config.weight_decay,
-      mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-    ),
+    adam,
+    optax.add_decayed_weights(config.weight_decay, dict(decays)),
+    optax.scale_by_learning_rate(schedule),
   )

@@ -12,8 +12,9 @@ from spatial_mamba_kernels.typing import Array, Float, Int
 
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 
-# {path: array}, e.g. of "stages.0.blocks.1.mixer.in_proj.kernel". No stricter,
-# because JAX and orbax rebuild trees with shapes or options for arrays.
+# {path: array}, e.g. of "stages.0.blocks.mixer.in_proj.kernel" of all blocks of
+# the stage. No stricter, because JAX and orbax rebuild trees with shapes or
+# options for arrays.
 Arrays = Any
 
 
@@ -53,46 +54,54 @@ class TrainState:
 
 
 class PureModel:
-  """A model as functions over `Weights`.
+  """A model as functions over `Weights`, the blocks of each stage stacked.
 
   Attributes:
     shapes: the weights' shapes and types.
+    decays: {path: whether a block's parameter, or another, has two dimensions
+      or more}.
   """
 
   def __init__(self, config: ModelConfig):
     self._config = config
-    model = nnx.eval_shape(lambda: SpatialMamba(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(self._fresh)
+    self.shapes = jax.eval_shape(_weights_of, *nnx.split(model))
+    stacked = nnx.eval_shape(lambda: _stack(self._fresh()))
     self._paths = {
-      ".".join(map(str, path)): (path, type(variable))
-      for path, variable in nnx.to_flat_state(nnx.state(model))
+      _name(path): (path, type(variable))
+      for path, variable in nnx.to_flat_state(nnx.state(stacked))
     }
-    model.train()
-    self._train_graphdef = nnx.graphdef(model)
-    model.eval()
-    self._eval_graphdef, state = nnx.split(model)
-    self.shapes = jax.eval_shape(
-      lambda state: self.weights_of(nnx.merge(self._eval_graphdef, state)),
-      state,
-    )
+    # Those of a block have one axis for which block it is.
+    self.decays = {
+      name: x.ndim - (".blocks." in name) > 1
+      for name, x in self.shapes.params.items()
+    }
+    stacked.train()
+    self._train_graphdef = nnx.graphdef(stacked)
+    stacked.eval()
+    self._eval_graphdef = nnx.graphdef(stacked)
+
+  def _fresh(self, key: Any = 0) -> SpatialMamba:
+    return SpatialMamba(self._config, rngs=nnx.Rngs(key))
 
   def init(self, key: Array) -> Weights:
     """Fresh weights, to be called under `jit`."""
-    return self.weights_of(SpatialMamba(self._config, rngs=nnx.Rngs(key)))
+    return self.weights_of(self._fresh(key))
 
   def weights_of(self, model: SpatialMamba) -> Weights:
     """The weights of a model of this architecture."""
-
-    def arrays(kind):
-      return {
-        ".".join(map(str, path)): variable[...]
-        for path, variable in nnx.to_flat_state(nnx.state(model, kind))
-      }
-
-    return Weights(params=arrays(nnx.Param), stats=arrays(nnx.BatchStat))
+    return _weights_of(*nnx.split(model))
 
   def bind(self, weights: Weights) -> SpatialMamba:
     """A model with these weights, in eval mode."""
-    return self._merge(self._eval_graphdef, weights)
+    model = nnx.eval_shape(self._fresh)
+    arrays = {**weights.params, **weights.stats}
+    state = [
+      (path, type(variable)(arrays[_name(path)][_place(path)]))
+      for path, variable in nnx.to_flat_state(nnx.state(model))
+    ]
+    nnx.update(model, nnx.from_flat_state(state))
+    return model
 
   def train(
     self, weights: Weights, images: Float[Array, "B H W 3"], key: Array
@@ -100,13 +109,14 @@ class PureModel:
     """Logits in training mode, and the new statistics."""
     model = self._merge(self._train_graphdef, weights)
     logits = model(images, rngs=nnx.Rngs(drop_path=key))
-    return logits, self.weights_of(model).stats
+    # Blocks have none.
+    return logits, _arrays(model, nnx.BatchStat)
 
   def evaluate(
     self, weights: Weights, images: Float[Array, "B H W 3"]
   ) -> Float[Array, "B K"]:
     """Logits in eval mode."""
-    return self.bind(weights)(images)
+    return self._merge(self._eval_graphdef, weights)(images)
 
   def _merge(self, graphdef: Any, weights: Weights) -> SpatialMamba:
     arrays = {**weights.params, **weights.stats}
@@ -114,6 +124,37 @@ class PureModel:
       [(path, kind(arrays[name])) for name, (path, kind) in self._paths.items()]
     )
     return nnx.merge(graphdef, state)
+
+
+def _weights_of(graphdef: Any, state: Any) -> Weights:
+  model = _stack(nnx.merge(graphdef, state))
+  return Weights(_arrays(model, nnx.Param), _arrays(model, nnx.BatchStat))
+
+
+def _stack(model: SpatialMamba) -> SpatialMamba:
+  for stage in model.stages:
+    stage.stack()
+  return model
+
+
+def _arrays(model: SpatialMamba, kind: type) -> Arrays:
+  return {
+    _name(path): variable[...]
+    for path, variable in nnx.to_flat_state(nnx.state(model, kind))
+  }
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  """Of a weight, the same for all blocks of a stage."""
+  if "blocks" in path:
+    place = path.index("blocks") + 1
+    path = (*path[:place], *path[place + 1 :])
+  return ".".join(map(str, path))
+
+
+def _place(path: tuple[Any, ...]) -> Any:
+  """Where a weight lies in the array of its name: which block, or all of it."""
+  return path[path.index("blocks") + 1] if "blocks" in path else ...
 
 
 def create_state(

@@ -9,6 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.data import IMAGENET_MEAN, IMAGENET_STD
@@ -124,7 +125,8 @@ def make_train_step(
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     stats, grads, value, hits = gradients(state, batch, key)
-    grad_norm = optax.tree.norm(grads)
+    # Of one vector, as the optimizer has it.
+    grad_norm = optax.tree.norm(ravel_pytree(grads)[0])
     updates, opt_state = optimizer.update(
       grads, state.opt_state, state.weights.params
     )
