@@ -86,7 +86,8 @@ def main() -> None:
         f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
       )
       os.environ.update(gpu_code.dump_to(dump))
-    run = {"kernel": kernel, "step": step}[arguments.program]
+    programs = {"kernel": kernel, "inference": inference, "step": step}
+    run = programs[arguments.program]
     with _as_default_device(arguments.target):
       print(json.dumps(run(arguments, dump)))
 
@@ -228,6 +229,34 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   return image, image, A, numbers, numbers, channel, *stencil, channel
 
 
+def inference(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
+  """A model's logits on one device."""
+  del dump
+  config = network.experiment(
+    f"spatial_mamba_{arguments.model}",
+    batch_size=arguments.batch_size,
+    dtype="bfloat16",
+    implementation=arguments.implementation,
+  )
+  function, state = network.inference(config)
+  images = jax.ShapeDtypeStruct((arguments.batch_size, 224, 224, 3), "float32")
+  sharding = NamedSharding(_mesh(arguments.target, 1), PartitionSpec())
+  operands = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    (state, images),
+  )
+  platform = platform_of(arguments.target)
+  record, text = _compile(function, operands, platform)
+  _write_text(arguments, text)
+  return record
+
+
+def _write_text(arguments, text):
+  if arguments.text:
+    with open(arguments.text, "w") as file:
+      file.write(text)
+
+
 def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """A training step of one of the ImageNet experiments, without MESA."""
   del dump
@@ -254,7 +283,7 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   if platform_of(arguments.target) == "tpu":
     options["exec_time_optimization_effort"] = arguments.effort
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    record, _ = _compile(
+    record, text = _compile(
       function,
       (state, batch),
       platform_of(arguments.target),
@@ -262,6 +291,7 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
       donate_argnums=0,
       out_shardings=whole,
     )
+  _write_text(arguments, text)
   return record
 
 
@@ -326,19 +356,22 @@ def _parse() -> argparse.Namespace:
     metavar=tuple("BHWDN"),
   )
   kernel.add_argument("--dtype", default="bfloat16")
+  inference = programs.add_parser("inference")
   step = programs.add_parser("step")
-  step.add_argument(
-    "--model", default="tiny", choices=("tiny", "small", "base")
-  )
-  step.add_argument("--batch-size", type=int, default=128, help="a device")
-  step.add_argument("--implementation", default="", help="empty: the best")
+  for whole in (inference, step):
+    whole.add_argument(
+      "--model", default="tiny", choices=("tiny", "small", "base")
+    )
+    whole.add_argument("--batch-size", type=int, default=128, help="a device")
+    whole.add_argument("--implementation", default="", help="empty: the best")
+    whole.add_argument("--text", help="a file for the compiled program")
   step.add_argument(
     "--effort",
     type=float,
     default=0.0,
     help="for a TPU; -1: compile fast, not well",
   )
-  for subparser in (kernel, step):
+  for subparser in (kernel, inference, step):
     subparser.add_argument(
       "--target", default="v5e:2x2", help="TPU topology, or a GPU"
     )

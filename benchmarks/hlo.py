@@ -1,0 +1,253 @@
+"""What a compiled program moves through device memory, read off its text.
+
+An instruction that is launched reads its operands and writes its result; what
+it merely slices it reads, and what it updates in place it writes, in part. A
+loop's body counts as often as it runs, a branch as the costliest.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(
+  r"(calls|body|to_apply|branch_computations|true_computation"
+  r"|false_computation)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
+)
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+
+# Nothing is launched for these.
+_FREE = {
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+  *("after-all", "partition-id", "replica-id", "optimization-barrier"),
+  *("iota", "domain", "add-dependency"),
+}
+
+
+_SLICES = ("slice", "dynamic-slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of a computation.
+
+  Attributes:
+    name: in its computation.
+    opcode: what it does.
+    size: of its result in device memory, in bytes.
+    operands: names of what it reads.
+    called: computations that it runs, by the attribute that names them.
+    line: all that is written of it after its operands.
+    is_root: it is its computation's result.
+  """
+
+  name: str
+  opcode: str
+  size: int
+  operands: tuple[str, ...]
+  called: dict[str, tuple[str, ...]]
+  line: str
+  is_root: bool
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """An instruction as the device runs it.
+
+  Attributes:
+    instruction: which one.
+    size: bytes read and written, each time.
+    times: how often it runs.
+  """
+
+  instruction: Instruction
+  size: int
+  times: int
+
+
+class Program:
+  """A compiled program's text, `compiled.as_text()`."""
+
+  def __init__(self, text: str):
+    self._computations: dict[str, Computation] = {}
+    self._frames = _Frames(text)
+    entry, current = "", {}
+    for line in text.splitlines():
+      if (header := _HEADER.match(line)) and " = " not in line:
+        current = self._computations.setdefault(header[2], {})
+        entry = header[2] if header[1] else entry
+      elif match := _INSTRUCTION.match(line):
+        instruction = _parse(match[2], match[3], is_root=bool(match[1]))
+        current[instruction.name] = instruction
+    self._entry = entry
+
+  def launches(self) -> list[Launch]:
+    """All that runs, in the order in which it is written."""
+    return self._of(self._entry)
+
+  def functions(self, instruction: Instruction) -> tuple[str, ...]:
+    """Who made it: functions of Python, the innermost first."""
+    return self._frames.functions(instruction.line)
+
+  @functools.cache  # noqa: B019  A program lives as long as its text is read.
+  def _of(self, name):
+    launches = []
+    for instruction in self._computations[name].values():
+      launches += self._run(instruction, self._computations[name])
+    return launches
+
+  def _run(self, instruction, computation):
+    opcode, called = instruction.opcode, instruction.called
+    if opcode in _FREE or opcode.endswith("-done"):
+      return []
+    if opcode == "while":
+      trips = _TRIPS.search(instruction.line)
+      if trips is None:
+        raise ValueError(f"cannot tell how often {instruction.name} runs")
+      return [
+        dataclasses.replace(launch, times=int(trips[1]) * launch.times)
+        for launch in self._of(*called["body"])
+      ]
+    if opcode == "conditional":
+      branches = [self._of(x) for names in called.values() for x in names]
+      return max(branches, key=total_bytes)
+    if opcode in ("call", "async-start"):
+      (body,) = called.get("to_apply") or called["calls"]
+      return self._of(body)
+    size = self._size(instruction, computation)
+    return [Launch(instruction, size, 1)]
+
+  def _size(self, instruction, computation):
+    sizes = [computation[x].size for x in instruction.operands]
+    if instruction.opcode == "dynamic-slice":
+      return 2 * instruction.size
+    if instruction.opcode == "dynamic-update-slice":
+      return 2 * sizes[1]
+    if instruction.opcode == "fusion":
+      return _size_of_fusion(
+        instruction, sizes, self._computations[instruction.called["calls"][0]]
+      )
+    return instruction.size + sum(sizes)
+
+
+def total_bytes(launches: list[Launch]) -> int:
+  """Read and written by all of them."""
+  return sum(launch.size * launch.times for launch in launches)
+
+
+def total_launches(launches: list[Launch]) -> int:
+  """How often the device is asked to run something."""
+  return sum(launch.times for launch in launches)
+
+
+def _size_of_fusion(fusion, sizes, body):
+  """What the result needs of each operand, and what of it is new."""
+  needed = collections.defaultdict(float)  # Of each value, as a share.
+  size, written = 0, fusion.size
+  for instruction in reversed(body.values()):
+    share = 1.0 if instruction.is_root else min(needed[instruction.name], 1.0)
+    if instruction.opcode == "parameter":
+      place = re.match(r"\d+", instruction.line)
+      assert place is not None
+      size += share * sizes[int(place[0])]
+    for place, name in enumerate(instruction.operands):
+      part = 1.0
+      if place == 0 and instruction.opcode in _SLICES:
+        part = instruction.size / max(body[name].size, 1)
+      elif place == 0 and instruction.opcode == "dynamic-update-slice":
+        # In place, as in a loop that fills an array step by step.
+        part = 0.0
+        new = body[instruction.operands[1]].size
+        written -= share * (instruction.size - new)
+      needed[name] += share * part
+  return int(size + max(written, 0))
+
+
+def _parse(name, text, *, is_root):
+  end = _end_of_type(text)
+  kind, rest = text[:end], text[end:].lstrip()
+  opcode, _, rest = rest.partition("(")
+  end = _matching(rest)
+  operands, line = rest[:end], rest[end + 1 :]
+  if opcode == "parameter":
+    operands, line = "", operands + line
+  called = {
+    key: tuple(x.strip(" %") for x in names.split(","))
+    for key, names in _CALLED.findall(line)
+  }
+  names = tuple(re.findall(r"%([\w.\-]+)", operands))
+  return Instruction(name, opcode, _bytes(kind), names, called, line, is_root)
+
+
+def _end_of_type(text):
+  if not text.startswith("("):
+    return text.index(" ")
+  return _matching(text[1:]) + 2
+
+
+def _matching(text):
+  """Where the bracket closes that was open before."""
+  depth = 1
+  for match in re.finditer(r"[()]", text):
+    depth += 1 if match[0] == "(" else -1
+    if not depth:
+      return match.start()
+  raise ValueError(f"no end: {text[:80]}")
+
+
+def _bytes(kind):
+  """Of a type; not of what a TPU keeps in its own memory, S(1)."""
+  total = 0
+  for name, shape, layout in _ARRAY.findall(kind):
+    if "S(1)" not in layout:
+      bits = _BITS.get(name) or int(re.sub(r"\D*(\d*).*", r"\1", name) or 0)
+      total += math.prod(int(x) for x in shape.split(",") if x) * bits // 8
+  return total
+
+
+class _Frames:
+  """The tables of a program's text that say who made an instruction."""
+
+  def __init__(self, text):
+    self._functions = dict(
+      re.findall(r'^(\d+) "([^"]*)"$', _section(text, "FunctionNames"), re.M)
+    )
+    self._locations = dict(
+      re.findall(
+        r"^(\d+) \{.*?function_name_id=(\d+).*\}$",
+        _section(text, "FileLocations"),
+        re.M,
+      )
+    )
+    self._frames = {
+      number: (location, parent)
+      for number, location, parent in re.findall(
+        r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)\}$",
+        _section(text, "StackFrames"),
+        re.M,
+      )
+    }
+
+  @functools.cache  # noqa: B019  As above.
+  def functions(self, line):
+    match = re.search(r"stack_frame_id=(\d+)", line)
+    number = match[1] if match else None
+    found = []
+    while number in self._frames:
+      location, parent = self._frames[number]
+      found.append(self._functions[self._locations[location]])
+      number = None if parent == number else parent
+    return tuple(found)
+
+
+def _section(text, name):
+  match = re.search(rf"^{name}\n(.*?)\n\n", text, re.M | re.S)
+  return match[1] if match else ""

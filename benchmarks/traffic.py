@@ -1,0 +1,116 @@
+"""Bytes that a network moves through device memory; no device is needed.
+
+    python -m benchmarks.traffic --target H200
+
+Of inference and of the training step of the tiny model, compiled for a GPU or
+TPU: bytes an image and launches, by kind of layer, as `hlo` counts them, beside
+`network.forward_bytes`, what inference must move with all fused that can be. A
+fusion counts for the layer that made its result.
+
+Needs `pip install ".[train,aot]"`. Takes some minutes on two cores.
+"""
+
+import argparse
+import collections
+import os
+import tempfile
+
+from benchmarks import hlo, network
+from benchmarks.tpu_static import compiled
+from spatial_mamba_jax.models.config import get_model_config
+
+PROGRAMS = ("inference", "step")
+# By the first of a launch's functions, the innermost first, that begins so.
+KINDS = {
+  "Operator.": "structure-aware SSM",
+  "_Structure": "structure-aware SSM",
+  "depthwise_conv": "depthwise convolutions",
+  "DepthwiseConv.": "depthwise convolutions",
+  "_normalize": "LayerNorm",
+  "_compute_stats": "LayerNorm",
+  "BatchNorm.": "BatchNorm",
+  "Linear.": "linear layers",
+  "Conv.": "convolutions",
+  "gelu": "gates, residuals, GELU",
+  "silu": "gates, residuals, GELU",
+  "StructureAwareSSM.": "gates, residuals, GELU",
+  "Block.": "gates, residuals, GELU",
+  "drop_path": "gates, residuals, GELU",
+  "Stage.": "kept for the backward pass",
+  "Stem.": "stem and downsampling, rest",
+  "DownSampling.": "stem and downsampling, rest",
+  "_moving_average": "optimizer",
+  "tree_": "optimizer",
+  "flatten.": "optimizer",
+}
+
+
+def main() -> None:
+  """Prints a Markdown table for each program."""
+  arguments = _parse()
+  config = get_model_config(f"spatial_mamba_{arguments.model}")
+  for program in PROGRAMS:
+    kinds = count(
+      program, arguments.target, arguments.model, arguments.batch_size
+    )
+    print(
+      f"| {arguments.model} {program}, bfloat16, batch {arguments.batch_size},"
+      f" {arguments.target} | MB an image | launches |"
+    )
+    print("| --- | --- | --- |")
+    for kind, (size, launches) in kinds.items():
+      megabytes = size / arguments.batch_size / 1e6
+      print(f"| {kind} | {megabytes:.1f} | {launches} |", flush=True)
+    ideal = network.forward_bytes(config, 224) / 1e6
+    print(f"| inference with all fused that can be | {ideal:.1f} | |")
+    print()
+
+
+def count(
+  program: str, target: str, model: str, batch_size: int
+) -> dict[str, tuple[int, int]]:
+  """{kind of layer: (bytes, launches)} of a program, all of them first."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "program.txt")
+    compiled(
+      program,
+      *("--target", target, "--model", model, "--batch-size", batch_size),
+      *("--text", path),
+    )
+    with open(path) as file:
+      return by_kind(hlo.Program(file.read()))
+
+
+def by_kind(program: hlo.Program) -> dict[str, tuple[int, int]]:
+  """{kind of layer: (bytes, launches)}, all of them first, then the largest."""
+  kinds = collections.defaultdict(list)
+  launches = program.launches()
+  for launch in launches:
+    kinds[_kind(program.functions(launch.instruction))].append(launch)
+  counted = {
+    kind: (hlo.total_bytes(some), hlo.total_launches(some))
+    for kind, some in {"all": launches, **kinds}.items()
+  }
+  return dict(sorted(counted.items(), key=lambda x: -x[1][0]))
+
+
+def _kind(functions):
+  for function in functions:
+    for beginning, kind in KINDS.items():
+      if function.startswith(beginning):
+        return kind
+  return "other"
+
+
+def _parse():
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic")
+  parser.add_argument("--target", default="H200", help="a GPU, or a topology")
+  parser.add_argument(
+    "--model", default="tiny", choices=("tiny", "small", "base")
+  )
+  parser.add_argument("--batch-size", type=int, default=128, help="a device")
+  return parser.parse_args()
+
+
+if __name__ == "__main__":
+  main()
