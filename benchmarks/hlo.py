@@ -150,24 +150,26 @@ def total_launches(launches: list[Launch]) -> int:
 
 def _size_of_fusion(fusion, sizes, body):
   """What the result needs of each operand, and what of it is new."""
-  needed = collections.defaultdict(float)  # Of each value, as a share.
+  # Of each value a share: slices add up; all else is taken to need the same.
+  needed = collections.defaultdict(float)
+  sliced = collections.defaultdict(float)
   size, written = 0, fusion.size
   for instruction in reversed(body.values()):
-    share = 1.0 if instruction.is_root else min(needed[instruction.name], 1.0)
+    name = instruction.name
+    share = max(float(instruction.is_root), needed[name], min(sliced[name], 1))
     if instruction.opcode == "parameter":
       place = re.match(r"\d+", instruction.line)
       assert place is not None
       size += share * sizes[int(place[0])]
     for place, name in enumerate(instruction.operands):
-      part = 1.0
       if place == 0 and instruction.opcode in _SLICES:
-        part = instruction.size / max(body[name].size, 1)
+        sliced[name] += share * instruction.size / max(body[name].size, 1)
       elif place == 0 and instruction.opcode == "dynamic-update-slice":
         # In place, as in a loop that fills an array step by step.
-        part = 0.0
         new = body[instruction.operands[1]].size
         written -= share * (instruction.size - new)
-      needed[name] += share * part
+      else:
+        needed[name] = max(needed[name], share)
   return int(size + max(written, 0))
 
 

@@ -60,8 +60,15 @@ class BatchNorm(nnx.Module):
       mean, var = self.mean[...], self.var[...]
     else:
       mean, var = self._update(x)
+    scale, bias = self.affine(mean, var)
+    return (x * scale + bias).astype(x.dtype)
+
+  def affine(
+    self, mean: Float[Array, "C"], var: Float[Array, "C"]
+  ) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
+    """(scale, bias) of a normalisation by these statistics."""
     scale = self.scale * jax.lax.rsqrt(var + self.epsilon)
-    return (x * scale + (self.bias - mean * scale)).astype(x.dtype)
+    return scale, self.bias - mean * scale
 
   def _update(self, x):
     axes = tuple(range(x.ndim - 1))

@@ -32,14 +32,27 @@ from spatial_mamba_jax.models.ssm import StructureAwareSSM
 
 
 class ConvNorm(nnx.Module):
-  """A convolution (or a pointwise one) and its batch normalisation."""
+  """A convolution (or a pointwise one) and its batch normalisation.
+
+  In inference the weights are scaled and not what they make, so that a GPU's
+  convolution adds the bias and rectifies as it writes.
+  """
 
   def __init__(self, conv: nnx.Conv | nnx.Linear, features: int, **kwargs):
     self.conv = conv
     self.norm = BatchNorm(features, **kwargs)
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo Co"]:
-    return self.norm(self.conv(x))
+    if not self.norm.use_running_average:
+      return self.norm(self.conv(x))
+    scale, bias = self.norm.affine(self.norm.mean[...], self.norm.var[...])
+    conv = nnx.clone(self.conv)
+    conv.kernel[...] *= scale
+    if conv.bias is not None:
+      conv.bias[...] = conv.bias * scale + bias
+      return conv(x)
+    y = conv(x)
+    return y + bias.astype(y.dtype)
 
 
 class Stem(nnx.Module):

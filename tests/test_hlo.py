@@ -1,0 +1,103 @@
+"""Bytes and launches of programs small enough to be counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import hlo, traffic
+
+# A loop of three turns, each of which reads a row of [3, 8] float32, and writes
+# one of the result in place; then a branch, of which one side copies.
+LOOP = """\
+HloModule loop, is_scheduled=true
+
+FileNames
+1 "model.py"
+
+FunctionNames
+1 "gelu"
+2 "main"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=3 end_line=3 column=0 end_column=0}
+2 {file_name_id=1 function_name_id=2 line=9 end_line=9 column=0 end_column=0}
+
+StackFrames
+1 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=1}
+
+%row (p.0: f32[3,8], p.1: s32[], p.2: f32[3,8]) -> f32[3,8] {
+  %p.0 = f32[3,8]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %p.2 = f32[3,8]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %twice = f32[3,8]{1,0} add(%p.0, %p.0)
+  %cut = f32[1,8]{1,0} dynamic-slice(%twice, %p.1, %zero), dynamic_slice_sizes={1,8}
+  ROOT %put = f32[3,8]{1,0} dynamic-update-slice(%p.2, %cut, %p.1, %zero)
+}
+
+%body (state: (s32[], f32[3,8], f32[3,8])) -> (s32[], f32[3,8], f32[3,8]) {
+  %state = (s32[], f32[3,8]{1,0}, /*index=2*/f32[3,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[3,8]{1,0} get-tuple-element(%state), index=1
+  %y = f32[3,8]{1,0} get-tuple-element(%state), index=2
+  %new = f32[3,8]{1,0} fusion(%x, %i, %y), kind=kLoop, calls=%row, metadata={op_name="a(b)" stack_frame_id=2}
+  ROOT %out = (s32[], f32[3,8]{1,0}, f32[3,8]{1,0}) tuple(%i, %x, %new)
+}
+
+%condition (state: (s32[], f32[3,8], f32[3,8])) -> pred[] {
+  %state = (s32[], f32[3,8]{1,0}, f32[3,8]{1,0}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+%copies (a: f32[3,8]) -> f32[3,8] {
+  %a = f32[3,8]{1,0} parameter(0)
+  ROOT %copied = f32[3,8]{1,0} copy(%a)
+}
+
+%keeps (b: f32[3,8]) -> f32[3,8] {
+  ROOT %b = f32[3,8]{1,0} parameter(0)
+}
+
+ENTRY %main (x: f32[3,8], which: s32[]) -> f32[3,8] {
+  %x = f32[3,8]{1,0} parameter(0)
+  %which = s32[] parameter(1)
+  %start = (s32[], f32[3,8]{1,0}, f32[3,8]{1,0}) tuple(%which, %x, %x)
+  %loop = (s32[], f32[3,8]{1,0}, f32[3,8]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %z = f32[3,8]{1,0} get-tuple-element(%loop), index=2
+  ROOT %end = f32[3,8]{1,0} conditional(%which, %z, %z), branch_computations={%keeps, %copies}
+}
+"""  # noqa: E501
+
+
+def test_loops_slices_and_branches():
+  program = hlo.Program(LOOP)
+  launches = program.launches()
+  row, index, whole = 8 * 4, 4, 3 * 8 * 4
+  assert hlo.total_launches(launches) == 3 + 1
+  assert hlo.total_bytes(launches) == 3 * (2 * row + index) + 2 * whole
+  assert program.functions(launches[0].instruction) == ("gelu", "main")
+  kinds = traffic.by_kind(program)
+  assert kinds["gates, residuals, GELU"] == (3 * (2 * row + index), 3)
+  assert kinds["other"] == (2 * whole, 1)
+
+
+def test_a_loop_without_an_end_is_refused():
+  endless = LOOP.replace("known_trip_count", "unknown")
+  with pytest.raises(ValueError, match="how often loop runs"):
+    hlo.Program(endless).launches()
+
+
+def test_a_real_program():
+  """A product, and a sum over each of its rows."""
+
+  def function(a, b):
+    return jnp.sum(jnp.tanh(a @ b), axis=1)
+
+  a, b = jnp.ones((64, 32)), jnp.ones((32, 48))
+  text = jax.jit(function).lower(a, b).compile().as_text()
+  size = hlo.total_bytes(hlo.Program(text).launches())
+  product = 64 * 48 * 4
+  least = a.nbytes + b.nbytes + 2 * product + 64 * 4
+  # What is not fused goes to memory and back.
+  assert least <= size <= least + 3 * product
