@@ -23,7 +23,7 @@ PROGRAMS = ("inference", "step")
 # By the first of a launch's functions, the innermost first, that begins so.
 KINDS = {
   "Operator.": "structure-aware SSM",
-  "_Structure": "structure-aware SSM",
+  "run_by_platform": "structure-aware SSM",
   "depthwise_conv": "depthwise convolutions",
   "DepthwiseConv.": "depthwise convolutions",
   "_normalize": "LayerNorm",
