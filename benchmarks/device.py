@@ -4,7 +4,7 @@ It checks every kernel's values and gradients against the reference, measures
 how fast the device copies and multiplies, times the operators at the stages of
 the tiny model, inference and the training step of tiny, small and base, and
 PyTorch's networks of the same size where they are installed. `timing` has the
-protocol. What is not done after `--minutes` is left out, and listed.
+protocol. After `--minutes` nothing more is begun, and what is left out listed.
 
 It writes one JSON file, by default into `benchmarks/results`, of which `python
 -m benchmarks.table` makes the README's tables. Needed are jax, flax and optax.
@@ -180,8 +180,8 @@ def _networks(scale: Scale, rate: float) -> list[Task]:
   return [
     (" ".join(map(str, what)), lambda what=what: task(*what))
     for what in (
-      (*network_of_scale, program)
-      for network_of_scale in scale.networks
+      (*which, program)
+      for which in scale.networks
       for program in network.PROGRAMS
     )
   ]
@@ -233,7 +233,7 @@ def _parse():
   parser = argparse.ArgumentParser(prog="python -m benchmarks.device")
   parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
   parser.add_argument("--small", action="store_true", help="for a CPU")
-  parser.add_argument("--minutes", type=float, default=8)
+  parser.add_argument("--minutes", type=float, default=6.5)
   parser.add_argument(
     "--sections", nargs="+", default=SECTIONS, choices=SECTIONS
   )

@@ -38,8 +38,8 @@ def measure(
   Raises:
     ImportError: torch or timm is not installed.
   """
-  import timm
-  import torch
+  import timm  # pyright: ignore[reportMissingImports]
+  import torch  # pyright: ignore[reportMissingImports]
 
   torch.set_float32_matmul_precision("high")
   images = torch.randn(batch_size, 3, 224, 224, device=device)
