@@ -9,14 +9,14 @@ import spatial_mamba_kernels as smk
 
 from benchmarks import aot, device, network, operators, table, tpu_code
 from benchmarks import model as benchmark
-from spatial_mamba_jax.models.config import get_model_config
+from spatial_mamba_jax.models import config as models
 
 
 @pytest.mark.parametrize(
   ("size", "gmac"), [("tiny", 4.43), ("small", 7.07), ("base", 15.72)]
 )
 def test_work_is_the_papers(size, gmac):
-  config = get_model_config(f"spatial_mamba_{size}")
+  config = models.get_model_config(f"spatial_mamba_{size}")
   assert network.forward_flops(config, 224) == pytest.approx(
     2e9 * gmac, rel=0.01
   )
@@ -44,6 +44,12 @@ def test_model_benchmark(monkeypatch, capsys):
 
 
 def test_device_benchmark(monkeypatch, capsys, tmp_path):
+  # Two blocks, so that compiling takes seconds.
+  monkeypatch.setitem(
+    models._PRESETS,
+    "spatial_mamba_micro",
+    models.ModelConfig(dims=(4, 4), depths=(1, 1)),
+  )
   file = tmp_path / "device.json"
   run(device.main, monkeypatch, capsys, "--small", "--output", file)
   record = json.loads(file.read_text())
