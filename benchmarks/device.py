@@ -14,23 +14,25 @@ It writes one JSON file, by default into `benchmarks/results`, of which `python
 import argparse
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import pathlib
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-import optax
 
 from benchmarks import network, operators, peers, timing
+from spatial_mamba_jax.training import provenance
 
+# What speed may depend on.
+PACKAGES = (
+  *("jax", "jaxlib", "flax", "optax"),
+  *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"),
+)
 SECTIONS = ("operators", "networks", "peers")
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -122,24 +124,14 @@ def main() -> None:
 def describe_machine() -> dict[str, Any]:
   """Where and with what all that follows was measured."""
   device = jax.devices()[0]
-  plugins = {
-    name: importlib.metadata.version(name)
-    for name in ("jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu")
-    if _is_installed(name)
-  }
   return {
     "device": device.device_kind,
     "devices": jax.device_count(),
     "platform": device.platform,
     "host": platform.machine(),
     "python": platform.python_version(),
-    "versions": {
-      "jax": jax.__version__,
-      "flax": flax.__version__,
-      "optax": optax.__version__,
-      **plugins,
-    },
-    "commit": _commit(),
+    "versions": provenance.versions(PACKAGES),
+    "commit": provenance.commit() or "unknown",
     "date": datetime.date.today().isoformat(),
     "command": "python -m benchmarks.device " + " ".join(sys.argv[1:]),
     "protocol": timing.__doc__,
@@ -188,7 +180,7 @@ def _networks(scale: Scale, rate: float) -> list[Task]:
 
 
 def _peers(scale: Scale) -> list[Task]:
-  if not (_is_installed("torch") and _is_installed("timm")):
+  if not (provenance.is_installed("torch") and provenance.is_installed("timm")):
     return []
   platform_name = {"gpu": "cuda"}.get(jax.default_backend())
   if platform_name is None:
@@ -200,28 +192,6 @@ def _peers(scale: Scale) -> list[Task]:
     )
 
   return [(name, task(name)) for name in peers.MODELS]
-
-
-def _is_installed(name):
-  try:
-    importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return False
-  return True
-
-
-def _commit():
-  """Of this project, and whether anything was changed since."""
-  try:
-    return subprocess.run(
-      ("git", "describe", "--always", "--dirty", "--abbrev=40"),
-      cwd=RESULTS.parent,
-      capture_output=True,
-      check=True,
-      text=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
 
 
 def _file_name(record):

@@ -8,14 +8,12 @@ ConvNeXt-T and Swin-T of timm, in bfloat16 autocast, channels last, compiled by
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks import timing
+
 MODELS = ("convnext_tiny", "swin_tiny_patch4_window7_224")
-GROUPS = 5
-GROUP_SECONDS = 0.2
 
 
 def main() -> None:
@@ -48,6 +46,12 @@ def measure(
   precision = torch.autocast(
     device, getattr(torch, dtype), enabled=dtype != "float32"
   )
+
+  def wait(result):
+    del result
+    if device == "cuda":
+      torch.cuda.synchronize()
+
   for name in models:
     model = timm.create_model(name, num_classes=1000).to(device)
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore
@@ -68,36 +72,17 @@ def measure(
       optimizer.step()
 
     for program, call in (("inference", infer), ("train", train)):
-      seconds, spread = _time(call, torch, device)
+      measured = timing.time_calls(call, wait)
       yield {
         "model": name,
         "program": program,
         "batch_size": batch_size,
         "dtype": dtype,
-        "images_per_second": batch_size / seconds,
-        "spread": spread,
+        "images_per_second": batch_size / measured.seconds,
+        "spread": measured.spread,
         "torch": torch.__version__,
         "timm": timm.__version__,
       }
-
-
-def _time(call, torch, device):
-  def seconds(count):
-    start = time.perf_counter()
-    for _ in range(count):
-      call()
-    if device == "cuda":
-      torch.cuda.synchronize()
-    return (time.perf_counter() - start) / count
-
-  for _ in range(3):
-    seconds(1)
-  count = max(1, round(GROUP_SECONDS / seconds(1)))
-  first, second = (
-    statistics.median(seconds(count) for _ in range(GROUPS)) for _ in range(2)
-  )
-  middle = (first + second) / 2
-  return middle, abs(first - second) / middle
 
 
 if __name__ == "__main__":

@@ -33,24 +33,32 @@ class Timing:
   spread: float
 
 
-def time_calls(call: Callable[[], Any]) -> Timing:
-  """Times a function that queues a program and returns what it will compute."""
-  jax.block_until_ready(call())
-  count = max(1, math.ceil(GROUP_SECONDS / _seconds(call, 1)))
+def time_calls(
+  call: Callable[[], Any],
+  wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> Timing:
+  """Times a program.
+
+  Args:
+    call: queues it, and returns what it will compute.
+    wait: until the last of what `call` returned has been computed.
+  """
+  wait(call())
+  count = max(1, math.ceil(GROUP_SECONDS / _seconds(call, wait, 1)))
   first, second = (
-    statistics.median(_seconds(call, count) for _ in range(GROUPS))
+    statistics.median(_seconds(call, wait, count) for _ in range(GROUPS))
     for _ in range(2)
   )
   seconds = (first + second) / 2
   return Timing(seconds, abs(first - second) / seconds)
 
 
-def _seconds(call, count):
+def _seconds(call, wait, count):
   start = time.perf_counter()
   result = None
   for _ in range(count):
     result = call()
-  jax.block_until_ready(result)
+  wait(result)
   return (time.perf_counter() - start) / count
 
 

@@ -1,11 +1,9 @@
 """A run from its first step, or from where it was stopped, to its last."""
 
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spatial_mamba_jax.data import Source, open_source, train_batches
+from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.checkpoint import Checkpoints, load_ema
 from spatial_mamba_jax.training.config import (
   TrainConfig,
@@ -321,26 +320,12 @@ def _describe_run(config: TrainConfig, workdir: pathlib.Path) -> None:
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
   description = {
     "config": to_dict(config),
-    "versions": {name: importlib.metadata.version(name) for name in packages},
-    "commit": _commit(),
+    "versions": provenance.versions(packages),
+    "commit": provenance.commit(),
     "devices": [device.device_kind for device in jax.devices()],
   }
   path = workdir / "run.json"
   path.write_text(json.dumps(description, indent=2) + "\n")
-
-
-def _commit() -> str | None:
-  """The source's git commit, where it is a checkout."""
-  try:
-    return subprocess.run(
-      ("git", "describe", "--always", "--dirty", "--abbrev=40"),
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      check=True,
-      text=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return None
 
 
 @contextmanager
