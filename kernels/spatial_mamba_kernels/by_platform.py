@@ -82,6 +82,7 @@ class Operator:
   """A differentiable operator over a tuple of arrays.
 
   Args:
+    name: of the scope in which a program has it.
     xla: (arrays, implementation=) -> result, differentiable, on any platform.
     kernels: {implementation: kernel}.
     dimensions: what all of these have in common.
@@ -92,6 +93,7 @@ class Operator:
 
   def __init__(
     self,
+    name: str,
     xla: Callable[..., Array],
     kernels: Mapping[str, Kernel],
     dimensions: Dimensions,
@@ -99,6 +101,7 @@ class Operator:
     saves: Callable[[Arrays], Any] = lambda arrays: (),
     passes: Passes | None = None,
   ):
+    self.name = name
     self._xla = xla
     self._kernels = kernels
     self._dimensions = dimensions
@@ -238,7 +241,8 @@ class Run(NamedTuple):
     """Runs the pass as a platform does it best, or XLA."""
     passes = self.operator.on(self._kernel_for(platform, arrays))
     run = getattr(passes, self.name)
-    return run(arrays, *rest, **dict(self.options))
+    with jax.named_scope(self.operator.name):
+      return run(arrays, *rest, **dict(self.options))
 
   def _kernel_for(self, platform, arrays):
     if self.named:

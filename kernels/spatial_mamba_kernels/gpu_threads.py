@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels.gpu_device import device
 from spatial_mamba_kernels.typing import Array
@@ -69,10 +70,10 @@ def blocks(channels: int) -> int:
 def pad_channels(x: Array) -> Array:
   """Fills channels up where copies ask for it.
 
-  The TMA asks for rows of 16 bytes, 128 wide; threads for whole blocks.
+  The TMA asks for rows of 16 bytes; threads for whole blocks.
   """
   channels = x.shape[-1]
-  if device().tma and channels > CHANNELS and channels % 8 == 0:
+  if device().tma and channels % 8 == 0:
     return x
   return pad_to_blocks(x)
 
@@ -112,6 +113,8 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any):
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
       unsafe_no_auto_barriers=True,
+      # Sums over channels stay within a warp.
+      reduction_scratch_bytes=0,
       # Layouts are as said here, and not inferred, as by JAX 0.12's default.
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
@@ -176,21 +179,39 @@ def zeros() -> Array:
   return vector(jnp.zeros((CHANNELS,), jnp.float32))
 
 
-# Sums over channels: a warp takes 4 rows, whose channels its threads load in
-# order, so that they meet no bank of shared memory twice.
+# How many sums over channels are made at once, where there is room.
 ROWS_SUMMED = 16
+
+
+def store_sums(values: Sequence[Array], products: Any, out: Any) -> None:
+  """Sums over channels.
+
+  Args:
+    values: vectors of channels.
+    products: reference to [R, 128], float32 in shared memory; R in fours.
+    out: reference to [S], in device memory; S is a multiple of R, and from the
+      number of vectors on anything may be written.
+  """
+  rows = products.shape[0]
+  for first in range(0, len(values), rows):
+    for j, value in enumerate(values[first : first + rows]):
+      products[j] = value
+    store_channel_sums(products, out.at[pl.ds(first, rows)])
 
 
 def store_channel_sums(products: Any, out: Any) -> None:
   """Sums over channels, which all threads must have written and may overwrite.
 
+  A warp takes every fourth row, whose channels its threads load in order, so
+  that they meet no bank of shared memory twice.
+
   Args:
-    products: reference to [16, 128], float32 in shared memory.
-    out: reference to [16], float32 in device memory.
+    products: reference to [R, 128], float32 in shared memory; R in fours.
+    out: reference to [R], float32 in device memory.
   """
   layout = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS_SUMMED, 32), (4, 32), (1,))),
-    warp_dims=(-5,),
+    plgpu.Tiling(((4, 32), (1,))),
+    warp_dims=(-3,),
     lane_dims=(-2,),
     vector_dim=-1,
   )

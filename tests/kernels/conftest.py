@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import spatial_mamba_kernels as smk
+from spatial_mamba_kernels.depthwise_conv import api as conv_api
+from spatial_mamba_kernels.depthwise_conv import xla as conv_xla
 
 # Sums of some hundred float32 terms; and the rounding of a result to bfloat16.
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}
@@ -59,6 +61,26 @@ def fusion_arguments():
       "kernels": normal(count, 3, 3, shape[-1]),
       "alpha": normal(count),
     }
+
+  return arguments
+
+
+def _depthwise_conv(x, kernel, *, implementation=None):
+  """By a kernel, or as XLA's convolution, which is none of ours."""
+  if implementation == "sequential":
+    return conv_xla.grouped(x, kernel, stride=1)
+  return conv_api.operator(1)((x, kernel), implementation)
+
+
+@pytest.fixture(scope="session")
+def convolution():
+  """(shape of the image, its dtype) -> a depthwise one, {name: array}."""
+
+  def arguments(shape, dtype):
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, shape[-1])), jnp.float32)
+    x = jnp.asarray(rng.standard_normal(shape), dtype)
+    return _depthwise_conv, {"x": x, "kernel": kernel}
 
   return arguments
 

@@ -6,6 +6,7 @@ written beyond an array. It takes the threads of a warpgroup for one.
 
 import contextlib
 import types
+from dataclasses import astuple
 from functools import partial
 
 import jax
@@ -16,7 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from spatial_mamba_kernels import gpu_device, gpu_threads
 from spatial_mamba_kernels.state_fusion import gpu_strips, mosaic_gpu
 from spatial_mamba_kernels.state_fusion.taps import Stencil
-from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
+from spatial_mamba_kernels.structure_aware_ssm import (
+  gpu_backward,
+  gpu_fused,
+  gpu_share,
+)
 
 DILATIONS = (1, 3, 5)
 
@@ -70,8 +75,8 @@ def interpreted(monkeypatch, on_gpu):
     # reaches beyond the array.
     ((2, 2, 2, 136, 1), jnp.bfloat16, {}),
     # So few images that tokens are cut into chunks, and rows into blocks, in
-    # which the ring comes round.
-    ((1, 17, 2, 4, 1), jnp.float32, {"programs": 4}),
+    # which the ring comes round; fewer channels than are copied.
+    ((1, 17, 2, 8, 1), jnp.float32, {"programs": 4}),
     ((1, 17, 2, 136, 1), jnp.bfloat16, {"programs": 8, "gpu": "8.0"}),
     # Strips of 8, 8 and 6 columns; two of these are computed, and written,
     # twice.
@@ -92,18 +97,18 @@ def test_structure_aware_ssm(
 
 
 @needs_interpreter
-def test_warpgroups_that_share_a_row(interpreted, ssm_arguments, monkeypatch):
-  """Three of them, with a ring that comes round."""
+def test_warpgroups_that_share_a_row(
+  interpreted, ssm_arguments, assert_is_sequential, monkeypatch
+):
+  """Three of them, with rings that come round."""
   interpreted()
-  monkeypatch.setattr(gpu_fused, "MOST_COLUMNS", 5)
-  arrays = ssm_arguments(1, 8, 15, 3, 1)
+  monkeypatch.setattr(gpu_share, "MOST_COLUMNS", 5)
+  arrays = ssm_arguments(1, 12, 15, 8, 1)
   u = arrays["u"]
-  assert gpu_fused.share(u.shape, u.dtype, u.dtype) == gpu_fused.Share(3, 5)
-  actual = smk.structure_aware_ssm(**arrays, implementation="mosaic_gpu")
-  expected = smk.structure_aware_ssm(**arrays, implementation="sequential")
-  scale = jnp.abs(expected).max()
-  # Sums of some hundred float32 terms.
-  assert jnp.abs(actual - expected).max() <= 2e-6 * scale
+  cut = gpu_share.Share(3, 5, 25)
+  assert gpu_fused.share(u.shape, u.dtype, u.dtype) == cut
+  assert gpu_backward.share(u.shape, u.dtype, u.dtype) == cut
+  assert_is_sequential("mosaic_gpu", smk.structure_aware_ssm, arrays)
 
 
 @needs_interpreter
@@ -174,6 +179,32 @@ def test_state_fusion(
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
 
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("shape", "dtype", "sizes"),
+  [
+    ((1, 1, 1, 1), jnp.float32, {}),
+    # A ring that comes round, for padded channels.
+    ((2, 5, 3, 130), jnp.bfloat16, {}),
+    # Blocks of 3, 3 and 1 rows, and strips of 3, 3 and 1 columns; two more are
+    # computed twice, and counted once.
+    ((1, 7, 7, 8), jnp.float32, {"columns": 3, "programs": 9}),
+    (
+      (1, 7, 7, 128),
+      jnp.bfloat16,
+      {"columns": 3, "programs": 9, "gpu": "8.0"},
+    ),
+  ],
+  ids=str,
+)
+def test_depthwise_conv(
+  interpreted, convolution, assert_is_sequential, shape, dtype, sizes
+):
+  interpreted(**sizes)
+  operator, arrays = convolution(shape, dtype)
+  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
+
+
 class Mapped:
   """An operator on two of everything but its parameters."""
 
@@ -225,16 +256,57 @@ def test_operators_are_mapped(
   assert_is_sequential(implementation, mapped, mapped.arguments(arrays))
 
 
+class Apart(gpu_share.Share):
+  """Warpgroups that do not wait for each other."""
+
+  def meet(self, barrier):
+    pass
+
+
+@needs_interpreter
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_warpgroups_that_do_not_meet_are_a_race(
+  interpreted,
+  ssm_arguments,
+  cotangent,
+  value_and_gradients,
+  monkeypatch,
+  direction,
+):
+  """Two of them."""
+  interpreted()
+  monkeypatch.setattr(gpu_share, "MOST_COLUMNS", 5)
+  module = gpu_fused if direction == "forward" else gpu_backward
+  share = module.share
+
+  def apart(*arguments, **options):
+    return Apart(*astuple(share(*arguments, **options)))
+
+  monkeypatch.setattr(module, "share", apart)
+  arrays = ssm_arguments(1, 1, 10, 1, 1)
+  kernel = partial(smk.structure_aware_ssm, implementation="mosaic_gpu")
+  g = cotangent(kernel, arrays)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+    jax.block_until_ready(value_and_gradients(kernel, arrays, g))
+
+
 @needs_interpreter
 @pytest.mark.parametrize(
   ("place", "owner", "name"),
   [
+    (0, gpu_threads, "commit"),
     (1, gpu_threads, "commit"),
     (1, plgpu, "wait_smem_to_gmem"),
     (2, gpu_threads, "commit"),
     (2, gpu_strips.Stream, "_wait"),
   ],
-  ids=["scan commits", "scan waits", "fusion commits", "fusion waits"],
+  ids=[
+    "fused commits",
+    "scan commits",
+    "scan waits",
+    "fusion commits",
+    "fusion waits",
+  ],
 )
 def test_what_does_not_wait_is_a_race(
   interpreted, ssm_arguments, every_operator, monkeypatch, place, owner, name
@@ -269,6 +341,12 @@ def assert_refused(operator, arrays, why):
 def test_too_many_states(ssm_arguments, every_operator, place, states, why):
   operators = every_operator(ssm_arguments(1, 2, 3, 4, states))
   assert_refused(*operators[place], why)
+
+
+def test_channels_that_threads_cannot_copy(convolution, on_gpu, monkeypatch):
+  on_gpu("8.0")
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  assert_refused(*convolution((1, 2, 3, 130), jnp.float32), "130 channels")
 
 
 @pytest.mark.usefixtures("x64")

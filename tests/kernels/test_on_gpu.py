@@ -53,6 +53,13 @@ def test_kernel_is_sequential(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_convolution(convolution, assert_is_sequential, shape, dtype):
+  operator, arrays = convolution(shape[:4], DTYPES[dtype])
+  assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
   "shape", [(8, 14, 14, 512, 16), (*ODD[:4], 3)], ids=str
 )

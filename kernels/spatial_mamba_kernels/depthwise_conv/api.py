@@ -1,9 +1,13 @@
 """Depthwise 3x3 convolution, stride 1 or 2, zero padding."""
 
+import functools
+from typing import Any
+
 from jax import Array
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.depthwise_conv import xla
+from spatial_mamba_kernels.by_platform import Arrays, Operator
+from spatial_mamba_kernels.depthwise_conv import mosaic_gpu, xla
 from spatial_mamba_kernels.shapes import check_shapes
 
 
@@ -35,4 +39,17 @@ def depthwise_conv(
   x, kernel = check_shapes(
     "depthwise_conv", {"x": (x, "B H W D"), "kernel": (kernel, "3 3 D")}
   )
-  return xla.convolve(x, kernel, stride)
+  return operator(stride)((x, kernel), None)
+
+
+@functools.cache
+def operator(stride: int) -> Operator:
+  """The convolution of (x, kernel), by XLA or by a kernel's name."""
+
+  def convolve(arrays: Arrays, *, implementation: str | None) -> Any:
+    del implementation
+    return xla.convolve(*arrays, stride)
+
+  # Of the network's convolutions few have a stride.
+  kernels = {"mosaic_gpu": mosaic_gpu.KERNEL} if stride == 1 else {}
+  return Operator("depthwise_conv", convolve, kernels, mosaic_gpu.DIMENSIONS)

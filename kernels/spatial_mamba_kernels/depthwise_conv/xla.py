@@ -23,7 +23,7 @@ def convolve(
     x,
     kernel,
     tpu=partial(grouped, stride=stride),
-    default=partial(_shifted, stride=stride),
+    default=partial(shifted, stride=stride),
   )
 
 
@@ -55,7 +55,8 @@ def grouped(x: Array, kernel: Array, *, stride: int) -> Array:
   return y.astype(x.dtype)
 
 
-def _shifted(x, kernel, *, stride):
+def shifted(x: Array, kernel: Array, *, stride: int) -> Array:
+  """As a sum of shifted products."""
   _, height, width, _ = x.shape
   y = stencil.correlate(
     _pad(x),
@@ -68,9 +69,11 @@ def _shifted(x, kernel, *, stride):
   return y.astype(x.dtype)
 
 
-def _shifted_bwd(x, kernel, g, *, stride):
+def shifted_to_input(
+  x: Array, kernel: Array, g: Array, *, stride: int
+) -> Array:
+  """The cotangents of `x`, as a sum of shifted products."""
   _, height, width, _ = x.shape
-  weights = _weights(x, kernel)
   # The transpose of a stride is zeros between the cotangents.
   spread = jax.lax.pad(
     g,
@@ -82,13 +85,19 @@ def _shifted_bwd(x, kernel, g, *, stride):
       (0, 0, 0),
     ),
   )
+  weights = _weights(x, kernel)
   dx = stencil.correlate(
     spread, weights, _FLIPPED_TAPS, height=height, width=width
   )
+  return dx.astype(x.dtype)
+
+
+def _shifted_bwd(x, kernel, g, *, stride):
+  dx = shifted_to_input(x, kernel, g, stride=stride)
   dweights = stencil.weight_gradient(
-    _pad(x), g.astype(weights.dtype), _TAPS, stride=stride
+    _pad(x), g.astype(state_dtype(x, kernel)), _TAPS, stride=stride
   )
-  return dx.astype(x.dtype), dweights.reshape(kernel.shape).astype(kernel.dtype)
+  return dx, dweights.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _weights(x, kernel):

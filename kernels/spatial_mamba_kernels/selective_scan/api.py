@@ -16,6 +16,7 @@ def _xla(arrays, *, implementation):
 
 
 _operator = Operator(
+  "selective_scan",
   _xla,
   {"mosaic_tpu": mosaic_tpu.KERNEL, "mosaic_gpu": mosaic_gpu.KERNEL},
   DIMENSIONS,

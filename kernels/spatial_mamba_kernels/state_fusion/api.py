@@ -23,7 +23,7 @@ def _operator(dilations):
     "mosaic_tpu": mosaic_tpu.kernel(dilations),
     "mosaic_gpu": mosaic_gpu.kernel(dilations),
   }
-  return Operator(fuse, kernels, DIMENSIONS)
+  return Operator("state_fusion", fuse, kernels, DIMENSIONS)
 
 
 def state_fusion(

@@ -21,7 +21,7 @@ from spatial_mamba_kernels.typing import Array
 
 # Columns of a strip: a thread keeps a sum for each in registers.
 MOST_COLUMNS = 32
-# Shared memory for what is not rows: barriers, and sums across warps.
+# Shared memory for what is not rows: barriers, and what aligns rows to 1 KiB.
 OTHER_BYTES = 3 * 2**10
 
 GRID = ("image", "block", "strip", "rows")

@@ -14,7 +14,11 @@ from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.state_fusion import gpu_strips as strips
 from spatial_mamba_kernels.state_fusion.dimensions import SUMS, finish
 from spatial_mamba_kernels.state_fusion.gpu_strips import Stream
-from spatial_mamba_kernels.state_fusion.taps import Stencil, columns_read
+from spatial_mamba_kernels.state_fusion.taps import (
+  Stencil,
+  columns_read,
+  sources,
+)
 from spatial_mamba_kernels.typing import Array
 
 
@@ -191,18 +195,38 @@ def _fuse_columns(stencil, ring, slots, places, weights, size):
   return fused
 
 
-def _neighbours(stencil, ring, slots, places, size):
-  """All that a row of pixels reads: (states, by whom); see `columns_read`."""
+def _neighbours(stencil, ring, slots, places, size, zero_beyond=None):
+  """All that a row of pixels reads: (states, by whom); see `columns_read`.
+
+  Beyond the image it is the border, or zeros with `zero_beyond`.
+  """
   for offset, taps in stencil.by_row.items():
     row = ring.at[slots[offset]]
     own = row.at[pl.ds(places[0], size)]
     for column, readers in columns_read(taps, size):
       inside = 0 <= column < size
       value = own[column] if inside else row[places[column]]
-      yield value.astype(jnp.float32), readers
+      value = value.astype(jnp.float32)
+      if zero_beyond:
+        value = zero_beyond(value, offset, column)
+      yield value, readers
 
 
-def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
+def _zero_beyond(program, row, value, offset, column):
+  """A neighbour's states, or zeros where it is beyond the image."""
+  cut = program.cut
+  if offset:
+    inside = (row + offset >= 0) & (row + offset < cut.height)
+    value = jnp.where(inside, value, 0)
+  if not 0 <= column < cut.strip:
+    column = program.column + column
+    value = jnp.where((column >= 0) & (column < cut.width), value, 0)
+  return value
+
+
+def weights_backward(
+  h, weights, g, *, stencil, C=None, replicate=True
+) -> tuple[Array, ...]:
   """The cotangents of the weights, and of the observation.
 
   Args:
@@ -211,6 +235,7 @@ def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
     g: [B, H, W, D], the cotangents of what was observed, C * fused.
     stencil: its taps.
     C: [B, H, W], or None for 1.
+    replicate: pixels read the border from beyond it, and not zeros.
 
   Returns:
     [G, T, D], to be summed over G; and, if it is given, of C, [K, B, H, W], to
@@ -236,12 +261,12 @@ def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
     shape = (gpu.ROWS_SUMMED, gpu.CHANNELS)
     scratch["products"] = plgpu.SMEM(shape, jnp.float32)
   dweights, *dC = strips.kernel(
-    partial(_weights_kernel, stencil=stencil),
+    partial(_weights_kernel, stencil=stencil, replicate=replicate),
     h,
     cut,
     out_type=results,
     scratch_types=scratch,
-    name="state_fusion_weights",
+    name="state_fusion_weights" if replicate else "depthwise_conv_weights",
   )(*operands)
   dweights = dweights.reshape(-1, *dweights.shape[3:])[..., :channels]
   if not dC:
@@ -253,7 +278,8 @@ def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
 
 
 def _weights_kernel(
-  h, weights, g, C, *refs, stencil, ring, ring_barriers=None, **scratch
+  h, weights, g, C, *refs, stencil, replicate, ring, ring_barriers=None,
+  **scratch,
 ):  # fmt: skip
   dweights, *dC, program = refs
   cut, size = program.cut, program.cut.strip
@@ -278,7 +304,10 @@ def _weights_kernel(
       own = [program.column + j >= program.own_column for j in range(size)]
       dfused = [jnp.where(own[j], x, 0) for j, x in enumerate(dfused)]
     sums, fused = list(sums), [None] * size
-    for value, readers in _neighbours(stencil, ring, slots, places, size):
+    beyond = None if replicate else partial(_zero_beyond, program, row)
+    for value, readers in _neighbours(
+      stencil, ring, slots, places, size, beyond
+    ):
       for j, place in readers:
         sums[place] += dfused[j] * value
         if dC:
@@ -286,7 +315,7 @@ def _weights_kernel(
     if dC:
       row_of = dC[0].at[program.block, program.image, row, program.strip]
       values = [x * y for x, y in zip(dy, fused, strict=True)]
-      _store_sums(values, scratch["products"], row_of)
+      gpu.store_sums(values, scratch["products"], row_of)
     return sums
 
   sums = [gpu.zeros() for _ in weights]
@@ -295,14 +324,6 @@ def _weights_kernel(
     dweights[
       program.image, program.strip, program.rows, place, program.channels
     ] = total
-
-
-def _store_sums(values, products, out):
-  """Sums over channels, [16 or more], of a vector for each column."""
-  for first in range(0, len(values), gpu.ROWS_SUMMED):
-    for j, value in enumerate(values[first : first + gpu.ROWS_SUMMED]):
-      products[j] = value
-    gpu.store_channel_sums(products, out.at[pl.ds(first, gpu.ROWS_SUMMED)])
 
 
 def states_backward(g, weights, *, stencil, dtype, C=None):
@@ -413,21 +434,9 @@ def _transpose_row(stencil, ring, row, places, weights, program):
         stencil, cotangents, taps, total, places, weights, program
       )
 
-    first, end = _sources(row, offset, cut.height)
+    first, end = sources(row, offset, cut.height)
     total = lax.fori_loop(first, end, add_row, total)
   return total
-
-
-def _sources(row, offset, height):
-  """The rows that see `row` at `offset`: first and end; several at a border."""
-  if offset > 0:
-    last = row == height - 1
-    first = jnp.maximum(jnp.where(last, height - 1 - offset, row - offset), 0)
-    return first, jnp.where(last, height, row - offset + 1)
-  is_first = row == 0
-  first = jnp.where(is_first, 0, row - offset)
-  end = jnp.where(is_first, 1 - offset, row - offset + 1)
-  return first, jnp.minimum(end, height)
 
 
 def _transpose_columns(

@@ -76,6 +76,18 @@ def clip(row: Any, height: int) -> Any:
   return jnp.clip(row, 0, height - 1)
 
 
+def sources(row: Any, offset: int, height: int) -> tuple[Any, Any]:
+  """The rows that see `row` at `offset`: first and end; several at a border."""
+  if offset > 0:
+    last = row == height - 1
+    first = jnp.maximum(jnp.where(last, height - 1 - offset, row - offset), 0)
+    return first, jnp.where(last, height, row - offset + 1)
+  is_first = row == 0
+  first = jnp.where(is_first, 0, row - offset)
+  end = jnp.where(is_first, 1 - offset, row - offset + 1)
+  return first, jnp.minimum(end, height)
+
+
 def columns_read(
   taps: RowTaps, size: int
 ) -> Iterator[tuple[int, list[tuple[int, Any]]]]:

@@ -29,6 +29,7 @@ def _last_states(arrays):
 
 
 _operator = Operator(
+  "structure_aware_ssm",
   _xla,
   {"mosaic_tpu": mosaic_tpu.KERNEL, "mosaic_gpu": mosaic_gpu.KERNEL},
   DIMENSIONS,

@@ -1,25 +1,34 @@
 """The structure-aware SSM on GPUs.
 
-Forward it is one kernel where its rows fit a program (`gpu_fused`). Elsewhere,
-and backward, it is made of the kernels of the scan and the fusion, and states
+Where its rows fit a program it is one kernel forward (`gpu_fused`), and two
+backward (`gpu_backward`, and for C `gpu_fused` once more): inputs come once for
+each. Elsewhere it is made of the kernels of the scan and the fusion, and states
 go through device memory.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
+from spatial_mamba_kernels.by_platform import (
+  Arrays,
+  Kernel,
+  Passes,
+  is_implemented,
+)
 from spatial_mamba_kernels.selective_scan import mosaic_gpu as scan
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.state_fusion import mosaic_gpu as fusion
-from spatial_mamba_kernels.state_fusion.taps import Stencil
-from spatial_mamba_kernels.state_fusion.xla import DILATIONS
-from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
+from spatial_mamba_kernels.structure_aware_ssm import gpu_backward, gpu_fused
 from spatial_mamba_kernels.structure_aware_ssm.dimensions import IMAGE, NUMBERS
+from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
+  STENCIL,
+  SUMMED,
+  Share,
+)
 from spatial_mamba_kernels.typing import Array
-
-STENCIL = Stencil(DILATIONS)
 
 
 def plan(arrays: Arrays) -> None:
@@ -41,11 +50,7 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
   """
   u, delta, A, B, C, D, kernels, alpha, bias = arrays
   weights = STENCIL.merge(kernels, alpha)
-  try:
-    gpu_fused.share(u.shape, u.dtype, delta.dtype)
-  except NotImplementedError:
-    pass
-  else:
+  if is_implemented(gpu_fused.share, u.shape, u.dtype, delta.dtype):
     A, B, C = A[:, 0], B[..., 0], C[..., 0]
     return gpu_fused.forward(u, delta, A, B, C, D, weights, bias, save=save)
   h = _states(arrays)
@@ -61,6 +66,16 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
   return y, h[:, :, -1].swapaxes(0, 1)[:, None]
 
 
+def share_backward(shape: tuple[int, ...], image: Any, delta: Any) -> Share:
+  """How both kernels of the backward pass share columns; `gpu_fused.share`.
+
+  Raises:
+    NotImplementedError: one of them cannot.
+  """
+  gpu_fused.share(shape, image, delta, products=SUMMED)
+  return gpu_backward.share(shape, image, delta)
+
+
 def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   """Cotangents on one device; those of parameters as sums over some images.
 
@@ -69,9 +84,17 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
     [G, T, D], of the merged weights, and [G, N + 2, D], of A, delta_bias and D,
     to be summed over G.
   """
-  del saved  # The states of all tokens are computed anew.
-  u, _, _, _, C, D, kernels, alpha, _ = arrays
+  u, delta, A, B, C, D, kernels, alpha, bias = arrays
   weights = STENCIL.merge(kernels, alpha)
+  if is_implemented(share_backward, u.shape, u.dtype, delta.dtype):
+    A, B, C = A[:, 0], B[..., 0], C[..., 0]
+    (before,) = saved
+    dC = gpu_fused.observation_backward(u, delta, A, B, weights, bias, g)
+    du, ddelta, dB, dweights, parameters = gpu_backward.backward(
+      u, delta, A, B, C, D, weights, bias, before, g
+    )
+    return du, ddelta, dB[..., None], dC[..., None], dweights, parameters
+  # The states of all tokens are computed anew.
   h = _states(arrays)
   dweights, dC = fusion.weights_backward(
     h, weights, g, stencil=STENCIL, C=C[..., 0]
