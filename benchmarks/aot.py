@@ -33,6 +33,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 from spatial_mamba_kernels.by_platform import Kernel
+from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
 from spatial_mamba_kernels.selective_scan import gpu_tiles
 from spatial_mamba_kernels.selective_scan import mosaic_gpu as gpu_scan
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as tpu_scan
@@ -58,7 +59,12 @@ ENVIRONMENT = {
   "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
 }
 
-OPS = ("selective_scan", "state_fusion", "structure_aware_ssm")
+OPS = (
+  "selective_scan",
+  "state_fusion",
+  "structure_aware_ssm",
+  "depthwise_conv",
+)
 KERNELS: dict[str, dict[str, Kernel]] = {
   "tpu": {
     "selective_scan": tpu_scan.KERNEL,
@@ -69,6 +75,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "selective_scan": gpu_scan.KERNEL,
     "state_fusion": gpu_fusion.kernel(DILATIONS),
     "structure_aware_ssm": gpu_ssm.KERNEL,
+    "depthwise_conv": gpu_conv.KERNEL,
   },
 }
 CUSTOM_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
@@ -158,16 +165,22 @@ def _loop_tokens(op, arrays):
   }
   if op == "selective_scan":
     return tokens
+  if op == "depthwise_conv":
+    types = image.shape, gpu_conv.STENCIL, image.dtype, image.dtype
+    return {"depthwise_conv_weights": gpu_fusion.cut_to_fuse(*types).strip}
   states = image.dtype if op == "state_fusion" else jnp.float32
   types = image.shape, stencil, states, image.dtype
   for name in ("forward", "weights"):
     tokens[f"state_fusion_{name}"] = gpu_fusion.cut_to_fuse(*types).strip
   tokens["state_fusion_states"] = gpu_fusion.cut_to_states(*types).strip
   if op == "structure_aware_ssm":
-    # Forward, where it is not made of the others.
+    # Where it is not made of the others.
     with contextlib.suppress(NotImplementedError):
-      share = gpu_fused.share(image.shape, image.dtype, arrays[1].dtype)
-      tokens["structure_aware_ssm_forward"] = share.columns
+      types = image.shape, image.dtype, arrays[1].dtype
+      tokens[f"{op}_forward"] = gpu_fused.share(*types).columns
+      columns = gpu_ssm.share_backward(*types).columns
+      tokens[f"{op}_backward"] = columns
+      tokens[f"{op}_observation_backward"] = columns
   return tokens
 
 
@@ -221,6 +234,8 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   channel, A = array(channels), array(channels, states)
   stencil = (array(3, 3, 3, channels), array(3))
   image, numbers = pixels(channels), pixels(states)
+  if op == "depthwise_conv":
+    return image, array(3, 3, channels)
   if op == "state_fusion":
     return (image, *stencil)
   if op == "selective_scan":
@@ -375,7 +390,12 @@ def _parse() -> argparse.Namespace:
     subparser.add_argument(
       "--target", default="v5e:2x2", help="TPU topology, or a GPU"
     )
-  return parser.parse_args()
+  arguments = parser.parse_args()
+  if arguments.program == "kernel":
+    platform = platform_of(arguments.target)
+    if arguments.op not in KERNELS[platform]:
+      parser.error(f"{arguments.op} has no kernel for {arguments.target}")
+  return arguments
 
 
 if __name__ == "__main__":

@@ -94,8 +94,10 @@ class Program:
     return self._of(self._entry)
 
   def functions(self, instruction: Instruction) -> tuple[str, ...]:
-    """Who made it: functions of Python, the innermost first."""
-    return self._frames.functions(instruction.line)
+    """Who made it: scopes and then functions of Python, the innermost first."""
+    scopes = re.search(r'op_name="([^"]*)"', instruction.line)
+    names = scopes[1].split("/")[::-1] if scopes else ()
+    return *names, *self._frames.functions(instruction.line)
 
   @functools.cache  # noqa: B019  A program lives as long as its text is read.
   def _of(self, name):
@@ -135,7 +137,9 @@ class Program:
       return _size_of_fusion(
         instruction, sizes, self._computations[instruction.called["calls"][0]]
       )
-    return instruction.size + sum(sizes)
+    # What it is given twice it reads once.
+    distinct = dict(zip(instruction.operands, sizes, strict=True))
+    return instruction.size + sum(distinct.values())
 
 
 def total_bytes(launches: list[Launch]) -> int:

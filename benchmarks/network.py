@@ -166,30 +166,55 @@ def _compile(function, *arguments):
   return compiled, time.perf_counter() - start
 
 
+# Numbers that a block moves, of each in its input. Forward: convolution,
+# residual and LayerNorm 3; projections 5; convolution and SiLU 4; x_proj 2; the
+# SSM with dt_proj 4; norm and gate 6; out_proj with its residual 4; the second
+# convolution 3; the MLP 11.
+BLOCK_FORWARD = 42
+# Backward, of each product once for what it read and once for its weights: the
+# MLP 24; each convolution with LayerNorm and residual 4; out_proj 6; norm and
+# gate 10; the SSM with dt_proj 6; x_proj 6; convolution and SiLU 6; projections
+# 10. Elementwise work is done again when it is read.
+BLOCK_BACKWARD = 76
+
+
 def forward_bytes(config: smj.ModelConfig, size: int) -> int:
   """What inference must move for an image, with all fused that can be.
 
-  Activations in bfloat16, weights left out. Of a block with n numbers in its
-  input: convolution, residual and LayerNorm 3 n; projections 5; convolution and
-  SiLU 4; x_proj 2; the SSM with dt_proj 4; norm and gate 6; out_proj with its
-  residual 4; the second convolution 3; the MLP 11. DownSampling is 8 n wide.
+  Activations in bfloat16, weights left out. DownSampling is 8 times as wide as
+  a block's input.
   """
+  blocks, rest = _numbers_moved(config, size)
+  return 2 * (BLOCK_FORWARD * blocks + rest)
+
+
+def training_bytes(config: smj.ModelConfig, size: int) -> int:
+  """What a training step must move for an image, as for `forward_bytes`.
+
+  What is not a block is products for the most part, each three times.
+  """
+  blocks, rest = _numbers_moved(config, size)
+  return 2 * ((BLOCK_FORWARD + BLOCK_BACKWARD) * blocks + 3 * rest)
+
+
+def _numbers_moved(config, size):
+  """In the inputs of all blocks; and moved forward by all that is no block."""
   half = -(-size // 2)
   side = -(-half // 2)
   dim = config.dims[0]
   image, stem = 3 * size**2, half**2 * (dim // 2)
   wide = side**2 * 4 * dim
-  numbers = 2 * image + 7 * stem + 2 * wide + side**2 * dim
+  blocks, rest = 0, 2 * image + 7 * stem + 2 * wide + side**2 * dim
   for i, (dim, depth) in enumerate(
     zip(config.dims, config.depths, strict=True)
   ):
-    numbers += 42 * depth * side**2 * dim
+    blocks += depth * side**2 * dim
     if i + 1 < len(config.dims):
       wide = 4 * config.dims[i + 1]
-      numbers += side**2 * (dim + 2 * wide)
+      rest += side**2 * (dim + 2 * wide)
       side = -(-side // 2)
-      numbers += side**2 * (2 * wide + config.dims[i + 1])
-  return 2 * numbers
+      rest += side**2 * (2 * wide + config.dims[i + 1])
+  return blocks, rest
 
 
 def forward_flops(config: smj.ModelConfig, size: int) -> float:

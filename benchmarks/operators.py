@@ -12,13 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import spatial_mamba_kernels as smk
+from spatial_mamba_kernels.depthwise_conv import xla as conv
 
 from benchmarks import timing
+
+
+def _depthwise_conv(x, kernel, *, implementation):
+  """XLA's convolution is what it is held against, and its rival."""
+  if implementation is None:
+    return smk.depthwise_conv(x, kernel)
+  return conv.grouped(x, kernel, stride=1)
+
 
 OPERATORS: dict[str, Callable[..., Any]] = {
   "selective_scan": smk.selective_scan,
   "state_fusion": smk.state_fusion,
   "structure_aware_ssm": smk.structure_aware_ssm,
+  "depthwise_conv": _depthwise_conv,
 }
 # None is "kernel": what the platform has, XLA's where it has none.
 IMPLEMENTATIONS = {
@@ -56,6 +66,8 @@ class Case:
     *image, channels = self.shape
     stencil = {"kernels": normal(3, 3, 3, channels), "alpha": normal(3)}
     pixels = partial(normal, *image, dtype=self.dtype)
+    if self.op == "depthwise_conv":
+      return {"x": pixels(channels), "kernel": normal(3, 3, channels)}
     if self.op == "state_fusion":
       return {"h": pixels(channels), **stencil}
     whole = {

@@ -4,8 +4,8 @@
 
 Of inference and of the training step of the tiny model, compiled for a GPU or
 TPU: bytes an image and launches, by kind of layer, as `hlo` counts them, beside
-`network.forward_bytes`, what inference must move with all fused that can be. A
-fusion counts for the layer that made its result.
+what must move with all fused that can be (`network.forward_bytes`,
+`network.training_bytes`). A fusion counts for the layer that made its result.
 
 Needs `pip install ".[train,aot]"`. Takes some minutes on two cores.
 """
@@ -19,11 +19,15 @@ from benchmarks import hlo, network
 from benchmarks.tpu_static import compiled
 from spatial_mamba_jax.models.config import get_model_config
 
-PROGRAMS = ("inference", "step")
-# By the first of a launch's functions, the innermost first, that begins so.
+# {program: what it must move}
+PROGRAMS = {
+  "inference": network.forward_bytes,
+  "step": network.training_bytes,
+}
+# By the first of a launch's scopes and functions, the innermost first, that
+# begins so.
 KINDS = {
-  "Operator.": "structure-aware SSM",
-  "run_by_platform": "structure-aware SSM",
+  "structure_aware_ssm": "structure-aware SSM",
   "depthwise_conv": "depthwise convolutions",
   "DepthwiseConv.": "depthwise convolutions",
   "_normalize": "LayerNorm",
@@ -49,7 +53,7 @@ def main() -> None:
   """Prints a Markdown table for each program."""
   arguments = _parse()
   config = get_model_config(f"spatial_mamba_{arguments.model}")
-  for program in PROGRAMS:
+  for program, ideal_bytes in PROGRAMS.items():
     kinds = count(
       program, arguments.target, arguments.model, arguments.batch_size
     )
@@ -61,8 +65,8 @@ def main() -> None:
     for kind, (size, launches) in kinds.items():
       megabytes = size / arguments.batch_size / 1e6
       print(f"| {kind} | {megabytes:.1f} | {launches} |", flush=True)
-    ideal = network.forward_bytes(config, 224) / 1e6
-    print(f"| inference with all fused that can be | {ideal:.1f} | |")
+    ideal = ideal_bytes(config, 224) / 1e6
+    print(f"| with all fused that can be | {ideal:.1f} | |")
     print()
 
 

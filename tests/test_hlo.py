@@ -41,7 +41,7 @@ StackFrames
   %i = s32[] get-tuple-element(%state), index=0
   %x = f32[3,8]{1,0} get-tuple-element(%state), index=1
   %y = f32[3,8]{1,0} get-tuple-element(%state), index=2
-  %new = f32[3,8]{1,0} fusion(%x, %i, %y), kind=kLoop, calls=%row, metadata={op_name="a(b)" stack_frame_id=2}
+  %new = f32[3,8]{1,0} fusion(%x, %i, %y), kind=kLoop, calls=%row, metadata={op_name="outer/inner" stack_frame_id=2}
   ROOT %out = (s32[], f32[3,8]{1,0}, f32[3,8]{1,0}) tuple(%i, %x, %new)
 }
 
@@ -76,7 +76,12 @@ def test_loops_slices_and_branches():
   row, index, whole = 8 * 4, 4, 3 * 8 * 4
   assert hlo.total_launches(launches) == 3 + 1
   assert hlo.total_bytes(launches) == 3 * (2 * row + index) + 2 * whole
-  assert program.functions(launches[0].instruction) == ("gelu", "main")
+  assert program.functions(launches[0].instruction) == (
+    "inner",
+    "outer",
+    "gelu",
+    "main",
+  )
   kinds = traffic.by_kind(program)
   assert kinds["gates, residuals, GELU"] == (3 * (2 * row + index), 3)
   assert kinds["other"] == (2 * whole, 1)
@@ -86,6 +91,17 @@ def test_a_loop_without_an_end_is_refused():
   endless = LOOP.replace("known_trip_count", "unknown")
   with pytest.raises(ValueError, match="how often loop runs"):
     hlo.Program(endless).launches()
+
+
+def test_an_operand_given_twice_is_read_once():
+  """The twelve numbers of x, from which a product makes sixteen."""
+  program = hlo.Program(
+    "ENTRY %main (x: f32[4,3]) -> f32[4,4] {\n"
+    "  %x = f32[4,3]{1,0} parameter(0)\n"
+    "  ROOT %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}\n"
+    "}\n"
+  )
+  assert hlo.total_bytes(program.launches()) == (12 + 16) * 4
 
 
 def test_a_real_program():

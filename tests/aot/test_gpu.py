@@ -21,7 +21,12 @@ TARGETS = (A100, "H100", "H200", "B200")
 # With and without a TMA.
 KINDS = (A100, "H200")
 DIRECTIONS = ("forward", "backward")
-OPS = ("selective_scan", "state_fusion", "structure_aware_ssm")
+OPS = (
+  "selective_scan",
+  "state_fusion",
+  "structure_aware_ssm",
+  "depthwise_conv",
+)
 # What a program may have, in bytes.
 MOST_SMEM = {
   "A100": 166_912,
@@ -30,13 +35,20 @@ MOST_SMEM = {
   "H200": 232_448,
   "B200": 232_448,
 }
-# Kernels of the operators, forward and backward.
+# Kernels of the operators, forward and backward, with a TMA.
 COUNTS = {
   ("selective_scan", "forward"): 1,
   ("selective_scan", "backward"): 1,
   ("state_fusion", "forward"): 1,
   ("state_fusion", "backward"): 2,
   ("structure_aware_ssm", "forward"): 1,
+  ("structure_aware_ssm", "backward"): 2,
+  ("depthwise_conv", "forward"): 0,
+  ("depthwise_conv", "backward"): 1,
+}
+# And without.
+OLDER_COUNTS = COUNTS | {
+  ("structure_aware_ssm", "forward"): 2,
   ("structure_aware_ssm", "backward"): 4,
 }
 # [B, H, W, D, N] at the four stages of tiny, at stage 1 of base, in images of
@@ -86,9 +98,8 @@ def test_the_fused_operator_at_every_shape(target, shape, dtype, direction):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_generation(target, op, direction):
   kernels = assert_kernels_compile(target, op, direction)
-  # Without a TMA the forward pass is not one kernel but two.
-  two = (target, op, direction) == ("A100", "structure_aware_ssm", "forward")
-  assert kernels == COUNTS[op, direction] + two
+  counts = OLDER_COUNTS if target == "A100" else COUNTS
+  assert kernels == counts[op, direction]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -126,6 +137,9 @@ def test_sharded_training_step(target):
   record = compiled(
     "step", "--target", f"{target}:4", "--batch-size", 128, "--model", "tiny"
   )
-  # One kernel forward and four backward, of each stage; without a TMA two.
-  assert record["kernels"] == (24 if target == "A100" else 20)
+  # At each of the four stages, with a block's three convolutions; without a TMA
+  # not the two of 64 channels.
+  counts = OLDER_COUNTS if target == "A100" else COUNTS
+  kernels = sum(counts["structure_aware_ssm", x] for x in DIRECTIONS) + 3
+  assert record["kernels"] == 4 * kernels - (2 if target == "A100" else 0)
   assert record["all_gathers"] == 0
