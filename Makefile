@@ -12,8 +12,11 @@ train: $(VENV)/.installed
 	$(BIN)/python train.py --config=configs/digits.py --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --config=configs/digits.py --workdir=$(WORKDIR)
 
+# What tests compile they run once or twice, so that optimising it takes longer
+# than it saves.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Compiles for TPUs and GPUs that are not there, in an environment with libtpu
 # (0.7 GB), JAX's CUDA plugin (0.4 GB) and ptxas.
