@@ -1,9 +1,11 @@
 """What the data pipeline can be told."""
 
 import dataclasses
+import math
 
 SOURCE_NAMES = ("digits", "imagenet2012", "image_folder", "synthetic")
 SPLITS = ("train", "validation")
+MAX_MAGNITUDE = 10.0  # Of RandAugment.
 # Means and deviations over ImageNet's pixels, by channel, on the scale 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -17,7 +19,8 @@ class DataError(ValueError):
 class DataConfig:
   """Where images come from and how they become batches.
 
-  The defaults are the authors' ImageNet recipe, on the embedded digits.
+  The defaults are the authors' ImageNet recipe, on the embedded digits; what it
+  does to batches on the device is in the training config.
 
   Attributes:
     name: one of `SOURCE_NAMES`.
@@ -30,6 +33,10 @@ class DataConfig:
       image's area.
     crop_ratio: least and greatest width / height of a training crop.
     flip_probability: probability of mirroring a training image left to right.
+    randaugment_operations: RandAugment's operations drawn for a training image,
+      each of which is applied with probability 1/2; 0 for no RandAugment.
+    randaugment_magnitude: mean strength of these, from 0 to 10.
+    randaugment_std: standard deviation of their strength.
     resize_ratio: for evaluation the shorter side is resized to
       `int(resize_ratio * image_size)` before the central crop.
     num_workers: processes that read and decode; 0 leaves this to threads.
@@ -46,6 +53,9 @@ class DataConfig:
   crop_scale: tuple[float, float] = (0.08, 1.0)
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip_probability: float = 0.5
+  randaugment_operations: int = 2
+  randaugment_magnitude: float = 9.0
+  randaugment_std: float = 0.5
   resize_ratio: float = 256 / 224
   num_workers: int = 0
   num_threads: int = 2
@@ -74,6 +84,17 @@ class DataConfig:
         "(low, high) with 0 < low <= high",
       ),
       ("flip_probability", 0 <= self.flip_probability <= 1, "within [0, 1]"),
+      (
+        "randaugment_operations",
+        self.randaugment_operations >= 0,
+        "at least 0",
+      ),
+      (
+        "randaugment_magnitude",
+        0 <= self.randaugment_magnitude <= MAX_MAGNITUDE,
+        f"within [0, {MAX_MAGNITUDE:.0f}]",
+      ),
+      ("randaugment_std", 0 <= self.randaugment_std < math.inf, "at least 0"),
       ("resize_ratio", self.resize_ratio >= 1, "at least 1"),
       ("num_workers", self.num_workers >= 0, "at least 0"),
       ("num_threads", self.num_threads >= 1, "at least 1"),

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from spatial_mamba_jax.data.config import DataConfig
+from spatial_mamba_jax.data.randaugment import randaugment
 
 _CROP_ATTEMPTS = 10
 # Without this list a broken file would be tried on every plugin of Pillow,
@@ -50,11 +51,15 @@ def decode_image(encoded: bytes | np.ndarray) -> Image.Image:
 def transform_for_training(
   image: Image.Image, config: DataConfig, rng: np.random.Generator
 ) -> np.ndarray:
-  """A random crop, mirrored at random: uint8 [image_size, image_size, 3]."""
+  """Crop, mirror image and RandAugment: uint8 [image_size, image_size, 3].
+
+  What else the recipe does to a training image is done to batches on the
+  device.
+  """
   image = random_resized_crop(image, config, rng)
   if rng.random() < config.flip_probability:
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  return np.asarray(image)
+  return np.asarray(randaugment(image, config, rng))
 
 
 def transform_for_evaluation(

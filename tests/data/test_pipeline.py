@@ -61,6 +61,14 @@ def open_tree(root, split="train", **settings) -> tuple:
   return open_source(config, split), config
 
 
+# The whole image at its own size, so that only the flip changes it.
+UNCHANGED = {
+  "crop_scale": (1.0, 1.0),
+  "crop_ratio": (1.0, 1.0),
+  "randaugment_operations": 0,
+}
+
+
 class TestTrainBatches:
   def test_contents(self, image_tree):
     source, config = open_tree(image_tree)
@@ -81,10 +89,7 @@ class TestTrainBatches:
     assert epochs[0] != epochs[1] != epochs[2]
 
   def test_images_keep_their_labels(self):
-    # The whole image at its own size, so that only the flip changes it.
-    source, config = numbered(
-      6, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0
-    )
+    source, config = numbered(6, **UNCHANGED, flip_probability=0.0)
     for batch in take(source, config, 3, batch_size=4, seed=0):
       for image, label in zip(batch["image"], batch["label"], strict=True):
         np.testing.assert_array_equal(image, source[int(label)]["image"])
@@ -97,7 +102,7 @@ class TestTrainBatches:
     assert not same.all(axis=(1, 2, 3)).any()
 
   def test_flips_half_of_the_images(self):
-    source, config = numbered(400, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    source, config = numbered(400, **UNCHANGED)
     (batch,) = take(source, config, 1, batch_size=400, seed=0)
     flipped = 0
     for image, label in zip(batch["image"], batch["label"], strict=True):

@@ -26,7 +26,9 @@ class Draws(np.random.Generator):
   def uniform(self, low, high):
     return low + (high - low) * next(self._draws["uniform"])
 
-  def integers(self, high):
+  def integers(self, high, size=None):
+    if size == 0:  # RandAugment's, where there is none.
+      return ()
     self.upper_bounds.append(high)
     return next(self._draws["integers"])
 
@@ -177,7 +179,10 @@ class TestTrainingTransform:
     image = Image.new("RGB", (100, 50), (0, 255, 0))
     ImageDraw.Draw(image).rectangle((30, 0, 79, 49), fill=(255, 0, 0))
     config = DataConfig(
-      image_size=17, crop_scale=(0.5, 0.5), crop_ratio=(1.0, 1.0)
+      image_size=17,
+      crop_scale=(0.5, 0.5),
+      crop_ratio=(1.0, 1.0),
+      randaugment_operations=0,
     )
     draws = Draws(uniform=[0.5, 0.5], integers=[30, 0], random=[0.9])
     pixels = transforms.transform_for_training(image, config, draws)
@@ -194,6 +199,7 @@ class TestTrainingTransform:
       crop_scale=(1.0, 1.0),
       crop_ratio=(1.0, 1.0),
       flip_probability=0.3,
+      randaugment_operations=0,
     )
     draws = Draws(
       uniform=[0.5, 0.5], integers=[0, 0], random=[0.29 if flip else 0.31]
