@@ -18,8 +18,9 @@ import spatial_mamba_jax as smj
 from benchmarks import timing
 from spatial_mamba_jax.training.config import ModelSection, TrainConfig
 from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from spatial_mamba_jax.training.preprocess import make_preprocess
 from spatial_mamba_jax.training.state import PureModel, create_state
-from spatial_mamba_jax.training.step import make_preprocess, make_train_step
+from spatial_mamba_jax.training.step import make_train_step
 
 PROGRAMS = ("inference", "train")
 IMAGENET_IMAGES = 1_281_167

@@ -8,6 +8,7 @@ least 98% top-1, within four minutes on two CPU cores.
 
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.training.config import (
+  MixingConfig,
   ModelSection,
   OptimizerConfig,
   TrainConfig,
@@ -26,6 +27,7 @@ def get_config() -> TrainConfig:
       # A mirrored or heavily cropped digit may be another one.
       crop_scale=(0.7, 1.0),
       flip_probability=0.0,
+      randaugment_operations=0,
       resize_ratio=1.0,
     ),
     optimizer=OptimizerConfig(
@@ -35,8 +37,10 @@ def get_config() -> TrainConfig:
       reference_batch_size=100,
       warmup_epochs=2,
     ),
+    mixing=MixingConfig(probability=0.0),
     batch_size=100,
     epochs=40,
+    erasing_probability=0.0,
     ema_decay=0.95,
     evaluation_batch_size=100,
     evaluate_every=5,

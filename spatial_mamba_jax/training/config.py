@@ -6,6 +6,7 @@ fields are overridden on the command line, e.g. `--config.epochs=10`.
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from spatial_mamba_jax.data import DataConfig
@@ -84,6 +85,23 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
+class MixingConfig:
+  """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899) of a batch.
+
+  Attributes:
+    probability: with which a batch is mixed at all; 0 for never.
+    cutmix_probability: with which a mixed batch gets cutmix, and not mixup.
+    mixup_alpha: mixup's share of each image is Beta(mixup_alpha, mixup_alpha).
+    cutmix_alpha: the same of cutmix, for the area that stays.
+  """
+
+  probability: float = 1.0
+  cutmix_probability: float = 0.5
+  mixup_alpha: float = 0.8
+  cutmix_alpha: float = 1.0
+
+
+@dataclasses.dataclass
 class TrainConfig:
   """One experiment.
 
@@ -91,10 +109,13 @@ class TrainConfig:
     model: the model.
     data: the dataset and its transforms.
     optimizer: the optimizer and its schedule.
+    mixing: mixup and cutmix.
     batch_size: images a step, over all devices and processes.
     accumulation_steps: parts that a step's batch is computed in, to save
       memory; BatchNorm then sees one part at a time.
     epochs: passes over the training images.
+    erasing_probability: with which a box of a training image is filled with
+      noise (random erasing, arXiv 1708.04896).
     label_smoothing: share of the target spread over all classes.
     ema_decay: of the moving average of parameters and BatchNorm statistics.
     mesa_weight: weight of the loss against that average's predictions (MESA,
@@ -112,9 +133,11 @@ class TrainConfig:
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
+  mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
   batch_size: int = 1024
   accumulation_steps: int = 1
   epochs: int = 300
+  erasing_probability: float = 0.25
   label_smoothing: float = 0.1
   ema_decay: float = 0.9999
   mesa_weight: float = 0.0
@@ -144,6 +167,15 @@ class TrainConfig:
       "batch_size",
       f"a multiple of accumulation_steps={self.accumulation_steps}",
     )
+    mixing = self.mixing
+    for section, field in (
+      (self, "erasing_probability"),
+      (mixing, "probability"),
+      (mixing, "cutmix_probability"),
+    ):
+      _require(0 <= getattr(section, field) <= 1, section, field, "in [0, 1]")
+    for field in ("mixup_alpha", "cutmix_alpha"):
+      _require(0 < getattr(mixing, field) < math.inf, mixing, field, "above 0")
     for field in ("label_smoothing", "ema_decay"):
       _require(0 <= getattr(self, field) < 1, self, field, "in [0, 1)")
     _require(0 <= self.seed < 2**32, self, "seed", "in [0, 2**32)")
@@ -172,7 +204,8 @@ class TrainConfig:
 
 def _require(accepted: bool, section: Any, field: str, what: str) -> None:
   if not accepted:
-    path = {OptimizerConfig: "config.optimizer"}.get(type(section), "config")
+    sections = {OptimizerConfig: ".optimizer", MixingConfig: ".mixing"}
+    path = "config" + sections.get(type(section), "")
     raise TrainingError(
       f"{path}.{field} must be {what}, got {getattr(section, field)!r}"
     )

@@ -1,11 +1,12 @@
 """A run from its first step, or from where it was stopped, to its last."""
 
+import collections
 import dataclasses
 import json
+import os
 import pathlib
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,12 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from spatial_mamba_jax.data import Source, open_source, train_batches
+from spatial_mamba_jax.data import (
+  DataConfig,
+  Source,
+  open_source,
+  train_batches,
+)
 from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.checkpoint import Checkpoints, load_ema
 from spatial_mamba_jax.training.config import (
@@ -25,8 +31,13 @@ from spatial_mamba_jax.training.config import (
   to_dict,
 )
 from spatial_mamba_jax.training.evaluation import Evaluation, evaluate
-from spatial_mamba_jax.training.metrics import MetricWriter, Progress
+from spatial_mamba_jax.training.metrics import (
+  MetricWriter,
+  Progress,
+  Stopwatch,
+)
 from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from spatial_mamba_jax.training.preprocess import make_preprocess
 from spatial_mamba_jax.training.sharding import (
   make_mesh,
   replicated,
@@ -39,11 +50,12 @@ from spatial_mamba_jax.training.state import (
   empty_window,
   state_shapes,
 )
-from spatial_mamba_jax.training.step import (
-  make_eval_step,
-  make_preprocess,
-  make_train_step,
-)
+from spatial_mamba_jax.training.step import make_eval_step, make_train_step
+
+# Enough that the device never waits for the host. Were there no end to it, the
+# host would take batches as fast as they come, and always wait for more.
+_STEPS_IN_FLIGHT = 2
+_MOST_DATA_WAIT = 0.1
 
 
 class StoppedError(Exception):
@@ -157,6 +169,7 @@ class _Run:
     self.eval_step = jax.jit(make_eval_step(self.model), out_shardings=on_all)
     # Jitted, because `device_put` cannot reach other processes' devices.
     self.empty_window = jax.jit(empty_window, out_shardings=on_all)
+    self.copy = jax.jit(jnp.copy)
 
   def run(self) -> Evaluation | None:
     config = self.config
@@ -215,27 +228,34 @@ class _Run:
   ) -> Evaluation | None:
     config = self.config
     evaluation = None
-    since = time.perf_counter()
+    stopwatch = Stopwatch()
+    in_flight = collections.deque()
+    warn_of_slow_data = True
     while step < self.steps:
-      state = self.train_step(state, shard_batch(next(batches), self.mesh))
+      batch = stopwatch.next(batches)
+      state = self.train_step(state, shard_batch(batch, self.mesh))
+      in_flight.append(self.copy(state.step))
+      if len(in_flight) > _STEPS_IN_FLIGHT:
+        jax.block_until_ready(in_flight.popleft())
       step += 1
       progress.advance()
       stopped_by = _stopped_by(stopping, step)
       if step % config.log_every == 0 or step == self.steps:
         metrics = self._read_window(state, step)
-        seconds = time.perf_counter() - since
-        since += seconds
-        metrics["images_per_second"] = metrics.pop("images") / seconds
+        metrics |= stopwatch.read(metrics.pop("images"))
         writer.write(step, "train", metrics)
         progress.show(step, metrics)
+        if warn_of_slow_data and metrics["data_wait"] > _MOST_DATA_WAIT:
+          progress.say(slow_data_warning(metrics["data_wait"], config.data))
+          warn_of_slow_data = False
         state = dataclasses.replace(state, window=self.empty_window())
       if step % self.epoch_steps == 0 and self._is_evaluated(step):
-        self._check_finite(state)
-        evaluation = self._evaluate(state)
-        writer.write(step, "evaluation", dataclasses.asdict(evaluation))
-        progress.say(f"epoch {step // self.epoch_steps}: {evaluation}")
-        checkpoints.save(state, self.experiment, evaluation)
-        since = time.perf_counter()
+        with stopwatch.paused():
+          self._check_finite(state)
+          evaluation = self._evaluate(state)
+          writer.write(step, "evaluation", dataclasses.asdict(evaluation))
+          progress.say(f"epoch {step // self.epoch_steps}: {evaluation}")
+          checkpoints.save(state, self.experiment, evaluation)
       elif stopped_by:
         self._check_finite(state)
         checkpoints.save(state, self.experiment)
@@ -281,6 +301,15 @@ class _Run:
         f" checkpoints in {self.workdir} are from before: lower"
         " config.optimizer.learning_rate or raise warmup_epochs"
       )
+
+
+def slow_data_warning(share: float, data: DataConfig) -> str:
+  """Says what to do about a loop that waits for data."""
+  return (
+    f"the device waits for data {share:.0%} of the time: raise"
+    f" config.data.num_workers (now {data.num_workers}; this host has"
+    f" {os.cpu_count()} cores); python -m benchmarks.input shows what is slow"
+  )
 
 
 def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:

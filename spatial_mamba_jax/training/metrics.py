@@ -5,6 +5,9 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import jax
 import tqdm
@@ -64,6 +67,40 @@ def _drop_records_after(path: pathlib.Path, step: int) -> None:
   os.replace(partial, path)
 
 
+class Stopwatch:
+  """Times a logged window, and how much of it the loop waited for data."""
+
+  def __init__(self):
+    """Starts the first window."""
+    self._since = time.perf_counter()
+    self._waited = 0.0
+
+  def next(self, batches: Iterator[Any]) -> Any:
+    """The next batch; until it is there, time is spent waiting."""
+    start = time.perf_counter()
+    batch = next(batches)
+    self._waited += time.perf_counter() - start
+    return batch
+
+  @contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves out what is done within."""
+    start = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - start
+
+  def read(self, images: float) -> dict[str, float]:
+    """The speed of a window with so many images; the next one begins."""
+    seconds = time.perf_counter() - self._since
+    speed = {
+      "images_per_second": images / seconds,
+      "data_wait": self._waited / seconds,
+    }
+    self._since += seconds
+    self._waited = 0.0
+    return speed
+
+
 class Progress:
   """A bar where someone watches, else a line for each logged window."""
 
@@ -88,6 +125,7 @@ class Progress:
     line = (
       f"loss {metrics['loss']:.4f}  accuracy {100 * metrics['accuracy']:.2f}%"
       f"  {metrics['images_per_second']:.0f} images/s"
+      f"  data wait {100 * metrics['data_wait']:.0f}%"
     )
     if self._bar is not None:
       self._bar.set_postfix_str(line)

@@ -10,46 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from spatial_mamba_kernels.typing import Array, Float
+from spatial_mamba_kernels.typing import Array
 
-from spatial_mamba_jax.data import IMAGENET_MEAN, IMAGENET_STD
 from spatial_mamba_jax.training.config import TrainConfig
-from spatial_mamba_jax.training.losses import (
-  smoothed_targets,
-  soft_cross_entropy,
-)
+from spatial_mamba_jax.training.losses import soft_cross_entropy
+from spatial_mamba_jax.training.preprocess import Preprocess, normalise
 from spatial_mamba_jax.training.state import (
   Arrays,
   PureModel,
   TrainState,
   Weights,
 )
-
-# A batch and a random key to normalised images and soft targets.
-Preprocess = Callable[
-  [dict[str, Array], Array],
-  tuple[Float[Array, "B H W 3"], Float[Array, "B K"]],
-]
-
-
-def normalise(images: Array) -> Float[Array, "B H W 3"]:
-  """Bytes to floats with ImageNet's mean 0 and deviation 1."""
-  mean = 255 * jnp.asarray(IMAGENET_MEAN, jnp.float32)
-  std = 255 * jnp.asarray(IMAGENET_STD, jnp.float32)
-  return (images.astype(jnp.float32) - mean) / std
-
-
-def make_preprocess(config: TrainConfig) -> Preprocess:
-  """What the device does to a training batch before the model sees it."""
-
-  def preprocess(batch, key):
-    del key  # No augmentation on the device yet.
-    target = smoothed_targets(
-      batch["label"], config.model.num_classes, config.label_smoothing
-    )
-    return normalise(batch["image"]), target
-
-  return preprocess
 
 
 def make_train_step(

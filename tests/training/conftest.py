@@ -75,7 +75,8 @@ class Experiment:
     records = []
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
       record = json.loads(line)
-      record.pop("images_per_second", None)
+      for of_time in ("images_per_second", "data_wait"):
+        record.pop(of_time, None)
       records.append(record)
     return records
 

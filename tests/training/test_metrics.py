@@ -2,10 +2,13 @@
 
 import json
 import struct
+import time
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from spatial_mamba_jax.training.metrics import MetricWriter
+from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.training.loop import slow_data_warning
+from spatial_mamba_jax.training.metrics import MetricWriter, Stopwatch
 
 
 def read_events(path):
@@ -41,3 +44,31 @@ def test_a_resumed_run_drops_what_it_will_log_again(tmp_path):
   (event,) = (e for e in events if e.summary.value)
   (value,) = event.summary.value
   assert (event.step, value.tag, value.simple_value) == (30, "train/loss", 2.0)
+
+
+def test_how_long_the_loop_waits(monkeypatch):
+  now = 0.0
+  monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+  def batches():
+    nonlocal now
+    while True:
+      now += 2.0  # Seconds that the loop waits.
+      yield "batch"
+
+  stopwatch = Stopwatch()
+  iterator = batches()
+  assert stopwatch.next(iterator) == "batch"
+  now += 6.0
+  with stopwatch.paused():
+    now += 100.0
+  assert stopwatch.read(80.0) == {"images_per_second": 10.0, "data_wait": 0.25}
+  now += 3.0
+  stopwatch.next(iterator)
+  assert stopwatch.read(10.0) == {"images_per_second": 2.0, "data_wait": 0.4}
+
+
+def test_slow_data_says_what_to_raise():
+  warning = slow_data_warning(0.34, DataConfig(num_workers=3))
+  assert "waits for data 34% of the time" in warning
+  assert "raise config.data.num_workers (now 3;" in warning
