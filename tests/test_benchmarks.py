@@ -8,6 +8,7 @@ import pytest
 import spatial_mamba_kernels as smk
 
 from benchmarks import aot, device, network, operators, table, tpu_code
+from benchmarks import input as input_speed
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models import config as models
 
@@ -41,6 +42,21 @@ def test_model_benchmark(monkeypatch, capsys):
   assert measured["images_per_second"] > 0
   assert 0 < measured["matmul_share"] < 1
   assert measured["peak_bytes"] > 1e6
+
+
+def test_input_benchmark(monkeypatch, capsys):
+  # Without worker processes, which would import this test.
+  monkeypatch.setattr(input_speed, "workers_speed", lambda *_: 1.0)
+  monkeypatch.setattr(input_speed, "SYNTHETIC_IMAGES", 8)
+  sizes = ("--images=8", "--batch_size=4", "--image_size=32", "--json")
+  out = run(input_speed.main, monkeypatch, capsys, *sizes)
+  measured = json.loads(out)
+  seconds = measured["seconds_an_image"]
+  assert list(seconds)[-2:] == ["whole pipeline", "Pillow's decode and resize"]
+  assert min(seconds.values()) > 0
+  assert measured["share_of_pillow"] == pytest.approx(
+    seconds["Pillow's decode and resize"] / seconds["whole pipeline"]
+  )
 
 
 def test_device_benchmark(monkeypatch, capsys, tmp_path):

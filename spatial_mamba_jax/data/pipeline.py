@@ -136,7 +136,7 @@ class Batches:
   ):
     """Starts nothing yet; `num_batches` is None for endless batches."""
     self._source = source
-    self._max_unreadable_share = config.max_unreadable_share
+    self._config = config
     self._unreadable: dict[int, str] = {}
     _ignore_pillow_warnings()
     batches = dataset.to_iter_dataset(
@@ -200,18 +200,20 @@ class Batches:
     self._unreadable[index] = name
     logging.warning("Unreadable image %s: %s", name, self._reason(index))
     count, total = len(self._unreadable), len(self._source)
-    if count > self._max_unreadable_share * total:
+    tolerated = self._config.max_unreadable_share
+    if count > tolerated * total:
       named = ", ".join(list(self._unreadable.values())[:5])
       raise DataError(
         f"{count} of {total} images are unreadable, more than "
-        f"data.max_unreadable_share={self._max_unreadable_share} allows: "
+        f"data.max_unreadable_share={tolerated} allows: "
         f"{named}{', ...' if count > 5 else ''}"
       )
 
   def _reason(self, index: int) -> str:
     # Read again, because only numbers travel through the pipeline.
     try:
-      transforms.decode_image(self._source[index]["image"])
+      encoded = self._source[index]["image"]
+      transforms.decode_image(encoded, self._config.decoder)
     except Exception as error:
       return str(error) or type(error).__name__
     return "it was readable at the second attempt"
@@ -225,12 +227,14 @@ class _TrainingExample:
   config: DataConfig
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    example = _read(self.source, index)
+    decoder = self.config.decoder
+    example = _read(self.source, index, decoder)
     unreadable = index if example is None else _READABLE
     for _ in range(_REPLACEMENTS):
       if example is not None:
         break
-      example = _read(self.source, int(rng.integers(len(self.source))))
+      index = int(rng.integers(len(self.source)))
+      example = _read(self.source, index, decoder)
     if example is None:
       raise DataError(
         f"{self.source.name(unreadable)} is unreadable, and so were "
@@ -254,7 +258,8 @@ class _EvaluationExample:
 
   def __call__(self, index: int) -> dict[str, Any]:
     is_padding = index >= len(self.source)
-    example = None if is_padding else _read(self.source, index)
+    decoder = self.config.decoder
+    example = None if is_padding else _read(self.source, index, decoder)
     if example is None:
       size = self.config.image_size
       pixels, label = np.zeros((size, size, 3), np.uint8), 0
@@ -270,11 +275,12 @@ class _EvaluationExample:
     }
 
 
-def _read(source: Source, index: int) -> tuple[Any, int] | None:
+def _read(source: Source, index: int, decoder: str) -> tuple[Any, int] | None:
   """The RGB image and its label, or None where they cannot be had."""
   try:
     example = source[index]
-    return transforms.decode_image(example["image"]), example["label"]
+    image = transforms.decode_image(example["image"], decoder)
+    return image, example["label"]
   except Exception:
     # Broken files make decoders raise nearly anything, among it OSError,
     # SyntaxError, struct.error and DecompressionBombError.

@@ -15,12 +15,15 @@ from spatial_mamba_jax.data.config import DataConfig
 from spatial_mamba_jax.data.randaugment import randaugment
 
 _CROP_ATTEMPTS = 10
+_JPEG = b"\xff\xd8\xff"
 # Without this list a broken file would be tried on every plugin of Pillow,
 # some of which start other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
-def decode_image(encoded: bytes | np.ndarray) -> Image.Image:
+def decode_image(
+  encoded: bytes | np.ndarray, decoder: str = "pillow"
+) -> Image.Image:
   """Decodes an image file to RGB.
 
   Transparency is dropped and the EXIF orientation is not applied, as in the
@@ -29,14 +32,19 @@ def decode_image(encoded: bytes | np.ndarray) -> Image.Image:
   Args:
     encoded: the file's bytes; or pixels, uint8 [H, W, 3], which only change
       their type.
+    decoder: of JPEG files in RGB or grey; all else is Pillow's.
 
   Raises:
-    Exception: whatever Pillow's decoder makes of a broken file.
+    Exception: whatever the decoder makes of a broken file.
   """
   if isinstance(encoded, np.ndarray):
     return Image.fromarray(encoded)
   if not encoded:
     raise ValueError("empty file")
+  if decoder == "simplejpeg" and encoded.startswith(_JPEG):
+    pixels = _decode_by_simplejpeg(encoded)
+    if pixels is not None:
+      return Image.fromarray(pixels)
   try:
     image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
   except UnidentifiedImageError:
@@ -46,6 +54,16 @@ def decode_image(encoded: bytes | np.ndarray) -> Image.Image:
     high_byte = np.asarray(image) >> 8
     image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
   return image.convert("RGB")
+
+
+def _decode_by_simplejpeg(encoded: bytes) -> np.ndarray | None:
+  """RGB pixels, or None for the colour spaces that only Pillow converts."""
+  import simplejpeg  # An extra.
+
+  colourspace = simplejpeg.decode_jpeg_header(encoded, strict=False)[2]
+  if colourspace not in ("YCbCr", "RGB", "Gray"):
+    return None
+  return simplejpeg.decode_jpeg(encoded)
 
 
 def transform_for_training(

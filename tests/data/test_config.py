@@ -11,6 +11,7 @@ def test_defaults_are_valid():
   ("field", "value"),
   [
     ("name", "cifar"),
+    ("decoder", "turbo"),
     ("image_size", 0),
     ("crop_scale", (0.0, 1.0)),
     ("crop_scale", (0.5, 0.4)),
@@ -49,3 +50,10 @@ def test_the_least_prefetch_depends_on_the_threads():
   DataConfig(num_threads=3, prefetch=3).validate()
   with pytest.raises(DataError, match="num_threads=4"):
     DataConfig(num_threads=4, prefetch=3).validate()
+
+
+def test_a_decoder_that_is_not_installed(monkeypatch):
+  DataConfig(decoder="simplejpeg").validate()
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(DataError, match="pip install simplejpeg"):
+    DataConfig(decoder="simplejpeg").validate()

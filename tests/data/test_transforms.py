@@ -99,6 +99,52 @@ class TestDecodeImage:
       transforms.decode_image(encoded)
 
 
+def photo(width, height, mode="RGB"):
+  """Edges and noise, so that every step of a decoder shows."""
+  rng = np.random.default_rng(0)
+  coarse = rng.integers(0, 256, (9, 9, 3), np.uint8)
+  smooth = np.asarray(Image.fromarray(coarse).resize((width, height)))
+  noisy = smooth + rng.normal(0, 20, smooth.shape)
+  return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+class TestSimplejpeg:
+  @pytest.mark.parametrize("size", [(64, 48), (37, 53), (1, 1)])
+  @pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+      ("RGB", {"subsampling": 0}),
+      ("RGB", {"subsampling": 1}),
+      ("RGB", {"subsampling": 2, "quality": 40}),
+      ("RGB", {"progressive": True}),
+      ("RGB", {"keep_rgb": True}),
+      ("L", {}),
+      ("CMYK", {}),
+    ],
+  )
+  def test_pixels_are_pillows(self, size, mode, options):
+    encoded = encode(photo(*size, mode), "JPEG", **options)
+    ours = transforms.decode_image(encoded, "simplejpeg")
+    theirs = transforms.decode_image(encoded)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+  def test_it_is_what_decodes(self, monkeypatch):
+    encoded = encode(photo(8, 8), "JPEG")
+    monkeypatch.setattr(Image, "open", None)
+    assert transforms.decode_image(encoded, "simplejpeg").size == (8, 8)
+
+  def test_other_formats_are_left_to_pillow(self):
+    image = photo(9, 7)
+    decoded = transforms.decode_image(encode(image, "PNG"), "simplejpeg")
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(image))
+
+  @pytest.mark.parametrize("kept", [3, 30, -20])
+  def test_truncated_files_raise(self, kept):
+    encoded = encode(photo(64, 64), "JPEG")[:kept]
+    with pytest.raises((KeyError, OSError, ValueError)):
+      transforms.decode_image(encoded, "simplejpeg")
+
+
 class TestSampleCrop:
   def test_first_fitting_draw(self):
     # Half of 100 x 50 with aspect ratio 1 is 50 x 50.

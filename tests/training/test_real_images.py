@@ -8,7 +8,7 @@ import pytest
 from spatial_mamba_jax.data.prepare_imagenet import main as prepare_imagenet
 
 IMAGENET = ("imagenet_tiny", "imagenet_small", "imagenet_base")
-# Two stages of four channels in place of tiny; the rest is the experiment.
+# Two stages of four channels in place of its model; the rest is the experiment.
 IMAGENET_CONFIG = """
 import runpy
 from spatial_mamba_jax.models import config as models
@@ -17,7 +17,7 @@ models._PRESETS["tests"] = models.ModelConfig(dims=(4, 4), depths=(1, 2))
 
 
 def get_config():
-  config = runpy.run_path("configs/imagenet_tiny.py")["get_config"]()
+  config = runpy.run_path("configs/NAME.py")["get_config"]()
   config.model.name = "tests"
   return config
 """
@@ -39,18 +39,30 @@ def test_the_imagenet_configs_are_valid(name):
   assert config.model.name == name.replace("imagenet", "spatial_mamba")
 
 
-def test_the_imagenet_config_trains_two_steps(
-  experiment, image_tree, tmp_path, capsys
-):
-  data_dir = tmp_path / "tfds"
+@pytest.fixture(scope="module")
+def imagenet(image_tree, tmp_path_factory):
+  """A directory with a small tree prepared as TFDS's imagenet2012."""
+  data_dir = tmp_path_factory.mktemp("tfds")
   prepare_imagenet([f"--image_folder={image_tree}", f"--data_dir={data_dir}"])
-  assert f"prepared {data_dir}" in capsys.readouterr().out
-  experiment.path.write_text(IMAGENET_CONFIG)
+  return data_dir
+
+
+def test_preparing_says_where(image_tree, tmp_path, capsys):
+  prepare_imagenet([f"--image_folder={image_tree}", f"--data_dir={tmp_path}"])
+  assert f"prepared {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_imagenet_configs_train_two_steps(
+  experiment, imagenet, tmp_path, name
+):
+  """With the whole recipe on, MESA from the first step."""
+  experiment.path.write_text(IMAGENET_CONFIG.replace("NAME", name))
   workdir = tmp_path / "run"
   train_and_evaluate(
     experiment,
     f"--workdir={workdir}",
-    f"--config.data.data_dir={data_dir}",
+    f"--config.data.data_dir={imagenet}",
     "--config.data.image_size=32",
     "--config.data.num_workers=2",
     "--config.model.num_classes=3",

@@ -244,6 +244,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from spatial_mamba_jax.models import ModelConfig
 from spatial_mamba_jax.training.config import OptimizerConfig, TrainConfig
 from spatial_mamba_jax.training.optimizer import make_optimizer
+from spatial_mamba_jax.training.preprocess import make_preprocess
 from spatial_mamba_jax.training.state import PureModel, initial_state
 from spatial_mamba_jax.training.step import make_train_step
 
@@ -288,6 +289,26 @@ for count in (1, 2, 4):
 for other in results[1:]:
   for a, b in zip(*map(jax.tree.leaves, (results[0], other)), strict=True):
     np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-9)
+
+# Augmentation, which pairs images of different devices.
+batch = {
+  "image": rng.integers(0, 256, (8, 12, 12, 3), np.uint8),
+  "label": np.arange(8, dtype=np.int32),
+}
+results = []
+for count in (1, 4):
+  mesh = Mesh(
+    np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,)
+  )
+  split = NamedSharding(mesh, P("data"))
+  compiled = jax.jit(
+    make_preprocess(TrainConfig(erasing_probability=1.0)), out_shardings=split
+  ).lower(jax.device_put(batch, split), jax.random.key(0)).compile()
+  text = compiled.as_text()
+  assert "all-gather" not in text and "all-to-all" not in text
+  results.append(compiled(jax.device_put(batch, split), jax.random.key(0)))
+for one, four in zip(*results, strict=True):
+  np.testing.assert_allclose(four, one, rtol=1e-6, atol=1e-6)
 print("equal")
 """
 
