@@ -75,7 +75,9 @@ def training_step(
     epoch_steps=epoch_steps,
   )
   model = PureModel(config.model.build())
-  optimizer = make_optimizer(config.optimizer, schedule, model.decays)
+  optimizer = make_optimizer(
+    config.optimizer, schedule, model.decays, model.layers
+  )
   step = make_train_step(
     model, optimizer, make_preprocess(config), config, epoch_steps=epoch_steps
   )

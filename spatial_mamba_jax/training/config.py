@@ -70,6 +70,9 @@ class OptimizerConfig:
     beta2: decay of the mean of squared gradients.
     epsilon: added to the root of the latter.
     clip_norm: largest global norm of the gradients.
+    layer_decay: the learning rate of a layer as a share of the next one's, from
+      the head down to the stem (layer-wise learning-rate decay, for
+      fine-tuning; arXiv 2106.08254 takes 0.65).
   """
 
   learning_rate: float = 5e-4
@@ -82,6 +85,7 @@ class OptimizerConfig:
   beta2: float = 0.999
   epsilon: float = 1e-8
   clip_norm: float = 5.0
+  layer_decay: float = 1.0
 
 
 @dataclasses.dataclass
@@ -121,6 +125,10 @@ class TrainConfig:
     mesa_weight: weight of the loss against that average's predictions (MESA,
       arXiv 2205.14083); 0 for none.
     mesa_start: share of the epochs after which it begins.
+    init_from: weights to start from instead of random ones: a file or directory
+      of any kind that `python -m spatial_mamba_jax.convert` reads. A head of
+      another number of classes is drawn at random.
+    linear_probe: whether to train the head alone; all else stays as it is.
     seed: of the initialisation, the order of images and all augmentation.
     evaluation_batch_size: images a step of evaluation, over all devices.
     evaluate_every: epochs between evaluations, each with a checkpoint.
@@ -142,6 +150,8 @@ class TrainConfig:
   ema_decay: float = 0.9999
   mesa_weight: float = 0.0
   mesa_start: float = 0.25
+  init_from: str = ""
+  linear_probe: bool = False
   seed: int = 0
   evaluation_batch_size: int = 512
   evaluate_every: int = 1
@@ -195,6 +205,9 @@ class TrainConfig:
     )
     _require(
       optimizer.weight_decay >= 0, optimizer, "weight_decay", "0 or more"
+    )
+    _require(
+      0 < optimizer.layer_decay <= 1, optimizer, "layer_decay", "in (0, 1]"
     )
     for field in ("beta1", "beta2"):
       _require(

@@ -155,7 +155,7 @@ class _Run:
     )
     self.model = PureModel(config.model.build())
     self.optimizer = make_optimizer(
-      config.optimizer, self.schedule, self.model.decays
+      config.optimizer, self.schedule, self.model.decays, self.model.layers
     )
     step = make_train_step(
       self.model,

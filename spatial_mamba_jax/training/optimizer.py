@@ -1,8 +1,10 @@
 """AdamW with the authors' decay groups and schedule."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spatial_mamba_jax.training.config import OptimizerConfig
@@ -53,16 +55,23 @@ def make_optimizer(
   config: OptimizerConfig,
   schedule: optax.Schedule,
   decays: Mapping[str, bool],
+  layers: Mapping[str, Any],
 ) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW.
+  """Clipping by global norm, then AdamW, with a learning rate for each layer.
 
   Args:
     config: its numbers.
     schedule: of the learning rate.
-    decays: for each parameter, whether it does (`PureModel.decays`). Weights of
-      one dimension do not: biases, norms, D and alpha. All others do, A_log and
-      the fusion kernels included, as the authors' code has it (its
-      `_no_weight_decay` marks are never read).
+    decays: for each parameter that is trained, whether it decays
+      (`PureModel.decays`). Weights of one dimension do not: biases, norms, D
+      and alpha. All others do, A_log and the fusion kernels included, as the
+      authors' code has it (its `_no_weight_decay` marks are never read).
+    layers: in which layer each parameter lies (`PureModel.layers`). The last
+      one has the learning rate itself, each one before it `layer_decay` times
+      that of the next.
+
+  Returns:
+    A transformation of the gradients of what is trained.
   """
   # Over one vector of all gradients: array by array it would be half of what
   # there is to compile in a training step.
@@ -72,8 +81,34 @@ def make_optimizer(
       optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
     )
   )
-  return optax.chain(
+  chain = optax.chain(
     adam,
     optax.add_decayed_weights(config.weight_decay, dict(decays)),
+    _scale_layers(config.layer_decay, layers),
     optax.scale_by_learning_rate(schedule),
+  )
+  return optax.GradientTransformation(
+    lambda params: chain.init({name: params[name] for name in decays}),
+    chain.update,
+  )
+
+
+def _scale_layers(
+  decay: float, layers: Mapping[str, Any]
+) -> optax.GradientTransformation:
+  """Multiplies the updates of a layer by `decay`, to the layers after it."""
+  if decay == 1:
+    return optax.identity()
+  last = max(map(np.max, layers.values()))
+
+  def scale(name, update):
+    factor = jnp.asarray(decay ** (last - layers[name]), update.dtype)
+    return update * jnp.reshape(
+      factor, factor.shape + (1,) * (update.ndim - factor.ndim)
+    )
+
+  return optax.stateless(
+    lambda updates, params: {
+      name: scale(name, x) for name, x in updates.items()
+    }
   )

@@ -1,11 +1,13 @@
 """All that a training step changes, and the model as a pure function of it."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from spatial_mamba_kernels.typing import Array, Float, Int
@@ -58,11 +60,17 @@ class PureModel:
 
   Attributes:
     shapes: the weights' shapes and types.
-    decays: {path: whether a block's parameter, or another, has two dimensions
-      or more}.
+    decays: {path of a parameter that is trained: whether it, or one block's
+      part of it, has two dimensions or more}.
+    layers: {path: number of the layer}, 0 for the stem, then a number for each
+      block (an array for the blocks of a stage), last the head.
   """
 
-  def __init__(self, config: ModelConfig):
+  def __init__(self, config: ModelConfig, *, linear_probe: bool = False):
+    """With `linear_probe`, training is of the head alone.
+
+    All else then is what it is in eval mode, BatchNorm and drop path included.
+    """
     self._config = config
     model = nnx.eval_shape(self._fresh)
     self.shapes = jax.eval_shape(_weights_of, *nnx.split(model))
@@ -75,11 +83,16 @@ class PureModel:
     self.decays = {
       name: x.ndim - (".blocks." in name) > 1
       for name, x in self.shapes.params.items()
+      if name.startswith("head.") or not linear_probe
     }
-    stacked.train()
-    self._train_graphdef = nnx.graphdef(stacked)
+    self.layers = {
+      name: _layer(name, config.depths) for name in self.shapes.params
+    }
     stacked.eval()
     self._eval_graphdef = nnx.graphdef(stacked)
+    if not linear_probe:
+      stacked.train()
+    self._train_graphdef = nnx.graphdef(stacked)
 
   def _fresh(self, key: Any = 0) -> SpatialMamba:
     return SpatialMamba(self._config, rngs=nnx.Rngs(key))
@@ -102,6 +115,10 @@ class PureModel:
     ]
     nnx.update(model, nnx.from_flat_state(state))
     return model
+
+  def trained(self, params: Arrays) -> Arrays:
+    """Those of the parameters that training changes."""
+    return {name: params[name] for name in self.decays}
 
   def train(
     self, weights: Weights, images: Float[Array, "B H W 3"], key: Array
@@ -150,6 +167,19 @@ def _name(path: tuple[Any, ...]) -> str:
     place = path.index("blocks") + 1
     path = (*path[:place], *path[place + 1 :])
   return ".".join(map(str, path))
+
+
+def _layer(name: str, depths: Sequence[int]) -> int | np.ndarray:
+  part, _, rest = name.partition(".")
+  if part == "stem":
+    return 0
+  if part not in ("stages", "downsamples"):
+    return 1 + sum(depths)
+  stage = int(rest.split(".")[0])
+  first = 1 + sum(depths[:stage])
+  if part == "downsamples":  # Belongs to the block after it.
+    return first + depths[stage]
+  return first + np.arange(depths[stage])
 
 
 def _place(path: tuple[Any, ...]) -> Any:

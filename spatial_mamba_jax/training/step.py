@@ -47,8 +47,9 @@ def make_train_step(
   """
   mesa_from = int(config.mesa_start * config.epochs) * epoch_steps
 
-  def loss(params, stats, images, target, teacher, key):
-    logits, stats = model.train(Weights(params, stats), images, key)
+  def loss(trained, weights, images, target, teacher, key):
+    params = {**weights.params, **trained}
+    logits, stats = model.train(Weights(params, weights.stats), images, key)
     value = jnp.mean(soft_cross_entropy(logits, target))
     if teacher is not None:
       mesa = jnp.mean(soft_cross_entropy(logits, teacher))
@@ -74,8 +75,8 @@ def make_train_step(
       data_key, model_key = jax.random.split(jax.random.fold_in(key, index))
       images, target = preprocess(batch, data_key)
       (value, (stats, hits)), grads = jax.value_and_grad(loss, has_aux=True)(
-        state.weights.params,
-        stats,
+        model.trained(state.weights.params),
+        Weights(state.weights.params, stats),
         images,
         target,
         teach(state, images),
@@ -98,11 +99,10 @@ def make_train_step(
     stats, grads, value, hits = gradients(state, batch, key)
     # Of one vector, as the optimizer has it.
     grad_norm = optax.tree.norm(ravel_pytree(grads)[0])
-    updates, opt_state = optimizer.update(
-      grads, state.opt_state, state.weights.params
-    )
-    params = optax.apply_updates(state.weights.params, updates)
-    weights = Weights(cast(Arrays, params), stats)
+    trained = model.trained(state.weights.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    trained = cast(Arrays, optax.apply_updates(trained, updates))
+    weights = Weights({**state.weights.params, **trained}, stats)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     images = next(iter(batch.values())).shape[0]
     sums = {
@@ -163,7 +163,8 @@ def _moving_average(ema: Weights, weights: Weights, decay: float) -> Weights:
   def average(old, new):
     if not jnp.issubdtype(old.dtype, jnp.floating):
       return new
-    return decay * old + (1 - decay) * new
+    # In this form, what does not change stays to the last bit.
+    return old + (1 - decay) * (new - old)
 
   return jax.tree.map(average, ema, weights)
 

@@ -35,7 +35,7 @@ def small():
       ModelConfig(dims=(8, 8), depths=(1, 1), num_classes=3, dtype="float64")
     )
     optimizer = make_optimizer(
-      OptimizerConfig(), lambda step: 1e-2, model.decays
+      OptimizerConfig(), lambda step: 1e-2, model.decays, model.layers
     )
     weights = jax.jit(model.init)(jax.random.key(0))
     yield model, optimizer, initial_state(weights, optimizer)
@@ -236,6 +236,73 @@ def test_what_decays(small):
   )
 
 
+@pytest.mark.usefixtures("x64")
+def test_learning_rates_fall_from_layer_to_layer():
+  model = PureModel(ModelConfig(dims=(4, 4), depths=(1, 2), num_classes=3))
+
+  def updates(decay):
+    optimizer = make_optimizer(
+      OptimizerConfig(layer_decay=decay, weight_decay=0.0),
+      lambda step: 1.0,
+      model.decays,
+      model.layers,
+    )
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape), model.shapes.params)
+    return optimizer.update(ones, optimizer.init(ones), ones)[0]
+
+  plain, layered = updates(1.0), updates(0.5)
+  # Four layers before the head: the stem, a block, and two more.
+  expected = {
+    "stem": 1 / 16,
+    "stages.0": 1 / 8,
+    "downsamples.0": 1 / 4,  # With the block that comes after it.
+    "stages.1": np.array([1 / 4, 1 / 2]),
+    "norm": 1,
+    "head": 1,
+  }
+  found = set()
+  for name, x in layered.items():
+    (layer,) = (layer for layer in expected if name.startswith(layer + "."))
+    share = np.asarray(expected[layer])
+    share = share.reshape(share.shape + (1,) * (x.ndim - share.ndim))
+    np.testing.assert_allclose(x, share * plain[name], rtol=1e-12)
+    found.add(layer)
+  assert found == set(expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_linear_probe_leaves_the_backbone_untouched():
+  architecture = ModelConfig(
+    dims=(8, 8), depths=(1, 1), num_classes=3, drop_path_rate=0.5,
+    dtype="float64",
+  )  # fmt: skip
+  model = PureModel(architecture, linear_probe=True)
+  optimizer = make_optimizer(
+    OptimizerConfig(), lambda step: 1e-2, model.decays, model.layers
+  )
+  weights = jax.jit(model.init)(jax.random.key(0))
+  state = before = initial_state(weights, optimizer)
+  step, _ = step_of((model, optimizer, state))
+  batch = batch_of(4)
+  for _ in range(3):
+    state = step(state, batch)
+  head = {"head.kernel", "head.bias"}
+  for old, new in ((before.weights, state.weights), (before.ema, state.ema)):
+    changed = {
+      name
+      for name, x in {**new.params, **new.stats}.items()
+      if not np.array_equal(x, {**old.params, **old.stats}[name])
+    }
+    assert changed == head
+  # The loss is that of eval mode: no dropped paths, no batch's statistics.
+  logits = model.evaluate(before.weights, batch["image"])
+  expected = jnp.mean(soft_cross_entropy(logits, batch["target"]))
+  one = step(before, batch)
+  np.testing.assert_allclose(one.window["loss"], expected, rtol=1e-12)
+  moments = optax_moment(state, "mu")
+  assert moments.size == sum(weights.params[name].size for name in head)
+
+
 SHARDED = """
 import jax, numpy as np
 import jax.numpy as jnp
@@ -252,7 +319,7 @@ model = PureModel(
   ModelConfig(dims=(8, 8), depths=(1, 1), num_classes=3, dtype="float64")
 )
 optimizer = make_optimizer(
-  OptimizerConfig(), lambda step: 1e-2, model.decays
+  OptimizerConfig(), lambda step: 1e-2, model.decays, model.layers
 )
 weights = jax.jit(model.init)(jax.random.key(0))
 state = initial_state(weights, optimizer)

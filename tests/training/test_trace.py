@@ -50,7 +50,9 @@ def test_twelve_steps_are_the_authors(golden, named_weights):
     [schedule(step) for step in range(steps)], trace["lr"], rtol=1e-12
   )
   pure = PureModel(config.model.build())
-  optimizer = make_optimizer(config.optimizer, schedule, pure.decays)
+  optimizer = make_optimizer(
+    config.optimizer, schedule, pure.decays, pure.layers
+  )
   model = smj.SpatialMamba(config.model.build(), rngs=nnx.Rngs(0))
   smj.convert.from_torch(model, named_weights.named_state_dict("micro", seed))
   state = initial_state(pure.weights_of(model), optimizer)
