@@ -90,6 +90,8 @@ def test_models_need_no_data_package():
     "ml_collections",
     "tensorboardX",
     "array_record",
+    "orbax",
+    "safetensors",
   }
 
 

@@ -226,16 +226,20 @@ def load_weights(
   if path.is_dir() and not (path / SAFETENSORS).exists():
     with open_checkpoint(path) as (checkpoints, step):
       return checkpoints.restore_ema(step, like)
-  model = abstract_model(config)
   try:
-    from_torch(model, read_file(path).state_dict)
+    state_dict = read_file(path).state_dict
   except FileNotFoundError as error:
     raise TrainingError(
       f"{path} does not exist: train first, or mend the path"
     ) from error
   except (ImportError, OSError, ValueError) as error:
+    raise TrainingError(str(error)) from error
+  model = abstract_model(config)
+  try:
+    from_torch(model, state_dict)
+  except ValueError as error:
     raise TrainingError(
-      f"{path} is not what config.model asks for: {error}"
+      f"{path} holds another model than config.model asks for: {error}"
     ) from error
   weights = PureModel.weights_of(cast(SpatialMamba, model))
   return jax.tree.map(_placed_like, weights, like)
