@@ -41,7 +41,7 @@ def test_the_authors_checkpoint_gives_their_logits(
   logits = nnx.jit(lambda model, images: model(images))(model, images)
   expected = golden("checkpoint_micro")[key]
   # Both are float32, summed in other orders.
-  np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", ["micro", "tiny", "small", "base"])
