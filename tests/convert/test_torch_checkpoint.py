@@ -188,34 +188,37 @@ def test_a_tensor_is_read(read):
 
 
 @pytest.mark.parametrize(
-  "changes",
+  ("message", "changes"),
   [
-    {"offset": 1},
-    {"offset": 2**62},
-    {"offset": -1},
-    {"offset": 0.5},
-    {"size": (5,)},
-    {"size": (-4,)},
-    {"size": (2**62, 2**62), "stride": (0, 2**62)},
-    {"size": (2**70,)},
-    {"size": (2, 2), "stride": (1,)},
-    {"size": [4]},
-    {"size": ((4,),)},
-    {"size": (2**61,), "stride": (0,)},
-    {"size": (0, 2**62), "stride": (1, 1)},
-    {"size": (1,) * 65, "stride": (1,) * 65},
-    {"stride": (2,)},
-    {"stride": (-1,)},
-    {"storage": 5},
-    {"storage": -4},
-    {"storage": 2**70},
-    {"kind": "DoubleStorage"},
-    {"kind": "ComplexFloatStorage"},
-    {"kind": "load"},
+    ("reaches beyond its storage", {"offset": 1}),
+    ("reaches beyond its storage", {"offset": 2**62}),
+    ("reaches beyond its storage", {"size": (5,)}),
+    ("reaches beyond its storage", {"stride": (2,)}),
+    (
+      "reaches beyond its storage",
+      {"size": (2**62, 2**62), "stride": (0, 2**62)},
+    ),
+    ("offset is not one", {"offset": -1}),
+    ("offset is not one", {"offset": 0.5}),
+    ("offset is not one", {"size": (-4,)}),
+    ("offset is not one", {"size": (2**70,)}),
+    ("offset is not one", {"size": ((4,),)}),
+    ("offset is not one", {"stride": (-1,)}),
+    ("size or stride is not one", {"size": (2, 2), "stride": (1,)}),
+    ("size or stride is not one", {"size": [4]}),
+    ("size or stride is not one", {"size": (1,) * 65, "stride": (1,) * 65}),
+    ("is damaged", {"size": (2**61,), "stride": (0,)}),
+    ("is damaged", {"size": (0, 2**62), "stride": (1, 1)}),
+    ("16 bytes, which are not 5 elements", {"storage": 5}),
+    ("16 bytes, which are not -4 elements", {"storage": -4}),
+    ("16 bytes, which are not a huge number elements", {"storage": 2**70}),
+    ("16 bytes, which are not 4 elements", {"kind": "DoubleStorage"}),
+    ("'torch.ComplexFloatStorage'", {"kind": "ComplexFloatStorage"}),
+    ("'torch.load', which is not read", {"kind": "load"}),
   ],
 )
-def test_tensors_that_are_none(read, changes):
-  with pytest.raises(ValueError, match=r"x\.pth"):
+def test_tensors_that_are_none(read, message, changes):
+  with pytest.raises(ValueError, match=rf"x\.pth.*{message}"):
     read(tensor(**changes))
 
 
