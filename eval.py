@@ -1,8 +1,9 @@
 """Evaluates: `python eval.py --config=configs/digits.py --workdir=runs/digits`.
 
 Prints top-1, top-5 and loss on the validation images, of the moving average of
-the weights in the best checkpoint of a working directory, or in the checkpoint
-that `--checkpoint=runs/digits/checkpoints/300` names.
+the weights in the best checkpoint of a working directory, or of the weights in
+what `--checkpoint` names: one checkpoint (`runs/digits/checkpoints/300`),
+PyTorch's `.pth`, a `.safetensors`, or a directory of `smj.save_pretrained`.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from spatial_mamba_jax.training import command_line
 from spatial_mamba_jax.training.loop import evaluate_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "A checkpoint, instead of --workdir's best."
+  "checkpoint", None, "Weights of any kind, instead of --workdir's best."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one line of JSON.")
 

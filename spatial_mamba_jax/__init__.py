@@ -8,6 +8,10 @@ logits = model(images)  # [B, H, W, 3], normalised -> [B, 1000]
 """
 
 from spatial_mamba_jax import convert
+from spatial_mamba_jax.convert.pretrained import (
+  from_pretrained,
+  save_pretrained,
+)
 from spatial_mamba_jax.models import (
   ModelConfig,
   SpatialMamba,
@@ -24,5 +28,7 @@ __all__ = [
   "convert",
   "create_backbone",
   "create_model",
+  "from_pretrained",
   "list_models",
+  "save_pretrained",
 ]

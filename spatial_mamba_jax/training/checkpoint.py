@@ -1,15 +1,22 @@
 """Checkpoints: the newest few and the best, written while training goes on."""
 
 import pathlib
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from spatial_mamba_jax.convert import from_torch
+from spatial_mamba_jax.convert.architecture import abstract_model
+from spatial_mamba_jax.convert.files import SAFETENSORS, read_file
+from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.evaluation import Evaluation
-from spatial_mamba_jax.training.state import TrainState, Weights
+from spatial_mamba_jax.training.state import PureModel, TrainState, Weights
 
 
 class Checkpoints:
@@ -102,12 +109,26 @@ class Checkpoints:
       force=True,
     )
 
+  def save_weights(self, step: int, weights: Weights) -> None:
+    """Saves weights alone, which can be evaluated, but not trained on."""
+    args = ocp.args.Composite(ema=ocp.args.StandardSave(weights))
+    self._manager.save(step, args=args, force=True)
+
   def wait(self) -> None:
     """Returns once every checkpoint is on disk."""
     self._manager.wait_until_finished()
 
   def experiment(self, step: int) -> dict[str, Any]:
-    """What `save` was told of the experiment."""
+    """What `save` was told of the experiment.
+
+    Raises:
+      TrainingError: the checkpoint is of weights alone.
+    """
+    if self._items(step).get("state") is None:
+      raise TrainingError(
+        f"{self._directory} step {step} holds weights alone, and no run to"
+        " resume: choose another workdir"
+      )
     args = ocp.args.Composite(experiment=ocp.args.JsonRestore())
     return self._manager.restore(step, args=args)["experiment"]
 
@@ -137,13 +158,42 @@ class Checkpoints:
     args = ocp.args.Composite(ema=ocp.args.StandardRestore(like))
     return self._manager.restore(step, args=args)["ema"]
 
-  def _check(self, step: int, like: Weights) -> None:
+  def restore_weights(self, step: int, *, raw: bool) -> Weights:
+    """The weights of whatever model, on one device.
+
+    Args:
+      step: of the checkpoint.
+      raw: whether to read the trained weights, and not their moving average.
+
+    Raises:
+      TrainingError: the checkpoint has none.
+    """
+    item = "state" if raw else "ema"
+    metadata = self._items(step).get(item)
+    if metadata is None:
+      raise TrainingError(
+        f"{self._directory} step {step} holds one set of weights alone"
+      )
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      metadata.tree,
+    )
+    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
+    tree = self._manager.restore(step, args=args)[item]
+    return Weights(**(tree["weights"] if raw else tree))
+
+  def _items(self, step: int) -> Any:
+    """The shapes of a checkpoint's items, {item: tree}."""
     metadata = self._manager.item_metadata(step)
     if metadata is None or metadata.get("ema") is None:
       raise TrainingError(
         f"{self._directory} step {step} is no checkpoint of this project"
       )
-    saved = _shapes(metadata["ema"])
+    return metadata
+
+  def _check(self, step: int, like: Weights) -> None:
+    saved = _shapes(self._items(step)["ema"])
     wanted = _shapes(like)
     differing = [
       f"{name} is {saved.get(name, 'missing')} there and"
@@ -158,16 +208,64 @@ class Checkpoints:
       )
 
 
-def load_ema(path: pathlib.Path, like: Weights) -> Weights:
-  """The moving average in one checkpoint, or in the best of a directory.
+def load_weights(
+  path: pathlib.Path, config: ModelConfig, like: Weights
+) -> Weights:
+  """The weights in a file or directory of any kind.
 
   Args:
-    path: a directory named by its step, or the one above.
-    like: shapes and shardings.
+    path: a checkpoint as `open_checkpoint` takes it, or a file or directory as
+      `convert.files.read_file` takes it. Of several weights, the moving
+      average is taken.
+    config: the architecture that they must fit.
+    like: its shapes, on the shardings wanted.
 
   Raises:
-    TrainingError: there is no checkpoint, or it is of another model.
+    TrainingError: there are no weights, or they are of another model.
   """
+  if path.is_dir() and not (path / SAFETENSORS).exists():
+    with open_checkpoint(path) as (checkpoints, step):
+      return checkpoints.restore_ema(step, like)
+  try:
+    state_dict = read_file(path).state_dict
+  except FileNotFoundError as error:
+    raise TrainingError(
+      f"{path} does not exist: train first, or mend the path"
+    ) from error
+  except (ImportError, OSError, ValueError) as error:
+    raise TrainingError(str(error)) from error
+  model = abstract_model(config)
+  try:
+    from_torch(model, state_dict)
+  except ValueError as error:
+    raise TrainingError(
+      f"{path} holds another model than config.model asks for: {error}"
+    ) from error
+  weights = PureModel.weights_of(cast(SpatialMamba, model))
+  return jax.tree.map(_placed_like, weights, like)
+
+
+def _placed_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+  # `device_put` cannot reach other processes' devices.
+  values = np.asarray(x)
+  return jax.make_array_from_callback(
+    x.shape, like.sharding, lambda index: values[index]
+  )
+
+
+@contextmanager
+def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
+  """Opens one checkpoint, or the best of a directory, with its step.
+
+  Args:
+    path: a working directory, its `checkpoints`, or one of these, a directory
+      named by its step.
+
+  Raises:
+    TrainingError: there is no checkpoint.
+  """
+  if (path / "checkpoints").is_dir():
+    path = path / "checkpoints"
   is_one = path.name.isdecimal()
   directory = path.parent if is_one else path
   if not directory.is_dir():
@@ -176,7 +274,7 @@ def load_ema(path: pathlib.Path, like: Weights) -> Weights:
     step = int(path.name) if is_one else checkpoints.best_step()
     if step is None or step not in checkpoints.steps():
       raise TrainingError(f"{path} holds no complete checkpoint")
-    return checkpoints.restore_ema(step, like)
+    yield checkpoints, step
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:

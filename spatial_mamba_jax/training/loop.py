@@ -23,7 +23,7 @@ from spatial_mamba_jax.data import (
   train_batches,
 )
 from spatial_mamba_jax.training import provenance
-from spatial_mamba_jax.training.checkpoint import Checkpoints, load_ema
+from spatial_mamba_jax.training.checkpoint import Checkpoints, load_weights
 from spatial_mamba_jax.training.config import (
   TrainConfig,
   TrainingError,
@@ -91,12 +91,11 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Evaluation | None:
 
 
 def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
-  """Evaluates the moving average of the weights in a checkpoint.
+  """Evaluates the weights in a checkpoint, a file or a directory.
 
   Args:
     config: the experiment.
-    path: one checkpoint, a directory named by its step; or a directory of
-      them, of which the best is taken.
+    path: as `load_weights` takes it.
 
   Raises:
     TrainingError, DataError: something is wrong with the config, the data, or
@@ -106,8 +105,9 @@ def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
   mesh = make_mesh()
   check_batch_sizes(config, mesh)
   source = open_checked_source(config, "validation")
-  model = PureModel(config.model.build())
-  weights = load_ema(path, _placed(model.shapes, mesh))
+  architecture = config.model.build()
+  model = PureModel(architecture)
+  weights = load_weights(path, architecture, _placed(model.shapes, mesh))
   with jax.set_mesh(mesh):  # Kernels are split over it.
     return evaluate(
       jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),

@@ -101,7 +101,8 @@ class PureModel:
     """Fresh weights, to be called under `jit`."""
     return self.weights_of(self._fresh(key))
 
-  def weights_of(self, model: SpatialMamba) -> Weights:
+  @staticmethod
+  def weights_of(model: SpatialMamba) -> Weights:
     """The weights of a model of this architecture."""
     return _weights_of(*nnx.split(model))
 
@@ -141,6 +142,18 @@ class PureModel:
       [(path, kind(arrays[name])) for name, (path, kind) in self._paths.items()]
     )
     return nnx.merge(graphdef, state)
+
+
+def unstacked(weights: Weights) -> dict[str, Array]:
+  """{path in a model: array}, of each block by itself."""
+  arrays = {}
+  for name, stacked in {**weights.params, **weights.stats}.items():
+    if ".blocks." not in name:
+      arrays[name] = stacked
+      continue
+    for i, array in enumerate(stacked):
+      arrays[name.replace(".blocks.", f".blocks.{i}.", 1)] = array
+  return arrays
 
 
 def _weights_of(graphdef: Any, state: Any) -> Weights:

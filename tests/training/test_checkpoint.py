@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from spatial_mamba_jax.training.checkpoint import Checkpoints, load_ema
+from spatial_mamba_jax.training.checkpoint import Checkpoints, open_checkpoint
 from spatial_mamba_jax.training.evaluation import Evaluation
 from spatial_mamba_jax.training.state import Weights, initial_state
 
@@ -27,5 +27,7 @@ def test_the_best_outlives_a_restart(tmp_path):
     assert checkpoints.best_step() == 2
     assert checkpoints.latest_step() == 6
   like = state_after(0).ema
-  assert load_ema(tmp_path, like).params["w"][0] == 2
-  assert load_ema(tmp_path / "5", like).params["w"][0] == 5
+  for path, step in ((tmp_path, 2), (tmp_path / "5", 5)):
+    with open_checkpoint(path) as (checkpoints, found):
+      assert found == step
+      assert checkpoints.restore_ema(step, like).params["w"][0] == step

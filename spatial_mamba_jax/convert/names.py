@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 
@@ -87,9 +88,16 @@ def to_torch(model: Trunk) -> dict[str, np.ndarray]:
     {tensor name: array}, float32 (float64 for a float64 model), and int64 for
     `num_batches_tracked`.
   """
+  return torch_tensors(
+    {path: variable[...] for path, variable in _variables(model)}
+  )
+
+
+def torch_tensors(arrays: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
+  """The same of {path in the model: array}, e.g. of "head.kernel"."""
   state_dict = {}
-  for path, variable in _variables(model):
-    array = np.asarray(variable[...])
+  for path, values in arrays.items():
+    array = np.asarray(values)
     if array.dtype == np.int32:
       array = array.astype(np.int64)
     tensors = _layout(path, array.ndim).to_torch(array)
@@ -140,7 +148,7 @@ def from_torch(
   mismatch = Mismatch(tuple(missing), tuple(unexpected))
   _check(mismatch if strict else Mismatch((), ()), misshapen)
   for variable, array in updates:
-    variable[...] = jnp.asarray(array, variable.dtype)
+    variable.set_value(jnp.asarray(array, variable.dtype))
   return mismatch
 
 

@@ -1,0 +1,343 @@
+"""Weights from any file to any file, and models as directories."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import spatial_mamba_jax as smj
+from spatial_mamba_jax.convert.__main__ import convert, main
+from spatial_mamba_jax.convert.architecture import infer_config, infer_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def assert_same_weights(model, expected):
+  tensors, expected = map(smj.convert.to_torch, (model, expected))
+  assert list(tensors) == list(expected)
+  for name, x in expected.items():
+    np.testing.assert_array_equal(tensors[name], x, strict=True)
+
+
+@pytest.mark.parametrize(
+  ("options", "key"), [((), "model_ema"), (("--raw",), "model")]
+)
+def test_the_authors_checkpoint_gives_their_logits(
+  micro_checkpoint, named_weights, golden, tmp_path, capsys, options, key
+):
+  directory = tmp_path / "new" / "micro"
+  assert main([*options, str(micro_checkpoint), str(directory)]) == 0
+  assert f"10 classes, from '{key}'" in capsys.readouterr().out
+  model = smj.from_pretrained(directory)
+  images = named_weights.named_images(2, 64, 64, 0).transpose(0, 2, 3, 1)
+  logits = nnx.jit(lambda model, images: model(images))(model, images)
+  expected = golden("checkpoint_micro")[key]
+  # Both are float32, summed in other orders.
+  np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["micro", "tiny", "small", "base"])
+def test_presets_are_inferred_from_their_tensors(named_weights, size):
+  shapes = named_weights.state_dict_shapes(size)
+  tensors = {k: np.broadcast_to(np.float32(0), v) for k, v in shapes.items()}
+  from spatial_mamba_jax.models.config import get_model_config
+
+  expected = get_model_config(f"spatial_mamba_{size}", drop_path_rate=0.0)
+  assert infer_config(tensors) == expected
+
+
+# Two channels over 98 are a float that, times 98, is less than 2.
+@pytest.mark.parametrize("mlp_ratio", [0.0205, 1.1, 3.3, 4.0])
+def test_all_that_tensors_tell_is_inferred(mlp_ratio):
+  config = smj.ModelConfig(
+    dims=(98, 49), depths=(2, 1), num_classes=7, d_state=3, expand=3,
+    mlp_ratio=mlp_ratio,
+  )  # fmt: skip
+  model = nnx.eval_shape(lambda: smj.SpatialMamba(config, rngs=nnx.Rngs(0)))
+  tensors = smj.convert.to_torch(
+    nnx.merge(
+      nnx.graphdef(model),
+      jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nnx.state(model)),
+    )
+  )
+  filled = infer_model(tensors)
+  assert smj.convert.from_torch(filled, tensors) == ((), ())
+  assert filled.config == smj.ModelConfig(
+    **{**vars(config), "mlp_ratio": filled.config.mlp_ratio}
+  )
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (
+      {"layers.0.blocks.0.ln_1.weight": None},
+      r"layers.0.blocks.0.ln_1.weight is",
+    ),
+    ({"head.weight": np.zeros(3)}, r"head.weight is \[3\] instead of 2 axes"),
+    ({"head.bias": np.zeros(4)}, r"head.bias is \[4\] instead of \[3\]"),
+    ({"norm.bias": None}, r"1 missing \(norm.bias\)"),
+    (
+      {"layers.1.blocks.0.ln_2.bias": None},
+      r"missing \(layers.1.blocks.0.ln_2",
+    ),
+    ({"layers.1.downsample.x": np.zeros(1)}, r"1 unexpected \(layers.1.down"),
+  ],
+)
+def test_tensors_that_differ_are_named(
+  small, write_checkpoint, tmp_path, capsys, change, message
+):
+  tensors = {**smj.convert.to_torch(small), **change}
+  tensors = {k: x for k, x in tensors.items() if x is not None}
+  path = write_checkpoint(tmp_path / "x.pth", {"model": tensors})
+  with pytest.raises(ValueError, match=rf"x\.pth: .*{message}"):
+    convert(path, tmp_path / "out")
+  assert main([str(path), str(tmp_path / "new" / "out")]) == 2
+  assert len(capsys.readouterr().err.splitlines()) == 1
+  assert [x.name for x in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_every_kind_to_every_kind(small, write_checkpoint, tmp_path):
+  path = write_checkpoint(
+    tmp_path / "x.pth", {"model": smj.convert.to_torch(small)}
+  )
+  for name in ("a.safetensors", "run/checkpoints/0", "directory", "b/3"):
+    convert(path, tmp_path / name)
+    path = tmp_path / name
+  for source in (
+    path,
+    tmp_path / "b",
+    tmp_path / "run",
+    tmp_path / "directory",
+  ):
+    convert(source, tmp_path / f"{source.name}.out")
+    model = smj.from_pretrained(tmp_path / f"{source.name}.out")
+    assert_same_weights(model, small)
+
+
+@pytest.mark.parametrize("name", ["x", "0", "x.safetensors"])
+def test_what_exists_is_left_alone(small, tmp_path, capsys, name):
+  smj.save_pretrained(small, tmp_path / "model")
+  (tmp_path / name).write_text("mine")
+  assert main([str(tmp_path / "model"), str(tmp_path / name)]) == 2
+  assert "exists, and is left as it is" in capsys.readouterr().err
+  assert (tmp_path / name).read_text() == "mine"
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["x", "0", "x.safetensors"])
+def test_a_failure_leaves_nothing(small, tmp_path, monkeypatch, name):
+  smj.save_pretrained(small, tmp_path / "model")
+
+  def fail(*arguments, **options):
+    del options
+    if isinstance(arguments[1], pathlib.Path):
+      arguments[1].write_bytes(b"half")
+    raise OSError("no space is left")
+
+  from spatial_mamba_jax.training.checkpoint import Checkpoints
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+  monkeypatch.setattr(Checkpoints, "save_weights", fail)
+  with pytest.raises(OSError, match="no space"):
+    convert(tmp_path / "model", tmp_path / name)
+  assert [x.name for x in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("checkpoints", "checkpoints/0"),
+    ("007", "a step is written 7"),
+    ("x.pth", "PyTorch reads x.safetensors"),
+  ],
+)
+def test_destinations_that_are_none(small, tmp_path, name, message):
+  smj.save_pretrained(small, tmp_path / "model")
+  with pytest.raises(ValueError, match=message):
+    convert(tmp_path / "model", tmp_path / name)
+
+
+def test_sources_that_are_none(tmp_path, capsys):
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "x.safetensors").write_text("not one")
+  (tmp_path / "x.pth").write_text("not one")
+  for name in ("empty", "x.safetensors", "x.pth", "none", "none.safetensors"):
+    assert main([str(tmp_path / name), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert len(error.splitlines()) == 1, error
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_detector_gives_its_backbone(
+  small_backbone, write_checkpoint, tmp_path, capsys
+):
+  tensors = smj.convert.to_torch(small_backbone)
+  path = write_checkpoint(
+    tmp_path / "mask_rcnn.pth",
+    lambda modules: {
+      "meta": {"epoch": 12},
+      "message_hub": modules["mmengine"].HistoryBuffer(),
+      "state_dict": {
+        **{f"backbone.{name}": x for name, x in tensors.items()},
+        "neck.weight": np.zeros((2, 2), np.float32),
+      },
+    },
+  )
+  assert main([str(path), str(tmp_path / "backbone")]) == 0
+  assert "left out 1 tensors" in capsys.readouterr().out
+  model = smj.from_pretrained(tmp_path / "backbone")
+  assert isinstance(model, smj.SpatialMambaBackbone)
+  assert_same_weights(model, small_backbone)
+  config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+  assert config["out_indices"] == [1]
+  assert "num_classes" not in config
+  with pytest.raises(ValueError, match="checkpoints are of classifiers"):
+    convert(path, tmp_path / "checkpoints" / "0")
+  assert not (tmp_path / "checkpoints").exists()
+
+
+def test_tensors_that_overlap_are_not_blown_up(small, write_archive, tmp_path):
+  tensors = smj.convert.to_torch(small)
+  tensors["head.weight"] = np.broadcast_to(np.float32(0), (10**9, 4))
+  import spatial_mamba_jax.convert.files as files
+
+  path = tmp_path / "x.pth"
+  path.write_bytes(b"")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(files, "read_first", lambda *_: ("model", tensors))
+    with pytest.raises(ValueError, match="tensors that overlap"):
+      files.read_file(path)
+
+
+def test_half_precision_files_are_read(small, tmp_path):
+  tensors = smj.convert.to_torch(small)
+  for dtype in (ml_dtypes.bfloat16, np.float16, np.float64):
+    path = tmp_path / f"{np.dtype(dtype).name}.safetensors"
+    safetensors.numpy.save_file(
+      {k: x if x.ndim == 0 else x.astype(dtype) for k, x in tensors.items()},
+      path,
+    )
+    convert(path, path.with_suffix(""))
+    model = smj.from_pretrained(path.with_suffix(""))
+    for name, x in smj.convert.to_torch(model).items():
+      expected = tensors[name].astype(dtype if x.ndim else x.dtype)
+      np.testing.assert_array_equal(x, expected.astype(x.dtype), strict=True)
+
+
+def test_a_directory_and_back(small, tmp_path):
+  (tmp_path / "empty").mkdir()
+  for path in (tmp_path / "new", tmp_path / "empty"):
+    smj.save_pretrained(small, path)
+    names = sorted(x.name for x in path.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
+  model = smj.from_pretrained(str(tmp_path / "new"))
+  assert isinstance(model, smj.SpatialMamba)
+  assert model.config == small.config
+  assert_same_weights(model, small)
+  with safetensors.safe_open(
+    tmp_path / "new" / "model.safetensors", "numpy"
+  ) as file:
+    assert file.metadata() == {"format": "pt"}
+  card = (tmp_path / "new" / "README.md").read_text()
+  front = card.split("---\n")[1]
+  assert card.startswith("---\n")
+  assert "pipeline_tag: image-classification\n" in front
+  assert "library_name: spatial-mamba-jax\n" in front
+  with pytest.raises(FileExistsError, match="is left as it is"):
+    smj.save_pretrained(small, tmp_path / "new")
+
+
+def test_overrides_that_keep_the_weights(small, tmp_path):
+  smj.save_pretrained(small, tmp_path / "x")
+  model = smj.from_pretrained(
+    tmp_path / "x",
+    dtype="bfloat16",
+    drop_path_rate=0.5,
+    implementation="sequential",
+  )
+  assert model.config.dtype == jnp.bfloat16
+  assert model.config.implementation == "sequential"
+  assert model.stages[1].drop_path_rates == (0.25, 0.5)
+  assert_same_weights(model, small)
+  with pytest.raises(ValueError, match="'num_classes' cannot be overridden"):
+    smj.from_pretrained(tmp_path / "x", num_classes=5)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"dims": [4, 8]}, r"dims \(4, 8\), and model.safetensors has \(4, 4\)"),
+    ({"depths": [1, 10**9]}, "config.json has depths"),
+    ({"num_classes": 4}, "config.json has num_classes 4"),
+    ({"mlp_ratio": 2.0}, r"misshapen \(layers.0.blocks.0.mlp.fc1.bias"),
+    ({"out_indices": [0]}, r"1 missing \(outnorm0|missing \(outnorm0"),
+    ({"depth": [1]}, "unexpected keyword argument 'depth'"),
+    ({"dims": "wide"}, "config.json is of no Spatial-Mamba"),
+    ({"num_classes": "many"}, "config.json is of no Spatial-Mamba"),
+    ({"dtype": "float31"}, "config.json is of no Spatial-Mamba: .*float31"),
+    ({"model_type": "vit"}, "model_type is not spatial_mamba"),
+  ],
+)
+def test_directories_that_contradict_themselves(
+  small, tmp_path, change, message
+):
+  smj.save_pretrained(small, tmp_path / "x")
+  config = json.loads((tmp_path / "x" / "config.json").read_text())
+  (tmp_path / "x" / "config.json").write_text(json.dumps({**config, **change}))
+  with pytest.raises(ValueError, match=message):
+    smj.from_pretrained(tmp_path / "x")
+
+
+def test_directories_that_are_none(small, tmp_path):
+  with pytest.raises(FileNotFoundError, match="is no directory: download"):
+    smj.from_pretrained("someone/spatial-mamba-tiny")
+  smj.save_pretrained(small, tmp_path / "x")
+  for content in ("{", "[]", "{}", "\x00"):
+    (tmp_path / "x" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json"):
+      smj.from_pretrained(tmp_path / "x")
+  (tmp_path / "x" / "config.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    smj.from_pretrained(tmp_path / "x")
+
+
+def test_cut_off_safetensors(small, tmp_path):
+  smj.save_pretrained(small, tmp_path / "x")
+  path = tmp_path / "x" / "model.safetensors"
+  data = path.read_bytes()
+  for size in (0, 7, 100, len(data) // 2, len(data) - 1):
+    path.write_bytes(data[:size])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+      smj.from_pretrained(tmp_path / "x")
+
+
+def test_without_safetensors(small, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+  assert main([str(tmp_path / "x.safetensors"), str(tmp_path / "out")]) == 2
+  assert "pip install safetensors" in capsys.readouterr().err
+  with pytest.raises(ImportError, match="pip install safetensors"):
+    smj.save_pretrained(small, tmp_path / "y")
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_it_takes():
+  result = subprocess.run(
+    (sys.executable, "-m", "spatial_mamba_jax.convert", "--help"),
+    cwd=ROOT,
+    capture_output=True,
+    check=True,
+    text=True,
+    env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "JAX_PLATFORMS": "cpu"},
+  )
+  for word in (".safetensors", ".pth", "config.json", "checkpoints/0", "--raw"):
+    assert word in result.stdout

@@ -1,0 +1,101 @@
+"""Weights of any kind where training and evaluation read them."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import spatial_mamba_jax as smj
+from spatial_mamba_jax.convert.__main__ import convert
+from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.training.checkpoint import Checkpoints
+from spatial_mamba_jax.training.config import (
+  ModelSection,
+  OptimizerConfig,
+  TrainConfig,
+  TrainingError,
+)
+from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
+from spatial_mamba_jax.training.state import PureModel, initial_state
+
+
+@pytest.fixture
+def experiment(monkeypatch, small):
+  """An experiment on the small model."""
+  monkeypatch.setitem(models._PRESETS, "small", small.config)
+  return TrainConfig(
+    model=ModelSection(name="small", num_classes=3, d_state=2),
+    data=DataConfig(
+      name="synthetic", image_size=16, synthetic_images=24, synthetic_classes=3
+    ),
+    optimizer=OptimizerConfig(warmup_epochs=0),
+    batch_size=8,
+    epochs=1,
+    evaluation_batch_size=8,
+  )
+
+
+@pytest.fixture
+def sources(small, write_checkpoint, tmp_path):
+  """The small model's weights, of every kind."""
+  path = write_checkpoint(
+    tmp_path / "x.pth", {"model": smj.convert.to_torch(small)}
+  )
+  names = ("x.safetensors", "directory", "run/checkpoints/0")
+  for name in names:
+    convert(path, tmp_path / name)
+  return [path, *(tmp_path / name for name in (*names, "run"))]
+
+
+def test_evaluation_takes_every_kind(experiment, sources, small):
+  other = smj.SpatialMamba(small.config, rngs=nnx.Rngs(1))
+  path = sources[0].with_name("other")
+  smj.save_pretrained(other, path)
+  expected, *evaluations = [
+    evaluate_checkpoint(experiment, source) for source in (*sources, path)
+  ]
+  *same, different = evaluations
+  assert expected.images == 24
+  assert all(evaluation == expected for evaluation in same)
+  assert different.loss != expected.loss
+
+
+def test_evaluation_names_what_differs(experiment, sources, tmp_path):
+  experiment.model.d_state = 3
+  for path in sources:
+    with pytest.raises(
+      TrainingError, match=r"another model than config.model asks for: .*A_log"
+    ) as error:
+      evaluate_checkpoint(experiment, path)
+    assert "\n" not in str(error.value)
+  (tmp_path / "none.pth").write_bytes(b"nothing")
+  for name in ("none", "missing.pth", "none.pth", "missing.safetensors"):
+    with pytest.raises(TrainingError, match=name):
+      evaluate_checkpoint(experiment, tmp_path / name)
+
+
+def test_converted_weights_are_no_run_to_resume(experiment, sources):
+  with pytest.raises(TrainingError, match=r"weights alone.*another workdir"):
+    train(experiment, sources[-1])
+
+
+def test_a_run_gives_its_average_or_its_weights(small, tmp_path):
+  pure = PureModel(small.config)
+  weights = pure.weights_of(small)
+  state = initial_state(weights, optax.adam(1.0))
+  state = state.replace(ema=jax.tree.map(lambda x: 2 * x, weights))
+  with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+    checkpoints.save(state, {})
+  expected = smj.convert.to_torch(small)
+  for raw, factor in ((False, 2), (True, 1)):
+    convert(tmp_path / "run", tmp_path / str(raw), raw=raw)
+    found = smj.convert.to_torch(smj.from_pretrained(tmp_path / str(raw)))
+    for name, x in expected.items():
+      np.testing.assert_array_equal(found[name], factor * x)
+
+
+def test_weights_alone_have_no_raw_ones(sources, tmp_path):
+  with pytest.raises(TrainingError, match="one set of weights alone"):
+    convert(sources[-1], tmp_path / "out", raw=True)
