@@ -1,15 +1,16 @@
 """Evaluates: `python eval.py --config=configs/digits.py --workdir=runs/digits`.
 
-Prints top-1, top-5 and loss on the validation images, of the moving average of
-the weights in the best checkpoint of a working directory, or in the checkpoint
-that `--checkpoint=runs/digits/checkpoints/300` names.
+Prints top-1, top-5, loss and calibration error on the validation images, of the
+weights' moving average ("ema") and of the weights ("raw") in the checkpoint of
+a working directory whose moving average is best, or in the one that
+`--checkpoint=runs/digits/checkpoints/300` names.
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
 
+import jax
 from absl import flags
 
 from spatial_mamba_jax.training import command_line
@@ -17,6 +18,24 @@ from spatial_mamba_jax.training.loop import evaluate_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A checkpoint, instead of --workdir's best."
+)
+_RESOLUTION = flags.DEFINE_integer(
+  "resolution",
+  None,
+  "Height and width of the images, instead of the config's.",
+  lower_bound=1,
+)
+_CROP_RATIO = flags.DEFINE_float(
+  "crop_ratio",
+  None,
+  "Share of the shorter side that the central crop takes, instead of the"
+  " config's.",
+)
+_OUTPUT_DIR = flags.DEFINE_string(
+  "output_dir",
+  None,
+  "Where to write predictions.csv, per_class.csv and confusion.png, in a"
+  " directory for each set of weights.",
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one line of JSON.")
 
@@ -27,11 +46,20 @@ def main() -> None:
     path = pathlib.Path(_CHECKPOINT.value).absolute()
   else:
     path = command_line.workdir() / "checkpoints"
-  evaluation = evaluate_checkpoint(command_line.config(), path)
+  config = command_line.config()
+  if _RESOLUTION.value is not None:
+    config.data.image_size = _RESOLUTION.value
+  if _CROP_RATIO.value is not None:
+    config.data.test_crop_ratio = _CROP_RATIO.value
+  output_dir = _OUTPUT_DIR.value and pathlib.Path(_OUTPUT_DIR.value)
+  evaluations = evaluate_checkpoint(config, path, output_dir or None)
+  if jax.process_index():
+    return
   if _JSON.value:
-    print(json.dumps(dataclasses.asdict(evaluation)))
+    print(json.dumps({k: v.to_json() for k, v in evaluations.items()}))
   else:
-    print(evaluation)
+    for name, evaluation in evaluations.items():
+      print(f"{name}  {evaluation}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
       # A mirrored or heavily cropped digit may be another one.
       crop_scale=(0.7, 1.0),
       flip_probability=0.0,
-      resize_ratio=1.0,
+      test_crop_ratio=1.0,
     ),
     optimizer=OptimizerConfig(
       learning_rate=3e-3,

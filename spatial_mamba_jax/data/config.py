@@ -30,8 +30,9 @@ class DataConfig:
       image's area.
     crop_ratio: least and greatest width / height of a training crop.
     flip_probability: probability of mirroring a training image left to right.
-    resize_ratio: for evaluation the shorter side is resized to
-      `int(resize_ratio * image_size)` before the central crop.
+    test_crop_ratio: share of the shorter side that the central crop takes in
+      evaluation: the shorter side is resized to
+      `int(image_size / test_crop_ratio)`.
     num_workers: processes that read and decode; 0 leaves this to threads.
     num_threads: threads that read and decode, in each of these processes.
     prefetch: batches kept ready in each of these processes.
@@ -46,7 +47,7 @@ class DataConfig:
   crop_scale: tuple[float, float] = (0.08, 1.0)
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip_probability: float = 0.5
-  resize_ratio: float = 256 / 224
+  test_crop_ratio: float = 224 / 256
   num_workers: int = 0
   num_threads: int = 2
   prefetch: int = 4
@@ -74,7 +75,7 @@ class DataConfig:
         "(low, high) with 0 < low <= high",
       ),
       ("flip_probability", 0 <= self.flip_probability <= 1, "within [0, 1]"),
-      ("resize_ratio", self.resize_ratio >= 1, "at least 1"),
+      ("test_crop_ratio", 0 < self.test_crop_ratio <= 1, "within (0, 1]"),
       ("num_workers", self.num_workers >= 0, "at least 0"),
       ("num_threads", self.num_threads >= 1, "at least 1"),
       (

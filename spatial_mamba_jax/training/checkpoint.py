@@ -15,9 +15,9 @@ from spatial_mamba_jax.training.state import TrainState, Weights
 class Checkpoints:
   """The checkpoints of one run, by step.
 
-  Each holds the moving average of the weights by itself, which is all that
-  evaluation reads, the rest of the training state, and the experiment. One that
-  is half written when a run is killed is never taken for a checkpoint.
+  Each holds the moving average of the weights by itself, the rest of the
+  training state, and the experiment. One that is half written when a run is
+  killed is never taken for a checkpoint.
   """
 
   def __init__(
@@ -49,7 +49,8 @@ class Checkpoints:
       ),
       item_handlers={
         "ema": ocp.StandardCheckpointHandler(),
-        "state": ocp.StandardCheckpointHandler(),
+        # Evaluation reads the weights alone of it.
+        "state": ocp.PyTreeCheckpointHandler(),
         "experiment": ocp.JsonCheckpointHandler(),
       },
     )
@@ -95,7 +96,7 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         ema=ocp.args.StandardSave(state.ema),
-        state=ocp.args.StandardSave(_without_ema(state)),
+        state=ocp.args.PyTreeSave(_without_ema(state)),
         experiment=ocp.args.JsonSave(experiment),
       ),
       metrics=metrics,
@@ -122,20 +123,26 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         ema=ocp.args.StandardRestore(like.ema),
-        state=ocp.args.StandardRestore(_without_ema(like)),
+        state=_restore(_without_ema(like)),
       ),
     )
     return TrainState(ema=items["ema"], **items["state"])
 
-  def restore_ema(self, step: int, like: Weights) -> Weights:
-    """The moving average alone.
+  def restore_weights(self, step: int, like: Weights) -> dict[str, Weights]:
+    """The moving average, "ema", and the weights themselves, "raw".
 
     Raises:
       TrainingError: the checkpoint is of another model.
     """
     self._check(step, like)
-    args = ocp.args.Composite(ema=ocp.args.StandardRestore(like))
-    return self._manager.restore(step, args=args)["ema"]
+    items = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        ema=ocp.args.StandardRestore(like),
+        state=_restore({"weights": like}, partial_restore=True),
+      ),
+    )
+    return {"ema": items["ema"], "raw": items["state"]["weights"]}
 
   def _check(self, step: int, like: Weights) -> None:
     metadata = self._manager.item_metadata(step)
@@ -158,12 +165,15 @@ class Checkpoints:
       )
 
 
-def load_ema(path: pathlib.Path, like: Weights) -> Weights:
-  """The moving average in one checkpoint, or in the best of a directory.
+def load_weights(path: pathlib.Path, like: Weights) -> dict[str, Weights]:
+  """The weights in one checkpoint, or in the best of a directory.
 
   Args:
     path: a directory named by its step, or the one above.
     like: shapes and shardings.
+
+  Returns:
+    Their moving average, "ema", and themselves, "raw".
 
   Raises:
     TrainingError: there is no checkpoint, or it is of another model.
@@ -176,7 +186,12 @@ def load_ema(path: pathlib.Path, like: Weights) -> Weights:
     step = int(path.name) if is_one else checkpoints.best_step()
     if step is None or step not in checkpoints.steps():
       raise TrainingError(f"{path} holds no complete checkpoint")
-    return checkpoints.restore_ema(step, like)
+    return checkpoints.restore_weights(step, like)
+
+
+def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
+  args = ocp.checkpoint_utils.construct_restore_args(like)
+  return ocp.args.PyTreeRestore(like, restore_args=args, **options)
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,14 +18,18 @@ from jax.sharding import Mesh
 
 from spatial_mamba_jax.data import Source, open_source, train_batches
 from spatial_mamba_jax.training import provenance
-from spatial_mamba_jax.training.checkpoint import Checkpoints, load_ema
+from spatial_mamba_jax.training.checkpoint import Checkpoints, load_weights
 from spatial_mamba_jax.training.config import (
   TrainConfig,
   TrainingError,
   check_same_experiment,
   to_dict,
 )
-from spatial_mamba_jax.training.evaluation import Evaluation, evaluate
+from spatial_mamba_jax.training.evaluation import (
+  Evaluation,
+  Predictions,
+  predict,
+)
 from spatial_mamba_jax.training.metrics import MetricWriter, Progress
 from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from spatial_mamba_jax.training.sharding import (
@@ -78,26 +83,36 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Evaluation | None:
   return _Run(config, workdir).run()
 
 
-def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
-  """Evaluates the moving average of the weights in a checkpoint.
+def evaluate_checkpoint(
+  config: TrainConfig,
+  path: pathlib.Path,
+  output_dir: pathlib.Path | None = None,
+) -> dict[str, Evaluation]:
+  """Evaluates the weights in a checkpoint, and their moving average.
 
   Args:
     config: the experiment.
     path: one checkpoint, a directory named by its step; or a directory of
       them, of which the best is taken.
+    output_dir: where to write each image's and class's predictions, if
+      anywhere; see `prediction_files`.
+
+  Returns:
+    The evaluations of "ema", the moving average, and "raw", the weights.
 
   Raises:
     TrainingError, DataError: something is wrong with the config, the data, or
       what `path` holds.
   """
   config.validate()
+  write = _prediction_writer(output_dir) if output_dir else None
   mesh = make_mesh()
   check_batch_sizes(config, mesh)
   source = open_checked_source(config, "validation")
   model = PureModel(config.model.build())
-  weights = load_ema(path, _placed(model.shapes, mesh))
+  weights = load_weights(path, _placed(model.shapes, mesh))
   with jax.set_mesh(mesh):  # Kernels are split over it.
-    return evaluate(
+    predictions = predict(
       jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),
       weights,
       source,
@@ -105,6 +120,22 @@ def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
       batch_size=config.evaluation_batch_size,
       mesh=mesh,
     )
+  if write and not jax.process_index():
+    write(predictions, source)
+  return {name: each.evaluation() for name, each in predictions.items()}
+
+
+def _prediction_writer(
+  directory: pathlib.Path,
+) -> Callable[[dict[str, Predictions], Source], None]:
+  """Fails now if it must, and not after a long evaluation."""
+  from spatial_mamba_jax.training.prediction_files import write_predictions
+
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise TrainingError(f"cannot write to {directory}: {error}") from error
+  return partial(write_predictions, directory)
 
 
 def _placed(shapes: Any, mesh: Mesh) -> Any:
@@ -231,9 +262,11 @@ class _Run:
         state = dataclasses.replace(state, window=self.empty_window())
       if step % self.epoch_steps == 0 and self._is_evaluated(step):
         self._check_finite(state)
-        evaluation = self._evaluate(state)
+        evaluation, raw = self._evaluate(state)
         writer.write(step, "evaluation", dataclasses.asdict(evaluation))
-        progress.say(f"epoch {step // self.epoch_steps}: {evaluation}")
+        writer.write(step, "evaluation_raw", dataclasses.asdict(raw))
+        epoch = f"epoch {step // self.epoch_steps}"
+        progress.say(f"{epoch}: ema  {evaluation}\n{epoch}: raw  {raw}")
         checkpoints.save(state, self.experiment, evaluation)
         since = time.perf_counter()
       elif stopped_by:
@@ -252,15 +285,17 @@ class _Run:
     epoch = step // self.epoch_steps
     return epoch % self.config.evaluate_every == 0 or step == self.steps
 
-  def _evaluate(self, state: TrainState) -> Evaluation:
-    return evaluate(
+  def _evaluate(self, state: TrainState) -> tuple[Evaluation, Evaluation]:
+    """Of the moving average, which decides the best, and of the weights."""
+    predictions = predict(
       self.eval_step,
-      state.ema,
+      {"ema": state.ema, "raw": state.weights},
       self.eval_source,
       self.config.data,
       batch_size=self.config.evaluation_batch_size,
       mesh=self.mesh,
     )
+    return predictions["ema"].evaluation(), predictions["raw"].evaluation()
 
   def _read_window(self, state: TrainState, step: int) -> dict[str, float]:
     self._check_finite(state)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from spatial_mamba_jax.training.checkpoint import Checkpoints, load_ema
+from spatial_mamba_jax.training.checkpoint import Checkpoints, load_weights
 from spatial_mamba_jax.training.evaluation import Evaluation
 from spatial_mamba_jax.training.state import Weights, initial_state
 
@@ -11,7 +11,8 @@ from spatial_mamba_jax.training.state import Weights, initial_state
 def state_after(step):
   weights = Weights(params={"w": jnp.full(3, float(step))}, stats={})
   state = initial_state(weights, optax.sgd(1.0))
-  return state.replace(step=jnp.asarray(step))
+  ema = Weights(params={"w": jnp.full(3, step + 0.5)}, stats={})
+  return state.replace(step=jnp.asarray(step), ema=ema)
 
 
 def test_the_best_outlives_a_restart(tmp_path):
@@ -20,12 +21,17 @@ def test_the_best_outlives_a_restart(tmp_path):
       for step, top1 in steps.items():
         evaluation = None
         if top1 is not None:
-          evaluation = Evaluation(top1, 1.0, loss=1.0, images=9, unreadable=0)
+          evaluation = Evaluation(
+            top1, 1.0, loss=1.0, ece=0.1, images=9, undecided=0, unreadable=0
+          )
         checkpoints.save(state_after(step), {}, evaluation)
   with Checkpoints(tmp_path, create=False) as checkpoints:
     assert checkpoints.steps() == [2, 5, 6]
     assert checkpoints.best_step() == 2
     assert checkpoints.latest_step() == 6
   like = state_after(0).ema
-  assert load_ema(tmp_path, like).params["w"][0] == 2
-  assert load_ema(tmp_path / "5", like).params["w"][0] == 5
+  for path, step in ((tmp_path, 2), (tmp_path / "5", 5)):
+    weights = load_weights(path, like)
+    assert weights.keys() == {"ema", "raw"}
+    assert weights["raw"].params["w"][0] == step
+    assert weights["ema"].params["w"][0] == step + 0.5
