@@ -53,7 +53,7 @@ class Evaluation:
         line += f"  {name} {count}"
     return line
 
-  def to_json(self) -> dict[str, float | None]:
+  def to_json(self) -> dict[str, float | int | None]:
     """The attributes; None for NaN and infinity, which JSON has not."""
     return {
       name: value if np.isfinite(value) else None

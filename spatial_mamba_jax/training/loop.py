@@ -200,7 +200,7 @@ class _Run:
       if step >= self.steps:
         print(f"{self.workdir}: all {self.steps} steps are done already")
         return None
-      _describe_run(config, self.workdir)
+      _describe_run(config, self.workdir, self.epoch_steps)
       progress = Progress(
         step=step, steps=self.steps, epoch_steps=self.epoch_steps
       )
@@ -348,13 +348,16 @@ def open_checked_source(config: TrainConfig, split: str) -> Source:
   return source
 
 
-def _describe_run(config: TrainConfig, workdir: pathlib.Path) -> None:
+def _describe_run(
+  config: TrainConfig, workdir: pathlib.Path, epoch_steps: int
+) -> None:
   """Leaves a description beside the checkpoints."""
   if jax.process_index():
     return
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
   description = {
     "config": to_dict(config),
+    "epoch_steps": epoch_steps,
     "versions": provenance.versions(packages),
     "commit": provenance.commit(),
     "devices": [device.device_kind for device in jax.devices()],
