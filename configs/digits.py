@@ -28,7 +28,7 @@ def get_config() -> TrainConfig:
       crop_scale=(0.7, 1.0),
       flip_probability=0.0,
       randaugment_operations=0,
-      resize_ratio=1.0,
+      test_crop_ratio=1.0,
     ),
     optimizer=OptimizerConfig(
       learning_rate=3e-3,

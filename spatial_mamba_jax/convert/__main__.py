@@ -29,17 +29,13 @@ import sys
 
 from spatial_mamba_jax.convert.architecture import infer_model
 from spatial_mamba_jax.convert.files import (
-  SAFETENSORS,
   Found,
+  is_of_weights,
   read_file,
   write_safetensors,
   written_whole,
 )
-from spatial_mamba_jax.convert.names import (
-  from_torch,
-  to_torch,
-  torch_tensors,
-)
+from spatial_mamba_jax.convert.names import from_torch, to_torch
 from spatial_mamba_jax.convert.pretrained import save_pretrained
 from spatial_mamba_jax.models.spatial_mamba import SpatialMamba, Trunk
 
@@ -125,15 +121,12 @@ def _check_destination(dst: pathlib.Path) -> None:
 
 
 def _read(src: pathlib.Path, raw: bool) -> Found:
-  if not src.is_dir() or (src / SAFETENSORS).exists():
+  if is_of_weights(src):
     return read_file(src, raw=raw)
   # Here, because PyTorch's files need no orbax.
-  from spatial_mamba_jax.training.checkpoint import open_checkpoint
-  from spatial_mamba_jax.training.state import unstacked
+  from spatial_mamba_jax.training.weights import read_checkpoint
 
-  with open_checkpoint(src) as (checkpoints, step):
-    weights = checkpoints.restore_weights(step, raw=raw)
-  return Found(torch_tensors(unstacked(weights)), f"step {step}")
+  return read_checkpoint(src, raw=raw)
 
 
 def _write(model: Trunk, dst: pathlib.Path) -> None:

@@ -29,6 +29,11 @@ class Found(NamedTuple):
   left_out: tuple[str, ...] = ()
 
 
+def is_of_weights(path: pathlib.Path) -> bool:
+  """Whether `read_file` takes the path; it is no checkpoint of a run then."""
+  return not path.is_dir() or (path / SAFETENSORS).exists()
+
+
 def read_file(path: pathlib.Path, *, raw: bool = False) -> Found:
   """Reads weights from a file, or from a directory of `save_pretrained`.
 

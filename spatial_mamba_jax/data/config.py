@@ -41,8 +41,9 @@ class DataConfig:
       each of which is applied with probability 1/2; 0 for no RandAugment.
     randaugment_magnitude: mean strength of these, from 0 to 10.
     randaugment_std: standard deviation of their strength.
-    resize_ratio: for evaluation the shorter side is resized to
-      `int(resize_ratio * image_size)` before the central crop.
+    test_crop_ratio: share of the shorter side that the central crop takes in
+      evaluation: the shorter side is resized to
+      `int(image_size / test_crop_ratio)`.
     num_workers: processes that read and decode; 0 leaves this to threads.
     num_threads: threads that read and decode, in each of these processes.
     prefetch: batches kept ready in each of these processes.
@@ -61,7 +62,7 @@ class DataConfig:
   randaugment_operations: int = 2
   randaugment_magnitude: float = 9.0
   randaugment_std: float = 0.5
-  resize_ratio: float = 256 / 224
+  test_crop_ratio: float = 224 / 256
   num_workers: int = 0
   num_threads: int = 2
   prefetch: int = 4
@@ -101,7 +102,7 @@ class DataConfig:
         f"within [0, {MAX_MAGNITUDE:.0f}]",
       ),
       ("randaugment_std", 0 <= self.randaugment_std < math.inf, "at least 0"),
-      ("resize_ratio", self.resize_ratio >= 1, "at least 1"),
+      ("test_crop_ratio", 0 < self.test_crop_ratio <= 1, "within (0, 1]"),
       ("num_workers", self.num_workers >= 0, "at least 0"),
       ("num_threads", self.num_threads >= 1, "at least 1"),
       (

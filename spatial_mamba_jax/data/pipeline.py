@@ -103,8 +103,9 @@ def evaluation_batches(
 
   Returns:
     {"image": uint8 [B, image_size, image_size, 3], "label": int32 [B],
-    "mask": bool [B]}, where the mask is False for unreadable images and for
-    the padding at the end; these are black and have label 0.
+    "index": int32 [B], "mask": bool [B]}: the index is the image's place in the
+    source, and beyond its end for the padding; the mask is False for unreadable
+    images and for the padding, which are black and have label 0.
 
   Raises:
     DataError: if a setting is wrong.
@@ -270,6 +271,7 @@ class _EvaluationExample:
     return {
       "image": pixels,
       "label": np.int32(label),
+      "index": np.int32(index),
       "mask": np.bool_(example is not None),
       "unreadable": np.int64(index if is_unreadable else _READABLE),
     }

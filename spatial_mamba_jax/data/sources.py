@@ -1,6 +1,6 @@
 """One interface over every place that images come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from spatial_mamba_jax.data.config import SPLITS, DataConfig, DataError
@@ -19,6 +19,11 @@ class Source(Protocol):
   @property
   def num_classes(self) -> int:
     """How many classes there are, with or without images."""
+    ...
+
+  @property
+  def classes(self) -> Sequence[str]:
+    """The classes' names by label; numbers where they have no others."""
     ...
 
   def __len__(self) -> int: ...

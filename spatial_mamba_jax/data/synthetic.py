@@ -17,6 +17,11 @@ class SyntheticSource:
   image_size: int
   split: str
 
+  @property
+  def classes(self) -> list[str]:
+    """Numbers."""
+    return [str(label) for label in range(self.num_classes)]
+
   def __len__(self) -> int:
     return self.num_images
 

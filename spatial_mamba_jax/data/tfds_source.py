@@ -52,6 +52,7 @@ class TfdsSource:
         f"{directory} has no {split} split, "
         f"only {', '.join(builder.info.splits) or 'none'}"
       )
+    self.classes: list[str] = builder.info.features["label"].names
     self.num_classes: int = builder.info.features["label"].num_classes
     self._split = split
     # The image stays encoded: TFDS would decode it with TensorFlow.

@@ -85,11 +85,11 @@ def transform_for_evaluation(
 ) -> np.ndarray:
   """The central part of the image: uint8 [image_size, image_size, 3].
 
-  The shorter side becomes `int(resize_ratio * image_size)`, then the centre is
-  cropped (torchvision's `Resize` and `CenterCrop`).
+  The shorter side becomes `int(image_size / test_crop_ratio)`, then the centre
+  is cropped (torchvision's `Resize` and `CenterCrop`).
   """
   size = config.image_size
-  short = int(config.resize_ratio * size)
+  short = int(size / config.test_crop_ratio)
   width, height = image.size
   if width <= height:
     width, height = short, int(short * height / width)

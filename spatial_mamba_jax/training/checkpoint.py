@@ -3,28 +3,23 @@
 import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from spatial_mamba_jax.convert import from_torch
-from spatial_mamba_jax.convert.architecture import abstract_model
-from spatial_mamba_jax.convert.files import SAFETENSORS, read_file
-from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.evaluation import Evaluation
-from spatial_mamba_jax.training.state import PureModel, TrainState, Weights
+from spatial_mamba_jax.training.state import TrainState, Weights
 
 
 class Checkpoints:
   """The checkpoints of one run, by step.
 
-  Each holds the moving average of the weights by itself, which is all that
-  evaluation reads, the rest of the training state, and the experiment. One that
-  is half written when a run is killed is never taken for a checkpoint.
+  Each holds the moving average of the weights by itself, the rest of the
+  training state, and the experiment. One that is half written when a run is
+  killed is never taken for a checkpoint.
   """
 
   def __init__(
@@ -56,7 +51,8 @@ class Checkpoints:
       ),
       item_handlers={
         "ema": ocp.StandardCheckpointHandler(),
-        "state": ocp.StandardCheckpointHandler(),
+        # Evaluation reads the weights alone of it.
+        "state": ocp.PyTreeCheckpointHandler(),
         "experiment": ocp.JsonCheckpointHandler(),
       },
     )
@@ -102,7 +98,7 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         ema=ocp.args.StandardSave(state.ema),
-        state=ocp.args.StandardSave(_without_ema(state)),
+        state=ocp.args.PyTreeSave(_without_ema(state)),
         experiment=ocp.args.JsonSave(experiment),
       ),
       metrics=metrics,
@@ -143,45 +139,40 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         ema=ocp.args.StandardRestore(like.ema),
-        state=ocp.args.StandardRestore(_without_ema(like)),
+        state=_restore(_without_ema(like)),
       ),
     )
     return TrainState(ema=items["ema"], **items["state"])
 
-  def restore_ema(self, step: int, like: Weights) -> Weights:
-    """The moving average alone.
+  def restore_weights(
+    self, step: int, like: Weights | None = None
+  ) -> dict[str, Weights]:
+    """The moving average, "ema", and the weights themselves, "raw".
+
+    Args:
+      step: of the checkpoint. One of weights alone has no "raw".
+      like: shapes and shardings; without it, the weights of whatever model, on
+        one device.
 
     Raises:
       TrainingError: the checkpoint is of another model.
     """
-    self._check(step, like)
-    args = ocp.args.Composite(ema=ocp.args.StandardRestore(like))
-    return self._manager.restore(step, args=args)["ema"]
-
-  def restore_weights(self, step: int, *, raw: bool) -> Weights:
-    """The weights of whatever model, on one device.
-
-    Args:
-      step: of the checkpoint.
-      raw: whether to read the trained weights, and not their moving average.
-
-    Raises:
-      TrainingError: the checkpoint has none.
-    """
-    item = "state" if raw else "ema"
-    metadata = self._items(step).get(item)
-    if metadata is None:
-      raise TrainingError(
-        f"{self._directory} step {step} holds one set of weights alone"
+    items = self._items(step)
+    if like is None:
+      device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        Weights(**items["ema"].tree),
       )
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-      metadata.tree,
-    )
-    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
-    tree = self._manager.restore(step, args=args)[item]
-    return Weights(**(tree["weights"] if raw else tree))
+    self._check(step, like)
+    args = {"ema": ocp.args.StandardRestore(like)}
+    if items.get("state") is not None:
+      args["state"] = _restore({"weights": like}, partial_restore=True)
+    found = self._manager.restore(step, args=ocp.args.Composite(**args))
+    weights = {"ema": found["ema"]}
+    if "state" in args:
+      weights["raw"] = found["state"]["weights"]
+    return weights
 
   def _items(self, step: int) -> Any:
     """The shapes of a checkpoint's items, {item: tree}."""
@@ -208,51 +199,6 @@ class Checkpoints:
       )
 
 
-def load_weights(
-  path: pathlib.Path, config: ModelConfig, like: Weights
-) -> Weights:
-  """The weights in a file or directory of any kind.
-
-  Args:
-    path: a checkpoint as `open_checkpoint` takes it, or a file or directory as
-      `convert.files.read_file` takes it. Of several weights, the moving
-      average is taken.
-    config: the architecture that they must fit.
-    like: its shapes, on the shardings wanted.
-
-  Raises:
-    TrainingError: there are no weights, or they are of another model.
-  """
-  if path.is_dir() and not (path / SAFETENSORS).exists():
-    with open_checkpoint(path) as (checkpoints, step):
-      return checkpoints.restore_ema(step, like)
-  try:
-    state_dict = read_file(path).state_dict
-  except FileNotFoundError as error:
-    raise TrainingError(
-      f"{path} does not exist: train first, or mend the path"
-    ) from error
-  except (ImportError, OSError, ValueError) as error:
-    raise TrainingError(str(error)) from error
-  model = abstract_model(config)
-  try:
-    from_torch(model, state_dict)
-  except ValueError as error:
-    raise TrainingError(
-      f"{path} holds another model than config.model asks for: {error}"
-    ) from error
-  weights = PureModel.weights_of(cast(SpatialMamba, model))
-  return jax.tree.map(_placed_like, weights, like)
-
-
-def _placed_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-  # `device_put` cannot reach other processes' devices.
-  values = np.asarray(x)
-  return jax.make_array_from_callback(
-    x.shape, like.sharding, lambda index: values[index]
-  )
-
-
 @contextmanager
 def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
   """Opens one checkpoint, or the best of a directory, with its step.
@@ -275,6 +221,11 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
     if step is None or step not in checkpoints.steps():
       raise TrainingError(f"{path} holds no complete checkpoint")
     yield checkpoints, step
+
+
+def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
+  args = ocp.checkpoint_utils.construct_restore_args(like)
+  return ocp.args.PyTreeRestore(like, restore_args=args, **options)
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,14 +24,18 @@ from spatial_mamba_jax.data import (
   train_batches,
 )
 from spatial_mamba_jax.training import provenance
-from spatial_mamba_jax.training.checkpoint import Checkpoints, load_weights
+from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.config import (
   TrainConfig,
   TrainingError,
   check_same_experiment,
   to_dict,
 )
-from spatial_mamba_jax.training.evaluation import Evaluation, evaluate
+from spatial_mamba_jax.training.evaluation import (
+  Evaluation,
+  Predictions,
+  predict,
+)
 from spatial_mamba_jax.training.metrics import (
   MetricWriter,
   Progress,
@@ -51,6 +56,7 @@ from spatial_mamba_jax.training.state import (
   state_shapes,
 )
 from spatial_mamba_jax.training.step import make_eval_step, make_train_step
+from spatial_mamba_jax.training.weights import load_weights
 
 # Enough that the device never waits for the host. Were there no end to it, the
 # host would take batches as fast as they come, and always wait for more.
@@ -90,18 +96,29 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Evaluation | None:
   return _Run(config, workdir).run()
 
 
-def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
-  """Evaluates the weights in a checkpoint, a file or a directory.
+def evaluate_checkpoint(
+  config: TrainConfig,
+  path: pathlib.Path,
+  output_dir: pathlib.Path | None = None,
+) -> dict[str, Evaluation]:
+  """Evaluates the weights in a checkpoint, and their moving average.
 
   Args:
     config: the experiment.
     path: as `load_weights` takes it.
+    output_dir: where to write each image's and class's predictions, if
+      anywhere; see `prediction_files`.
+
+  Returns:
+    The evaluations of "ema", the moving average, and "raw", the weights, as
+    far as they are there.
 
   Raises:
     TrainingError, DataError: something is wrong with the config, the data, or
       what `path` holds.
   """
   config.validate()
+  write = _prediction_writer(output_dir) if output_dir else None
   mesh = make_mesh()
   check_batch_sizes(config, mesh)
   source = open_checked_source(config, "validation")
@@ -109,7 +126,7 @@ def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
   model = PureModel(architecture)
   weights = load_weights(path, architecture, _placed(model.shapes, mesh))
   with jax.set_mesh(mesh):  # Kernels are split over it.
-    return evaluate(
+    predictions = predict(
       jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),
       weights,
       source,
@@ -117,6 +134,22 @@ def evaluate_checkpoint(config: TrainConfig, path: pathlib.Path) -> Evaluation:
       batch_size=config.evaluation_batch_size,
       mesh=mesh,
     )
+  if write and not jax.process_index():
+    write(predictions, source)
+  return {name: each.evaluation() for name, each in predictions.items()}
+
+
+def _prediction_writer(
+  directory: pathlib.Path,
+) -> Callable[[dict[str, Predictions], Source], None]:
+  """Fails now if it must, and not after a long evaluation."""
+  from spatial_mamba_jax.training.prediction_files import write_predictions
+
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise TrainingError(f"cannot write to {directory}: {error}") from error
+  return partial(write_predictions, directory)
 
 
 def _placed(shapes: Any, mesh: Mesh) -> Any:
@@ -182,7 +215,7 @@ class _Run:
       if step >= self.steps:
         print(f"{self.workdir}: all {self.steps} steps are done already")
         return None
-      _describe_run(config, self.workdir)
+      _describe_run(config, self.workdir, self.epoch_steps)
       progress = Progress(
         step=step, steps=self.steps, epoch_steps=self.epoch_steps
       )
@@ -252,9 +285,11 @@ class _Run:
       if step % self.epoch_steps == 0 and self._is_evaluated(step):
         with stopwatch.paused():
           self._check_finite(state)
-          evaluation = self._evaluate(state)
+          evaluation, raw = self._evaluate(state)
           writer.write(step, "evaluation", dataclasses.asdict(evaluation))
-          progress.say(f"epoch {step // self.epoch_steps}: {evaluation}")
+          writer.write(step, "evaluation_raw", dataclasses.asdict(raw))
+          epoch = f"epoch {step // self.epoch_steps}"
+          progress.say(f"{epoch}: ema  {evaluation}\n{epoch}: raw  {raw}")
           checkpoints.save(state, self.experiment, evaluation)
       elif stopped_by:
         self._check_finite(state)
@@ -272,15 +307,17 @@ class _Run:
     epoch = step // self.epoch_steps
     return epoch % self.config.evaluate_every == 0 or step == self.steps
 
-  def _evaluate(self, state: TrainState) -> Evaluation:
-    return evaluate(
+  def _evaluate(self, state: TrainState) -> tuple[Evaluation, Evaluation]:
+    """Of the moving average, which decides the best, and of the weights."""
+    predictions = predict(
       self.eval_step,
-      state.ema,
+      {"ema": state.ema, "raw": state.weights},
       self.eval_source,
       self.config.data,
       batch_size=self.config.evaluation_batch_size,
       mesh=self.mesh,
     )
+    return predictions["ema"].evaluation(), predictions["raw"].evaluation()
 
   def _read_window(self, state: TrainState, step: int) -> dict[str, float]:
     self._check_finite(state)
@@ -342,13 +379,16 @@ def open_checked_source(config: TrainConfig, split: str) -> Source:
   return source
 
 
-def _describe_run(config: TrainConfig, workdir: pathlib.Path) -> None:
+def _describe_run(
+  config: TrainConfig, workdir: pathlib.Path, epoch_steps: int
+) -> None:
   """Leaves a description beside the checkpoints."""
   if jax.process_index():
     return
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
   description = {
     "config": to_dict(config),
+    "epoch_steps": epoch_steps,
     "versions": provenance.versions(packages),
     "commit": provenance.commit(),
     "devices": [device.device_kind for device in jax.devices()],

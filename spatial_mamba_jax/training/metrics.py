@@ -46,7 +46,7 @@ class MetricWriter:
       self._events.close()
 
   def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-    """Logs values under `kind`, "train" or "evaluation"."""
+    """Logs values under "train", "evaluation" or "evaluation_raw"."""
     if not self._is_writer:
       return
     record = {"step": step, "kind": kind, **values}

@@ -107,8 +107,8 @@ def _scale_layers(
       factor, factor.shape + (1,) * (update.ndim - factor.ndim)
     )
 
-  return optax.stateless(
-    lambda updates, params: {
-      name: scale(name, x) for name, x in updates.items()
-    }
-  )
+  def scale_all(updates: Any, params: Any) -> Any:
+    del params
+    return {name: scale(name, update) for name, update in updates.items()}
+
+  return optax.stateless(scale_all)

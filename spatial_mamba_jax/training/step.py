@@ -172,28 +172,41 @@ def _moving_average(ema: Weights, weights: Weights, decay: float) -> Weights:
 def make_eval_step(
   model: PureModel,
 ) -> Callable[[Weights, dict[str, Array]], Arrays]:
-  """(weights, batch) -> sums over the images that `batch["mask"]` counts.
+  """(weights, batch) -> what the model makes of each image, {name: array}.
 
-  The sums are `top1`, `top5` (of K classes where K < 5), `loss` and `images`.
+  `index`, `label`, `mask` [B]: the batch's own, so that images gathered from
+    many processes are known.
+  `predicted` [B]: the class that scores highest; -1 where there is not one, for
+    ties and for logits that are not finite.
+  `rank` [B]: the number of other classes that score no less than the label.
+  `loss` [B]: cross-entropy in nats; NaN where the logits are not finite.
+  `top_classes`, `top_probabilities` [B, min(5, K)]: the likeliest classes.
   """
 
   def eval_step(weights, batch):
     logits = model.evaluate(weights, normalise(batch["image"]))
-    label, mask = batch["label"], batch["mask"]
-    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
-    # Ties count against the label, so that constant or NaN logits score
-    # nothing.
+    log_probabilities = jax.nn.log_softmax(logits)
+    label = batch["label"][:, None]
+    loss = -jnp.take_along_axis(log_probabilities, label, axis=-1)[:, 0]
+    # NaN is not less than anything, so that it ranks before the label.
+    own = jnp.take_along_axis(logits, label, axis=-1)
     rank = jnp.sum(~(logits < own), axis=-1) - 1
-    loss = -jax.nn.log_softmax(logits)[jnp.arange(label.size), label]
-    sums = {
-      "top1": rank < 1,
-      "top5": rank < 5,
-      "loss": loss,
-      "images": jnp.ones_like(mask),
-    }
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    is_single = jnp.sum(logits == highest, axis=-1) == 1
+    top, top_classes = jax.lax.top_k(
+      log_probabilities, min(5, logits.shape[-1])
+    )
     return {
-      name: jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32))
-      for name, x in sums.items()
+      "index": batch["index"],
+      "label": batch["label"],
+      "mask": batch["mask"],
+      "predicted": jnp.where(
+        is_single & ~jnp.isnan(loss), jnp.argmax(logits, axis=-1), -1
+      ),
+      "rank": rank,
+      "loss": loss,
+      "top_classes": top_classes,
+      "top_probabilities": jnp.exp(top),
     }
 
   return eval_step

@@ -54,7 +54,9 @@ def test_evaluation_takes_every_kind(experiment, sources, small):
   path = sources[0].with_name("other")
   smj.save_pretrained(other, path)
   expected, *evaluations = [
-    evaluate_checkpoint(experiment, source) for source in (*sources, path)
+    evaluation
+    for source in (*sources, path)
+    for evaluation in evaluate_checkpoint(experiment, source).values()
   ]
   *same, different = evaluations
   assert expected.images == 24

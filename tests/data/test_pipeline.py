@@ -205,15 +205,23 @@ class TestEvaluationBatches:
         assert batch["mask"].dtype == np.bool_
         assert not batch["image"][~batch["mask"]].any()
         seen += batch["label"][batch["mask"]].tolist()
+        # Labels are places here; padding has the places after the last.
+        is_image = batch["index"] < 23
+        np.testing.assert_array_equal(is_image, batch["mask"])
+        np.testing.assert_array_equal(
+          np.where(is_image, batch["index"], 0), batch["label"]
+        )
     assert sorted(seen) == list(range(23))
     # No more batches than needed, and as many in each process.
     assert num_batches == {-(-23 // (batch_size * process_count))}
 
   def test_contents(self, image_tree):
-    source, config = open_tree(image_tree, "validation", resize_ratio=1.0)
+    source, config = open_tree(image_tree, "validation", test_crop_ratio=1.0)
     with evaluation_batches(source, config, batch_size=9) as batches:
       (batch,) = batches
-    assert batch.keys() == {"image", "label", "mask"}
+    assert batch.keys() == {"image", "index", "label", "mask"}
+    assert batch["index"].dtype == np.int32
+    assert batch["index"].tolist() == list(range(9))
     assert batch["label"].dtype == np.int32
     assert batch["label"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert batch["mask"].all()
@@ -410,6 +418,7 @@ class TestWorkers:
       """Its label tells what the worker's surroundings are."""
 
       num_classes = 2
+      classes = ("seen", "hidden")
 
       def __len__(self):
         return 4

@@ -258,7 +258,7 @@ class TestTrainingTransform:
 
 
 class TestEvaluationTransform:
-  # By hand, from torchvision's rules: the shorter side to int(256/224 * size),
+  # By hand, from torchvision's rules: the shorter side to int(size / 0.875),
   # the longer in proportion, rounded down; offsets rounded, halves to even.
   @pytest.mark.parametrize(
     ("width", "height", "size", "resized", "left", "top"),
@@ -281,9 +281,9 @@ class TestEvaluationTransform:
       expected[top : top + size, left : left + size],
     )
 
-  def test_resize_ratio_one_keeps_the_whole_shorter_side(self):
+  def test_crop_ratio_one_keeps_the_whole_shorter_side(self):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
-    config = DataConfig(image_size=20, resize_ratio=1.0)
+    config = DataConfig(image_size=20, test_crop_ratio=1.0)
     np.testing.assert_array_equal(
       transforms.transform_for_evaluation(Image.fromarray(pixels), config),
       pixels,

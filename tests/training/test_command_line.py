@@ -25,6 +25,7 @@ import pytest
     (["--config=no/such/file.py"], "no/such/file.py"),
     (["extra"], "'extra' is no flag"),
     (["--workdir="], "--workdir=DIR is needed"),
+    (["--config.data.test_crop_ratio=1.2"], "test_crop_ratio must be within"),
   ],
 )
 def test_a_mistake_is_one_line(experiment, tmp_path, arguments, message):
@@ -69,9 +70,11 @@ def test_evaluation(experiment, tmp_path):
   assert status == 0, err
   status, out, err = experiment.run("eval.py", flag)
   assert status == 0, err
-  assert re.fullmatch(
-    r"top-1 \d+\.\d\d%  top-5 100\.00%  loss \d+\.\d{4}  images 24\n", out
+  numbers = (
+    r"  top-1 \d+\.\d\d%  top-5 100\.00%  loss \d+\.\d{4}  ECE \d+\.\d\d%"
+    r"  images 24\n"
   )
+  assert re.fullmatch(f"ema{numbers}raw{numbers}", out)
   # Four devices evaluate what one device has trained.
   status, text, err = experiment.run(
     "eval.py",
@@ -81,11 +84,45 @@ def test_evaluation(experiment, tmp_path):
   )
   assert status == 0, err
   (line,) = text.splitlines()
-  logged = experiment.records(workdir)[-1]
-  evaluation = json.loads(line)
-  assert evaluation["images"] == 24
-  assert evaluation["loss"] == pytest.approx(logged["loss"], rel=1e-5)
-  assert evaluation["top1"] == logged["top1"]
+  logged = experiment.records(workdir)[-2:]
+  assert [r["kind"] for r in logged] == ["evaluation", "evaluation_raw"]
+  evaluations = json.loads(line)
+  assert evaluations["ema"]["loss"] != evaluations["raw"]["loss"]
+  for name, record in zip(("ema", "raw"), logged, strict=True):
+    evaluation = evaluations[name]
+    assert record.keys() == {"step", "kind"} | evaluation.keys()
+    assert evaluation["images"] == 24
+    assert evaluation["loss"] == pytest.approx(record["loss"], rel=1e-5)
+    assert evaluation["ece"] == pytest.approx(record["ece"], rel=1e-4)
+    assert evaluation["top1"] == record["top1"]
   status, _, err = experiment.run("eval.py", flag, "--config.model.d_state=2")
   assert status == 2
   assert "another model than config.model asks for" in err.splitlines()[-1]
+
+
+def test_evaluation_at_another_resolution_and_crop(experiment, tmp_path):
+  flag = f"--workdir={tmp_path / 'run'}"
+  status, _, err = experiment.run("train.py", flag, "--config.epochs=2")
+  assert status == 0, err
+
+  def evaluate(*arguments):
+    status, out, err = experiment.run("eval.py", flag, "--json", *arguments)
+    assert status == 0, err
+    return out
+
+  test_time = evaluate("--resolution=20", "--crop_ratio=0.5")
+  assert test_time == evaluate(
+    "--config.data.image_size=20", "--config.data.test_crop_ratio=0.5"
+  )
+  assert test_time != evaluate("--resolution=20")
+  in_the_way = tmp_path / "file"
+  in_the_way.write_text("")
+  for argument, message in (
+    ("--resolution=0", "--resolution=0"),
+    ("--crop_ratio=0", "data.test_crop_ratio must be within (0, 1], got 0.0"),
+    (f"--output_dir={in_the_way}", f"cannot write to {in_the_way}"),
+  ):
+    status, out, err = experiment.run("eval.py", flag, argument)
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert message in line

@@ -1,9 +1,13 @@
-"""Two processes, each with a device and half the images, train as one."""
+"""Two processes, each with a device and half the images, work as one."""
 
+import csv
+import json
+import shutil
 import signal
 import socket
 
 import numpy as np
+import pytest
 
 # Without randomness of its own, the two see the images that one would.
 PLAIN = (
@@ -14,16 +18,15 @@ PLAIN = (
 )
 
 
-def start_two(experiment, workdir):
+def start_two(experiment, script, *arguments):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     address = f"localhost:{probe.getsockname()[1]}"
   return [
     experiment.start(
-      "train.py",
-      f"--workdir={workdir}",
+      script,
       "--distributed",
-      *PLAIN,
+      *arguments,
       JAX_COORDINATOR_ADDRESS=address,
       JAX_NUM_PROCESSES="2",
       JAX_PROCESS_ID=str(index),
@@ -48,7 +51,8 @@ def test_two_processes_train_as_one(experiment, tmp_path):
     XLA_FLAGS="--xla_force_host_platform_device_count=2",
   )
   assert status == 0, err
-  processes = start_two(experiment, together)
+  arguments = ("train.py", f"--workdir={together}", *PLAIN)
+  processes = start_two(experiment, *arguments)
   for line in processes[0].stderr:
     if line.startswith("step 4/"):
       break
@@ -57,7 +61,7 @@ def test_two_processes_train_as_one(experiment, tmp_path):
   statuses, errors = finish(processes)
   assert statuses == [128 + signal.SIGTERM] * 2, errors
   assert "stopped by SIGTERM after step " in errors[1].splitlines()[-1]
-  statuses, errors = finish(start_two(experiment, together))
+  statuses, errors = finish(start_two(experiment, *arguments))
   assert statuses == [0, 0], errors
   logged = experiment.records(together)
   expected = experiment.records(alone)
@@ -68,6 +72,66 @@ def test_two_processes_train_as_one(experiment, tmp_path):
     for name in ("loss", "accuracy", "top1", "images", "grad_norm"):
       if name in wanted:
         np.testing.assert_allclose(record[name], wanted[name], rtol=1e-3)
+
+
+def read(path):
+  with path.open(newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def test_two_processes_evaluate_as_one(experiment, image_tree, tmp_path):
+  """Three batches of four for nine images, of which one cannot be read."""
+  tree = shutil.copytree(image_tree, tmp_path / "tree")
+  arguments = (
+    f"--workdir={tmp_path / 'run'}",
+    "--config.data.name=image_folder",
+    f"--config.data.data_dir={tree}",
+    "--config.data.max_unreadable_share=0.2",
+    "--config.evaluation_batch_size=4",
+  )
+  status, _, err = experiment.run("train.py", *arguments, "--config.epochs=2")
+  assert status == 0, err
+  images = sorted((tree / "val").glob("*/*"))
+  images[4].write_bytes(b"")
+  alone, together = tmp_path / "alone", tmp_path / "together"
+  status, text, err = experiment.run(
+    "eval.py", *arguments, "--json", f"--output_dir={alone}"
+  )
+  assert status == 0, err
+  processes = start_two(
+    experiment, "eval.py", *arguments, "--json", f"--output_dir={together}"
+  )
+  outcomes = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outcomes
+  # One of them prints, and for both; the other lines are XLA's.
+  (line,) = [
+    line
+    for out, _ in outcomes
+    for line in out.splitlines()
+    if not line.startswith("[Gloo]")
+  ]
+  expected, evaluations = json.loads(text), json.loads(line)
+  for name in ("ema", "raw"):
+    evaluation = evaluations[name]
+    assert evaluation == pytest.approx(expected[name], rel=1e-4)
+    assert (evaluation["images"], evaluation["unreadable"]) == (8, 1)
+    rows = read(together / name / "predictions.csv")
+    assert [row["image"] for row in rows] == list(map(str, images))
+    for row, wanted in zip(
+      rows, read(alone / name / "predictions.csv"), strict=True
+    ):
+      for column, value in row.items():
+        if column.startswith("probability") and value:
+          value, expect = float(value), float(wanted[column])
+          assert value == pytest.approx(expect, rel=1e-4)
+        else:
+          assert value == wanted[column]
+    assert rows.pop(4)["status"] == "unreadable"
+    hits = [row["label"] == row["predicted_1"] for row in rows]
+    assert evaluation["top1"] == np.mean(hits)
+    classes = read(together / name / "per_class.csv")
+    assert [int(row["images"]) for row in classes] == [3, 2, 3]
+    assert (together / name / "confusion.png").stat().st_size
 
 
 def test_no_cluster_is_one_line(experiment, tmp_path):

@@ -21,7 +21,10 @@ def get_config():
   config.model.name = "tests"
   return config
 """
-LINE = r"top-1 \d+\.\d\d%  top-5 100\.00%  loss \d+\.\d{4}  images 9\n"
+NUMBERS = (
+  r"  top-1 \d+\.\d\d%  top-5 100\.00%  loss \d+\.\d{4}  ECE \d+\.\d\d%"
+  r"  images 9\n"
+)
 
 
 def train_and_evaluate(experiment, *arguments):
@@ -29,7 +32,7 @@ def train_and_evaluate(experiment, *arguments):
   assert status == 0, err
   status, out, err = experiment.run("eval.py", *arguments)
   assert status == 0, err
-  assert re.fullmatch(LINE, out)
+  assert re.fullmatch(f"ema{NUMBERS}raw{NUMBERS}", out)
 
 
 @pytest.mark.parametrize("name", IMAGENET)

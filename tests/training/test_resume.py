@@ -102,6 +102,7 @@ def test_a_contradicting_config_is_refused(experiment, tmp_path):
   assert status == 0, err
   description = json.loads((workdir / "run.json").read_text())
   assert description["config"]["epochs"] == 2
+  assert description["epoch_steps"] == 3
   assert {"jax", "flax", "orbax-checkpoint"} <= description["versions"].keys()
   before = experiment.records(workdir)
   status, _, err = experiment.run(

@@ -21,8 +21,8 @@ from spatial_mamba_jax.training.optimizer import (
   authors_schedule,
   make_optimizer,
 )
-from spatial_mamba_jax.training.state import PureModel, Weights, initial_state
-from spatial_mamba_jax.training.step import make_eval_step, make_train_step
+from spatial_mamba_jax.training.state import PureModel, initial_state
+from spatial_mamba_jax.training.step import make_train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -163,39 +163,6 @@ def test_a_bad_step_is_remembered(small):
   state = step(state, {**batch, "image": batch["image"] * jnp.nan})
   state = step(state, batch)
   assert state.bad_step == 2
-
-
-def test_evaluation_sums():
-  logits = np.array(
-    [
-      [3.0, 1.0, 2.0],  # label 0: right
-      [3.0, 1.0, 2.0],  # label 2: second
-      [1.0, 1.0, 1.0],  # label 0: a tie is wrong
-      [np.nan, np.nan, np.nan],  # label 0: wrong
-      [9.0, 0.0, 0.0],  # masked
-    ]
-  )
-
-  class Fixed(PureModel):
-    def __init__(self):
-      pass
-
-    def evaluate(self, weights, images):
-      return jnp.asarray(logits, jnp.float32)
-
-  batch = {
-    "image": jnp.zeros((5, 2, 2, 3), jnp.uint8),
-    "label": jnp.asarray([0, 2, 0, 0, 0]),
-    "mask": jnp.asarray([True, True, True, True, False]),
-  }
-  sums = make_eval_step(Fixed())(Weights({}, {}), batch)
-  assert sums["top1"] == 1
-  assert sums["top5"] == 4  # Of three classes.
-  assert sums["images"] == 4
-  batch["mask"] = jnp.asarray([True, True, False, False, False])
-  sums = make_eval_step(Fixed())(Weights({}, {}), batch)
-  log_sum = np.log(np.exp([3.0, 1.0, 2.0]).sum())
-  assert sums["loss"] == pytest.approx(2 * log_sum - 5, rel=1e-6)
 
 
 def test_losses():

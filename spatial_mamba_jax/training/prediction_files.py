@@ -1,0 +1,172 @@
+"""Predictions as files: each image, each class, and which are taken for which.
+
+By itself, because it needs matplotlib.
+"""
+
+import csv
+import pathlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from spatial_mamba_jax.data import Source
+from spatial_mamba_jax.training.evaluation import Predictions
+
+# With more classes than this, names and numbers would not be legible.
+_NAMED_CLASSES = 50
+_NUMBERED_CLASSES = 20
+
+
+def write_predictions(
+  directory: pathlib.Path,
+  predictions: Mapping[str, Predictions],
+  source: Source,
+) -> None:
+  """Writes three files into a directory for each set of weights.
+
+  `predictions.csv`: a line an image in the source's order: `image`, `status`
+    (`ok`; `undecided`, where no single class scores highest; `unreadable`),
+    `label`, and the likeliest classes with their probabilities, `predicted_1`
+    and `probability_1` to 5. The undecided count as wrong.
+  `per_class.csv`: a line a class: its number, name, images, and the shares of
+    them in top-1 and top-5, empty where it has no images.
+  `confusion.png`: for each class, which classes its images are taken for.
+  """
+  names = [source.name(index) for index in range(len(source))]
+  classes = source.classes
+  for weights, each in predictions.items():
+    folder = directory / weights
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "predictions.csv", _image_rows(each, names, classes))
+    _write_csv(folder / "per_class.csv", _class_rows(each, classes))
+    figure = confusion_figure(each, classes, weights)
+    with warnings.catch_warnings():
+      # Of a class name's letters that the font lacks: boxes must do.
+      warnings.filterwarnings("ignore", message="Glyph ")
+      figure.savefig(folder / "confusion.png")
+
+
+def confusion_figure(
+  predictions: Predictions, classes: Sequence[str], weights: str
+) -> Figure:
+  """The confusion matrix as shares of each true class."""
+  num_classes = len(classes)
+  counts = predictions.confusion(num_classes)
+  images = np.bincount(predictions.label, minlength=num_classes)
+  shares = counts / np.maximum(images, 1)[:, None]
+  # Two pixels a class at least, as far as files stay small.
+  figure = Figure(
+    figsize=(8, 7.2),
+    dpi=min(max(150, num_classes / 3), 600),
+    layout="compressed",
+  )
+  axes = figure.add_subplot()
+  image = axes.imshow(
+    np.ma.masked_equal(shares, 0),  # White, unlike the rarest confusion.
+    cmap="magma_r",
+    # Rare confusions are many, and would be invisible on a linear scale.
+    norm=PowerNorm(1 / 3, 0, 1),
+    interpolation="nearest",
+  )
+  bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+  bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+  bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+  bar.set_label("share of the true class's images")
+  evaluation = predictions.evaluation()
+  title = (
+    f"{weights}: top-1 {100 * evaluation.top1:.2f}% of"
+    f" {evaluation.images} images"
+  )
+  if evaluation.undecided:
+    title += f", {evaluation.undecided} undecided (not shown)"
+  axes.set_title(title, parse_math=False)
+  axes.set_xlabel("predicted class")
+  axes.set_ylabel("true class")
+  if num_classes <= _NAMED_CLASSES:
+    _name_classes(axes, classes)
+  else:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+  if num_classes <= _NUMBERED_CLASSES:
+    for row, column in np.argwhere(counts):
+      axes.text(
+        column,
+        row,
+        str(counts[row, column]),
+        ha="center",
+        va="center",
+        fontsize=8,
+        color="white" if shares[row, column] > 0.2 else "black",
+      )
+  return figure
+
+
+def _name_classes(axes: Any, classes: Sequence[str]) -> None:
+  # A directory's name may be bytes that are no UTF-8.
+  names = [name.encode(errors="replace").decode() for name in classes]
+  short = [
+    name if len(name) <= 20 else f"{name[:19]}\N{HORIZONTAL ELLIPSIS}"
+    for name in names
+  ]
+  is_wide = sum(map(len, short)) > 60
+  for axis, rotation in ((axes.xaxis, 90 if is_wide else 0), (axes.yaxis, 0)):
+    # Names are no formulas, whatever dollar signs they have.
+    axis.set_ticks(
+      range(len(classes)),
+      short,
+      fontsize=8 if len(classes) <= _NUMBERED_CLASSES else 6,
+      rotation=rotation,
+      parse_math=False,
+    )
+
+
+def _image_rows(
+  predictions: Predictions, names: Sequence[str], classes: Sequence[str]
+) -> Iterable[Sequence[Any]]:
+  tops = range(1, predictions.top_classes.shape[1] + 1)
+  pairs = [(f"predicted_{i}", f"probability_{i}") for i in tops]
+  yield ("image", "status", "label", *(name for pair in pairs for name in pair))
+  places = {index: place for place, index in enumerate(predictions.index)}
+  for index, name in enumerate(names):
+    if index not in places:
+      yield (name, "unreadable", *[""] * (1 + 2 * len(tops)))
+      continue
+    place = places[index]
+    likeliest = zip(
+      predictions.top_classes[place],
+      predictions.top_probabilities[place],
+      strict=True,
+    )
+    yield (
+      name,
+      "ok" if predictions.predicted[place] >= 0 else "undecided",
+      classes[predictions.label[place]],
+      *(x for c, p in likeliest for x in (classes[c], p)),
+    )
+
+
+def _class_rows(
+  predictions: Predictions, classes: Sequence[str]
+) -> Iterable[Sequence[Any]]:
+  yield ("label", "class", "images", "top1", "top5")
+  images = np.bincount(predictions.label, minlength=len(classes))
+  hits = [
+    np.bincount(predictions.label[is_hit], minlength=len(classes))
+    for is_hit in (predictions.in_top1, predictions.in_top5)
+  ]
+  for label, (name, count) in enumerate(zip(classes, images, strict=True)):
+    shares = [hit[label] / count if count else "" for hit in hits]
+    yield (label, name, count, *shares)
+
+
+def _write_csv(path: pathlib.Path, rows: Iterable[Sequence[Any]]) -> None:
+  # So may a file's.
+  with path.open(
+    "w", encoding="utf-8", errors="surrogateescape", newline=""
+  ) as file:
+    csv.writer(file).writerows(rows)

@@ -1,0 +1,230 @@
+"""The report of a run: every logged value drawn, everything escaped."""
+
+import base64
+import html.parser
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spatial_mamba_jax.report import draw, main, read_run
+
+VALUES = {
+  "loss": 2.0,
+  "accuracy": 0.5,
+  "grad_norm": 3.0,
+  "learning_rate": 1e-3,
+  "images_per_second": 400.0,
+  "data_wait": 0.25,
+}
+# What is drawn of them, in the panels' units.
+DRAWN = {**VALUES, "accuracy": 50.0, "data_wait": 25.0}
+RUN = {
+  "config": {"epochs": 4, "model": {"name": "tiny"}},
+  "epoch_steps": 10,
+  "versions": {"jax": "0.10.2"},
+  "commit": "0123abc",
+  "devices": ["TPU v5e"] * 8,
+}
+
+
+def train(step, **values):
+  return {"step": step, "kind": "train", **{**VALUES, **values}}
+
+
+def evaluation(step, top1, kind="evaluation"):
+  numbers = {"top1": top1, "top5": 0.9, "loss": 1.5, "ece": 0.0123}
+  return {"step": step, "kind": kind, **numbers, "images": 297}
+
+
+def write(workdir, records, run=RUN):
+  lines = "".join(json.dumps(record) + "\n" for record in records)
+  (workdir / "metrics.jsonl").write_text(lines)
+  if run is not None:
+    (workdir / "run.json").write_text(json.dumps(run))
+
+
+class Page(html.parser.HTMLParser):
+  """Its tags, what they refer to, and the cells of its tables."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.sources, self.rows = [], [], []
+    self.text, self._in_cell = "", False
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.sources += [value for name, value in attrs if name in ("src", "href")]
+    if tag == "tr":
+      self.rows.append([])
+    if tag in ("td", "th"):
+      self.rows[-1].append("")
+      self._in_cell = True
+
+  def handle_endtag(self, tag):
+    if tag in ("td", "th"):
+      self._in_cell = False
+
+  def handle_data(self, data):
+    self.text += data
+    if self._in_cell:
+      self.rows[-1][-1] += data
+
+
+def report(workdir, capsys):
+  """The page and the picture that the command writes."""
+  assert main([str(workdir)]) == 0
+  paths = [workdir / "report.png", workdir / "report.html"]
+  assert capsys.readouterr().out.split() == list(map(str, paths))
+  page = Page(paths[1].read_text())
+  png = paths[0].read_bytes()
+  (source,) = page.sources
+  assert source == "data:image/png;base64," + base64.b64encode(png).decode()
+  assert "script" not in page.tags
+  # Nothing is left of how they were written.
+  assert {path.name for path in workdir.iterdir()} <= {
+    *("metrics.jsonl", "run.json", "report.png", "report.html")
+  }
+  return page, Image.open(io.BytesIO(png))
+
+
+def drawn(workdir):
+  """{(panel, line): (steps, values)} of what the figure shows."""
+  return {
+    (axes.get_title(loc="left"), line.get_label().replace("_child0", "")): (
+      line.get_data()
+    )
+    for axes in draw(read_run(workdir)).axes
+    for line in axes.get_lines()
+  }
+
+
+def test_every_logged_value_is_drawn(tmp_path, capsys):
+  write(
+    tmp_path,
+    [
+      train(10),
+      evaluation(10, 0.6),
+      evaluation(10, 0.7, "evaluation_raw"),
+      train(20, loss=1.0, accuracy=0.75),
+      evaluation(20, 0.9),
+      evaluation(20, 0.5, "evaluation_raw"),
+      train(30, loss=float("nan")),
+      evaluation(30, 0.8),
+      evaluation(30, 0.4, "evaluation_raw"),
+    ],
+  )
+  lines = drawn(tmp_path)
+  training = [(p, x) for p, x in lines if not x.startswith("validation")]
+  assert len(training) == len(VALUES)
+  for place, name in zip(
+    training,
+    ("loss", "accuracy", "learning_rate", "grad_norm", "images_per_second",
+     "data_wait"),
+    strict=True,
+  ):  # fmt: skip
+    steps, values = lines[place]
+    expected = [DRAWN[name]] * 3
+    if name == "loss":
+      expected[1:] = [1.0, np.nan]
+    if name == "accuracy":
+      expected[1] = 75.0
+    np.testing.assert_array_equal(steps, [10, 20, 30])
+    np.testing.assert_allclose(values, expected)
+  average = lines["Accuracy, top-1", "validation, moving average"]
+  np.testing.assert_allclose(average, [[10, 20, 30], [60, 90, 80]])
+  raw = lines["Accuracy, top-1", "validation, raw weights"]
+  np.testing.assert_allclose(raw, [[10, 20, 30], [70, 50, 40]])
+
+  page, picture = report(tmp_path, capsys)
+  assert picture.width == 1400
+  assert picture.height > 1500
+  assert "Step 30, epoch 3.00, of 4 epochs." in page.text
+  cells = ["1.5000", "1.23%", "297"]
+  assert page.rows[1:5] == [
+    ["best", "moving average", "20", "2.0", "90.00%", "90.00%", *cells],
+    ["best", "raw", "20", "2.0", "50.00%", "90.00%", *cells],
+    ["last", "moving average", "30", "3.0", "80.00%", "90.00%", *cells],
+    ["last", "raw", "30", "3.0", "40.00%", "90.00%", *cells],
+  ]
+  for row in (
+    ["devices", "8 \u00d7 TPU v5e"],
+    ["commit", "0123abc"],
+    ["versions.jax", "0.10.2"],
+    ["config.model.name", "tiny"],
+  ):
+    assert row in page.rows
+
+
+def test_one_window_of_an_older_log_without_evaluation(tmp_path, capsys):
+  record = train(5)
+  del record["data_wait"]
+  write(tmp_path, [record], run=None)
+  page, picture = report(tmp_path, capsys)
+  assert "Waiting for data" not in {panel for panel, _ in drawn(tmp_path)}
+  assert picture.height > 1000
+  assert "Step 5." in page.text
+  assert "Not evaluated yet." in page.text
+  assert "run.json cannot be read" in page.text
+
+
+def test_an_evaluation_alone_and_equal_ones(tmp_path, capsys):
+  """The later of two equal ones is the best, as among checkpoints."""
+  write(tmp_path, [evaluation(10, 0.5), evaluation(20, 0.5)])
+  page, _ = report(tmp_path, capsys)
+  assert page.rows[1][:3] == ["best and last", "moving average", "20"]
+
+
+def test_what_is_damaged_is_left_out_and_named(tmp_path, capsys):
+  write(tmp_path, [train(1), train(2), train(40)])
+  path = tmp_path / "metrics.jsonl"
+  text = path.read_text() + '"a string"\n[1\n{"step": 4, "ki'
+  path.write_text(text)
+  (tmp_path / "run.json").write_text("{")
+  page, _ = report(tmp_path, capsys)
+  assert "2 lines of metrics.jsonl are damaged" in page.text
+  assert "The last line of metrics.jsonl is incomplete" in page.text
+  steps, _ = drawn(tmp_path)["Throughput", ""]
+  np.testing.assert_array_equal(steps, [1, 2, 40])
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (None, "metrics.jsonl does not exist"),
+    ("", "metrics.jsonl holds no records yet"),
+    ('{"step": 1', "metrics.jsonl holds no records yet"),
+  ],
+)
+def test_nothing_to_draw_is_one_line(tmp_path, capsys, content, message):
+  if content is not None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+  assert main([str(tmp_path)]) == 2
+  out, err = capsys.readouterr()
+  assert not out
+  (line,) = err.splitlines()
+  assert line.startswith("report: ")
+  assert message in line
+  assert not (tmp_path / "report.html").exists()
+
+
+def test_text_is_escaped(tmp_path, capsys):
+  evil = "<script>alert('&\"')</script>"
+  # The directory's name is neither a formula nor in the font.
+  workdir = tmp_path / "<b>$x_$ \u6570"
+  workdir.mkdir()
+  write(
+    workdir,
+    [train(10), evaluation(10, 0.5)],
+    run={**RUN, "config": {evil: {evil: evil}}, "commit": evil},
+  )
+  assert main([str(workdir)]) == 0
+  capsys.readouterr()
+  page = Page((workdir / "report.html").read_text())
+  assert not {"script", "b"} & set(page.tags)
+  assert ["commit", evil] in page.rows
+  assert [f"config.{evil}.{evil}", evil] in page.rows
+  assert workdir.name in page.text
