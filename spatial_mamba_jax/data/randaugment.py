@@ -88,7 +88,9 @@ def _added(magnitude: float, sign: int) -> float:
 
 def _posterize(image: Image.Image, bits: float) -> Image.Image:
   # Pillow 13 refuses to keep none; older ones made the image black.
-  return image.point(lambda value: value & -(1 << (8 - int(bits))))
+  mask = -(1 << (8 - int(bits)))
+  table = [value & mask for value in range(256)]
+  return image.point(table * len(image.getbands()))
 
 
 def _solarize_add(image: Image.Image, added: float) -> Image.Image:

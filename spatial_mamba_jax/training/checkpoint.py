@@ -158,14 +158,9 @@ class Checkpoints:
       TrainingError: the checkpoint is of another model.
     """
     items = self._items(step)
-    if like is None:
-      device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        Weights(**items["ema"].tree),
-      )
+    like = _on_one_device(items["ema"].tree) if like is None else like
     self._check(step, like)
-    args = {"ema": ocp.args.StandardRestore(like)}
+    args: dict[str, Any] = {"ema": ocp.args.StandardRestore(like)}
     if items.get("state") is not None:
       args["state"] = _restore({"weights": like}, partial_restore=True)
     found = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -221,6 +216,14 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
     if step is None or step not in checkpoints.steps():
       raise TrainingError(f"{path} holds no complete checkpoint")
     yield checkpoints, step
+
+
+def _on_one_device(saved: Any) -> Weights:
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+    Weights(**saved),
+  )
 
 
 def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:

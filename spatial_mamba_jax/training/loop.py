@@ -56,7 +56,7 @@ from spatial_mamba_jax.training.state import (
   state_shapes,
 )
 from spatial_mamba_jax.training.step import make_eval_step, make_train_step
-from spatial_mamba_jax.training.weights import load_weights
+from spatial_mamba_jax.training.weights import load_weights, start_from
 
 # Enough that the device never waits for the host. Were there no end to it, the
 # host would take batches as fast as they come, and always wait for more.
@@ -186,7 +186,9 @@ class _Run:
       epochs=config.epochs,
       epoch_steps=self.epoch_steps,
     )
-    self.model = PureModel(config.model.build())
+    self.model = PureModel(
+      config.model.build(), linear_probe=config.linear_probe
+    )
     self.optimizer = make_optimizer(
       config.optimizer, self.schedule, self.model.decays, self.model.layers
     )
@@ -246,15 +248,29 @@ class _Run:
   def _first_state(self, checkpoints: Checkpoints) -> TrainState:
     step = checkpoints.latest_step()
     if step is None:
-      return create_state(
-        self.model, self.optimizer, self.config.seed, replicated(self.mesh)
-      )
+      return self._fresh_state()
     check_same_experiment(
       checkpoints.experiment(step), self.experiment, str(self.workdir)
     )
     like = _placed(state_shapes(self.model, self.optimizer), self.mesh)
     print(f"resuming {self.workdir} after step {step}", file=sys.stderr)
     return checkpoints.restore_state(step, like)
+
+  def _fresh_state(self) -> TrainState:
+    config, on_all = self.config, replicated(self.mesh)
+    state = create_state(self.model, self.optimizer, config.seed, on_all)
+    if not config.init_from:
+      return state
+    weights, said = start_from(
+      pathlib.Path(config.init_from).absolute(),
+      config.model.build(),
+      state.weights,
+    )
+    if not jax.process_index():
+      print(said, file=sys.stderr)
+    # A copy of its own, because a step takes the state's memory.
+    average = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=on_all)
+    return dataclasses.replace(state, weights=weights, ema=average(weights))
 
   def _loop(
     self, state, step, batches, checkpoints, writer, progress, stopping

@@ -37,16 +37,62 @@ def load_weights(
     with open_checkpoint(path) as (checkpoints, step):
       return checkpoints.restore_weights(step, like)
   found = read_weights(path)
+  name = "ema" if found.key == "model_ema" else "raw"
+  return {name: _fitted(path, found.state_dict, config, like)}
+
+
+def start_from(
+  path: pathlib.Path, config: ModelConfig, fresh: Weights
+) -> tuple[Weights, str]:
+  """The weights in a file or directory of any kind, to be trained further.
+
+  Args:
+    path: as `load_weights` takes it; of a run, the moving average is taken.
+    config: the architecture that they must fit, except for the head.
+    fresh: random weights of it. The head is theirs where `path` has none or one
+      of another number of classes.
+
+  Returns:
+    The weights, where `fresh` lives, and in words what became of the head.
+
+  Raises:
+    TrainingError: there are no weights, or they are of another model.
+  """
+  tensors = {
+    name: tensor
+    for name, tensor in read_weights(path).state_dict.items()
+    if not name.startswith("outnorm")  # A backbone's, for dense tasks.
+  }
+  head = tensors.get("head.weight")
+  if head is not None and len(head) == config.num_classes:
+    said = f"starting from {path}, head included"
+  else:
+    said = f"starting from {path} with a head drawn at random: it has " + (
+      "none" if head is None else f"{len(head)} classes"
+    )
+    own = ["head.kernel", "head.bias"]
+    if head is None:
+      own += ["norm.scale", "norm.bias"]
+    tensors |= torch_tensors({name: fresh.params[name] for name in own})
+  return _fitted(path, tensors, config, fresh), said
+
+
+def _fitted(
+  path: pathlib.Path,
+  state_dict: dict[str, np.ndarray],
+  config: ModelConfig,
+  like: Weights,
+) -> Weights:
+  """Tensors as the weights of a model, placed like others."""
   model = abstract_model(config)
   try:
-    from_torch(model, found.state_dict)
+    from_torch(model, state_dict)
   except ValueError as error:
     raise TrainingError(
       f"{path} holds another model than config.model asks for: {error}"
     ) from error
   weights = PureModel.weights_of(cast(SpatialMamba, model))
-  name = "ema" if found.key == "model_ema" else "raw"
-  return {name: jax.tree.map(_placed_like, weights, like)}
+  return jax.tree.map(_placed_like, weights, like)
 
 
 def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
@@ -81,7 +127,9 @@ def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
   return Found(torch_tensors(unstacked(weights[name])), f"step {step}")
 
 
-def _placed_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _placed_like(
+  x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct
+) -> jax.Array:
   # `device_put` cannot reach other processes' devices.
   values = np.asarray(x)
   return jax.make_array_from_callback(

@@ -1,0 +1,47 @@
+"""Fine-tunes Spatial-Mamba Tiny on an ImageFolder of one's own, at 224.
+
+DIR holds `train/<class>/*` and `val/<class>/*`, K classes in all; FILE is the
+authors' checkpoint, or any weights that `docs/weights.md` names. The head is
+drawn at random where FILE has another number of classes. Learning rates fall
+from the head down to the stem, so that what was learnt before changes least.
+
+    python train.py --config=configs/finetune.py --workdir=runs/mine \
+      --config.init_from=FILE --config.data.data_dir=DIR \
+      --config.model.num_classes=K
+
+With `--config.linear_probe=True` the head alone is trained, and all else stays
+as it is; `--config.data.image_size=384` fine-tunes at another resolution.
+"""
+
+from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.training.config import (
+  ModelSection,
+  OptimizerConfig,
+  TrainConfig,
+)
+
+
+def get_config() -> TrainConfig:
+  """The experiment; augmentation is that of the authors' recipe."""
+  return TrainConfig(
+    model=ModelSection(
+      name="spatial_mamba_tiny",
+      num_classes=1000,
+      drop_path_rate=0.2,
+      dtype="bfloat16",
+    ),
+    data=DataConfig(name="image_folder", num_workers=4),
+    optimizer=OptimizerConfig(
+      learning_rate=1e-4,
+      warmup_learning_rate=1e-7,
+      min_learning_rate=1e-6,
+      reference_batch_size=512,
+      warmup_epochs=2,
+      layer_decay=0.8,
+    ),
+    batch_size=64,
+    epochs=30,
+    ema_decay=0.999,
+    evaluation_batch_size=64,
+    log_every=10,
+  )

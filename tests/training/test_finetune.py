@@ -1,0 +1,141 @@
+"""Runs that start from weights, and not from random numbers."""
+
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import spatial_mamba_jax as smj
+from spatial_mamba_jax.models import ModelConfig
+from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.training.config import TrainingError
+from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
+from spatial_mamba_jax.training.state import PureModel
+from spatial_mamba_jax.training.weights import read_weights, start_from
+
+HEAD = {"head.weight", "head.bias"}
+NORM = {"norm.weight", "norm.bias"}
+
+
+def config_of(num_classes):
+  return ModelConfig(dims=(4, 4), depths=(1, 2), num_classes=num_classes)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+  """A directory with a classifier of five classes."""
+  path = tmp_path_factory.mktemp("weights") / "pretrained"
+  smj.save_pretrained(smj.SpatialMamba(config_of(5), rngs=nnx.Rngs(7)), path)
+  return path
+
+
+def tensors_of(weights, config):
+  return smj.convert.to_torch(PureModel(config).bind(weights))
+
+
+def assert_equal_but(names, actual, expected):
+  differing = {
+    name
+    for name, x in expected.items()
+    if name not in actual or not np.array_equal(actual[name], x)
+  }
+  assert differing == names
+
+
+@pytest.mark.parametrize(
+  ("num_classes", "drawn", "words"),
+  [
+    (5, set(), "head included"),
+    (3, HEAD, "a head drawn at random: it has 5 classes"),
+  ],
+)
+def test_what_a_run_starts_from(pretrained, num_classes, drawn, words):
+  config = config_of(num_classes)
+  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  weights, said = start_from(pretrained, config, fresh)
+  assert words in said
+  found = tensors_of(weights, config)
+  assert_equal_but(drawn, found, read_weights(pretrained).state_dict)
+  for name in HEAD & drawn:
+    np.testing.assert_array_equal(found[name], tensors_of(fresh, config)[name])
+
+
+def test_a_backbone_has_no_head(tmp_path):
+  config = config_of(3)
+  backbone = smj.SpatialMambaBackbone(
+    config, out_indices=(0, 1), rngs=nnx.Rngs(7)
+  )
+  smj.save_pretrained(backbone, tmp_path / "backbone")
+  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  weights, said = start_from(tmp_path / "backbone", config, fresh)
+  assert "it has none" in said
+  found, own = tensors_of(weights, config), tensors_of(fresh, config)
+  expected = read_weights(tmp_path / "backbone").state_dict
+  outnorms = {name for name in expected if name.startswith("outnorm")}
+  assert len(outnorms) == 4
+  assert_equal_but(outnorms, found, expected)
+  for name in HEAD | NORM:
+    np.testing.assert_array_equal(found[name], own[name])
+
+
+def test_another_model_is_refused(pretrained, tmp_path):
+  config = ModelConfig(dims=(4, 4), depths=(1, 3), num_classes=5)
+  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  with pytest.raises(TrainingError, match=r"missing \(layers\.1\.blocks\.2"):
+    start_from(pretrained, config, fresh)
+  with pytest.raises(TrainingError, match="does not exist"):
+    start_from(tmp_path / "none.pth", config, fresh)
+
+
+@pytest.fixture
+def finetune(monkeypatch, image_tree, pretrained):
+  """The experiment of configs/finetune.py on a small model and tree."""
+  monkeypatch.setitem(models._PRESETS, "tests", config_of(1000))
+  config = runpy.run_path("configs/finetune.py")["get_config"]()
+  config.validate()
+  config.init_from = str(pretrained)
+  config.model.name = "tests"
+  config.model.num_classes = 3
+  config.model.dtype = "float32"
+  config.data.data_dir = str(image_tree)
+  config.data.image_size = 24
+  config.data.num_workers = 0
+  config.optimizer.warmup_epochs = 0
+  config.batch_size = config.evaluation_batch_size = 4
+  config.epochs = 2
+  return config
+
+
+def test_fine_tuning_on_a_folder_of_ones_own(finetune, tmp_path, capfd):
+  evaluation = train(finetune, tmp_path / "run")
+  assert evaluation.images == 9
+  assert "a head drawn at random: it has 5 classes" in capfd.readouterr().err
+  found = read_weights(tmp_path / "run", raw=True).state_dict
+  before = read_weights(pathlib.Path(finetune.init_from)).state_dict
+  moved = {
+    name: np.abs(found[name] - x).max()
+    for name, x in before.items()
+    if name not in HEAD and x.dtype == np.float32
+  }
+  assert min(moved.values()) > 0
+  # The stem moves less than the last block, by the fall of learning rates.
+  weight = "self_attention.in_proj.weight"
+  first, last = (
+    moved[f"layers.{i}.{weight}"] for i in ("0.blocks.0", "1.blocks.1")
+  )
+  assert first < 0.8 * last
+
+
+def test_a_linear_probe_at_another_resolution(finetune, tmp_path):
+  finetune.linear_probe = True
+  train(finetune, tmp_path / "run")
+  before = read_weights(pathlib.Path(finetune.init_from)).state_dict
+  for raw in (False, True):
+    found = read_weights(tmp_path / "run", raw=raw).state_dict
+    assert_equal_but(HEAD, found, before)
+  finetune.data.image_size = 40
+  evaluations = evaluate_checkpoint(finetune, tmp_path / "run")
+  assert evaluations["raw"].images == 9
