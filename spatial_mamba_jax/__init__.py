@@ -8,6 +8,7 @@ logits = model(images)  # [B, H, W, 3], normalised -> [B, 1000]
 """
 
 from spatial_mamba_jax import convert
+from spatial_mamba_jax.export import export_model
 from spatial_mamba_jax.models import (
   ModelConfig,
   SpatialMamba,
@@ -28,5 +29,6 @@ __all__ = [
   "convert",
   "create_backbone",
   "create_model",
+  "export_model",
   "list_models",
 ]

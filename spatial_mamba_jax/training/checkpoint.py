@@ -1,15 +1,20 @@
 """Checkpoints: the newest few and the best, written while training goes on."""
 
 import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.extend.backend import get_default_device
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
-from spatial_mamba_jax.training.config import TrainingError
+from spatial_mamba_jax.models import SpatialMamba
+from spatial_mamba_jax.training.config import ModelSection, TrainingError
 from spatial_mamba_jax.training.evaluation import Evaluation
-from spatial_mamba_jax.training.state import TrainState, Weights
+from spatial_mamba_jax.training.state import PureModel, TrainState, Weights
 
 
 class Checkpoints:
@@ -168,6 +173,45 @@ def load_ema(path: pathlib.Path, like: Weights) -> Weights:
   Raises:
     TrainingError: there is no checkpoint, or it is of another model.
   """
+  with _open(path) as (checkpoints, step):
+    return checkpoints.restore_ema(step, like)
+
+
+def load_model(path: pathlib.Path) -> SpatialMamba:
+  """The model that a checkpoint is of, with the moving average of its weights.
+
+  Args:
+    path: as for `load_ema`.
+
+  Returns:
+    The model on JAX's default device, in eval mode.
+
+  Raises:
+    TrainingError: there is no checkpoint, or it is of no such model.
+  """
+  with _open(path) as (checkpoints, step):
+    model = PureModel(_model_section(checkpoints, step).build())
+    device = SingleDeviceSharding(get_default_device())
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      model.shapes,
+    )
+    return model.bind(checkpoints.restore_ema(step, like))
+
+
+def _model_section(checkpoints: Checkpoints, step: int) -> ModelSection:
+  try:
+    return ModelSection(**checkpoints.experiment(step)["model"])
+  except (KeyError, TypeError) as error:
+    raise TrainingError(
+      f"step {step} does not say which model it is of: {error}"
+    ) from error
+
+
+@contextmanager
+def _open(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
+  """The checkpoints that `path` is in, and the step that it means."""
+  path = path.absolute()
   is_one = path.name.isdecimal()
   directory = path.parent if is_one else path
   if not directory.is_dir():
@@ -176,7 +220,7 @@ def load_ema(path: pathlib.Path, like: Weights) -> Weights:
     step = int(path.name) if is_one else checkpoints.best_step()
     if step is None or step not in checkpoints.steps():
       raise TrainingError(f"{path} holds no complete checkpoint")
-    return checkpoints.restore_ema(step, like)
+    yield checkpoints, step
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:
