@@ -12,10 +12,13 @@ from spatial_mamba_jax.convert.pretrained import (
   from_pretrained,
   save_pretrained,
 )
+from spatial_mamba_jax.export import export_model
 from spatial_mamba_jax.models import (
   ModelConfig,
   SpatialMamba,
   SpatialMambaBackbone,
+  States,
+  block_states,
   create_backbone,
   create_model,
   list_models,
@@ -25,9 +28,12 @@ __all__ = [
   "ModelConfig",
   "SpatialMamba",
   "SpatialMambaBackbone",
+  "States",
+  "block_states",
   "convert",
   "create_backbone",
   "create_model",
+  "export_model",
   "from_pretrained",
   "list_models",
   "save_pretrained",

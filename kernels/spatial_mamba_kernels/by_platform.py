@@ -6,6 +6,7 @@ differentiated by JAX: kernels cannot be, and neither should a choice between
 platforms. What the forward pass keeps has the same shapes on all of them.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -134,6 +136,7 @@ class Operator:
     return is_implemented(self._check_served, name, arrays)
 
   def _check_served(self, name, arrays):
+    check_sizes_known(arrays)
     self._kernels[name].plan(arrays)
     self._axes(arrays)
     check_shard_map()
@@ -252,6 +255,15 @@ class Run(NamedTuple):
       if here and is_implemented(self.operator.plan, name, arrays):
         return name
     return None
+
+
+def check_sizes_known(arrays: Arrays) -> None:
+  """Raises NotImplementedError where a size is only a symbol (`jax.export`)."""
+  shapes = [x.shape for x in arrays]
+  if any(map(is_symbolic_dim, itertools.chain(*shapes))):
+    raise NotImplementedError(
+      f"a kernel must know the sizes that it will meet, not symbols: {shapes}"
+    )
 
 
 def is_implemented(check: Callable[..., Any], *arguments: Any) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from spatial_mamba_kernels.typing import Array, Float
+from spatial_mamba_kernels.typing import Array, Float, Size
 
 Offsets = Sequence[tuple[int, int]]
 
@@ -21,8 +21,8 @@ Offsets = Sequence[tuple[int, int]]
 def _window(
   padded: Float[Array, "B Hp Wp ..."],
   offset: tuple[int, int],
-  height: int,
-  width: int,
+  height: Size,
+  width: Size,
   stride: int,
 ) -> Float[Array, "B H W ..."]:
   row, column = offset
@@ -38,8 +38,8 @@ def correlate(
   weights: Float[Array, "T D"],
   offsets: Offsets,
   *,
-  height: int,
-  width: int,
+  height: Size,
+  width: Size,
   stride: int = 1,
 ) -> Float[Array, "B H W ..."]:
   """y[b, i, j] = sum over t of weights[t] * padded[b, s*i + r_t, s*j + c_t].

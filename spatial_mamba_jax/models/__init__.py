@@ -7,11 +7,15 @@ from spatial_mamba_jax.models.spatial_mamba import (
   create_backbone,
   create_model,
 )
+from spatial_mamba_jax.models.ssm import States
+from spatial_mamba_jax.models.states import block_states
 
 __all__ = [
   "ModelConfig",
   "SpatialMamba",
   "SpatialMambaBackbone",
+  "States",
+  "block_states",
   "create_backbone",
   "create_model",
   "list_models",

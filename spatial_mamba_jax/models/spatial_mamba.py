@@ -28,7 +28,7 @@ from spatial_mamba_jax.models.layers import (
   linear,
   uniform_linear,
 )
-from spatial_mamba_jax.models.ssm import StructureAwareSSM
+from spatial_mamba_jax.models.ssm import States, StructureAwareSSM
 
 
 class ConvNorm(nnx.Module):
@@ -132,6 +132,10 @@ class Block(nnx.Module):
     x = x + drop(self.mixer(self.norm1(x)), 0)
     x = x + self.conv2(x)
     return x + drop(self.mlp(self.norm2(x)), 1)
+
+  def states(self, x: Float[Array, "B H W C"]) -> States:
+    """The states of the mixer in `self(x)`."""
+    return self.mixer.states(self.norm1(x + self.conv1(x)))
 
 
 # What a block's backward pass finds kept: what a matrix product, convolution or
@@ -237,7 +241,7 @@ class Trunk(nnx.Module):
     self, images: ArrayLike, rngs: nnx.Rngs | None
   ) -> Iterator[Float[Array, "B H W C"]]:
     """The tokens that leave each stage, before they are downsampled."""
-    x = self.stem(_check_images(images).astype(self.config.dtype))
+    x = self.stem(check_images(images).astype(self.config.dtype))
     keys = self._drop_path_keys(rngs)
     for i, (stage, key) in enumerate(zip(self.stages, keys, strict=True)):
       if i > 0:
@@ -383,7 +387,8 @@ def create_backbone(
   return SpatialMambaBackbone(config, out_indices=out_indices, rngs=rngs)
 
 
-def _check_images(images: ArrayLike) -> Array:
+def check_images(images: ArrayLike) -> Array:
+  """The images as an array; a ValueError where they cannot be."""
   array = jnp.asarray(images)
   if array.ndim != 4 or array.shape[-1] != 3 or not array.size:
     raise ValueError(

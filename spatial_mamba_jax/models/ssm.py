@@ -1,6 +1,7 @@
 """The token mixer of Spatial-Mamba."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,18 @@ from spatial_mamba_jax.models.layers import (
   silu,
   uniform_linear,
 )
+
+
+class States(NamedTuple):
+  """The states of one block, for each of its tokens.
+
+  Attributes:
+    before: [B, H, W, D, N], as the scan leaves them.
+    after: the same, each fused with its neighbours'.
+  """
+
+  before: Float[Array, "B H W D N"]
+  after: Float[Array, "B H W D N"]
 
 
 class StateFusion(nnx.Module):
@@ -55,12 +68,11 @@ class StructureAwareSSM(nnx.Module):
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     x, z = jnp.split(self.in_proj(x), 2, axis=-1)
-    u = silu(self.conv(x))
-    dt_low, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+    u, delta, A, B, C = self._select(x)
     y = smk.structure_aware_ssm(
       u,
-      self.dt_proj(dt_low),
-      -jnp.exp(self.A_log[...]),
+      delta,
+      A,
       B,
       C,
       self.D[...],
@@ -70,6 +82,38 @@ class StructureAwareSSM(nnx.Module):
       implementation=self.implementation,
     )
     return self.out_proj(self.norm(y) * silu(z))
+
+  def states(self, x: Float[Array, "B H W C"]) -> States:
+    """The states that `self(x)` observes, which it keeps to itself."""
+    x, _ = jnp.split(self.in_proj(x), 2, axis=-1)
+    u, delta, A, B, _ = self._select(x)
+    batch, height, width, _ = u.shape
+
+    def tokens(x):
+      return x.reshape(batch, height * width, -1)
+
+    before = smk.selective_scan(
+      tokens(u),
+      tokens(delta),
+      A,
+      tokens(B),
+      delta_bias=self.dt_bias[...],
+      implementation=self.implementation,
+    ).reshape(batch, height, width, *A.shape)
+    images = jnp.moveaxis(before, -1, 0)
+    after = smk.state_fusion(
+      images.reshape(-1, *images.shape[2:]),
+      self.fusion.kernels[...],
+      self.fusion.alpha[...],
+      implementation=self.implementation,
+    ).reshape(images.shape)
+    return States(before, jnp.moveaxis(after, 0, -1))
+
+  def _select(self, x):
+    """What the tokens make of the SSM: u, delta, A, B and C."""
+    u = silu(self.conv(x))
+    dt_low, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+    return u, self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C
 
 
 def _dt_bias(key, features, dtype):

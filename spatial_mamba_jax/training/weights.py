@@ -6,10 +6,11 @@ from typing import cast
 import jax
 import numpy as np
 
-from spatial_mamba_jax.convert.architecture import abstract_model
+from spatial_mamba_jax.convert.architecture import abstract_model, infer_model
 from spatial_mamba_jax.convert.files import Found, is_of_weights, read_file
 from spatial_mamba_jax.convert.names import from_torch, torch_tensors
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
+from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.training.checkpoint import open_checkpoint
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.state import PureModel, Weights, unstacked
@@ -93,6 +94,21 @@ def _fitted(
     ) from error
   weights = PureModel.weights_of(cast(SpatialMamba, model))
   return jax.tree.map(_placed_like, weights, like)
+
+
+def load_model(path: pathlib.Path) -> Trunk:
+  """The model in a file or directory of any kind, in eval mode.
+
+  Raises:
+    TrainingError: there is none.
+  """
+  tensors = read_weights(path).state_dict
+  try:
+    model = infer_model(tensors)
+    from_torch(model, tensors)
+  except ValueError as error:
+    raise TrainingError(f"{path}: {error}") from error
+  return model
 
 
 def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:

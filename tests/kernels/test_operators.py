@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -277,3 +278,32 @@ def test_an_implementation_that_cannot_serve_is_refused(ssm_arguments):
   for kernel in ("mosaic_tpu", "mosaic_gpu"):
     with pytest.raises(NotImplementedError, match=f"{kernel} computes float32"):
       smk.structure_aware_ssm(**arguments, implementation=kernel)
+
+
+def test_sizes_that_are_symbols(ssm_arguments):
+  """What is exported for images of any size has no kernel, and serves all."""
+  n, channels, batch = 2, 3, "b, h, w"
+  known = ssm_arguments(1, 1, 1, channels, n)
+  scope = jax.export.SymbolicScope()
+  arguments = {
+    name: jax.ShapeDtypeStruct(
+      jax.export.symbolic_shape(f"{batch}, {x.shape[-1]}", scope=scope)
+      if name in ("u", "delta", "B", "C")
+      else x.shape,
+      x.dtype,
+    )
+    for name, x in known.items()
+  }
+  operator = jax.jit(lambda arguments: smk.structure_aware_ssm(**arguments))
+  exported = jax.export.export(operator, platforms=("cpu", "cuda", "tpu"))
+  program = exported(arguments)
+  for target in ("tpu_custom_call", "mosaic_gpu"):
+    assert target not in program.mlir_module()
+  for size in ((1, 1, 1), (2, 2, 7), (1, 12, 11)):
+    arguments_now = ssm_arguments(*size, channels, n)
+    expected = ssm_reference.structure_aware_ssm(**arguments_now)
+    assert_close(program.call(arguments_now), expected, 2e-6)
+  for kernel in ("mosaic_tpu", "mosaic_gpu"):
+    named = partial(smk.structure_aware_ssm, implementation=kernel)
+    with pytest.raises(NotImplementedError, match="must know the sizes"):
+      jax.eval_shape(lambda a, named=named: named(**a), arguments)

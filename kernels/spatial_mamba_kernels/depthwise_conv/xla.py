@@ -62,8 +62,8 @@ def shifted(x: Array, kernel: Array, *, stride: int) -> Array:
     _pad(x),
     _weights(x, kernel),
     _TAPS,
-    height=-(-height // stride),
-    width=-(-width // stride),
+    height=(height - 1) // stride + 1,
+    width=(width - 1) // stride + 1,
     stride=stride,
   )
   return y.astype(x.dtype)

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from spatial_mamba_kernels.by_platform import Arrays, keep
 from spatial_mamba_kernels.shapes import state_dtype
@@ -93,6 +94,9 @@ def recur(
     return loop(decay, drive)
   if implementation == "associative":
     return prefix(decay, drive)
+  # A prefix is unrolled, for which the tokens must be counted.
+  if is_symbolic_dim(drive.shape[1]):
+    return loop(decay, drive)
   # Measured on 2 CPU cores the loop is up to 3 times faster; an accelerator
   # would wait for every one of its L steps.
   return jax.lax.platform_dependent(decay, drive, cpu=loop, default=prefix)

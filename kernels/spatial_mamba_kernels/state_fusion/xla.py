@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from spatial_mamba_kernels import stencil
 from spatial_mamba_kernels.by_platform import keep
 from spatial_mamba_kernels.shapes import state_dtype
-from spatial_mamba_kernels.typing import Array, Float
+from spatial_mamba_kernels.typing import Array, Float, Size
 
 DILATIONS = (1, 3, 5)
 
@@ -130,19 +130,20 @@ def _shifted_bwd(h, kernels, g, *, dilations):
 
 def stencil_taps(
   dilations: tuple[int, ...],
-  height: int | None = None,
-  width: int | None = None,
+  height: Size = None,
+  width: Size = None,
 ) -> Taps:
   """{offset from the pixel: the places in [M, 3, 3] that have it}.
 
   In an image of known size, an offset of more than height - 1 rows or width - 1
   columns reaches the border from every pixel and is as good as that: in small
-  images more taps coincide (9 are left of 2 x 2, and 1 of 1 x 1).
+  images more taps coincide (9 are left of 2 x 2, and 1 of 1 x 1). A size that
+  is only a symbol is not known.
   """
   taps: Taps = {}
   for m, dilation in enumerate(dilations):
     by_row, by_column = (
-      dilation if size is None else min(dilation, size - 1)
+      min(dilation, size - 1) if isinstance(size, int) else dilation
       for size in (height, width)
     )
     for row in range(3):

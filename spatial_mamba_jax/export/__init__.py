@@ -1,0 +1,103 @@
+"""Models as single files that run with JAX alone, without this project.
+
+    smj.export_model(model, "tiny.stablehlo")
+
+Whoever has jax and flatbuffers runs the file, on images in RGB:
+
+    import jax.numpy as jnp
+    from jax import export
+
+    with open("tiny.stablehlo", "rb") as file:
+      model = export.deserialize(bytearray(file.read()))
+    mean = jnp.array([0.485, 0.456, 0.406])
+    std = jnp.array([0.229, 0.224, 0.225])
+    images = (pixels / 255 - mean) / std  # [B, 224, 224, 3], from 0 .. 255
+    logits = model.call(images)  # [B, 1000]
+
+The mean and deviation are ImageNet's; `jax.jit(model.call)` compiles once.
+"""
+
+import os
+import pathlib
+
+import jax
+from flax import nnx
+from jax import export
+
+from spatial_mamba_jax.models.spatial_mamba import Trunk
+from spatial_mamba_jax.models.ssm import StructureAwareSSM
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_model(
+  model: Trunk,
+  path: str | os.PathLike[str],
+  *,
+  image_size: int | tuple[int, int] | None = 224,
+) -> export.Exported:
+  """Writes a model with its weights as StableHLO, by `jax.export`.
+
+  The file holds one program for CPUs, NVIDIA's GPUs and TPUs, for batches of
+  any size, and the weights once: 101 MiB for tiny. JAX reads it for at least
+  six months of its releases. It takes what the model takes, normalised images
+  [B, H, W, 3], and returns what the model returns; its `in_avals` and
+  `out_avals` say their types.
+
+  It has no Pallas kernels: those are made for one batch size, and those for
+  GPUs for one GPU, too. `implementation` of the model's config is not asked.
+
+  Args:
+    model: from `create_model` or `create_backbone`, in eval mode.
+    path: of the file to write; one that is there is replaced.
+    image_size: H = W, or (H, W), of all images; or None for any. GPUs and TPUs
+      then scan token by token, which is slow there, and not on CPUs.
+
+  Returns:
+    What was written.
+
+  Raises:
+    ValueError: the model is in training mode, or `image_size` is wrong.
+    ImportError: flatbuffers is not installed.
+    OSError: the file cannot be written.
+  """
+  if not model.deterministic:
+    raise ValueError("export is for inference: call model.eval() first")
+  shape = export.symbolic_shape(f"b, {_height_and_width(image_size)}, 3")
+  images = jax.ShapeDtypeStruct(shape, model.config.param_dtype)
+  program = _with_no_kernels(model)
+  exported = export.export(
+    jax.jit(lambda images: program(images)), platforms=PLATFORMS
+  )(images)
+  _replace(pathlib.Path(path), exported.serialize())
+  return exported
+
+
+def _height_and_width(image_size: int | tuple[int, int] | None) -> str:
+  if image_size is None:
+    return "h, w"
+  pair = image_size if isinstance(image_size, tuple) else (image_size,) * 2
+  if len(pair) != 2 or min(pair) < 1:
+    raise ValueError(
+      f"image_size must be H, (H, W) or None, in pixels: got {image_size!r}"
+    )
+  return "{}, {}".format(*pair)
+
+
+def _with_no_kernels(model: Trunk) -> Trunk:
+  """The model with XLA's best operators, as none serves any batch size."""
+  model = nnx.clone(model)
+  for _, module in nnx.iter_graph(model):
+    if isinstance(module, StructureAwareSSM):
+      module.implementation = None
+  return model
+
+
+def _replace(path: pathlib.Path, content: bytearray) -> None:
+  """Leaves the old file, or the whole new one."""
+  partial = path.with_name(path.name + ".partial")
+  try:
+    partial.write_bytes(content)
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)

@@ -1,0 +1,77 @@
+r"""Exports the model of a checkpoint to one file that runs with JAX alone.
+
+    python -m spatial_mamba_jax.export runs/digits/checkpoints \
+      digits.stablehlo --image_size=32
+
+`spatial_mamba_jax.export` says how the file is run.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from spatial_mamba_jax.export import export_model
+from spatial_mamba_jax.models.spatial_mamba import Trunk
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command; returns its exit status."""
+  options = _parse(arguments)
+  try:
+    exported = export_model(
+      _load(options.checkpoint), options.out, image_size=options.image_size
+    )
+  except (ImportError, OSError, ValueError) as error:
+    print(f"export: {error}", file=sys.stderr)
+    return 2
+  (images,), results = exported.in_avals, exported.out_avals
+  print(
+    f"wrote {options.out}, {options.out.stat().st_size / 2**20:.1f} MiB:"
+    f" normalised images {images.str_short()} to"
+    f" {', '.join(x.str_short() for x in results)},"
+    f" for {', '.join(exported.platforms)}"
+  )
+  return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m spatial_mamba_jax.export",
+    description="Exports the model of a checkpoint to one StableHLO file.",
+  )
+  parser.add_argument(
+    "checkpoint",
+    type=pathlib.Path,
+    help="weights of any kind: a run's directory, a checkpoint, .pth,"
+    " .safetensors, or a directory of save_pretrained",
+  )
+  parser.add_argument("out", type=pathlib.Path, help="the file to write")
+  parser.add_argument(
+    "--image_size",
+    type=_image_size,
+    default=224,
+    help="pixels of a side, HxW, or any (default: %(default)s)",
+  )
+  return parser.parse_args(arguments)
+
+
+def _image_size(text: str) -> int | tuple[int, int] | None:
+  match [int(side) if side.isdecimal() else side for side in text.split("x")]:
+    case [int(side)] if side:
+      return side
+    case [int(height), int(width)] if height and width:
+      return height, width
+    case ["any"]:
+      return None
+  raise argparse.ArgumentTypeError(f"must be N, HxW or any, not {text!r}")
+
+
+def _load(path: pathlib.Path) -> Trunk:
+  # Here, because it takes the packages that training needs.
+  from spatial_mamba_jax.training.weights import load_model
+
+  return load_model(path)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

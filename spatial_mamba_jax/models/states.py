@@ -1,0 +1,52 @@
+"""What the forward pass keeps to itself: the states of a block.
+
+Axis letters: B batch, H and W height and width, D inner channels, N states.
+"""
+
+from jax.typing import ArrayLike
+
+from spatial_mamba_jax.models.spatial_mamba import Trunk, check_images
+from spatial_mamba_jax.models.ssm import States
+
+
+def block_states(
+  model: Trunk, images: ArrayLike, stage: int, block: int
+) -> States:
+  """The states of one block before and after fusion (equations 2 and 4).
+
+      states = block_states(model, images, stage=2, block=0)
+      states.before  # [B, H / 16, W / 16, 512, 1] of the tiny model
+      jit = nnx.jit(block_states, static_argnames=("stage", "block"))
+
+  The network is run up to this block, and its states, which the forward pass
+  never writes out, are computed by `selective_scan` and `state_fusion`.
+
+  Args:
+    model: from `create_model` or `create_backbone`, in eval mode.
+    images: as for `SpatialMamba`.
+    stage: counted from 0.
+    block: of the stage, counted from 0.
+
+  Returns:
+    `before` and `after`, [B, H / (4 * 2**stage), W / (4 * 2**stage), D, N]
+    (rounded up) with D = expand * dims[stage] and N = d_state, float32 (float64
+    where the model's dtype is).
+
+  Raises:
+    ValueError: there is no such block, the model is in training mode, or
+      `images` has another shape or type.
+  """
+  depths = model.config.depths
+  if not (0 <= stage < len(depths) and 0 <= block < depths[stage]):
+    raise ValueError(
+      f"there is no block {block} in a stage {stage}: the stages"
+      f" {tuple(range(len(depths)))} have {depths} blocks, counted from 0"
+    )
+  if not model.deterministic:
+    raise ValueError("states are those of inference: call model.eval() first")
+  x = model.stem(check_images(images).astype(model.config.dtype))
+  for i in range(stage):
+    x = model.downsamples[i](model.stages[i](x))
+  for earlier in model.stages[stage].blocks[:block]:
+    x = earlier(x)
+  return model.stages[stage].blocks[block].states(x)

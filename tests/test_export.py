@@ -1,0 +1,191 @@
+"""Exported models in processes that have JAX and not this project."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import export
+
+import spatial_mamba_jax as smj
+from spatial_mamba_jax.export.__main__ import main
+from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.training.checkpoint import Checkpoints
+from spatial_mamba_jax.training.config import (
+  ModelSection,
+  TrainConfig,
+  to_dict,
+)
+from spatial_mamba_jax.training.evaluation import Evaluation
+from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from spatial_mamba_jax.training.state import PureModel, initial_state
+
+# What someone runs who was given the file alone.
+STRANGER = """
+import sys
+sys.modules.update(dict.fromkeys(
+  ["spatial_mamba_jax", "spatial_mamba_kernels", "flax", "optax"]
+))
+import numpy as np
+from jax import export
+
+path, *images = sys.argv[1:]
+with open(path, "rb") as file:
+  model = export.deserialize(bytearray(file.read()))
+for path in images:
+  np.save(path + ".out.npy", model.call(np.load(path)))
+"""
+
+
+def create(make=smj.create_model, **overrides):
+  settings = {"dims": (4, 4), "depths": (1, 2), **overrides}
+  return make("spatial_mamba_micro", rngs=nnx.Rngs(0), **settings)
+
+
+def images_of(*shape):
+  return np.random.default_rng(0).normal(size=(*shape, 3)).astype(np.float32)
+
+
+def run_elsewhere(path, batches):
+  """What a fresh process makes of each batch."""
+  names = [str(path.with_name(f"{i}.npy")) for i in range(len(batches))]
+  for name, batch in zip(names, batches, strict=True):
+    np.save(name, batch)
+  subprocess.run(
+    (sys.executable, "-I", "-c", STRANGER, str(path), *names),
+    env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+    check=True,
+  )
+  return [np.load(name + ".out.npy") for name in names]
+
+
+@nnx.jit
+def apply(model, images):
+  return model(images)
+
+
+@pytest.mark.parametrize(
+  ("image_size", "shapes"),
+  [(16, [(1, 16, 16), (3, 16, 16)]), (None, [(2, 16, 16), (1, 21, 5)])],
+  ids=["fixed", "any"],
+)
+def test_a_stranger_gets_the_models_logits(tmp_path, image_size, shapes):
+  model = create(d_state=2, implementation="associative")
+  path = tmp_path / "model.stablehlo"
+  exported = smj.export_model(model, path, image_size=image_size)
+  assert exported.platforms == ("cpu", "cuda", "tpu")
+  weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+  # The weights of a real model outweigh the program.
+  assert weights < path.stat().st_size < weights + 500_000
+  batches = [images_of(*shape) for shape in shapes]
+  for batch, logits in zip(batches, run_elsewhere(path, batches), strict=True):
+    np.testing.assert_allclose(logits, apply(model, batch), atol=1e-5, rtol=0)
+  assert model.stages[0].blocks[0].mixer.implementation == "associative"
+
+
+def test_micro_is_the_authors_after_export(tmp_path, golden, named_weights):
+  model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(1))
+  smj.convert.from_torch(model, named_weights.named_state_dict("micro"))
+  path = tmp_path / "micro.stablehlo"
+  smj.export_model(model, path, image_size=(50, 70))
+  images = np.moveaxis(named_weights.named_images(2, 50, 70, 0), 1, 3)
+  (logits,) = run_elsewhere(path, [images.astype(np.float32)])
+  expected = golden("micro")["logits_50x70"]
+  np.testing.assert_allclose(
+    logits, expected, atol=1e-4 * abs(expected).max(), rtol=0
+  )
+
+
+def test_a_backbone_keeps_its_features(tmp_path):
+  backbone = create(smj.create_backbone, out_indices=(0, 1), dtype="bfloat16")
+  exported = smj.export_model(backbone, tmp_path / "b", image_size=(16, 24))
+  reread = export.deserialize(bytearray((tmp_path / "b").read_bytes()))
+  assert [str(x.str_short()) for x in reread.out_avals] == [
+    "bfloat16[b,4,6,4]",
+    "bfloat16[b,2,3,4]",
+  ]
+  assert reread.mlir_module() == exported.mlir_module()
+
+
+def test_a_wrong_call_is_explained_and_keeps_the_old_file(tmp_path):
+  path = tmp_path / "old"
+  path.write_text("old")
+  for size in (0, (16, -1)):
+    with pytest.raises(ValueError, match="image_size must be"):
+      smj.export_model(create(), path, image_size=size)
+  model = create()
+  model.train()
+  with pytest.raises(ValueError, match="call model"):
+    smj.export_model(model, path)
+  assert path.read_text() == "old"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+  """A run's directory of two checkpoints, of which the first is better."""
+  small = models.ModelConfig(dims=(4, 4), depths=(1, 2))
+  monkeypatch.setitem(models._PRESETS, "tests", small)
+  config = TrainConfig(model=ModelSection(name="tests", num_classes=3))
+  model = PureModel(config.model.build())
+  schedule = make_schedule(
+    config.optimizer, batch_size=8, epochs=config.epochs, epoch_steps=1
+  )
+  optimizer = make_optimizer(
+    config.optimizer, schedule, model.decays, model.layers
+  )
+  directory = tmp_path / "run" / "checkpoints"
+  with Checkpoints(directory) as manager:
+    for step, top1 in ((1, 0.9), (2, 0.1)):
+      weights = model.init(jax.random.key(step))
+      state = initial_state(weights, optimizer).replace(step=jnp.int32(step))
+      evaluation = Evaluation(
+        top1, 1.0, loss=1.0, ece=0.1, images=8, undecided=0, unreadable=0
+      )
+      manager.save(state, to_dict(config), evaluation)
+    manager.wait()
+  return directory, model
+
+
+def test_the_command(checkpoints, tmp_path, capsys):
+  directory, model = checkpoints
+  out = tmp_path / "model.stablehlo"
+  assert main([str(directory), str(out), "--image_size=16x8"]) == 0
+  printed = capsys.readouterr().out
+  assert (
+    "normalised images float32[b,16,8,3] to float32[b,3], for cpu" in printed
+  )
+  batch = images_of(2, 16, 8)
+  weights = model.init(jax.random.key(1))
+  call = export.deserialize(bytearray(out.read_bytes())).call
+  np.testing.assert_allclose(
+    call(batch), jax.jit(model.evaluate)(weights, batch), atol=1e-5, rtol=0
+  )
+
+
+@pytest.mark.parametrize(
+  ("checkpoint", "out", "message"),
+  [
+    ("nowhere", "x", "does not exist"),
+    ("run/checkpoints/3", "x", "holds no complete checkpoint"),
+    ("run/checkpoints", "no/such/x", "No such file or directory"),
+    ("run/checkpoints", "run", "Is a directory"),
+  ],
+)
+def test_a_mistake_is_one_line(
+  checkpoints, tmp_path, capsys, checkpoint, out, message
+):
+  assert main([str(tmp_path / checkpoint), str(tmp_path / out)]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("export: ")
+  assert message in line
+
+
+@pytest.mark.parametrize("size", ["0", "x", "3x", "1x2x3", "-4", "all"])
+def test_a_wrong_size_is_explained(capsys, size):
+  with pytest.raises(SystemExit):
+    main(["a", "b", f"--image_size={size}"])
+  assert f"must be N, HxW or any, not '{size}'" in capsys.readouterr().err
