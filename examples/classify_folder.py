@@ -74,6 +74,8 @@ def main() -> None:
   model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
   if options.checkpoint:
     model = load_model(options.checkpoint)
+  if not isinstance(model, smj.SpatialMamba):
+    parser.error(f"{options.checkpoint} is a backbone, and has no classes")
   config = DataConfig(image_size=options.image_size)
   with options.out.open("w", newline="") as file, tqdm(total=len(paths)) as bar:
     table = csv.writer(file)
