@@ -73,7 +73,10 @@ def main() -> None:
     parser.error(f"{options.folder} has no images: {' '.join(EXTENSIONS)}")
   model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
   if options.checkpoint:
-    model = load_model(options.checkpoint)
+    try:
+      model = load_model(options.checkpoint)
+    except ValueError as error:
+      parser.error(str(error))
   if not isinstance(model, smj.SpatialMamba):
     parser.error(f"{options.checkpoint} is a backbone, and has no classes")
   config = DataConfig(image_size=options.image_size)
