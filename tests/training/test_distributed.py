@@ -80,8 +80,13 @@ def read(path):
 
 
 def test_two_processes_evaluate_as_one(experiment, image_tree, tmp_path):
-  """Three batches of four for nine images, of which one cannot be read."""
+  """Three batches of four for ten images, of which one cannot be read.
+
+  In the last batch, the padding of one process lies before the other's image.
+  """
   tree = shutil.copytree(image_tree, tmp_path / "tree")
+  last = max((tree / "val").glob("*/*"))
+  shutil.copy(last, last.with_name("z.JPEG"))
   arguments = (
     f"--workdir={tmp_path / 'run'}",
     "--config.data.name=image_folder",
@@ -114,7 +119,7 @@ def test_two_processes_evaluate_as_one(experiment, image_tree, tmp_path):
   for name in ("ema", "raw"):
     evaluation = evaluations[name]
     assert evaluation == pytest.approx(expected[name], rel=1e-4)
-    assert (evaluation["images"], evaluation["unreadable"]) == (8, 1)
+    assert (evaluation["images"], evaluation["unreadable"]) == (9, 1)
     rows = read(together / name / "predictions.csv")
     assert [row["image"] for row in rows] == list(map(str, images))
     for row, wanted in zip(
@@ -130,7 +135,7 @@ def test_two_processes_evaluate_as_one(experiment, image_tree, tmp_path):
     hits = [row["label"] == row["predicted_1"] for row in rows]
     assert evaluation["top1"] == np.mean(hits)
     classes = read(together / name / "per_class.csv")
-    assert [int(row["images"]) for row in classes] == [3, 2, 3]
+    assert [int(row["images"]) for row in classes] == [3, 2, 4]
     assert (together / name / "confusion.png").stat().st_size
 
 
