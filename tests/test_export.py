@@ -170,7 +170,7 @@ def test_the_command(checkpoints, tmp_path, capsys):
   ("checkpoint", "out", "message"),
   [
     ("nowhere", "x", "does not exist"),
-    ("run/checkpoints/3", "x", "holds no complete checkpoint"),
+    ("run/checkpoints/3", "x", "does not exist"),
     ("run/checkpoints", "no/such/x", "No such file or directory"),
     ("run/checkpoints", "run", "Is a directory"),
   ],

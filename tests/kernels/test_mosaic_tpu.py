@@ -289,7 +289,8 @@ def test_each_device_computes_its_part():
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+      + " --xla_force_host_platform_device_count=4",
       "PYTHONPATH": os.pathsep.join(sys.path),
     },
   )

@@ -53,7 +53,10 @@ class Experiment:
       "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
     }
 
-  def start(self, script, *arguments, **environment):
+  def start(self, script, *arguments, devices=1, **environment):
+    flags = os.environ.get("XLA_FLAGS", "")
+    several = f"--xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] = f"{flags} {several}"
     return subprocess.Popen(
       (sys.executable, script, f"--config={self.path}", *arguments),
       cwd=ROOT,
@@ -63,9 +66,9 @@ class Experiment:
       text=True,
     )
 
-  def run(self, script, *arguments, **environment):
+  def run(self, script, *arguments, **options):
     """(status, standard output, standard error)."""
-    process = self.start(script, *arguments, **environment)
+    process = self.start(script, *arguments, **options)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 

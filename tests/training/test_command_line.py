@@ -80,7 +80,7 @@ def test_evaluation(experiment, tmp_path):
     "eval.py",
     f"--checkpoint={workdir / 'checkpoints' / '9'}",
     "--json",
-    XLA_FLAGS="--xla_force_host_platform_device_count=4",
+    devices=4,
   )
   assert status == 0, err
   (line,) = text.splitlines()

@@ -15,6 +15,9 @@ PLAIN = (
   "--config.data.crop_scale=(1.0,1.0)",
   "--config.data.crop_ratio=(1.0,1.0)",
   "--config.data.flip_probability=0",
+  "--config.data.randaugment_operations=0",
+  "--config.erasing_probability=0",
+  "--config.mixing.probability=0",
 )
 
 
@@ -48,7 +51,7 @@ def test_two_processes_train_as_one(experiment, tmp_path):
     "train.py",
     f"--workdir={alone}",
     *PLAIN,
-    XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    devices=2,
   )
   assert status == 0, err
   arguments = ("train.py", f"--workdir={together}", *PLAIN)

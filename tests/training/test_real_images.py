@@ -27,14 +27,6 @@ NUMBERS = (
 )
 
 
-def train_and_evaluate(experiment, *arguments):
-  status, _, err = experiment.run("train.py", *arguments)
-  assert status == 0, err
-  status, out, err = experiment.run("eval.py", *arguments)
-  assert status == 0, err
-  assert re.fullmatch(f"ema{NUMBERS}raw{NUMBERS}", out)
-
-
 @pytest.mark.parametrize("name", IMAGENET)
 def test_the_imagenet_configs_are_valid(name):
   config = runpy.run_path(f"configs/{name}.py")["get_config"]()
@@ -62,8 +54,8 @@ def test_the_imagenet_configs_train_two_steps(
   """With the whole recipe on, MESA from the first step."""
   experiment.path.write_text(IMAGENET_CONFIG.replace("NAME", name))
   workdir = tmp_path / "run"
-  train_and_evaluate(
-    experiment,
+  status, _, err = experiment.run(
+    "train.py",
     f"--workdir={workdir}",
     f"--config.data.data_dir={imagenet}",
     "--config.data.image_size=32",
@@ -76,6 +68,7 @@ def test_the_imagenet_configs_train_two_steps(
     "--config.mesa_start=0",
     "--config.log_every=1",
   )
+  assert status == 0, err
   logged = experiment.records(workdir)
   assert [r["step"] for r in logged if r["kind"] == "train"] == [1, 2]
 
@@ -83,10 +76,14 @@ def test_the_imagenet_configs_train_two_steps(
 def test_a_folder_of_images_trains_and_evaluates(
   experiment, image_tree, tmp_path
 ):
-  train_and_evaluate(
-    experiment,
+  arguments = (
     f"--workdir={tmp_path / 'run'}",
     "--config.data.name=image_folder",
     f"--config.data.data_dir={image_tree}",
     "--config.epochs=2",
   )
+  status, _, err = experiment.run("train.py", *arguments)
+  assert status == 0, err
+  status, out, err = experiment.run("eval.py", *arguments)
+  assert status == 0, err
+  assert re.fullmatch(f"ema{NUMBERS}raw{NUMBERS}", out)

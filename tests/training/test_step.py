@@ -303,7 +303,7 @@ batch = {
   "target": rng.dirichlet(np.ones(3), 8),
 }
 results = []
-for count in (1, 2, 4):
+for count in (1, 4):
   devices = np.array(jax.devices()[:count])
   mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
   on_all = NamedSharding(mesh, P())
@@ -355,7 +355,8 @@ def test_sharded_is_unsharded():
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+      + " --xla_force_host_platform_device_count=4",
     },
     capture_output=True,
     check=False,
