@@ -21,22 +21,13 @@ _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Weights of any kind, instead of --workdir's best."
 )
 _RESOLUTION = flags.DEFINE_integer(
-  "resolution",
-  None,
-  "Height and width of the images, instead of the config's.",
-  lower_bound=1,
+  "resolution", None, "Height and width of the images.", lower_bound=1
 )
 _CROP_RATIO = flags.DEFINE_float(
-  "crop_ratio",
-  None,
-  "Share of the shorter side that the central crop takes, instead of the"
-  " config's.",
+  "crop_ratio", None, "Share of the shorter side that the central crop takes."
 )
 _OUTPUT_DIR = flags.DEFINE_string(
-  "output_dir",
-  None,
-  "Where to write predictions.csv, per_class.csv and confusion.png, in a"
-  " directory for each set of weights.",
+  "output_dir", None, "Where to write predictions, classes and confusions."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one line of JSON.")
 

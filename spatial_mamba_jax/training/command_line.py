@@ -12,8 +12,9 @@ from ml_collections import config_flags
 
 from spatial_mamba_jax.data import DataError
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
-from spatial_mamba_jax.training.loop import NonFiniteError, StoppedError
+from spatial_mamba_jax.training.loop import NonFiniteError
 from spatial_mamba_jax.training.sharding import initialize_distributed
+from spatial_mamba_jax.training.stopping import StoppedError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The experiment: a file with get_config()."

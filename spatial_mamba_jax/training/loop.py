@@ -3,22 +3,17 @@
 import collections
 import dataclasses
 import json
-import os
 import pathlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from spatial_mamba_jax.data import (
-  DataConfig,
   Source,
   open_source,
   train_batches,
@@ -37,9 +32,11 @@ from spatial_mamba_jax.training.evaluation import (
   predict,
 )
 from spatial_mamba_jax.training.metrics import (
+  MOST_DATA_WAIT,
   MetricWriter,
   Progress,
   Stopwatch,
+  slow_data_warning,
 )
 from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from spatial_mamba_jax.training.preprocess import make_preprocess
@@ -56,20 +53,16 @@ from spatial_mamba_jax.training.state import (
   state_shapes,
 )
 from spatial_mamba_jax.training.step import make_eval_step, make_train_step
+from spatial_mamba_jax.training.stopping import (
+  StoppedError,
+  stop_requested,
+  stop_signals,
+)
 from spatial_mamba_jax.training.weights import load_weights, start_from
 
 # Enough that the device never waits for the host. Were there no end to it, the
 # host would take batches as fast as they come, and always wait for more.
 _STEPS_IN_FLIGHT = 2
-_MOST_DATA_WAIT = 0.1
-
-
-class StoppedError(Exception):
-  """The run was told to stop, and saved itself first."""
-
-  def __init__(self, message: str, stopped_by: signal.Signals):
-    super().__init__(message)
-    self.signal = stopped_by
 
 
 class NonFiniteError(Exception):
@@ -236,7 +229,7 @@ class _Run:
         batches,
         writer,
         jax.set_mesh(self.mesh),
-        _stop_signals() as stopping,
+        stop_signals() as stopping,
       ):
         try:
           return self._loop(
@@ -279,7 +272,7 @@ class _Run:
     evaluation = None
     stopwatch = Stopwatch()
     in_flight = collections.deque()
-    warn_of_slow_data = True
+    warned = False
     while step < self.steps:
       batch = stopwatch.next(batches)
       state = self.train_step(state, shard_batch(batch, self.mesh))
@@ -288,15 +281,15 @@ class _Run:
         jax.block_until_ready(in_flight.popleft())
       step += 1
       progress.advance()
-      stopped_by = _stopped_by(stopping, step)
+      stopped_by = stop_requested(stopping, step)
       if step % config.log_every == 0 or step == self.steps:
         metrics = self._read_window(state, step)
         metrics |= stopwatch.read(metrics.pop("images"))
         writer.write(step, "train", metrics)
         progress.show(step, metrics)
-        if warn_of_slow_data and metrics["data_wait"] > _MOST_DATA_WAIT:
+        if not warned and metrics["data_wait"] > MOST_DATA_WAIT:
           progress.say(slow_data_warning(metrics["data_wait"], config.data))
-          warn_of_slow_data = False
+          warned = True
         state = dataclasses.replace(state, window=self.empty_window())
       if step % self.epoch_steps == 0 and self._is_evaluated(step):
         with stopwatch.paused():
@@ -356,15 +349,6 @@ class _Run:
       )
 
 
-def slow_data_warning(share: float, data: DataConfig) -> str:
-  """Says what to do about a loop that waits for data."""
-  return (
-    f"the device waits for data {share:.0%} of the time: raise"
-    f" config.data.num_workers (now {data.num_workers}; this host has"
-    f" {os.cpu_count()} cores); python -m benchmarks.input shows what is slow"
-  )
-
-
 def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
   """Raises a TrainingError unless the devices share batches evenly."""
   part = config.batch_size // config.accumulation_steps
@@ -411,40 +395,3 @@ def _describe_run(
   }
   path = workdir / "run.json"
   path.write_text(json.dumps(description, indent=2) + "\n")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[signal.Signals]]:
-  """A list of the signals to stop that have come; a second one stops at once.
-
-  Of several processes, only one may see a signal: there JAX's own handler of
-  SIGTERM lets all stop after the same step.
-  """
-  received: list[signal.Signals] = []
-  if jax.process_count() > 1:
-    yield received
-    return
-
-  def note(number, frame):
-    del frame
-    received.append(signal.Signals(number))
-    signal.signal(number, before[number])
-
-  before = {
-    number: signal.signal(number, note)
-    for number in (signal.SIGTERM, signal.SIGINT)
-  }
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
-
-
-def _stopped_by(
-  received: list[signal.Signals], step: int
-) -> signal.Signals | None:
-  if jax.process_count() > 1:
-    stop = multihost_utils.reached_preemption_sync_point(step)
-    return signal.SIGTERM if stop else None
-  return received[0] if received else None

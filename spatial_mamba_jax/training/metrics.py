@@ -13,6 +13,11 @@ import jax
 import tqdm
 from tensorboardX import SummaryWriter
 
+from spatial_mamba_jax.data import DataConfig
+
+# The share of a window above which waiting for data is worth a warning.
+MOST_DATA_WAIT = 0.1
+
 
 class MetricWriter:
   """Writes each record to `metrics.jsonl` and as TensorBoard events.
@@ -99,6 +104,15 @@ class Stopwatch:
     self._since += seconds
     self._waited = 0.0
     return speed
+
+
+def slow_data_warning(share: float, data: DataConfig) -> str:
+  """Says what to do about a loop that waits for data."""
+  return (
+    f"the device waits for data {share:.0%} of the time: raise"
+    f" config.data.num_workers (now {data.num_workers}; this host has"
+    f" {os.cpu_count()} cores); python -m benchmarks.input shows what is slow"
+  )
 
 
 class Progress:

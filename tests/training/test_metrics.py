@@ -7,8 +7,11 @@ import time
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from spatial_mamba_jax.data import DataConfig
-from spatial_mamba_jax.training.loop import slow_data_warning
-from spatial_mamba_jax.training.metrics import MetricWriter, Stopwatch
+from spatial_mamba_jax.training.metrics import (
+  MetricWriter,
+  Stopwatch,
+  slow_data_warning,
+)
 
 
 def read_events(path):
