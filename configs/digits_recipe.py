@@ -40,7 +40,7 @@ def get_config() -> TrainConfig:
       warmup_epochs=3,
     ),
     batch_size=100,
-    epochs=50,
+    epochs=30,
     ema_decay=0.98,
     mesa_weight=1.0,
     evaluation_batch_size=100,
