@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 AOT_VENV ?= .venv-aot
 WORKDIR ?= runs/digits
+TESTS ?=
 BIN := $(VENV)/bin
 
 .PHONY: train test recipe aot lint format clean
@@ -16,7 +17,7 @@ train: $(VENV)/.installed
 # than it saves.
 test: $(VENV)/.installed
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal
+	  $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # The authors' whole recipe on real pixels: fails below 98%.
 recipe: $(VENV)/.installed
