@@ -89,10 +89,9 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     os.environ.update(ENVIRONMENT)
     if arguments.program == "kernel":
-      os.environ["LIBTPU_INIT_ARGS"] = (
-        f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-      )
       os.environ.update(gpu_code.dump_to(dump))
+      if arguments.cost:
+        os.environ.update(tpu_code.dump_to(dump))
     programs = {"kernel": kernel, "inference": inference, "step": step}
     run = programs[arguments.program]
     with _as_default_device(arguments.target):
@@ -111,9 +110,10 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     What `_compile` does; `compulsory_bytes`, of the operator's arguments and
     result, and backward of their cotangents; and
 
-    for a TPU, of the one kernel alone, `moved_bytes` between HBM and VMEM;
-    `vmem_bytes`; `step_tokens`, of 128 channels each, that a step of the grid
-    computes, and what `tpu_code.count_bundles` says of it;
+    for a TPU, of the one kernel alone, `vmem_bytes`; and where the cost is
+    asked for, `moved_bytes` between HBM and VMEM; `step_tokens`, of 128
+    channels each, that a step of the grid computes, and what
+    `tpu_code.count_bundles` says of it;
 
     for a GPU `programs`: what `gpu_code.kernels` says of each kernel, and
     `loop_tokens`, of 128 channels, that a run of its loop computes.
@@ -147,11 +147,15 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
       for program in gpu_code.kernels(dump)
     ]
     return {**record, "programs": programs}
-  return {
-    **record,
-    **_tpu_kernel(arguments, function, operands, text),
-    **tpu_code.bundles(dump, arguments.op),
-  }
+  (call,) = re.findall(r'custom_call_target="tpu_custom_call".*', text)
+  vmem = re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)
+  assert vmem is not None
+  record["vmem_bytes"] = int(vmem[1])
+  if arguments.cost:
+    record["moved_bytes"] = tpu_code.moved_bytes(function, operands)
+    record["step_tokens"] = _step_tokens(arguments, operands[0])
+    record |= tpu_code.bundles(dump, arguments.op)
+  return record
 
 
 def _loop_tokens(op, arrays):
@@ -184,19 +188,13 @@ def _loop_tokens(op, arrays):
   return tokens
 
 
-def _tpu_kernel(arguments, function, operands, text):
-  (call,) = re.findall(r'custom_call_target="tpu_custom_call".*', text)
-  vmem = re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)
-  assert vmem is not None
-  cut = KERNELS["tpu"][arguments.op].plan(operands[0])
+def _step_tokens(arguments, arrays):
+  """Of 128 channels, that a step of a TPU kernel's grid computes."""
+  cut = KERNELS["tpu"][arguments.op].plan(arrays)
   _, height, width, *_ = arguments.shape
   if arguments.op == "selective_scan":
     width = tpu_scan.row_length(height * width)
-  return {
-    "moved_bytes": tpu_code.moved_bytes(function, operands),
-    "vmem_bytes": int(vmem[1]),
-    "step_tokens": cut.group * width * -(-cut.block // 128),
-  }
+  return cut.group * width * -(-cut.block // 128)
 
 
 def program(
@@ -371,6 +369,11 @@ def _parse() -> argparse.Namespace:
     metavar=tuple("BHWDN"),
   )
   kernel.add_argument("--dtype", default="bfloat16")
+  kernel.add_argument(
+    "--cost",
+    action="store_true",
+    help="for a TPU: count instructions and bytes, which takes as long again",
+  )
   inference = programs.add_parser("inference")
   step = programs.add_parser("step")
   for whole in (inference, step):

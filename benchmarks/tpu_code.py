@@ -11,6 +11,13 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 
+def dump_to(folder: str) -> dict[str, str]:
+  """Environment variables that have libtpu leave its programs in a folder."""
+  return {
+    "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+  }
+
+
 def moved_bytes(function: Any, arguments: Any) -> int:
   """What the one kernel in a function moves between HBM and VMEM.
 

@@ -70,7 +70,7 @@ def compiled(*arguments: Any) -> dict[str, Any]:
 def _kernel_row(op, direction):
   records = [
     compiled(
-      *("kernel", op, direction, "--target", TARGET),
+      *("kernel", op, direction, "--cost", "--target", TARGET),
       *("--shape", BATCH_SIZE, size, size, *rest),
     )
     for size, *rest in STAGES

@@ -72,7 +72,7 @@ def test_every_generation(target, op, direction):
   ],
 )
 def test_what_a_kernel_costs(op, direction, bundles):
-  record = assert_kernel_compiles(op, direction)
+  record = assert_kernel_compiles(op, direction, "--cost")
   assert record["moved_bytes"] <= 1.05 * record["compulsory_bytes"]
   assert record["step_bundles"] <= bundles * record["step_tokens"]
 
