@@ -5,7 +5,8 @@
     states = smk.selective_scan(u, delta, A, B)
     y = smk.structure_aware_ssm(u, delta, A, B, C, D, kernels, alpha)
 
-`CHECKPOINT_NAME` is what they call their results for `jax.checkpoint`.
+`CHECKPOINT_NAME` is what they call their results for `jax.checkpoint`, but for
+those of `depthwise_conv`, which cost less to make again than to keep.
 
 Axis letters: B batch, H and W height and width, L = H * W tokens, D channels,
 N states a channel.

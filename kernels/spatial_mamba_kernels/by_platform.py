@@ -27,8 +27,8 @@ from spatial_mamba_kernels.typing import Array
 
 Arrays = tuple[Array, ...]
 
-# What `checkpoint_name` calls all that took a convolution or a scan to make,
-# for the policies of `jax.checkpoint`.
+# What `checkpoint_name` calls all that took a scan or a fusion of states to
+# make, for the policies of `jax.checkpoint`.
 CHECKPOINT_NAME = "spatial_mamba_kernels"
 
 keep = partial(checkpoint_name, name=CHECKPOINT_NAME)
@@ -91,6 +91,8 @@ class Operator:
     saves: arrays -> shapes and types of what the kernels save. XLA computes the
       result anew in the backward pass, and saves zeros.
     passes: where the result is all that is saved, `xla` with that.
+    is_named: whether what is made is called `CHECKPOINT_NAME`; not where it
+      costs less to make it again than to keep it.
   """
 
   def __init__(
@@ -102,6 +104,7 @@ class Operator:
     *,
     saves: Callable[[Arrays], Any] = lambda arrays: (),
     passes: Passes | None = None,
+    is_named: bool = True,
   ):
     self.name = name
     self._xla = xla
@@ -109,6 +112,7 @@ class Operator:
     self._dimensions = dimensions
     self._saves = saves
     self._saves_result = passes is not None
+    self._is_named = is_named
     self._default = passes or Passes(self._anew_forward, self._anew_backward)
     self._chosen = jax.custom_vjp(self._forward, nondiff_argnums=(1,))
     self._chosen.defvjp(self._save, self._backward)
@@ -150,7 +154,8 @@ class Operator:
     return result
 
   def _save(self, arrays, choice):
-    result, *saved = keep(self._pass("forward", choice, save=True)(arrays))
+    results = self._pass("forward", choice, save=True)(arrays)
+    result, *saved = keep(results) if self._is_named else results
     saved = (result,) if self._saves_result else tuple(saved)
     return result, (arrays, saved)
 

@@ -138,13 +138,7 @@ class Block(nnx.Module):
     return self.mixer.states(self.norm1(x + self.conv1(x)))
 
 
-# What a block's backward pass finds kept: what a matrix product, convolution or
-# scan made. The rest is elementwise and made again, which costs less than the
-# memory traffic of keeping it.
-_KEEP = jax.checkpoint_policies.save_from_both_policies(
-  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  jax.checkpoint_policies.save_only_these_names(smk.CHECKPOINT_NAME),
-)
+_KEEP = jax.checkpoint_policies.save_only_these_names(smk.CHECKPOINT_NAME)
 
 
 class Stage(nnx.Module):

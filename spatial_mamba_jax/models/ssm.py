@@ -13,6 +13,7 @@ from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   LayerNorm,
+  keep,
   linear,
   silu,
   uniform_linear,
@@ -67,7 +68,7 @@ class StructureAwareSSM(nnx.Module):
     self.implementation = config.implementation
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    x, z = jnp.split(self.in_proj(x), 2, axis=-1)
+    x, z = jnp.split(keep(self.in_proj(x)), 2, axis=-1)
     u, delta, A, B, C = self._select(x)
     y = smk.structure_aware_ssm(
       u,
@@ -81,7 +82,7 @@ class StructureAwareSSM(nnx.Module):
       delta_bias=self.dt_bias[...],
       implementation=self.implementation,
     )
-    return self.out_proj(self.norm(y) * silu(z))
+    return keep(self.out_proj(self.norm(y) * silu(z)))
 
   def states(self, x: Float[Array, "B H W C"]) -> States:
     """The states that `self(x)` observes, which it keeps to itself."""
@@ -112,7 +113,7 @@ class StructureAwareSSM(nnx.Module):
   def _select(self, x):
     """What the tokens make of the SSM: u, delta, A, B and C."""
     u = silu(self.conv(x))
-    dt_low, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+    dt_low, B, C = jnp.split(keep(self.x_proj(u)), self.splits, axis=-1)
     return u, self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C
 
 

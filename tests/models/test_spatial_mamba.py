@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import spatial_mamba_jax as smj
+from spatial_mamba_jax.models.spatial_mamba import Stage
 
 MICRO_SIZES = ["64x64", "50x70"]
 
@@ -330,3 +331,19 @@ def test_a_wrong_call_is_explained():
     model(np.zeros((2, 3, 32, 32), np.float32))
   with pytest.raises(ValueError, match="floating point and normalised"):
     model(np.zeros((2, 32, 32, 3), np.uint8))
+
+
+def test_what_training_keeps_of_a_block():
+  """Its input, four products and the SSM's result; no convolution's."""
+  config = smj.ModelConfig(dims=(8,), depths=(3,))
+  stage = Stage(8, (0.1,) * 3, config=config, rngs=nnx.Rngs(0))
+  stage.train()
+  graphdef, weights = nnx.split(stage)
+  _, pullback = jax.vjp(
+    lambda weights, x: nnx.merge(graphdef, weights)(x, jax.random.key(0)),
+    weights,
+    jnp.ones((2, 5, 4, 8)),
+  )
+  kept = [x.shape for x in jax.tree.leaves(pullback)]
+  channels = [x[4] for x in kept if x[:4] == (3, 2, 5, 4)]
+  assert sorted(channels) == [3, 8, 8, 16, 32, 32]

@@ -52,4 +52,10 @@ def operator(stride: int) -> Operator:
 
   # Of the network's convolutions few have a stride.
   kernels = {"mosaic_gpu": mosaic_gpu.KERNEL} if stride == 1 else {}
-  return Operator("depthwise_conv", convolve, kernels, mosaic_gpu.DIMENSIONS)
+  return Operator(
+    "depthwise_conv",
+    convolve,
+    kernels,
+    mosaic_gpu.DIMENSIONS,
+    is_named=False,
+  )
