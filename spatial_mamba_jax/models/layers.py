@@ -4,6 +4,7 @@ Axis letters: B batch, H and W height and width, C channels.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -208,16 +209,31 @@ def conv3x3(
   )
 
 
-def drop_path(
-  x: Float[Array, "B ..."], key: Array, rate: Float[Array, ""]
-) -> Float[Array, "B ..."]:
-  """Drops a residual branch for some samples (stochastic depth).
+def drop_path_scales(
+  key: Array, rates: Sequence[float], batch: int
+) -> Float[Array, "depth 2 B"]:
+  """Draws which residual branches are dropped (stochastic depth).
+
+  All at once, because draws in each block, and again in its backward pass,
+  would be much of what there is to compile in a training step.
 
   Args:
-    x: the branch, [B, ...].
     key: random key.
-    rate: share of samples dropped; the kept ones are scaled to make up.
+    rates: of each block, the share of samples of which it drops a branch.
+    batch: samples.
+
+  Returns:
+    What to multiply each sample of a block's two branches by: 0, or what makes
+    up for the dropped ones.
   """
-  keep = 1 - rate
-  kept = jax.random.bernoulli(key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
-  return jnp.where(kept, x / keep.astype(x.dtype), 0)
+  keep = 1 - jnp.asarray(rates, float)[:, None, None]
+  kept = jax.random.bernoulli(key, keep, (len(rates), 2, batch))
+  return jnp.where(kept, 1 / keep, 0)
+
+
+def drop_path(
+  x: Float[Array, "B ..."], scale: Float[Array, "B"]
+) -> Float[Array, "B ..."]:
+  """A residual branch, by the scale that `drop_path_scales` drew of it."""
+  scale = scale.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+  return jnp.where(scale > 0, x * scale, 0)

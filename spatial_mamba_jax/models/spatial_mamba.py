@@ -25,6 +25,7 @@ from spatial_mamba_jax.models.layers import (
   Mlp,
   conv3x3,
   drop_path,
+  drop_path_scales,
   linear,
   uniform_linear,
 )
@@ -117,16 +118,12 @@ class Block(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "B H W C"],
-    drop_path_key: Array | None = None,
-    drop_path_rate: ArrayLike = 0.0,
+    scales: Float[Array, "2 B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """Without a key, no branch is dropped."""
+    """Without `scales` (`drop_path_scales`), no branch is dropped."""
 
     def drop(branch, index):
-      if drop_path_key is None:
-        return branch
-      key = jax.random.fold_in(drop_path_key, index)
-      return drop_path(branch, key, jnp.asarray(drop_path_rate))
+      return branch if scales is None else drop_path(branch, scales[index])
 
     x = x + self.conv1(x)
     x = x + drop(self.mixer(self.norm1(x)), 0)
@@ -151,15 +148,14 @@ class Stage(nnx.Module):
   def __init__(
     self,
     dim: int,
-    drop_path_rates: Sequence[float],
+    depth: int,
     *,
     config: ModelConfig,
     rngs: nnx.Rngs,
   ):
     self.blocks = nnx.List(
-      [Block(dim, config=config, rngs=rngs) for _ in drop_path_rates]
+      [Block(dim, config=config, rngs=rngs) for _ in range(depth)]
     )
-    self.drop_path_rates = tuple(drop_path_rates)
     self.is_stacked = False
     self.deterministic = True
 
@@ -175,32 +171,28 @@ class Stage(nnx.Module):
       self.is_stacked = True
 
   def __call__(
-    self, x: Float[Array, "B H W C"], drop_path_key: Array | None = None
+    self,
+    x: Float[Array, "B H W C"],
+    scales: Float[Array, "depth 2 B"] | None = None,
   ) -> Float[Array, "B H W C"]:
     if self.is_stacked:
-      return self._scan(*nnx.split(self.blocks[0]), x, drop_path_key)
+      return self._scan(*nnx.split(self.blocks[0]), x, scales)
     if not self.deterministic:
-      return self._scan(*_stacked(self.blocks), x, drop_path_key)
+      return self._scan(*_stacked(self.blocks), x, scales)
     # Not a scan: weights would have to be stacked at each call, which costs a
     # tenth of it.
     for block in self.blocks:
       x = block(x)
     return x
 
-  def _scan(self, graphdef, stacked, x, drop_path_key):
-    depth = len(self.drop_path_rates)
-    keys = None
-    if drop_path_key is not None:
-      keys = jax.random.split(drop_path_key, depth)
-    rates = jnp.asarray(self.drop_path_rates, jnp.float32)
-
+  def _scan(self, graphdef, stacked, x, scales):
     def step(x, block):
-      parameters, key, rate = block
-      return nnx.merge(graphdef, parameters)(x, key, rate), None
+      parameters, scales = block
+      return nnx.merge(graphdef, parameters)(x, scales), None
 
     if not self.deterministic:
       step = jax.checkpoint(step, policy=_KEEP, prevent_cse=False)
-    x, _ = jax.lax.scan(step, x, (stacked, keys, rates))
+    x, _ = jax.lax.scan(step, x, (stacked, scales))
     return x
 
 
@@ -219,8 +211,8 @@ class Trunk(nnx.Module):
     self.stem = Stem(dims[0], config=config, rngs=rngs)
     self.stages = nnx.List(
       [
-        Stage(dim, rates, config=config, rngs=rngs)
-        for dim, rates in zip(dims, config.drop_path_rates, strict=True)
+        Stage(dim, depth, config=config, rngs=rngs)
+        for dim, depth in zip(dims, config.depths, strict=True)
       ]
     )
     self.downsamples = nnx.List(
@@ -236,22 +228,26 @@ class Trunk(nnx.Module):
   ) -> Iterator[Float[Array, "B H W C"]]:
     """The tokens that leave each stage, before they are downsampled."""
     x = self.stem(check_images(images).astype(self.config.dtype))
-    keys = self._drop_path_keys(rngs)
-    for i, (stage, key) in enumerate(zip(self.stages, keys, strict=True)):
+    scales = self._drop_path_scales(rngs, x.shape[0])
+    for i, stage in enumerate(self.stages):
       if i > 0:
         x = self.downsamples[i - 1](x)
-      x = stage(x, key)
+      x = stage(x, scales[i])
       yield x
 
-  def _drop_path_keys(self, rngs):
+  def _drop_path_scales(self, rngs, batch):
+    """What each stage takes."""
+    depths = self.config.depths
     if self.deterministic or not self.config.drop_path_rate:
-      return [None] * len(self.stages)
+      return [None] * len(depths)
     if rngs is None:
       raise ValueError(
         "training with drop path is random: call model(images,"
         " rngs=nnx.Rngs(drop_path=key)), or model.eval() first"
       )
-    return jax.random.split(rngs.drop_path(), len(self.stages))
+    rates = list(itertools.chain(*self.config.drop_path_rates))
+    scales = drop_path_scales(rngs.drop_path(), rates, batch)
+    return jnp.split(scales, list(itertools.accumulate(depths[:-1])))
 
 
 class SpatialMamba(Trunk):

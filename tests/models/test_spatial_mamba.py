@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import spatial_mamba_jax as smj
+from spatial_mamba_jax.models.layers import drop_path, drop_path_scales
 from spatial_mamba_jax.models.spatial_mamba import Stage
 
 MICRO_SIZES = ["64x64", "50x70"]
@@ -253,16 +254,20 @@ def test_drop_path_keeps_the_mean_and_needs_a_key(images):
 
 
 def test_drop_path_by_sample():
-  from spatial_mamba_jax.models.layers import drop_path
-
-  x = jnp.ones((4000, 2, 1))
-  y = drop_path(x, jax.random.key(0), jnp.asarray(0.25))
-  assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
-  assert (y[:, 0] == y[:, 1]).all()
-  # Three deviations of the mean of 4000 draws.
-  assert jnp.mean(y) == pytest.approx(1, abs=3 * (0.25 / 0.75 / 4000) ** 0.5)
-  kept = drop_path(x, jax.random.key(0), jnp.asarray(0.0))
-  assert jnp.array_equal(kept, x)
+  scales = drop_path_scales(jax.random.key(0), (0.0, 0.25), 4000)
+  assert (scales[0] == 1).all()
+  assert set(np.unique(scales[1])) == {0.0, np.float32(1 / 0.75)}
+  # Three deviations of the mean of 4000 draws; of each branch, and of whether
+  # both are kept, which is chance.
+  deviation = (0.25 / 0.75 / 4000) ** 0.5
+  np.testing.assert_allclose(scales[1].mean(1), 1, atol=3 * deviation)
+  both = np.mean(np.asarray(scales[1] > 0).all(0))
+  assert both == pytest.approx(0.75**2, abs=3 * (0.25 / 4000) ** 0.5)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5)), jnp.float32)
+  x = x.at[1].set(jnp.inf)
+  y = drop_path(x, jnp.asarray([1.0, 0.0, 1.5]))
+  expected = jnp.stack((x[0], jnp.zeros((2, 5)), 1.5 * x[2]))
+  assert jnp.array_equal(y, expected)
 
 
 def test_silu_and_gelu_with_their_gradients():
@@ -336,11 +341,11 @@ def test_a_wrong_call_is_explained():
 def test_what_training_keeps_of_a_block():
   """Its input, four products and the SSM's result; no convolution's."""
   config = smj.ModelConfig(dims=(8,), depths=(3,))
-  stage = Stage(8, (0.1,) * 3, config=config, rngs=nnx.Rngs(0))
+  stage = Stage(8, 3, config=config, rngs=nnx.Rngs(0))
   stage.train()
   graphdef, weights = nnx.split(stage)
   _, pullback = jax.vjp(
-    lambda weights, x: nnx.merge(graphdef, weights)(x, jax.random.key(0)),
+    lambda weights, x: nnx.merge(graphdef, weights)(x, jnp.ones((3, 2, 2))),
     weights,
     jnp.ones((2, 5, 4, 8)),
   )
