@@ -36,6 +36,13 @@ def structure_aware_ssm(
   )
   states = states.reshape(batch, height, width, *states.shape[2:])
   fused = fusion.fuse(states, kernels, alpha, fusion.DILATIONS)
-  dtype = fused.dtype
-  observed = jnp.sum(C.astype(dtype)[..., None] * fused, axis=3)
-  return (observed + D.astype(dtype) * u.astype(dtype)).astype(u.dtype)
+  C, D, image = (x.astype(fused.dtype) for x in (C, D, u))
+  return (_observe(C, fused) + D * image).astype(u.dtype)
+
+
+def _observe(C: Array, states: Array) -> Array:
+  """[..., N] and [..., N, D] to [..., D]."""
+  # As in the scan, for the sake of the cotangent of C on a CPU.
+  if C.shape[-1] == 1:
+    return C * jnp.squeeze(states, -2)
+  return jnp.sum(C[..., None] * states, axis=-2)
