@@ -2,9 +2,7 @@
 
 An instruction that is launched reads its operands and writes its result; what
 it merely slices it reads, and what it updates in place it writes, in part. A
-loop's body counts as often as it runs, and once where numbers decide that (of
-these, a training step has only loops that draw a number); a branch as the
-costliest.
+loop's body counts as often as it runs, a branch as the costliest.
 """
 
 import collections
@@ -113,10 +111,11 @@ class Program:
     if opcode in _FREE or opcode.endswith("-done"):
       return []
     if opcode == "while":
-      known = _TRIPS.search(instruction.line)
-      trips = int(known[1]) if known else 1
+      trips = _TRIPS.search(instruction.line)
+      if trips is None:
+        raise ValueError(f"cannot tell how often {instruction.name} runs")
       return [
-        dataclasses.replace(launch, times=trips * launch.times)
+        dataclasses.replace(launch, times=int(trips[1]) * launch.times)
         for launch in self._of(*called["body"])
       ]
     if opcode == "conditional":

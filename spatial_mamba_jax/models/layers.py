@@ -12,17 +12,11 @@ import jax
 import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from spatial_mamba_kernels.by_platform import keep
 from spatial_mamba_kernels.typing import Array, Float
 
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
-
-# For what a block's backward pass is to find: the results of large products,
-# and what the operators keep by the same name. The rest it makes again, because
-# keeping it costs more memory traffic: elementwise work, depthwise convolutions
-# and the thin product that makes time steps.
-keep = partial(checkpoint_name, name=smk.CHECKPOINT_NAME)
 
 # The authors truncate theirs at +-2 absolute, a hundred deviations away.
 _normal = nnx.initializers.normal(0.02)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
+from spatial_mamba_kernels.by_platform import keep
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   LayerNorm,
-  keep,
   linear,
   silu,
   uniform_linear,

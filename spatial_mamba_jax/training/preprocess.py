@@ -29,7 +29,7 @@ Preprocess = Callable[
 _ERASED_AREA = (0.02, 1 / 3)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 _ERASING_ATTEMPTS = 10
-_QUANTILES = 2**16
+_QUANTILES = 2**16  # As many as a uint16 tells apart.
 
 
 def make_preprocess(config: TrainConfig) -> Preprocess:

@@ -18,7 +18,6 @@ PLAIN = (
   "--config.data.randaugment_operations=0",
   "--config.erasing_probability=0",
   "--config.mixing.probability=0",
-  "--config.epochs=4",
 )
 
 
