@@ -135,9 +135,9 @@ class Block(nnx.Module):
     return self.mixer.states(self.norm1(x + self.conv1(x)))
 
 
-# What a block's backward pass finds: the results of large products, and what the
-# operators keep by the same name. The rest it makes again, because keeping it
-# costs more memory traffic: elementwise work, depthwise convolutions and the
+# What a block's backward pass finds: the results of large products, and what
+# the operators keep by the same name. The rest it makes again, because keeping
+# it costs more memory traffic: elementwise work, depthwise convolutions and the
 # thin product that makes time steps.
 _KEEP = jax.checkpoint_policies.save_only_these_names(smk.CHECKPOINT_NAME)
 
