@@ -323,9 +323,7 @@ def _mesh(target: str, devices: int | None = None) -> Mesh:
 
 
 def _as_default_device(target):
-  """Where the target is a GPU: kernels ask which one they are for."""
-  if platform_of(target) == "tpu":
-    return contextlib.nullcontext()
+  """Kernels ask which GPU they are for, and models which platform."""
   return jax.default_device(_mesh(target, 1).devices.item())
 
 

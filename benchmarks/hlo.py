@@ -133,10 +133,9 @@ class Program:
       return 2 * instruction.size
     if instruction.opcode == "dynamic-update-slice":
       return 2 * sizes[1]
-    if instruction.opcode == "fusion":
-      return _size_of_fusion(
-        instruction, sizes, self._computations[instruction.called["calls"][0]]
-      )
+    if instruction.opcode in ("fusion", "fusion-start"):
+      (body,) = instruction.called["calls"]
+      return _size_of_fusion(sizes, self._computations[body])
     # What it is given twice it reads once.
     distinct = dict(zip(instruction.operands, sizes, strict=True))
     return instruction.size + sum(distinct.values())
@@ -152,12 +151,12 @@ def total_launches(launches: list[Launch]) -> int:
   return sum(launch.times for launch in launches)
 
 
-def _size_of_fusion(fusion, sizes, body):
-  """What the result needs of each operand, and what of it is new."""
+def _size_of_fusion(sizes, body):
+  """What the result needs of operands of these sizes, and what of it is new."""
   # Of each value a share: slices add up; all else is taken to need the same.
   needed = collections.defaultdict(float)
   sliced = collections.defaultdict(float)
-  size, written = 0, fusion.size
+  size, written = 0, sum(x.size for x in body.values() if x.is_root)
   for instruction in reversed(body.values()):
     name = instruction.name
     share = max(float(instruction.is_root), needed[name], min(sliced[name], 1))

@@ -30,10 +30,11 @@ KINDS = {
   "structure_aware_ssm": "structure-aware SSM",
   "depthwise_conv": "depthwise convolutions",
   "DepthwiseConv.": "depthwise convolutions",
-  "_normalize": "LayerNorm",
-  "_compute_stats": "LayerNorm",
+  "operator.": "depthwise convolutions",
+  "LayerNorm.": "LayerNorm",
   "BatchNorm.": "BatchNorm",
   "Linear.": "linear layers",
+  "promote_dtype.": "linear layers",
   "Conv.": "convolutions",
   "gelu": "gates, residuals, GELU",
   "silu": "gates, residuals, GELU",
@@ -43,9 +44,10 @@ KINDS = {
   "Stage.": "kept for the backward pass",
   "Stem.": "stem and downsampling, rest",
   "DownSampling.": "stem and downsampling, rest",
-  "_moving_average": "optimizer",
-  "tree_": "optimizer",
-  "flatten.": "optimizer",
+  "_unstacked": "weights, optimizer",
+  "_moving_average": "weights, optimizer",
+  "tree_": "weights, optimizer",
+  "flatten.": "weights, optimizer",
 }
 
 

@@ -70,8 +70,20 @@ ENTRY %main (x: f32[3,8], which: s32[]) -> f32[3,8] {
 """  # noqa: E501
 
 
-def test_loops_slices_and_branches():
-  program = hlo.Program(LOOP)
+# The same with the row copied while the next instructions run.
+ASYNCHRONOUS = LOOP.replace(
+  "%new = f32[3,8]{1,0} fusion(",
+  "%copy = ((f32[3,8]{1,0}, s32[], f32[3,8]{1,0}), f32[3,8]{1,0}, u32[])"
+  " fusion-start(",
+).replace(
+  "  ROOT %out",
+  "  %new = f32[3,8]{1,0} fusion-done(%copy)\n  ROOT %out",
+)
+
+
+@pytest.mark.parametrize("text", [LOOP, ASYNCHRONOUS])
+def test_loops_slices_and_branches(text):
+  program = hlo.Program(text)
   launches = program.launches()
   row, index, whole = 8 * 4, 4, 3 * 8 * 4
   assert hlo.total_launches(launches) == 3 + 1

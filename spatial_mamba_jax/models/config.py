@@ -23,6 +23,8 @@ class ModelConfig:
     dtype: precision of activations. Parameters, states and statistics are
       float32, and all is float64 where this is.
     implementation: of the structure-aware SSM; see `spatial_mamba_kernels`.
+    remat: whether training makes most of a block again in the backward pass,
+      with half of the memory, instead of keeping it; None: on a TPU.
   """
 
   dims: tuple[int, ...]
@@ -34,6 +36,7 @@ class ModelConfig:
   drop_path_rate: float = 0.0
   dtype: Any = jnp.float32
   implementation: str | None = None
+  remat: bool | None = None
 
   def __post_init__(self):
     if not self.dims or len(self.dims) != len(self.depths):

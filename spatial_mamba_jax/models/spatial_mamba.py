@@ -8,12 +8,14 @@ Axis letters: B batch, H and W height and width, C channels, K classes.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
+from jax.extend.backend import get_default_device
 from jax.typing import ArrayLike
 from spatial_mamba_kernels.typing import Array, Float
 
@@ -107,12 +109,11 @@ class Block(nnx.Module):
 
   def __init__(self, dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
     kwargs = {"dtype": config.dtype, "rngs": rngs}
-    norm_kwargs = {"param_dtype": config.param_dtype, **kwargs}
     self.conv1 = DepthwiseConv(dim, **kwargs)
-    self.norm1 = LayerNorm(dim, **norm_kwargs)
+    self.norm1 = LayerNorm(dim, **kwargs)
     self.mixer = StructureAwareSSM(dim, config=config, rngs=rngs)
     self.conv2 = DepthwiseConv(dim, **kwargs)
-    self.norm2 = LayerNorm(dim, **norm_kwargs)
+    self.norm2 = LayerNorm(dim, **kwargs)
     self.mlp = Mlp(dim, int(config.mlp_ratio * dim), **kwargs)
 
   def __call__(
@@ -161,13 +162,14 @@ class Stage(nnx.Module):
       [Block(dim, config=config, rngs=rngs) for _ in range(depth)]
     )
     self.is_stacked = False
+    self.remat = config.remat
     self.deterministic = True
 
   def stack(self) -> None:
     """Keeps of the blocks the first, to hold the weights of all of them.
 
-    They lie along an axis before each weight's own. A program then has one
-    block, however deep the stage is, and an optimizer as many arrays.
+    They lie along an axis before each weight's own. A program may then have
+    one block, however deep the stage is, and an optimizer as many arrays.
     """
     if not self.is_stacked:
       graphdef, stacked = _stacked(self.blocks)
@@ -179,31 +181,48 @@ class Stage(nnx.Module):
     x: Float[Array, "B H W C"],
     scales: Float[Array, "depth 2 B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    if self.is_stacked:
-      return self._scan(*nnx.split(self.blocks[0]), x, scales)
+    if self.deterministic and not self.is_stacked:
+      # Weights would have to be stacked at each call, which costs a tenth of it.
+      for block in self.blocks:
+        x = block(x)
+      return x
+    graphdef, stacked = (
+      nnx.split(self.blocks[0]) if self.is_stacked else _stacked(self.blocks)
+    )
+    step = partial(_step, graphdef)
     if not self.deterministic:
-      return self._scan(*_stacked(self.blocks), x, scales)
-    # Not a scan: weights would have to be stacked at each call, which costs a
-    # tenth of it.
-    for block in self.blocks:
-      x = block(x)
-    return x
-
-  def _scan(self, graphdef, stacked, x, scales):
-    def step(x, block):
-      parameters, scales = block
-      return nnx.merge(graphdef, parameters)(x, scales), None
-
-    if not self.deterministic:
-      step = jax.checkpoint(step, policy=_KEEP, prevent_cse=False)
+      platform = get_default_device().platform
+      remat = platform == "tpu" if self.remat is None else self.remat
+      if remat:
+        step = jax.checkpoint(step, policy=_KEEP, prevent_cse=False)
+      elif platform == "gpu":
+        # It does not compute in place what a loop keeps for the backward pass:
+        # copies would be a quarter of a training step's memory traffic.
+        for block in _unstacked((stacked, scales)):
+          x, _ = step(x, block)
+        return x
     x, _ = jax.lax.scan(step, x, (stacked, scales))
     return x
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(graphdef, x, block):
+  """One of a stage's blocks, as `jax.lax.scan` takes it; traced once."""
+  parameters, scales = block
+  return nnx.merge(graphdef, parameters)(x, scales), None
 
 
 def _stacked(blocks: Sequence[Block]) -> tuple[Any, Any]:
   """What the blocks have in common, and their weights along a new axis."""
   graphdefs, parameters = zip(*map(nnx.split, blocks), strict=True)
   return graphdefs[0], jax.tree.map(lambda *x: jnp.stack(x), *parameters)
+
+
+def _unstacked(tree: Any) -> Iterator[Any]:
+  """The same tree of each element along the first axis of its arrays."""
+  leaves, structure = jax.tree.flatten(tree)
+  for elements in zip(*map(jnp.unstack, leaves), strict=True):
+    yield jax.tree.unflatten(structure, elements)
 
 
 class Trunk(nnx.Module):
@@ -260,9 +279,7 @@ class SpatialMamba(Trunk):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     dtype = config.param_dtype
-    self.norm = LayerNorm(
-      config.dims[-1], dtype=dtype, param_dtype=dtype, rngs=rngs
-    )
+    self.norm = LayerNorm(config.dims[-1], dtype=dtype, rngs=rngs)
     self.head = linear(
       config.dims[-1], config.num_classes, dtype=dtype, rngs=rngs
     )
@@ -307,12 +324,7 @@ class SpatialMambaBackbone(Trunk):
       )
     self.norms = nnx.Dict(
       {
-        str(i): LayerNorm(
-          config.dims[i],
-          dtype=config.dtype,
-          param_dtype=config.param_dtype,
-          rngs=rngs,
-        )
+        str(i): LayerNorm(config.dims[i], dtype=config.dtype, rngs=rngs)
         for i in out_indices
       }
     )

@@ -62,7 +62,7 @@ class StructureAwareSSM(nnx.Module):
     self.A_log = nnx.Param(jnp.tile(log_n, (inner, 1)))
     self.D = nnx.Param(jnp.ones(inner, param_dtype))
     self.fusion = StateFusion(inner, config=config)
-    self.norm = LayerNorm(inner, param_dtype=param_dtype, **kwargs)
+    self.norm = LayerNorm(inner, **kwargs)
     self.out_proj = linear(inner, dim, use_bias=False, **kwargs)
     self.splits = (rank, rank + n)
     self.implementation = config.implementation

@@ -29,6 +29,8 @@ class ModelSection:
     drop_path_rate: stochastic depth of the last block.
     dtype: precision of activations, "float32" or "bfloat16".
     implementation: of the structure-aware SSM; empty for the platform's best.
+    remat: whether most of a block is made again in the backward pass, with half
+      of the memory, instead of being kept; None: on a TPU.
   """
 
   name: str = "spatial_mamba_micro"
@@ -37,6 +39,7 @@ class ModelSection:
   drop_path_rate: float = 0.0
   dtype: str = "float32"
   implementation: str = ""
+  remat: bool | None = None
 
   def build(self) -> ModelConfig:
     """The architecture.

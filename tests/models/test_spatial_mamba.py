@@ -1,5 +1,8 @@
 """The models against the authors' numbers."""
 
+import itertools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,12 @@ import pytest
 from flax import nnx
 
 import spatial_mamba_jax as smj
-from spatial_mamba_jax.models.layers import drop_path, drop_path_scales
+from spatial_mamba_jax.models import spatial_mamba
+from spatial_mamba_jax.models.layers import (
+  LayerNorm,
+  drop_path,
+  drop_path_scales,
+)
 from spatial_mamba_jax.models.spatial_mamba import Stage
 
 MICRO_SIZES = ["64x64", "50x70"]
@@ -264,10 +272,42 @@ def test_drop_path_by_sample():
   both = np.mean(np.asarray(scales[1] > 0).all(0))
   assert both == pytest.approx(0.75**2, abs=3 * (0.25 / 4000) ** 0.5)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5)), jnp.float32)
-  x = x.at[1].set(jnp.inf)
   y = drop_path(x, jnp.asarray([1.0, 0.0, 1.5]))
   expected = jnp.stack((x[0], jnp.zeros((2, 5)), 1.5 * x[2]))
   assert jnp.array_equal(y, expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_layer_norm_with_its_gradients():
+  rng = np.random.default_rng(0)
+  ours = LayerNorm(6, dtype=jnp.float64, rngs=nnx.Rngs(0))
+  theirs = nnx.LayerNorm(
+    6, epsilon=1e-5, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+  )
+  for norm in (ours, theirs):
+    norm.scale[...] = jnp.linspace(-1, 2, 6)
+    norm.bias[...] = jnp.linspace(3, -1, 6)
+  # A token of one value, whose variance is 0, and one far from 0.
+  x = jnp.asarray(rng.normal(size=(2, 3, 4, 6))).at[0, 1, 2].set(0.7)
+  x = x.at[1, 0, 0].add(1e3)
+  g = jnp.asarray(rng.normal(size=x.shape))
+  results = []
+  for norm in (ours, theirs):
+    graphdef, parameters = nnx.split(norm)
+
+    def call(parameters, x, graphdef=graphdef):
+      return nnx.merge(graphdef, parameters)(x)
+
+    y, pullback = jax.vjp(call, parameters, x)
+    results.append((y, nnx.to_pure_dict(pullback(g)[0]), pullback(g)[1]))
+  # The statistics of the token at 1e3 have ten digits left.
+  for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
+
+  half = LayerNorm(6, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  y = half(x.astype(jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16
+  assert half.scale.dtype == jnp.float32
 
 
 def test_silu_and_gelu_with_their_gradients():
@@ -338,17 +378,61 @@ def test_a_wrong_call_is_explained():
     model(np.zeros((2, 32, 32, 3), np.uint8))
 
 
-def test_what_training_keeps_of_a_block():
-  """Its input, four products and the SSM's result; no convolution's."""
-  config = smj.ModelConfig(dims=(8,), depths=(3,))
-  stage = Stage(8, 3, config=config, rngs=nnx.Rngs(0))
+def gradients(config, *, is_stacked):
+  """Of a stage in training: its result, and the cotangents of what it takes."""
+  stage = Stage(config.dims[0], config.depths[0], config=config, rngs=nnx.Rngs(0))
+  if is_stacked:
+    stage.stack()
   stage.train()
   graphdef, weights = nnx.split(stage)
-  _, pullback = jax.vjp(
-    lambda weights, x: nnx.merge(graphdef, weights)(x, jnp.ones((3, 2, 2))),
-    weights,
-    jnp.ones((2, 5, 4, 8)),
-  )
+  # One that no two blocks could take for each other's.
+  scales = 1 + jnp.arange(config.depths[0] * 4.0).reshape(-1, 2, 2) / 9
+
+  def run(weights, x):
+    return nnx.merge(graphdef, weights)(x, scales)
+
+  x = jax.random.normal(jax.random.key(0), (2, 5, 4, config.dims[0]))
+  y, pullback = jax.vjp(jax.jit(run), weights, x)
+  return y, pullback, pullback(jnp.cos(y))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_a_stage_runs_its_blocks_in_a_loop_or_one_by_one(
+  monkeypatch, is_stacked
+):
+  """Each by itself on a GPU; in a loop elsewhere, and where it remats."""
+  found = {}
+  for platform, remat in (
+    ("cpu", None),
+    ("gpu", None),
+    ("gpu", True),
+    ("tpu", None),
+  ):
+    device = types.SimpleNamespace(platform=platform)
+    monkeypatch.setattr(spatial_mamba, "get_default_device", lambda d=device: d)
+    config = smj.ModelConfig(
+      dims=(4,), depths=(2,), dtype="float64", remat=remat
+    )
+    y, pullback, cotangents = gradients(config, is_stacked=is_stacked)
+    kept = [x for x in jax.tree.leaves(pullback) if x.shape[-4:-1] == (2, 5, 4)]
+    is_loop = any(x.ndim == 5 for x in kept)
+    size = sum(x.size for x in kept)
+    found[platform, remat] = is_loop, size, jax.tree.leaves((y, cotangents))
+  expected, size_with_remat = found["cpu", None][2], found["tpu", None][1]
+  for (platform, remat), (is_loop, size, arrays) in found.items():
+    has_remat = platform == "tpu" or remat is True
+    assert is_loop == (platform != "gpu" or has_remat)
+    assert (size == size_with_remat) == has_remat
+    assert size >= size_with_remat
+    for actual, array in zip(arrays, expected, strict=True):
+      np.testing.assert_allclose(actual, array, rtol=1e-11, atol=1e-11)
+
+
+def test_what_remat_keeps_of_a_block():
+  """Its input, four products and the SSM's result; no convolution's."""
+  config = smj.ModelConfig(dims=(8,), depths=(3,), remat=True)
+  _, pullback, _ = gradients(config, is_stacked=False)
   kept = [x.shape for x in jax.tree.leaves(pullback)]
   channels = [x[4] for x in kept if x[:4] == (3, 2, 5, 4)]
   assert sorted(channels) == [3, 8, 8, 16, 32, 32]
