@@ -15,8 +15,6 @@ from jax.typing import DTypeLike
 from spatial_mamba_kernels.by_platform import keep
 from spatial_mamba_kernels.typing import Array, Float
 
-_EPSILON = 1e-5
-
 # The authors truncate theirs at +-2 absolute, a hundred deviations away.
 _normal = nnx.initializers.normal(0.02)
 
@@ -33,114 +31,6 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return init
-
-
-class BatchNorm(nnx.Module):
-  """Batch normalisation with PyTorch's running statistics.
-
-  `flax.nnx.BatchNorm` keeps the biased variance; PyTorch, whose checkpoints
-  are to be read and written, the unbiased one. Under `jit` with a sharded
-  batch, statistics are those of the whole batch.
-  """
-
-  def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    del rngs  # Nothing here is random.
-    param_dtype = jnp.promote_types(dtype, jnp.float32)
-    self.scale = nnx.Param(jnp.ones(features, param_dtype))
-    self.bias = nnx.Param(jnp.zeros(features, param_dtype))
-    self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype))
-    self.var = nnx.BatchStat(jnp.ones(features, param_dtype))
-    # Unused but by PyTorch, which finds its own count again.
-    self.num_batches = nnx.BatchStat(jnp.zeros((), jnp.int32))
-    self.momentum = 0.9
-    self.use_running_average = True
-
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    if self.use_running_average:
-      mean, var = self.mean[...], self.var[...]
-    else:
-      mean, var = self._update(x)
-    scale, bias = self.affine(mean, var)
-    return (x * scale + bias).astype(x.dtype)
-
-  def affine(
-    self, mean: Float[Array, "C"], var: Float[Array, "C"]
-  ) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-    """(scale, bias) of a normalisation by these statistics."""
-    scale = self.scale * jax.lax.rsqrt(var + _EPSILON)
-    return scale, self.bias - mean * scale
-
-  def _update(self, x):
-    axes = tuple(range(x.ndim - 1))
-    count = math.prod(x.shape[:-1])
-    x = x.astype(self.mean.dtype)
-    mean = jnp.mean(x, axes)
-    var = jnp.mean(jnp.square(x - mean), axes)
-    unbiased = var * (count / max(count - 1, 1))
-    self.mean[...] = self._average(self.mean[...], mean)
-    self.var[...] = self._average(self.var[...], unbiased)
-    self.num_batches[...] += 1
-    return mean, var
-
-  def _average(self, running, new):
-    new = jax.lax.stop_gradient(new)
-    return self.momentum * running + (1 - self.momentum) * new
-
-
-class LayerNorm(nnx.Module):
-  """Layer normalisation of each token's channels; the result has `dtype`."""
-
-  def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    del rngs  # Nothing here is random.
-    param_dtype = jnp.promote_types(dtype, jnp.float32)
-    self.scale = nnx.Param(jnp.ones(features, param_dtype))
-    self.bias = nnx.Param(jnp.zeros(features, param_dtype))
-    self.dtype = dtype
-
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    y = _layer_norm(x, self.scale[...], self.bias[...])
-    return y.astype(self.dtype)
-
-
-@jax.custom_vjp
-def _layer_norm(x, scale, bias):
-  """Normalises, with a derivative that moves less memory on a GPU.
-
-  Of the one that JAX finds, XLA makes fusions that find every token's mean and
-  variance anew and leave products in float32 behind, for sums over tokens to
-  read; and it searches long for them. Here means over channels are behind a
-  barrier, and all that is made from them takes one pass.
-  """
-  return _layer_norm_fwd(x, scale, bias)[0]
-
-
-def _layer_norm_fwd(x, scale, bias):
-  y = x.astype(scale.dtype)
-  mean = jnp.mean(y, -1)
-  y -= mean[..., None]
-  rstd = jax.lax.rsqrt(jnp.mean(jnp.square(y), -1) + _EPSILON)
-  y *= rstd[..., None] * scale
-  return y + bias, (x, scale, mean, rstd)
-
-
-def _layer_norm_bwd(residuals, g):
-  x, scale, mean, rstd = residuals
-  mean, rstd = jax.lax.optimization_barrier((mean, rstd))
-  normalized = (x.astype(g.dtype) - mean[..., None]) * rstd[..., None]
-  scaled = g * scale
-  across, along = jax.lax.optimization_barrier(
-    (jnp.mean(scaled, -1), jnp.mean(scaled * normalized, -1))
-  )
-  dx = scaled - across[..., None] - normalized * along[..., None]
-  tokens = tuple(range(x.ndim - 1))
-  return (
-    (dx * rstd[..., None]).astype(x.dtype),
-    jnp.sum(g * normalized, tokens),
-    jnp.sum(g, tokens),
-  )
-
-
-_layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
 class DepthwiseConv(nnx.Module):

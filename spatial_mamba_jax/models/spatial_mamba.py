@@ -21,9 +21,7 @@ from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.config import ModelConfig, get_model_config
 from spatial_mamba_jax.models.layers import (
-  BatchNorm,
   DepthwiseConv,
-  LayerNorm,
   Mlp,
   conv3x3,
   drop_path,
@@ -31,6 +29,7 @@ from spatial_mamba_jax.models.layers import (
   linear,
   uniform_linear,
 )
+from spatial_mamba_jax.models.norms import BatchNorm, LayerNorm
 from spatial_mamba_jax.models.ssm import States, StructureAwareSSM
 
 
@@ -48,7 +47,7 @@ class ConvNorm(nnx.Module):
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo Co"]:
     if not self.norm.use_running_average:
       return self.norm(self.conv(x))
-    scale, bias = self.norm.affine(self.norm.mean[...], self.norm.var[...])
+    scale, bias = self.norm.affine()
     conv = nnx.clone(self.conv)
     conv.kernel[...] *= scale
     if conv.bias is not None:
@@ -182,7 +181,7 @@ class Stage(nnx.Module):
     scales: Float[Array, "depth 2 B"] | None = None,
   ) -> Float[Array, "B H W C"]:
     if self.deterministic and not self.is_stacked:
-      # Weights would have to be stacked at each call, which costs a tenth of it.
+      # Weights would have to be stacked, which costs a tenth of each call.
       for block in self.blocks:
         x = block(x)
       return x

@@ -13,11 +13,11 @@ from spatial_mamba_kernels.typing import Array, Float
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
-  LayerNorm,
   linear,
   silu,
   uniform_linear,
 )
+from spatial_mamba_jax.models.norms import LayerNorm
 
 
 class States(NamedTuple):

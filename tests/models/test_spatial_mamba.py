@@ -1,6 +1,5 @@
 """The models against the authors' numbers."""
 
-import itertools
 import types
 
 import jax
@@ -11,11 +10,8 @@ from flax import nnx
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.models import spatial_mamba
-from spatial_mamba_jax.models.layers import (
-  LayerNorm,
-  drop_path,
-  drop_path_scales,
-)
+from spatial_mamba_jax.models.layers import drop_path, drop_path_scales
+from spatial_mamba_jax.models.norms import LayerNorm
 from spatial_mamba_jax.models.spatial_mamba import Stage
 
 MICRO_SIZES = ["64x64", "50x70"]
@@ -304,10 +300,22 @@ def test_layer_norm_with_its_gradients():
   for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
-  half = LayerNorm(6, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-  y = half(x.astype(jnp.bfloat16))
-  assert y.dtype == jnp.bfloat16
+
+def test_layer_norm_in_half_precision():
+  """As exact as what is rounded to bfloat16 allows, also far from 0."""
+  half = LayerNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert half.scale.dtype == jnp.float32
+  x = np.random.default_rng(0).normal(size=(2, 3, 4, 64))
+  x = jnp.asarray(x + np.logspace(-1, 2, 24).reshape(2, 3, 4, 1), jnp.bfloat16)
+  x = x.at[0, 0, 0].set(0.7)
+  y = half(x)
+  assert y.dtype == jnp.bfloat16
+  exact = np.asarray(x, np.float64)
+  exact -= exact.mean(-1, keepdims=True)
+  exact /= np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(
+    np.asarray(y, np.float64), exact, rtol=2**-8, atol=2**-8
+  )
 
 
 def test_silu_and_gelu_with_their_gradients():
@@ -379,19 +387,20 @@ def test_a_wrong_call_is_explained():
 
 
 def gradients(config, *, is_stacked):
-  """Of a stage in training: its result, and the cotangents of what it takes."""
-  stage = Stage(config.dims[0], config.depths[0], config=config, rngs=nnx.Rngs(0))
+  """Of a stage in training: the result, the pullback and what it gives."""
+  (dim,), (depth,) = config.dims, config.depths
+  stage = Stage(dim, depth, config=config, rngs=nnx.Rngs(0))
   if is_stacked:
     stage.stack()
   stage.train()
   graphdef, weights = nnx.split(stage)
   # One that no two blocks could take for each other's.
-  scales = 1 + jnp.arange(config.depths[0] * 4.0).reshape(-1, 2, 2) / 9
+  scales = 1 + jnp.arange(depth * 4.0).reshape(-1, 2, 2) / 9
 
   def run(weights, x):
     return nnx.merge(graphdef, weights)(x, scales)
 
-  x = jax.random.normal(jax.random.key(0), (2, 5, 4, config.dims[0]))
+  x = jax.random.normal(jax.random.key(0), (2, 5, 4, dim))
   y, pullback = jax.vjp(jax.jit(run), weights, x)
   return y, pullback, pullback(jnp.cos(y))
 
