@@ -97,23 +97,30 @@ def normalize(
   return _normalize(x, scale, bias, axes)
 
 
+def _normalized(x, scale, bias, axes, *, in_one_pass):
+  y = x.astype(scale.dtype)
+  mean = jnp.mean(y, axes)
+  centred = y - jnp.expand_dims(mean, axes)
+  if in_one_pass:
+    var = jnp.maximum(jnp.mean(jnp.square(y), axes) - jnp.square(mean), 0)
+  else:
+    var = jnp.mean(jnp.square(centred), axes)
+  rstd = jax.lax.rsqrt(var + _EPSILON)
+  y = centred * (jnp.expand_dims(rstd, axes) * scale) + bias
+  return (y, mean, var), rstd
+
+
 def _result(x, scale, bias, axes):
-  return _forward(x, scale, bias, axes)[0]
+  return _normalized(x, scale, bias, axes, in_one_pass=False)[0]
 
 
 def _forward(x, scale, bias, axes):
-  y = x.astype(scale.dtype)
-  mean = jnp.mean(y, axes)
-  if jnp.finfo(x.dtype).bits < 32:
-    # In one pass. What cancels is less than what the rounding of x has changed.
-    var = jnp.mean(jnp.square(y), axes) - jnp.square(mean)
-    var = jnp.maximum(var, 0)
-  else:
-    var = jnp.mean(jnp.square(y - jnp.expand_dims(mean, axes)), axes)
-  rstd = jax.lax.rsqrt(var + _EPSILON)
-  y -= jnp.expand_dims(mean, axes)
-  y *= jnp.expand_dims(rstd, axes) * scale
-  return (y + bias, mean, var), (x, scale, mean, rstd)
+  # Of statistics that are kept for a derivative XLA makes a pass over x each, but
+  # one of both where neither needs the other. In half precision what cancels in
+  # the variance is less than what the rounding of x has changed.
+  in_one_pass = jnp.finfo(x.dtype).bits < 32
+  results, rstd = _normalized(x, scale, bias, axes, in_one_pass=in_one_pass)
+  return results, (x, scale, results[1], rstd)
 
 
 def _backward(axes, residuals, cotangents):

@@ -308,14 +308,15 @@ def test_layer_norm_in_half_precision():
   x = np.random.default_rng(0).normal(size=(2, 3, 4, 64))
   x = jnp.asarray(x + np.logspace(-1, 2, 24).reshape(2, 3, 4, 1), jnp.bfloat16)
   x = x.at[0, 0, 0].set(0.7)
-  y = half(x)
-  assert y.dtype == jnp.bfloat16
+  inference, training = half(x), jax.vjp(half, x)[0]
+  assert inference.dtype == training.dtype == jnp.bfloat16
   exact = np.asarray(x, np.float64)
   exact -= exact.mean(-1, keepdims=True)
   exact /= np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
-  np.testing.assert_allclose(
-    np.asarray(y, np.float64), exact, rtol=2**-8, atol=2**-8
-  )
+  for y in (inference, training):
+    np.testing.assert_allclose(
+      np.asarray(y, np.float64), exact, rtol=2**-8, atol=2**-8
+    )
 
 
 def test_silu_and_gelu_with_their_gradients():
