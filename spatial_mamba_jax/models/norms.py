@@ -115,7 +115,7 @@ def _result(x, scale, bias, axes):
 
 
 def _forward(x, scale, bias, axes):
-  # Of statistics that are kept for a derivative XLA makes a pass over x each, but
+  # XLA makes a pass over x of each statistic that is kept for a derivative, but
   # one of both where neither needs the other. In half precision what cancels in
   # the variance is less than what the rounding of x has changed.
   in_one_pass = jnp.finfo(x.dtype).bits < 32
