@@ -23,8 +23,9 @@ class ModelConfig:
     dtype: precision of activations. Parameters, states and statistics are
       float32, and all is float64 where this is.
     implementation: of the structure-aware SSM; see `spatial_mamba_kernels`.
-    remat: whether training makes most of a block again in the backward pass,
-      with half of the memory, instead of keeping it; None: on a TPU.
+    remat: whether training runs the blocks of a stage in a loop, and makes most
+      of each again in the backward pass: it takes half of the memory and less
+      time to compile. None: unless the default device is a GPU.
   """
 
   dims: tuple[int, ...]

@@ -190,18 +190,21 @@ class Stage(nnx.Module):
     )
     step = partial(_step, graphdef)
     if not self.deterministic:
-      platform = get_default_device().platform
-      remat = platform == "tpu" if self.remat is None else self.remat
-      if remat:
-        step = jax.checkpoint(step, policy=_KEEP, prevent_cse=False)
-      elif platform == "gpu":
-        # It does not compute in place what a loop keeps for the backward pass:
-        # copies would be a quarter of a training step's memory traffic.
+      if not self._has_remat():
         for block in _unstacked((stacked, scales)):
           x, _ = step(x, block)
         return x
+      step = jax.checkpoint(step, policy=_KEEP, prevent_cse=False)
     x, _ = jax.lax.scan(step, x, (stacked, scales))
     return x
+
+  def _has_remat(self):
+    # What a loop keeps for the backward pass a GPU does not compute in place:
+    # copies of it would be a quarter of a training step's memory traffic. On a
+    # CPU remat is faster, and a TPU may have no memory for more.
+    if self.remat is None:
+      return get_default_device().platform != "gpu"
+    return self.remat
 
 
 @partial(jax.jit, static_argnums=0)

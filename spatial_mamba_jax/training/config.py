@@ -30,7 +30,7 @@ class ModelSection:
     dtype: precision of activations, "float32" or "bfloat16".
     implementation: of the structure-aware SSM; empty for the platform's best.
     remat: whether most of a block is made again in the backward pass, with half
-      of the memory, instead of being kept; None: on a TPU.
+      of the memory, instead of being kept; None: unless on a GPU.
   """
 
   name: str = "spatial_mamba_micro"
