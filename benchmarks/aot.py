@@ -323,7 +323,9 @@ def _mesh(target: str, devices: int | None = None) -> Mesh:
 
 
 def _as_default_device(target):
-  """Kernels ask which GPU they are for, and models which platform."""
+  """Where the target is a GPU: kernels ask which, and models train otherwise."""
+  if platform_of(target) == "tpu":
+    return contextlib.nullcontext()
   return jax.default_device(_mesh(target, 1).devices.item())
 
 
