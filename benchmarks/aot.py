@@ -323,7 +323,7 @@ def _mesh(target: str, devices: int | None = None) -> Mesh:
 
 
 def _as_default_device(target):
-  """Where the target is a GPU: kernels ask which, and models train otherwise."""
+  """Where the target is a GPU: kernels ask which, models whether to remat."""
   if platform_of(target) == "tpu":
     return contextlib.nullcontext()
   return jax.default_device(_mesh(target, 1).devices.item())
