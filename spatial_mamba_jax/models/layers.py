@@ -173,4 +173,5 @@ def drop_path(
   x: Float[Array, "B ..."], scale: Float[Array, "B"]
 ) -> Float[Array, "B ..."]:
   """A residual branch, by the scale that `drop_path_scales` drew of it."""
-  return x * scale.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+  scale = scale.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+  return jnp.where(scale > 0, x * scale, 0)
