@@ -226,6 +226,26 @@ def test_depthwise_conv_is_a_grouped_convolution(
   assert_trees_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), 1e-12)
 
 
+def test_a_cpu_slices_the_weights_of_a_loop_apart_from_their_products():
+  """Together they are not vectorised; see `stencil`."""
+
+  def convolve(x, kernels):
+    def step(x, kernel):
+      return smk.depthwise_conv(x, kernel), None
+
+    return jax.lax.scan(step, x, kernels)[0]
+
+  x, kernels = jnp.ones((2, 9, 9, 8)), jnp.ones((4, 3, 3, 8))
+  program = jax.jit(convolve).lower(x, kernels).compile().as_text()
+  computations = [
+    computation
+    for computation in program.split("\n\n")
+    if "multiply(" in computation
+  ]
+  assert computations
+  assert not any("dynamic-slice(" in each for each in computations)
+
+
 def test_what_a_tpu_is_given_is_the_same():
   """The grouped convolutions, lowered here for the CPU."""
   rng = np.random.default_rng(0)
