@@ -223,8 +223,21 @@ def _stacked(blocks: Sequence[Block]) -> tuple[Any, Any]:
 def _unstacked(tree: Any) -> Iterator[Any]:
   """The same tree of each element along the first axis of its arrays."""
   leaves, structure = jax.tree.flatten(tree)
-  for elements in zip(*map(jnp.unstack, leaves), strict=True):
+  for elements in zip(*map(_unstack, leaves), strict=True):
     yield jax.tree.unflatten(structure, elements)
+
+
+@jax.custom_vjp
+def _unstack(x):
+  # Of an index that XLA knows, it makes fusions of each block's own to compile.
+  indices = [jax.lax.optimization_barrier(jnp.int32(i)) for i in range(len(x))]
+  return [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for i in indices]
+
+
+# JAX's derivative would add up arrays of the whole stage.
+_unstack.defvjp(
+  lambda x: (_unstack(x), None), lambda _, cotangents: (jnp.stack(cotangents),)
+)
 
 
 class Trunk(nnx.Module):
