@@ -229,7 +229,8 @@ def _unstacked(tree: Any) -> Iterator[Any]:
 
 @jax.custom_vjp
 def _unstack(x):
-  # Of an index that XLA knows, it makes fusions of each block's own to compile.
+  # Constant indices would make each block's fusions different, to be compiled
+  # apart.
   indices = [jax.lax.optimization_barrier(jnp.int32(i)) for i in range(len(x))]
   return [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for i in indices]
 
