@@ -14,6 +14,7 @@ N states a channel.
 
 from spatial_mamba_kernels.by_platform import CHECKPOINT_NAME
 from spatial_mamba_kernels.depthwise_conv import depthwise_conv
+from spatial_mamba_kernels.mlp import mlp
 from spatial_mamba_kernels.selective_scan import selective_scan
 from spatial_mamba_kernels.state_fusion import state_fusion
 from spatial_mamba_kernels.structure_aware_ssm import structure_aware_ssm
@@ -21,6 +22,7 @@ from spatial_mamba_kernels.structure_aware_ssm import structure_aware_ssm
 __all__ = [
   "CHECKPOINT_NAME",
   "depthwise_conv",
+  "mlp",
   "selective_scan",
   "state_fusion",
   "structure_aware_ssm",

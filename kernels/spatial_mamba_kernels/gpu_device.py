@@ -13,19 +13,27 @@ class Device(NamedTuple):
     tma: whether that copies, or the threads do: there is one, and shared memory
       for all that it brings at a time.
     smem_bytes: of shared memory that a program may have.
+    wgmma: whether that multiplies matrices in shared memory.
   """
 
   tma: bool
   smem_bytes: int
+  wgmma: bool = False
 
 
 # By compute capability.
 DEVICES = {
   **dict.fromkeys(("8.0", "8.7"), Device(False, 163 * 2**10)),
   **dict.fromkeys(("8.6", "8.9"), Device(False, 99 * 2**10)),
-  **dict.fromkeys(("9.0", "10.0", "10.3", "11.0"), Device(True, 227 * 2**10)),
+  "9.0": Device(True, 227 * 2**10, wgmma=True),
+  **dict.fromkeys(("10.0", "10.3", "11.0"), Device(True, 227 * 2**10)),
   **dict.fromkeys(("12.0", "12.1"), Device(False, 99 * 2**10)),
 }
+
+
+def is_default() -> bool:
+  """Whether JAX's default device is a GPU."""
+  return _capability() is not None
 
 
 def device() -> Device:
@@ -37,7 +45,7 @@ def device() -> Device:
   Raises:
     NotImplementedError: no kernel can run there.
   """
-  capability = getattr(get_default_device(), "compute_capability", "9.0")
+  capability = _capability() or "9.0"
   if capability not in DEVICES:
     raise NotImplementedError(
       f"mosaic_gpu knows NVIDIA's compute capabilities {', '.join(DEVICES)},"
@@ -49,3 +57,7 @@ def device() -> Device:
       f" {capability}, not {jax.__version__}"
     )
   return DEVICES[capability]
+
+
+def _capability():
+  return getattr(get_default_device(), "compute_capability", None)

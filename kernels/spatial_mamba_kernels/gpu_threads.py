@@ -216,11 +216,12 @@ def store_channel_sums(products: Any, out: Any) -> None:
     vector_dim=-1,
   )
   meet()
-  _store(out, jnp.sum(_load(products, layout), axis=1))
+  _store(out, jnp.sum(load(products, layout), axis=1))
   meet()
 
 
-def _load(ref, layout):
+def load(ref: Any, layout: Any) -> Array:
+  """Loads as a layout says, in however small pieces."""
   try:
     return plgpu.load(ref, layout=layout, optimized=False)
   except TypeError:  # JAX before 0.12 takes an index as well.

@@ -132,8 +132,8 @@ def share(
     NotImplementedError: the rows do not fit into registers and shared memory,
       there are too few images to keep a GPU busy, or no TMA copies rows.
   """
-  tma, smem_bytes = device()
-  if not tma:
+  gpu_device = device()
+  if not gpu_device.tma:
     raise NotImplementedError("rows are copied by a TMA")
   batch, _, width, channels = shape
   if batch * gpu.blocks(channels) < gpu.CONFIG.programs // 2:
@@ -144,7 +144,7 @@ def share(
       continue
     if warpgroups == 1 or columns >= REACH:
       arrays = [-(-x // ALIGNMENT) for x in bytes_of(width, warpgroups)]
-      free = (smem_bytes - BARRIER_BYTES) // ALIGNMENT - sum(arrays)
+      free = (gpu_device.smem_bytes - BARRIER_BYTES) // ALIGNMENT - sum(arrays)
       if free >= 0:
         kept = min(free * ALIGNMENT // VECTOR_BYTES, len(STENCIL.taps))
         return Share(warpgroups, columns, kept)

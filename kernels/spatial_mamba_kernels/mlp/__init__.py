@@ -1,0 +1,3 @@
+"""A linear layer, GELU, and a linear layer."""
+
+from spatial_mamba_kernels.mlp.api import mlp as mlp

@@ -1,0 +1,59 @@
+"""A linear layer, GELU, and a linear layer."""
+
+from typing import Any
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from spatial_mamba_kernels.by_platform import Arrays, Operator
+from spatial_mamba_kernels.mlp import mosaic_gpu, xla
+from spatial_mamba_kernels.shapes import check_shapes
+
+
+def _xla(arrays: Arrays, *, implementation: str | None) -> Any:
+  del implementation
+  return xla.mlp(*arrays)
+
+
+operator = Operator(
+  "mlp",
+  _xla,
+  {"mosaic_gpu": mosaic_gpu.KERNEL},
+  mosaic_gpu.DIMENSIONS,
+  is_named=False,
+)
+
+
+def mlp(
+  x: ArrayLike, w1: ArrayLike, b1: ArrayLike, w2: ArrayLike, b2: ArrayLike
+) -> Array:
+  """gelu(x @ w1 + b1) @ w2 + b2, with the exact GELU.
+
+  On GPUs that have a kernel for it (Hopper, in bfloat16, up to 256 channels)
+  the hidden units stay on the chip, and are made again in the backward pass.
+  Elsewhere the first product is kept, by the name `CHECKPOINT_NAME`.
+
+  Args:
+    x: [B, H, W, C].
+    w1: [C, F], cast to the dtype of `x`, like all that follow.
+    b1: [F].
+    w2: [F, C].
+    b2: [C].
+
+  Returns:
+    [B, H, W, C] in the dtype of `x`.
+
+  Raises:
+    ValueError: the shapes are inconsistent.
+  """
+  arrays = check_shapes(
+    "mlp",
+    {
+      "x": (x, "B H W C"),
+      "w1": (w1, "C F"),
+      "b1": (b1, "F"),
+      "w2": (w2, "F C"),
+      "b2": (b2, "C"),
+    },
+  )
+  return operator(tuple(arrays), None)
