@@ -9,6 +9,7 @@ import pytest
 import spatial_mamba_kernels as smk
 from spatial_mamba_kernels.depthwise_conv import api as conv_api
 from spatial_mamba_kernels.depthwise_conv import xla as conv_xla
+from spatial_mamba_kernels.mlp import api as mlp_api
 
 # Sums of some hundred float32 terms; and the rounding of a result to bfloat16.
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}
@@ -81,6 +82,40 @@ def convolution():
     kernel = jnp.asarray(rng.standard_normal((3, 3, shape[-1])), jnp.float32)
     x = jnp.asarray(rng.standard_normal(shape), dtype)
     return _depthwise_conv, {"x": x, "kernel": kernel}
+
+  return arguments
+
+
+def _mlp(x, w1, b1, w2, b2, *, implementation=None):
+  """By a kernel, or with JAX's GELU."""
+  if implementation != "sequential":
+    return mlp_api.operator((x, w1, b1, w2, b2), implementation)
+  with jax.default_matmul_precision("highest"):
+    return jax.nn.gelu(x @ w1 + b1, approximate=False) @ w2 + b2
+
+
+@pytest.fixture(scope="session")
+def perceptron():
+  """(shape of the image, hidden units, its dtype) -> an MLP, {name: array}.
+
+  Its weights are numbers that bfloat16 has, because it is cast to that.
+  """
+
+  def arguments(shape, hidden, dtype):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, scale=1.0):
+      numbers = jnp.asarray(rng.standard_normal(shape) * scale, jnp.bfloat16)
+      return numbers.astype(jnp.float32)
+
+    channels = shape[-1]
+    return _mlp, {
+      "x": normal(*shape).astype(dtype),
+      "w1": normal(channels, hidden, scale=channels**-0.5),
+      "b1": normal(hidden),
+      "w2": normal(hidden, channels, scale=hidden**-0.5),
+      "b2": normal(channels),
+    }
 
   return arguments
 

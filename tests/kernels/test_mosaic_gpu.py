@@ -11,10 +11,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import spatial_mamba_kernels as smk
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from spatial_mamba_kernels import gpu_device, gpu_threads
+from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
 from spatial_mamba_kernels.state_fusion import gpu_strips, mosaic_gpu
 from spatial_mamba_kernels.state_fusion.taps import Stencil
 from spatial_mamba_kernels.structure_aware_ssm import (
@@ -205,6 +207,25 @@ def test_depthwise_conv(
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
 
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("shape", "hidden"),
+  [
+    # A warpgroup without tokens, and one with few.
+    ((1, 1, 1, 32), 32),
+    # Weights whose stages come round, and a last program that is not full.
+    ((2, 7, 19, 64), 320),
+    # Half the hidden units at a time.
+    ((1, 3, 5, 96), 160),
+  ],
+  ids=str,
+)
+def test_mlp(interpreted, perceptron, assert_is_sequential, shape, hidden):
+  interpreted()
+  operator, arrays = perceptron(shape, hidden, jnp.bfloat16)
+  assert_is_sequential("mosaic_gpu", operator, arrays, jnp.bfloat16)
+
+
 class Mapped:
   """An operator on two of everything but its parameters."""
 
@@ -317,6 +338,79 @@ def test_what_does_not_wait_is_a_race(
   operator, arrays = every_operator(ssm_arguments(1, 13, 1, 1, 1))[place]
   with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
     jax.block_until_ready(operator(**arrays, implementation="mosaic_gpu"))
+
+
+def wait_for_results(
+  copies, wait_read_only=False, wait=plgpu.wait_smem_to_gmem
+):
+  """Not for what is only being read."""
+  if not wait_read_only:
+    wait(copies)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("name", "function"),
+  [
+    ("commit_smem", lambda: None),
+    ("wait_smem_to_gmem", wait_for_results),
+  ],
+)
+def test_an_mlp_that_does_not_wait_is_a_race(
+  interpreted,
+  perceptron,
+  cotangent,
+  value_and_gradients,
+  monkeypatch,
+  name,
+  function,
+):
+  interpreted()
+  monkeypatch.setattr(plgpu, name, function)
+  operator, arrays = perceptron((1, 1, 1, 32), 128, jnp.bfloat16)
+  kernel = partial(operator, implementation="mosaic_gpu")
+  g = cotangent(kernel, arrays)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+    jax.block_until_ready(value_and_gradients(kernel, arrays, g))
+
+
+def test_the_gelu_of_an_mlp_with_its_derivative():
+  x = jnp.concatenate([jnp.linspace(-200, 200, 40_001), jnp.array([jnp.inf])])
+  value, slope = gpu_mlp.gelu(x)
+  exact = partial(jax.nn.gelu, approximate=False)
+  np.testing.assert_allclose(value, exact(x), atol=5e-7, rtol=2e-6)
+  # Of an infinite x, JAX's derivative is not a number.
+  np.testing.assert_allclose(
+    slope[:-1], jax.vmap(jax.grad(exact))(x[:-1]), atol=3e-6
+  )
+  assert slope[-1] == 1
+  assert jnp.isnan(jnp.stack(gpu_mlp.gelu(jnp.array(jnp.nan)))).all()
+
+
+@pytest.mark.parametrize(
+  ("capability", "channels", "hidden", "dtype", "why"),
+  [
+    ("9.0", 32, 64, jnp.float32, "bfloat16 alone, not float32"),
+    ("9.0", 33, 64, jnp.bfloat16, "up to 256, not 33"),
+    ("9.0", 288, 64, jnp.bfloat16, "up to 256, not 288"),
+    ("9.0", 32, 65, jnp.bfloat16, "32 hidden units at a time, not 65"),
+    ("10.0", 32, 64, jnp.bfloat16, "Hopper's tensor cores"),
+    (None, 32, 64, jnp.bfloat16, "Hopper's tensor cores"),
+  ],
+)
+def test_mlps_without_a_kernel(
+  perceptron, on_gpu, capability, channels, hidden, dtype, why
+):
+  if capability:
+    on_gpu(capability)
+  operator, arrays = perceptron((1, 2, 3, channels), hidden, dtype)
+  assert_refused(operator, arrays, why)
+
+
+def test_an_mlp_for_a_hopper(perceptron, on_gpu):
+  on_gpu("9.0")
+  operator, arrays = perceptron((1, 2, 3, 256), 1024, jnp.bfloat16)
+  assert "mlp_forward" in lowered_for_a_gpu(operator, arrays)
 
 
 def lowered_for_a_gpu(operator, arrays):

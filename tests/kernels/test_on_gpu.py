@@ -59,6 +59,23 @@ def test_convolution(convolution, assert_is_sequential, shape, dtype):
   assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
 
 
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (64, 56, 56, 64),
+    (64, 28, 28, 128),
+    (64, 14, 14, 256),
+    (64, 56, 56, 96),
+    (64, 28, 28, 192),
+    (3, 5, 9, 32),
+  ],
+  ids=str,
+)
+def test_mlp(perceptron, assert_is_sequential, shape):
+  operator, arrays = perceptron(shape, 4 * shape[-1], jnp.bfloat16)
+  assert_is_sequential("mosaic_gpu", operator, arrays, jnp.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
   "shape", [(8, 14, 14, 512, 16), (*ODD[:4], 3)], ids=str

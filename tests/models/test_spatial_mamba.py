@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from spatial_mamba_kernels.mlp.xla import gelu
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.models import spatial_mamba
-from spatial_mamba_jax.models.layers import drop_path, drop_path_scales
+from spatial_mamba_jax.models.layers import drop_path, drop_path_scales, silu
 from spatial_mamba_jax.models.norms import LayerNorm
 from spatial_mamba_jax.models.spatial_mamba import Stage
 
@@ -321,8 +322,6 @@ def test_layer_norm_in_half_precision():
 
 
 def test_silu_and_gelu_with_their_gradients():
-  from spatial_mamba_jax.models.layers import gelu, silu
-
   x = jnp.concatenate([jnp.linspace(-200, 200, 801), jnp.zeros(1)])
   for ours, theirs in (
     (silu, jax.nn.silu),
