@@ -34,6 +34,7 @@ from jax.sharding import (
 )
 from spatial_mamba_kernels.by_platform import Kernel
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
+from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
 from spatial_mamba_kernels.selective_scan import gpu_tiles
 from spatial_mamba_kernels.selective_scan import mosaic_gpu as gpu_scan
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as tpu_scan
@@ -64,6 +65,7 @@ OPS = (
   "state_fusion",
   "structure_aware_ssm",
   "depthwise_conv",
+  "mlp",
 )
 KERNELS: dict[str, dict[str, Kernel]] = {
   "tpu": {
@@ -76,6 +78,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "state_fusion": gpu_fusion.kernel(DILATIONS),
     "structure_aware_ssm": gpu_ssm.KERNEL,
     "depthwise_conv": gpu_conv.KERNEL,
+    "mlp": gpu_mlp.KERNEL,
   },
 }
 CUSTOM_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
@@ -116,7 +119,8 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     `tpu_code.count_bundles` says of it;
 
     for a GPU `programs`: what `gpu_code.kernels` says of each kernel, and
-    `loop_tokens`, of 128 channels, that a run of its loop computes.
+    `loop_tokens`, of 128 channels, that a run of its loop computes (the MLP's:
+    of some hidden units).
   """
   platform = platform_of(arguments.target)
   sharding = NamedSharding(_mesh(arguments.target, 1), PartitionSpec())
@@ -169,6 +173,8 @@ def _loop_tokens(op, arrays):
   }
   if op == "selective_scan":
     return tokens
+  if op == "mlp":
+    return {f"mlp_{name}": gpu_mlp.TOKENS for name in ("forward", "backward")}
   if op == "depthwise_conv":
     types = image.shape, gpu_conv.STENCIL, image.dtype, image.dtype
     return {"depthwise_conv_weights": gpu_fusion.cut_to_fuse(*types).strip}
@@ -209,7 +215,7 @@ def program(
   Args:
     op: one of `OPS`.
     direction: "forward" or "backward".
-    shape: B, H, W, D, N.
+    shape: B, H, W, D, N; of a mixer, also where the operator is the MLP.
     dtype: of what has a number or more a pixel, but for states, in float32.
     platform: "tpu" or "cuda".
   """
@@ -234,6 +240,11 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   image, numbers = pixels(channels), pixels(states)
   if op == "depthwise_conv":
     return image, array(3, 3, channels)
+  if op == "mlp":
+    # A block's input has half as many channels as its mixer.
+    narrow, hidden = channels // 2, 2 * channels
+    first = array(narrow, hidden), array(hidden)
+    return pixels(narrow), *first, array(hidden, narrow), array(narrow)
   if op == "state_fusion":
     return (image, *stencil)
   if op == "selective_scan":

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import spatial_mamba_kernels as smk
 from spatial_mamba_kernels.depthwise_conv import xla as conv
+from spatial_mamba_kernels.mlp import xla as perceptron
 
 from benchmarks import timing
 
@@ -24,11 +25,24 @@ def _depthwise_conv(x, kernel, *, implementation):
   return conv.grouped(x, kernel, stride=1)
 
 
+def _mlp(x, w1, w2, *, implementation):
+  """XLA's is what it is held against, and its rival.
+
+  Biases are constants: on a CPU XLA sums their cotangents in half precision.
+  """
+  b1, b2 = (jnp.linspace(-1, 1, w.shape[1]) for w in (w1, w2))
+  if implementation is None:
+    return smk.mlp(x, w1, b1, w2, b2)
+  with jax.default_matmul_precision("highest"):
+    return perceptron.mlp(x, w1, b1, w2, b2)
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
   "selective_scan": smk.selective_scan,
   "state_fusion": smk.state_fusion,
   "structure_aware_ssm": smk.structure_aware_ssm,
   "depthwise_conv": _depthwise_conv,
+  "mlp": _mlp,
 }
 # None is "kernel": what the platform has, XLA's where it has none.
 IMPLEMENTATIONS = {
@@ -48,7 +62,7 @@ class Case:
 
   Attributes:
     op: one of `OPERATORS`.
-    shape: B, H, W, D; a channel has one state.
+    shape: B, H, W, D, of the mixer; a channel has one state.
     dtype: of what has a number or more a pixel.
   """
 
@@ -68,6 +82,18 @@ class Case:
     pixels = partial(normal, *image, dtype=self.dtype)
     if self.op == "depthwise_conv":
       return {"x": pixels(channels), "kernel": normal(3, 3, channels)}
+    if self.op == "mlp":
+      narrow, hidden = channels // 2, 2 * channels
+      weights = {
+        "w1": normal(narrow, hidden) * narrow**-0.5,
+        "w2": normal(hidden, narrow) * hidden**-0.5,
+      }
+      # Numbers that the type of x has, to which they will be cast.
+      rounded = jax.tree.map(lambda x: x.astype(self.dtype), weights)
+      return {
+        "x": pixels(narrow),
+        **jax.tree.map(lambda x: x.astype("float32"), rounded),
+      }
     if self.op == "state_fusion":
       return {"h": pixels(channels), **stencil}
     whole = {
@@ -166,6 +192,8 @@ def stage_cases(
     for (size, channels), batch, dtype, op in itertools.product(
       stages, batch_sizes, TOLERANCE, OPERATORS
     )
+    # In float32 the MLP is XLA's, and tensor cores round more than that.
+    if (op, dtype) != ("mlp", "float32")
   ]
 
 

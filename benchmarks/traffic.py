@@ -38,6 +38,8 @@ KINDS = {
   "Linear.": "linear layers",
   "promote_dtype.": "linear layers",
   "Conv.": "convolutions",
+  "mlp": "linear layers",
+  "Mlp.": "linear layers",
   "gelu": "gates, residuals, GELU",
   "silu": "gates, residuals, GELU",
   "StructureAwareSSM.": "gates, residuals, GELU",

@@ -46,6 +46,11 @@ COUNTS = {
   ("depthwise_conv", "forward"): 0,
   ("depthwise_conv", "backward"): 1,
 }
+# Of the MLP, for which a Hopper is needed, at three stages of tiny and two of
+# base.
+WIDTHS = (64, 128, 256, 96, 192)
+# So many of tiny's 18 blocks are at those stages.
+BLOCKS_WITH_MLPS = 14
 # And without.
 OLDER_COUNTS = COUNTS | {
   ("structure_aware_ssm", "forward"): 2,
@@ -132,6 +137,15 @@ def test_little_shared_memory(op, size, direction):
   assert_kernels_compile("L4", op, direction, "--shape", *shape)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("channels", WIDTHS)
+def test_mlp(channels, direction):
+  shape = (128, 28, 28, 2 * channels, 1)
+  assert (
+    assert_kernels_compile("H200", "mlp", direction, "--shape", *shape) == 1
+  )
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_sharded_training_step(target):
   record = compiled(
@@ -141,6 +155,8 @@ def test_sharded_training_step(target):
   counts = OLDER_COUNTS if target == "A100" else COUNTS
   kernels = sum(counts["structure_aware_ssm", x] for x in DIRECTIONS) + 3
   expected = 18 * kernels
+  if target in ("H100", "H200"):
+    expected += 2 * BLOCKS_WITH_MLPS
   if target == "A100":
     # The scan that begins both passes runs once. In both blocks of the first
     # stage two convolutions are XLA's, for their 64 channels.

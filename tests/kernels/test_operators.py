@@ -246,6 +246,26 @@ def test_a_cpu_slices_the_weights_of_a_loop_apart_from_their_products():
   assert not any("dynamic-slice(" in each for each in computations)
 
 
+def test_an_mlp_is_its_equation():
+  rng = np.random.default_rng(0)
+  shapes = ((2, 3, 5, 7), (7, 11), (11,), (11, 7), (7,))
+  arrays = [jnp.asarray(rng.standard_normal(shape)) for shape in shapes]
+
+  def equation(x, w1, b1, w2, b2):
+    h = x @ w1 + b1
+    return h * jax.scipy.stats.norm.cdf(h) @ w2 + b2
+
+  y, pullback = jax.vjp(smk.mlp, *arrays)
+  expected, expected_pullback = jax.vjp(equation, *arrays)
+  assert_close(y, expected, 1e-14)
+  dy = jnp.cos(y)
+  assert_trees_close(pullback(dy), expected_pullback(dy), 1e-13)
+  half = smk.mlp(arrays[0].astype(jnp.bfloat16), *arrays[1:])
+  assert half.dtype == jnp.bfloat16
+  with pytest.raises(ValueError, match=r"w2 must have shape \[F, C\]"):
+    smk.mlp(*arrays[:3], arrays[3].T, arrays[4])
+
+
 def test_what_a_tpu_is_given_is_the_same():
   """The grouped convolutions, lowered here for the CPU."""
   rng = np.random.default_rng(0)
