@@ -30,6 +30,8 @@ _FREE = {
 
 
 _SLICES = ("slice", "dynamic-slice", "gather")
+# Copies while other instructions run, which give what they copy along.
+_COPY_STARTS = ("copy-start", "slice-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Instruction:
   Attributes:
     name: in its computation.
     opcode: what it does.
-    size: of its result in device memory, in bytes.
+    size: of its result in device memory, in bytes; of a copy that it starts,
+      what is read and written there.
     operands: names of what it reads.
     called: computations that it runs, by the attribute that names them.
     line: all that is written of it after its operands.
@@ -129,6 +132,8 @@ class Program:
 
   def _size(self, instruction, computation):
     sizes = [computation[x].size for x in instruction.operands]
+    if instruction.opcode in _COPY_STARTS:
+      return instruction.size
     if instruction.opcode == "dynamic-slice":
       return 2 * instruction.size
     if instruction.opcode == "dynamic-update-slice":
@@ -189,7 +194,8 @@ def _parse(name, text, *, is_root):
     for key, names in _CALLED.findall(line)
   }
   names = tuple(re.findall(r"%([\w.\-]+)", operands))
-  return Instruction(name, opcode, _bytes(kind), names, called, line, is_root)
+  size = _copied(kind) if opcode in _COPY_STARTS else _bytes(kind)
+  return Instruction(name, opcode, size, names, called, line, is_root)
 
 
 def _end_of_type(text):
@@ -209,13 +215,28 @@ def _matching(text):
 
 
 def _bytes(kind):
-  """Of a type; not of what a TPU keeps in its own memory, S(1)."""
-  total = 0
-  for name, shape, layout in _ARRAY.findall(kind):
-    if "S(1)" not in layout:
-      bits = _BITS.get(name) or int(re.sub(r"\D*(\d*).*", r"\1", name) or 0)
-      total += math.prod(int(x) for x in shape.split(",") if x) * bits // 8
-  return total
+  """Of a type; not of what a TPU keeps in its own memory."""
+  arrays = _ARRAY.findall(kind)
+  return sum(_array_bytes(*x) for x in arrays if _is_in_device_memory(x))
+
+
+def _copied(kind):
+  """By a copy of this type: of its two arrays the smaller is what it copies."""
+  arrays = _ARRAY.findall(kind)[:2]
+  size = min(_array_bytes(*array) for array in arrays)
+  return size * sum(map(_is_in_device_memory, arrays))
+
+
+def _array_bytes(name, shape, layout):
+  del layout
+  bits = _BITS.get(name) or int(re.sub(r"\D*(\d*).*", r"\1", name) or 0)
+  return math.prod(int(x) for x in shape.split(",") if x) * bits // 8
+
+
+def _is_in_device_memory(array):
+  # A TPU has its vector memory as S(1), and a smaller one as S(2).
+  *_, layout = array
+  return "S(1)" not in layout and "S(2)" not in layout
 
 
 class _Frames:

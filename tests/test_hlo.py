@@ -116,6 +116,25 @@ def test_an_operand_given_twice_is_read_once():
   assert hlo.total_bytes(program.launches()) == (12 + 16) * 4
 
 
+def test_a_copy_that_is_started_moves_what_it_copies():
+  """Into a TPU's own memory, S(1): read there, and not written."""
+  program = hlo.Program(
+    "ENTRY %main (x: f32[8,4]) -> f32[8,4] {\n"
+    "  %x = f32[8,4]{1,0} parameter(0)\n"
+    "  %all = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)})"
+    " copy-start(%x)\n"
+    "  %here = f32[8,4]{1,0:S(1)} copy-done(%all)\n"
+    "  %part = ((f32[8,4]{1,0}), f32[2,4]{1,0:S(1)}, s32[]{:S(2)})"
+    " slice-start(%x), slice={[0:2], [0:4]}\n"
+    "  %rows = f32[2,4]{1,0:S(1)} slice-done(%part)\n"
+    "  %back = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n"
+    "  ROOT %y = f32[8,4]{1,0} copy-done(%back)\n"
+    "}\n"
+  )
+  sizes = [launch.size for launch in program.launches()]
+  assert sizes == [8 * 4 * 4, 2 * 4 * 4, 2 * 8 * 4 * 4]
+
+
 def test_a_real_program():
   """A product, and a sum over each of its rows."""
 
