@@ -53,8 +53,10 @@ def interpreted(monkeypatch, on_gpu):
 
   def of_sizes(gpu="9.0", columns=gpu_strips.MOST_COLUMNS, races=True, **sizes):
     on_gpu(gpu)
-    # The interpreter has no barriers, and no threads that they would hold.
+    # The interpreter has no barriers, and no threads that they would hold; nor
+    # what threads exchange.
     monkeypatch.setattr(gpu_threads, "_barrier", lambda: None)
+    monkeypatch.setattr(gpu_mlp, "sum_tokens", lambda x, _: jnp.sum(x, axis=0))
     sizes = {"programs": 1, "tokens": 4, "stages": 2, **sizes}
     monkeypatch.setattr(gpu_threads, "CONFIG", gpu_threads.Config(**sizes))
     monkeypatch.setattr(gpu_strips, "MOST_COLUMNS", columns)

@@ -33,6 +33,10 @@ WARPGROUPS = 2
 STAGES = 2
 # More would leave no registers for the rest.
 MOST_CHANNELS = 256
+# Numbers that four warps exchange for a sum over a warpgroup's tokens.
+EXCHANGED = 4 * 32 * 2
+
+_BARRIER_BYTES = 1024
 
 _IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
 _SUMS = ((BATCH, WHOLE, WHOLE), (BATCH, WHOLE)) * 2
@@ -73,8 +77,8 @@ def _units_of(channels, hidden, images):
   for units in (64, 32):
     tokens = WARPGROUPS * TOKENS * images * (channels + units)
     numbers = tokens + STAGES * 2 * channels * units
-    # A kilobyte for barriers and sums.
-    if hidden % units == 0 and 2 * numbers + 1024 <= device().smem_bytes:
+    others = 4 * WARPGROUPS * EXCHANGED + _BARRIER_BYTES
+    if hidden % units == 0 and 2 * numbers + others <= device().smem_bytes:
       return units
   raise NotImplementedError(
     f"mosaic_gpu computes 32 hidden units at a time, not {hidden} in all"
@@ -115,6 +119,7 @@ def run_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
       jax.ShapeDtypeStruct((groups, width), jnp.float32),
     ],
     name="mlp_backward",
+    exchanged=plgpu.SMEM((WARPGROUPS, EXCHANGED), jnp.float32),
   )
   sums = partial(jnp.einsum, preferred_element_type=jnp.float32)
   cotangents = (
@@ -145,7 +150,7 @@ def _programs(tokens):
   return -(-tokens // (WARPGROUPS * TOKENS))
 
 
-def _call(kernel, images, weights, biases, results, *, name):
+def _call(kernel, images, weights, biases, results, *, name, **scratch):
   """Runs a kernel over tokens.
 
   Args:
@@ -155,6 +160,7 @@ def _call(kernel, images, weights, biases, results, *, name):
     biases: what the kernel takes of them.
     results: shapes and types.
     name: of the kernel.
+    **scratch: what else it takes.
   """
   tokens, channels = images[0].shape
   units = _units_of(channels, weights[0].shape[1], len(images))
@@ -177,6 +183,7 @@ def _call(kernel, images, weights, biases, results, *, name):
       "w2_tiles": tiles(STAGES, units, channels),
       "weights_come": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
       "used": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+      **scratch,
     },
     grid=(_programs(tokens),),
     grid_names=("program",),
@@ -184,7 +191,10 @@ def _call(kernel, images, weights, biases, results, *, name):
     thread_name="warpgroup",
     kernel_name=name,
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+      approx_math=True,
+      # Pallas has one for all warpgroups, in which they would meet.
+      reduction_scratch_bytes=0,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
   )(
     *images,
@@ -214,7 +224,8 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-  x, dy, w1, w2, b1, dx, g, dh, db1, *, images, hidden, come, **scratch
+  x, dy, w1, w2, b1, dx, g, dh, db1, *, images, hidden, come, exchanged,
+  **scratch
 ):  # fmt: skip
   me, own = _own_tokens()
   tokens, cotangents = images.at[0, me], images.at[1, me]
@@ -235,7 +246,7 @@ def _backward_kernel(
     plgpu.copy_smem_to_gmem(dh_tile, dh.at[own, units])
     plgpu.wgmma(total, dh_tile, w1_tile.transpose((1, 0)))
     group = WARPGROUPS * lax.axis_index("program") + me
-    db1[group, units] = jnp.sum(cotangent, axis=0)
+    db1[group, units] = sum_tokens(cotangent, exchanged.at[me])
 
   total = _for_units(add, tokens.shape, w1, w2, **scratch)
   _store(tokens, total)
@@ -318,6 +329,20 @@ def _product(a, b):
     return total[...]
 
   return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1])))
+
+
+def sum_tokens(values: Array, exchanged: Any) -> Array:
+  """The sums over rows, by way of a reference to `EXCHANGED` numbers."""
+  row = plgpu.Layout.WGMMA.reduce(0)
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+    return_type=plgpu.ShapeDtypeStruct(values.shape[1:], values.dtype, row),
+  )
+  def reduce(_, values, exchanged):
+    return values.reduce("add", 0, exchanged)
+
+  return reduce(values, exchanged)
 
 
 def _row(ref):
