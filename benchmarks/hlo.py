@@ -16,7 +16,7 @@ _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(
-  r"(calls|body|to_apply|branch_computations|true_computation"
+  r"(calls|body|condition|to_apply|branch_computations|true_computation"
   r"|false_computation)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
 )
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
@@ -114,11 +114,9 @@ class Program:
     if opcode in _FREE or opcode.endswith("-done"):
       return []
     if opcode == "while":
-      trips = _TRIPS.search(instruction.line)
-      if trips is None:
-        raise ValueError(f"cannot tell how often {instruction.name} runs")
+      trips = self._trips(instruction)
       return [
-        dataclasses.replace(launch, times=int(trips[1]) * launch.times)
+        dataclasses.replace(launch, times=trips * launch.times)
         for launch in self._of(*called["body"])
       ]
     if opcode == "conditional":
@@ -129,6 +127,18 @@ class Program:
       return self._of(body)
     size = self._size(instruction, computation)
     return [Launch(instruction, size, 1)]
+
+  def _trips(self, loop):
+    if known := _TRIPS.search(loop.line):
+      return int(known[1])
+    # A TPU's program does not say it, but JAX's loops count from 0 to a constant.
+    condition = self._computations[loop.called["condition"][0]]
+    for end in condition.values():
+      if end.is_root and end.opcode == "compare" and "direction=LT" in end.line:
+        _, bound = (condition[name] for name in end.operands)
+        if bound.opcode == "constant":
+          return int(bound.line.partition(",")[0])
+    raise ValueError(f"cannot tell how often {loop.name} runs")
 
   def _size(self, instruction, computation):
     sizes = [computation[x].size for x in instruction.operands]
@@ -187,7 +197,7 @@ def _parse(name, text, *, is_root):
   opcode, _, rest = rest.partition("(")
   end = _matching(rest)
   operands, line = rest[:end], rest[end + 1 :]
-  if opcode == "parameter":
+  if opcode in ("parameter", "constant"):
     operands, line = "", operands + line
   called = {
     key: tuple(x.strip(" %") for x in names.split(","))

@@ -38,7 +38,7 @@ def main() -> None:
   print()
   print(
     f"| tiny training step, {BATCH_SIZE} images a chip, {TARGET} |"
-    " temporary memory, GiB | bytes accessed, GB |"
+    " temporary memory, GiB | bytes moved, GB |"
   )
   print("| --- | --- | --- |")
   for name in ("", "associative"):
@@ -93,7 +93,7 @@ def _step_row(implementation):
   return (
     f"| {implementation or 'kernels'}"
     f" | {record['temporary_bytes'] / 2**30:.1f}"
-    f" | {record['accessed_bytes'] / 1e9:.1f} |"
+    f" | {record['moved_bytes'] / 1e9:.1f} |"
   )
 
 

@@ -80,8 +80,16 @@ ASYNCHRONOUS = LOOP.replace(
   "  %new = f32[3,8]{1,0} fusion-done(%copy)\n  ROOT %out",
 )
 
+# As a TPU's program has it, which does not say how often it runs.
+COUNTED = LOOP.replace("known_trip_count", "unknown").replace(
+  "  ROOT %go = pred[] constant(true)",
+  "  %i = s32[]{:T(128)} get-tuple-element(%state), index=0\n"
+  "  %n = s32[]{:T(128)} constant(3), metadata={}\n"
+  "  ROOT %go = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={}",
+)
 
-@pytest.mark.parametrize("text", [LOOP, ASYNCHRONOUS])
+
+@pytest.mark.parametrize("text", [LOOP, ASYNCHRONOUS, COUNTED])
 def test_loops_slices_and_branches(text):
   program = hlo.Program(text)
   launches = program.launches()
