@@ -131,7 +131,7 @@ class Program:
   def _trips(self, loop):
     if known := _TRIPS.search(loop.line):
       return int(known[1])
-    # A TPU's program does not say it, but JAX's loops count from 0 to a constant.
+    # A TPU's program does not say it, but JAX counts from 0 to a constant.
     condition = self._computations[loop.called["condition"][0]]
     for end in condition.values():
       if end.is_root and end.opcode == "compare" and "direction=LT" in end.line:
