@@ -65,6 +65,8 @@ class Mlp(nnx.Module):
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     first, second = self.fc1, self.fc2
+    assert first.bias is not None
+    assert second.bias is not None
     return smk.mlp(
       x,
       first.kernel[...],

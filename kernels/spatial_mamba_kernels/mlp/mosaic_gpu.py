@@ -8,7 +8,7 @@ written for the weights' cotangents, which are products over all tokens: XLA's.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -263,7 +263,7 @@ def _own_tokens():
 
 def _for_units(
   add: Callable[..., None],
-  shape: Sequence[int],
+  shape: tuple[int, int],
   w1: Any,
   w2: Any,
   *,
@@ -320,7 +320,7 @@ def _for_units(
     for part in range(min(STAGES, parts)):
       fetch(jnp.int32(part))
 
-  return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+  return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def _product(a, b):
@@ -328,21 +328,24 @@ def _product(a, b):
     plgpu.wgmma(total, a, b)
     return total[...]
 
-  return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1])))
+  return pl.run_scoped(
+    multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]))
+  )
 
 
 def sum_tokens(values: Array, exchanged: Any) -> Array:
   """The sums over rows, by way of a reference to `EXCHANGED` numbers."""
-  row = plgpu.Layout.WGMMA.reduce(0)
 
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-    return_type=plgpu.ShapeDtypeStruct(values.shape[1:], values.dtype, row),
-  )
   def reduce(_, values, exchanged):
     return values.reduce("add", 0, exchanged)
 
-  return reduce(values, exchanged)
+  result = plgpu.ShapeDtypeStruct(
+    values.shape[1:], values.dtype, plgpu.Layout.WGMMA.reduce(0)
+  )
+  inlined: Any = plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result
+  )
+  return inlined(reduce)(values, exchanged)
 
 
 def _row(ref):
