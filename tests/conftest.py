@@ -2,11 +2,16 @@
 
 import functools
 import importlib.util
+import os
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+
+# Warpgroups of interpreted GPU kernels wait for one another in XLA's threads, of
+# which a machine of two cores would have too few, and wait forever.
+os.environ.setdefault("PJRT_NPROC", "8")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

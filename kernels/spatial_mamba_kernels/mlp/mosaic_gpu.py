@@ -29,6 +29,8 @@ from spatial_mamba_kernels.typing import Array
 # Of a warpgroup: the rows of Hopper's matrix products.
 TOKENS = 64
 WARPGROUPS = 2
+# Of an array whose tiles the TMA copies, tokens are a multiple of so many.
+COPIED = 8
 # Parts of the weights on their way into shared memory.
 STAGES = 2
 # More would leave no registers for the rest.
@@ -98,7 +100,7 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
     jax.ShapeDtypeStruct(flat.shape, x.dtype),
     name="mlp_forward",
   )
-  return (y.reshape(x.shape),)
+  return (_like(x, y),)
 
 
 def run_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
@@ -128,7 +130,7 @@ def run_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
     sums("tf,tc->fc", hidden, dflat),
     jnp.sum(dflat.astype(jnp.float32), 0),
   )
-  return dx.reshape(x.shape), *(x[None] for x in cotangents)
+  return _like(x, dx), *(x[None] for x in cotangents)
 
 
 def _finish(arrays, sums):
@@ -143,7 +145,15 @@ KERNEL = Kernel(
 
 
 def _flat(x):
-  return x.reshape(-1, x.shape[-1])
+  """As [T, C], with zeros where copies ask for more tokens."""
+  flat = x.reshape(-1, x.shape[-1])
+  tokens = max(len(flat) + -len(flat) % COPIED, TOKENS)
+  return jnp.pad(flat, ((0, tokens - len(flat)), (0, 0)))
+
+
+def _like(x, flat):
+  """The same without these, in the shape of x."""
+  return flat[: math.prod(x.shape[:-1])].reshape(x.shape)
 
 
 def _programs(tokens):
