@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-# Warpgroups of interpreted GPU kernels wait for one another in XLA's threads. Of
-# these a machine of two cores would have too few, and wait forever.
+# Warpgroups of interpreted GPU kernels wait for one another in XLA's threads.
+# Of these a machine of two cores has too few: it would wait forever.
 os.environ.setdefault("PJRT_NPROC", "8")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
