@@ -67,7 +67,9 @@ def test_convolution(convolution, assert_is_sequential, shape, dtype):
     (64, 14, 14, 256),
     (64, 56, 56, 96),
     (64, 28, 28, 192),
+    (1, 14, 14, 256),
     (3, 5, 9, 32),
+    (1, 1, 1, 32),
   ],
   ids=str,
 )
