@@ -227,18 +227,18 @@ def _matching(text):
 def _bytes(kind):
   """Of a type; not of what a TPU keeps in its own memory."""
   arrays = _ARRAY.findall(kind)
-  return sum(_array_bytes(*x) for x in arrays if _is_in_device_memory(x))
+  return sum(map(_array_bytes, filter(_is_in_device_memory, arrays)))
 
 
 def _copied(kind):
   """By a copy of this type: of its two arrays the smaller is what it copies."""
   arrays = _ARRAY.findall(kind)[:2]
-  size = min(_array_bytes(*array) for array in arrays)
+  size = min(map(_array_bytes, arrays))
   return size * sum(map(_is_in_device_memory, arrays))
 
 
-def _array_bytes(name, shape, layout):
-  del layout
+def _array_bytes(array):
+  name, shape, _ = array
   bits = _BITS.get(name) or int(re.sub(r"\D*(\d*).*", r"\1", name) or 0)
   return math.prod(int(x) for x in shape.split(",") if x) * bits // 8
 
