@@ -34,6 +34,7 @@ from jax.sharding import (
 )
 from spatial_mamba_kernels.by_platform import Kernel
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
+from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
 from spatial_mamba_kernels.selective_scan import gpu_tiles
 from spatial_mamba_kernels.selective_scan import mosaic_gpu as gpu_scan
@@ -66,6 +67,8 @@ OPS = (
   "structure_aware_ssm",
   "depthwise_conv",
   "mlp",
+  "residual_layer_norm",
+  "gated_layer_norm",
 )
 KERNELS: dict[str, dict[str, Kernel]] = {
   "tpu": {
@@ -79,6 +82,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "structure_aware_ssm": gpu_ssm.KERNEL,
     "depthwise_conv": gpu_conv.KERNEL,
     "mlp": gpu_mlp.KERNEL,
+    "residual_layer_norm": gpu_norm.KERNEL,
+    "gated_layer_norm": gpu_norm.GATED_KERNEL,
   },
 }
 CUSTOM_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
@@ -175,6 +180,9 @@ def _loop_tokens(op, arrays):
     return tokens
   if op == "mlp":
     return {f"mlp_{name}": gpu_mlp.TOKENS for name in ("forward", "backward")}
+  if "layer_norm" in op:
+    count = gpu_norm.Tokens(image.shape[-1]).count
+    return dict.fromkeys(gpu_norm.NAMES, count)
   if op == "depthwise_conv":
     types = image.shape, gpu_conv.STENCIL, image.dtype, image.dtype
     return {"depthwise_conv_weights": gpu_fusion.cut_to_fuse(*types).strip}
@@ -244,7 +252,12 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
     # A block's input has half as many channels as its mixer.
     narrow, hidden = channels // 2, 2 * channels
     first = array(narrow, hidden), array(hidden)
-    return pixels(narrow), *first, array(hidden, narrow), array(narrow)
+    second = array(hidden, narrow), array(narrow)
+    return pixels(narrow), *first, *second, pixels(narrow), array(batch)
+  if op == "residual_layer_norm":
+    return image, channel, channel
+  if op == "gated_layer_norm":
+    return image, channel, channel, image, array(batch)
   if op == "state_fusion":
     return (image, *stencil)
   if op == "selective_scan":

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import spatial_mamba_kernels as smk
 from spatial_mamba_kernels.depthwise_conv import xla as conv
+from spatial_mamba_kernels.drop_path import all_kept
+from spatial_mamba_kernels.layer_norm import xla as norm
 from spatial_mamba_kernels.mlp import xla as perceptron
 
 from benchmarks import timing
@@ -25,16 +27,30 @@ def _depthwise_conv(x, kernel, *, implementation):
   return conv.grouped(x, kernel, stride=1)
 
 
-def _mlp(x, w1, w2, *, implementation):
+def _mlp(x, w1, w2, residual, *, implementation):
   """XLA's is what it is held against, and its rival.
 
   Biases are constants: on a CPU XLA sums their cotangents in half precision.
   """
   b1, b2 = (jnp.linspace(-1, 1, w.shape[1]) for w in (w1, w2))
   if implementation is None:
-    return smk.mlp(x, w1, b1, w2, b2)
+    return smk.mlp(x, w1, b1, w2, b2, residual=residual)
   with jax.default_matmul_precision("highest"):
-    return perceptron.mlp(x, w1, b1, w2, b2)
+    return perceptron.mlp(x, w1, b1, w2, b2, residual, all_kept(x))
+
+
+def _residual_layer_norm(x, scale, bias, *, implementation):
+  """XLA's is what it is held against, and its rival."""
+  if implementation is None:
+    return jnp.stack(smk.residual_layer_norm(x, scale, bias))
+  return jnp.stack((x, norm.layer_norm(x, scale, bias)))
+
+
+def _gated_layer_norm(x, scale, bias, gate, *, implementation):
+  """XLA's is what it is held against, and its rival."""
+  if implementation is None:
+    return smk.gated_layer_norm(x, scale, bias, gate)
+  return norm.gated(x, scale, bias, gate, all_kept(x))
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -43,6 +59,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
   "structure_aware_ssm": smk.structure_aware_ssm,
   "depthwise_conv": _depthwise_conv,
   "mlp": _mlp,
+  "residual_layer_norm": _residual_layer_norm,
+  "gated_layer_norm": _gated_layer_norm,
 }
 # None is "kernel": what the platform has, XLA's where it has none.
 IMPLEMENTATIONS = {
@@ -92,8 +110,17 @@ class Case:
       rounded = jax.tree.map(lambda x: x.astype(self.dtype), weights)
       return {
         "x": pixels(narrow),
+        "residual": pixels(narrow),
         **jax.tree.map(lambda x: x.astype("float32"), rounded),
       }
+    if "layer_norm" in self.op:
+      whole = {
+        "x": pixels(channels),
+        "scale": normal(channels),
+        "bias": normal(channels),
+      }
+      is_gated = self.op == "gated_layer_norm"
+      return whole | ({"gate": pixels(channels)} if is_gated else {})
     if self.op == "state_fusion":
       return {"h": pixels(channels), **stencil}
     whole = {

@@ -6,7 +6,8 @@
     y = smk.structure_aware_ssm(u, delta, A, B, C, D, kernels, alpha)
 
 `CHECKPOINT_NAME` is what they call their results for `jax.checkpoint`, but for
-those of `depthwise_conv`, which cost less to make again than to keep.
+those of `depthwise_conv` and of the normalisations, which cost less to make
+again than to keep.
 
 Axis letters: B batch, H and W height and width, L = H * W tokens, D channels,
 N states a channel.
@@ -14,6 +15,10 @@ N states a channel.
 
 from spatial_mamba_kernels.by_platform import CHECKPOINT_NAME
 from spatial_mamba_kernels.depthwise_conv import depthwise_conv
+from spatial_mamba_kernels.layer_norm import (
+  gated_layer_norm,
+  residual_layer_norm,
+)
 from spatial_mamba_kernels.mlp import mlp
 from spatial_mamba_kernels.selective_scan import selective_scan
 from spatial_mamba_kernels.state_fusion import state_fusion
@@ -22,7 +27,9 @@ from spatial_mamba_kernels.structure_aware_ssm import structure_aware_ssm
 __all__ = [
   "CHECKPOINT_NAME",
   "depthwise_conv",
+  "gated_layer_norm",
   "mlp",
+  "residual_layer_norm",
   "selective_scan",
   "state_fusion",
   "structure_aware_ssm",

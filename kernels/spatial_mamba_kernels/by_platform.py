@@ -26,6 +26,8 @@ from spatial_mamba_kernels.sharding import (
 from spatial_mamba_kernels.typing import Array
 
 Arrays = tuple[Array, ...]
+# The first may be a tuple of arrays.
+Results = tuple[Any, ...]
 
 # What `checkpoint_name` calls all that took a scan or a fusion of states to
 # make, for the policies of `jax.checkpoint`.
@@ -44,8 +46,8 @@ class Passes(NamedTuple):
     backward: (arrays, saved, cotangent of the result) -> those of `arrays`.
   """
 
-  forward: Callable[..., Arrays]
-  backward: Callable[[Arrays, Arrays, Array], Arrays]
+  forward: Callable[..., Results]
+  backward: Callable[[Arrays, Arrays, Any], Arrays]
 
 
 class Kernel(NamedTuple):
@@ -98,7 +100,7 @@ class Operator:
   def __init__(
     self,
     name: str,
-    xla: Callable[..., Array],
+    xla: Callable[..., Any],
     kernels: Mapping[str, Kernel],
     dimensions: Dimensions,
     *,
@@ -117,7 +119,7 @@ class Operator:
     self._chosen = jax.custom_vjp(self._forward, nondiff_argnums=(1,))
     self._chosen.defvjp(self._save, self._backward)
 
-  def __call__(self, arrays: Arrays, implementation: str | None) -> Array:
+  def __call__(self, arrays: Arrays, implementation: str | None) -> Any:
     """Computes by the implementation named, or by the platform's best.
 
     Raises:
@@ -245,7 +247,7 @@ class Run(NamedTuple):
 
   def __call__(
     self, platform: str | None, arrays: Arrays, *rest: Any
-  ) -> Arrays:
+  ) -> Results:
     """Runs the pass as a platform does it best, or XLA."""
     passes = self.operator.on(self._kernel_for(platform, arrays))
     run = getattr(passes, self.name)

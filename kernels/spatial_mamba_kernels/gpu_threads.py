@@ -10,6 +10,7 @@ registers while it computes, and results go straight to device memory.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +83,24 @@ def pad_to_blocks(x: Array) -> Array:
   """Fills channels up to whole blocks."""
   padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % CHANNELS)]
   return jnp.pad(x, padding)
+
+
+def flat_tokens(x: Array, multiple: int) -> Array:
+  """[B, H, W, C] as [T, C], with zeros up to a multiple of tokens."""
+  flat = x.reshape(-1, x.shape[-1])
+  return jnp.pad(flat, ((0, -len(flat) % multiple), (0, 0)))
+
+
+def token_scales(scales: Array, x: Array, multiple: int) -> Array:
+  """[B] as [T], in float32, each image's for all of its tokens."""
+  scales = scales.astype(jnp.float32)[:, None, None, None]
+  tokens = jnp.broadcast_to(scales, (*x.shape[:3], 1))
+  return flat_tokens(tokens, multiple)[:, 0]
+
+
+def like(x: Array, flat: Array) -> Array:
+  """The same without these zeros, in the shape of x."""
+  return flat[: math.prod(x.shape[:-1])].reshape(x.shape)
 
 
 def parameters(x: Array) -> Array:
@@ -216,7 +235,7 @@ def store_channel_sums(products: Any, out: Any) -> None:
     vector_dim=-1,
   )
   meet()
-  _store(out, jnp.sum(load(products, layout), axis=1))
+  store(out, jnp.sum(load(products, layout), axis=1))
   meet()
 
 
@@ -228,7 +247,8 @@ def load(ref: Any, layout: Any) -> Array:
     return plgpu.load(ref, (), layout=layout, optimized=False)
 
 
-def _store(ref, value):
+def store(ref: Any, value: Array) -> None:
+  """Stores as a layout says, in however small pieces."""
   if hasattr(plgpu, "store"):
     # JAX 0.12 would ask for whole sectors of memory.
     plgpu.store(ref, value, optimized=False)

@@ -24,7 +24,6 @@ from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   Mlp,
   conv3x3,
-  drop_path,
   drop_path_scales,
   linear,
   uniform_linear,
@@ -121,14 +120,11 @@ class Block(nnx.Module):
     scales: Float[Array, "2 B"] | None = None,
   ) -> Float[Array, "B H W C"]:
     """Without `scales` (`drop_path_scales`), no branch is dropped."""
-
-    def drop(branch, index):
-      return branch if scales is None else drop_path(branch, scales[index])
-
-    x = x + self.conv1(x)
-    x = x + drop(self.mixer(self.norm1(x)), 0)
-    x = x + self.conv2(x)
-    return x + drop(self.mlp(self.norm2(x)), 1)
+    first, second = (None, None) if scales is None else scales
+    x, branch = self.norm1.residual(x + self.conv1(x))
+    x = x + self.mixer(branch, first)
+    x, branch = self.norm2.residual(x + self.conv2(x))
+    return self.mlp(branch, x, second)
 
   def states(self, x: Float[Array, "B H W C"]) -> States:
     """The states of the mixer in `self(x)`."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
+from spatial_mamba_kernels import gpu_device
+from spatial_mamba_kernels.activations import silu
 from spatial_mamba_kernels.by_platform import keep
 from spatial_mamba_kernels.typing import Array, Float
 
@@ -14,7 +16,6 @@ from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   linear,
-  silu,
   uniform_linear,
 )
 from spatial_mamba_jax.models.norms import LayerNorm
@@ -67,8 +68,13 @@ class StructureAwareSSM(nnx.Module):
     self.splits = (rank, rank + n)
     self.implementation = config.implementation
 
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    x, z = jnp.split(keep(self.in_proj(x)), 2, axis=-1)
+  def __call__(
+    self,
+    x: Float[Array, "B H W C"],
+    branch_scale: Float[Array, "B"] | None = None,
+  ) -> Float[Array, "B H W C"]:
+    """The branch of `x`, times `branch_scale` (see `Block`)."""
+    x, z = self._project(x)
     u, delta, A, B, C = self._select(x)
     y = smk.structure_aware_ssm(
       u,
@@ -82,11 +88,11 @@ class StructureAwareSSM(nnx.Module):
       delta_bias=self.dt_bias[...],
       implementation=self.implementation,
     )
-    return keep(self.out_proj(self.norm(y) * silu(z)))
+    return keep(self.out_proj(self.norm.gated(y, z, branch_scale)))
 
   def states(self, x: Float[Array, "B H W C"]) -> States:
     """The states that `self(x)` observes, which it keeps to itself."""
-    x, _ = jnp.split(self.in_proj(x), 2, axis=-1)
+    x, _ = self._project(x)
     u, delta, A, B, _ = self._select(x)
     batch, height, width, _ = u.shape
 
@@ -109,6 +115,15 @@ class StructureAwareSSM(nnx.Module):
       implementation=self.implementation,
     ).reshape(images.shape)
     return States(before, jnp.moveaxis(after, 0, -1))
+
+  def _project(self, x):
+    """The x that is scanned, and the gate."""
+    if not gpu_device.is_default():
+      return jnp.split(keep(self.in_proj(x)), 2, axis=-1)
+    # By two products, because kernels read no half of an array: XLA would copy
+    # both. For a CPU two of them are slower than one.
+    halves = jnp.split(self.in_proj.kernel.astype(x.dtype), 2, axis=1)
+    return [keep(x @ half) for half in halves]
 
   def _select(self, x):
     """What the tokens make of the SSM: u, delta, A, B and C."""

@@ -27,6 +27,8 @@ OPS = (
   "state_fusion",
   "structure_aware_ssm",
   "depthwise_conv",
+  "residual_layer_norm",
+  "gated_layer_norm",
 )
 # What a program may have, in bytes.
 MOST_SMEM = {
@@ -46,6 +48,11 @@ COUNTS = {
   ("structure_aware_ssm", "backward"): 2,
   ("depthwise_conv", "forward"): 0,
   ("depthwise_conv", "backward"): 1,
+  **{
+    (f"{kind}_layer_norm", direction): 1
+    for kind in ("residual", "gated")
+    for direction in DIRECTIONS
+  },
 }
 # And without.
 OLDER_COUNTS = COUNTS | {
@@ -150,14 +157,36 @@ def test_mlp(shape, direction):
   assert kernels == 1
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("op", ["residual_layer_norm", "gated_layer_norm"])
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    ((128, 56, 56, 64, 1), "bfloat16"),
+    ((128, 56, 56, 96, 1), "bfloat16"),
+    ((128, 14, 14, 768, 1), "bfloat16"),
+    # As many as there may be, and tokens that are not as many as come together.
+    ((1, 7, 7, 1024, 1), "float32"),
+  ],
+  ids=str,
+)
+def test_layer_norm(op, shape, dtype, direction):
+  kernels = assert_kernels_compile(
+    "H200", op, direction, "--shape", *shape, "--dtype", dtype
+  )
+  assert kernels == 1
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_sharded_training_step(target):
   record = compiled(
     "step", "--target", f"{target}:4", "--batch-size", 128, "--model", "tiny"
   )
-  # In each of the 18 blocks, with its three convolutions.
+  # In each of the 18 blocks, with its three convolutions, and three norms.
   counts = OLDER_COUNTS if target == "A100" else COUNTS
-  kernels = sum(counts["structure_aware_ssm", x] for x in DIRECTIONS) + 3
+  kernels = (
+    sum(counts["structure_aware_ssm", x] for x in DIRECTIONS) + 3 + 2 * 3
+  )
   expected = 18 * kernels
   if target in ("H100", "H200"):
     expected += 2 * BLOCKS_WITH_MLPS

@@ -9,6 +9,8 @@ import pytest
 import spatial_mamba_kernels as smk
 from spatial_mamba_kernels.depthwise_conv import api as conv_api
 from spatial_mamba_kernels.depthwise_conv import xla as conv_xla
+from spatial_mamba_kernels.drop_path import drop_path
+from spatial_mamba_kernels.layer_norm import api as norm_api
 from spatial_mamba_kernels.mlp import api as mlp_api
 
 # Sums of some hundred float32 terms; and the rounding of a result to bfloat16.
@@ -86,12 +88,20 @@ def convolution():
   return arguments
 
 
-def _mlp(x, w1, b1, w2, b2, *, implementation=None):
+def _branch_scales(batch):
+  """Of each image; the last one's branch is dropped."""
+  return jnp.linspace(1.25, 0, batch)
+
+
+def _mlp(x, w1, b1, w2, b2, residual, *, implementation=None):
   """By a kernel, or with JAX's GELU."""
+  scale = _branch_scales(len(x))
   if implementation != "sequential":
-    return mlp_api.operator((x, w1, b1, w2, b2), implementation)
+    arrays = x, w1, b1, w2, b2, residual, scale
+    return mlp_api.operator(arrays, implementation)
   with jax.default_matmul_precision("highest"):
-    return jax.nn.gelu(x @ w1 + b1, approximate=False) @ w2 + b2
+    branch = jax.nn.gelu(x @ w1 + b1, approximate=False) @ w2 + b2
+  return residual + drop_path(branch, scale)
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +125,54 @@ def perceptron():
       "b1": normal(hidden),
       "w2": normal(hidden, channels, scale=hidden**-0.5),
       "b2": normal(channels),
+      "residual": normal(*shape).astype(dtype),
     }
+
+  return arguments
+
+
+def _residual_layer_norm(x, scale, bias, *, implementation=None):
+  """By a kernel, or as its equation."""
+  if implementation != "sequential":
+    arrays = x, scale, bias
+    return jnp.stack(norm_api.residual_operator(arrays, implementation))
+  return jnp.stack((x, _layer_norm(x, scale, bias)))
+
+
+def _gated_layer_norm(x, scale, bias, gate, *, implementation=None):
+  """By a kernel, or as its equation."""
+  branch_scale = _branch_scales(len(x))
+  if implementation != "sequential":
+    arrays = x, scale, bias, gate, branch_scale
+    return norm_api.gated_operator(arrays, implementation)
+  gated = _layer_norm(x, scale, bias) * jax.nn.silu(gate)
+  return drop_path(gated, branch_scale)
+
+
+def _layer_norm(x, scale, bias):
+  centred = x - x.mean(-1, keepdims=True)
+  var = jnp.square(centred).mean(-1, keepdims=True)
+  return centred / jnp.sqrt(var + 1e-5) * scale + bias
+
+
+@pytest.fixture(scope="session")
+def normalisation():
+  """(shape of the image, its dtype, is_gated=) -> one, {name: array}."""
+
+  def arguments(shape, dtype, *, is_gated):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype=jnp.float32):
+      return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    arrays = {
+      "x": 3 + normal(*shape, dtype=dtype),
+      "scale": normal(shape[-1]),
+      "bias": normal(shape[-1]),
+    }
+    if not is_gated:
+      return _residual_layer_norm, arrays
+    return _gated_layer_norm, arrays | {"gate": normal(*shape, dtype=dtype)}
 
   return arguments
 

@@ -16,6 +16,7 @@ import pytest
 import spatial_mamba_kernels as smk
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from spatial_mamba_kernels import gpu_device, gpu_threads
+from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import gpu_gelu
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
 from spatial_mamba_kernels.state_fusion import gpu_strips, mosaic_gpu
@@ -229,6 +230,35 @@ def test_mlp(interpreted, perceptron, assert_is_sequential, shape, hidden):
   assert_is_sequential("mosaic_gpu", operator, arrays, jnp.bfloat16)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    # Tokens that are not as many as a warpgroup has at a time; with 4, 16 and
+    # 32 threads a token, and with as many numbers a thread as there may be.
+    ((2, 3, 5, 32), jnp.float32),
+    ((2, 3, 7, 96), jnp.bfloat16),
+    ((2, 2, 3, 1024), jnp.bfloat16),
+  ],
+  ids=str,
+)
+def test_layer_norm(
+  interpreted,
+  normalisation,
+  assert_is_sequential,
+  monkeypatch,
+  shape,
+  dtype,
+  is_gated,
+):
+  interpreted()
+  # Two programs, of which one has a step more.
+  monkeypatch.setattr(gpu_norm, "LOADED", 2 * 32 * gpu_norm.NUMBERS * 32)
+  operator, arrays = normalisation(shape, dtype, is_gated=is_gated)
+  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
+
+
 class Mapped:
   """An operator on two of everything but its parameters."""
 
@@ -414,6 +444,33 @@ def test_an_mlp_for_a_hopper(perceptron, on_gpu):
   on_gpu("9.0")
   operator, arrays = perceptron((1, 2, 3, 256), 1024, jnp.bfloat16)
   assert "mlp_forward" in lowered_for_a_gpu(operator, arrays)
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(
+  ("capability", "channels", "why"),
+  [
+    ("9.0", 48, "32 channels or a multiple, up to 1024, not 48"),
+    ("9.0", 1056, "up to 1024, not 1056"),
+    (None, 32, "where a GPU is JAX's default device"),
+  ],
+)
+def test_normalisations_without_a_kernel(
+  normalisation, on_gpu, capability, channels, why, is_gated
+):
+  if capability:
+    on_gpu(capability)
+  shape = 1, 2, 3, channels
+  assert_refused(*normalisation(shape, jnp.float32, is_gated=is_gated), why)
+
+
+def test_normalisations_for_a_gpu(normalisation, on_gpu):
+  on_gpu("9.0")
+  for is_gated in (False, True):
+    program = lowered_for_a_gpu(
+      *normalisation((1, 2, 3, 64), jnp.bfloat16, is_gated=is_gated)
+    )
+    assert "layer_norm_forward" in program
 
 
 def lowered_for_a_gpu(operator, arrays):

@@ -78,6 +78,31 @@ def test_mlp(perceptron, assert_is_sequential, shape):
   assert_is_sequential("mosaic_gpu", operator, arrays, jnp.bfloat16)
 
 
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (64, 56, 56, 64),
+    (64, 56, 56, 128),
+    (64, 28, 28, 256),
+    (64, 14, 14, 512),
+    (64, 7, 7, 1024),
+    (64, 14, 14, 768),
+    (64, 56, 56, 96),
+    (1, 14, 14, 192),
+    (3, 5, 9, 32),
+    (1, 1, 1, 1024),
+  ],
+  ids=str,
+)
+def test_layer_norm(
+  normalisation, assert_is_sequential, shape, dtype, is_gated
+):
+  operator, arrays = normalisation(shape, DTYPES[dtype], is_gated=is_gated)
+  assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
   "shape", [(8, 14, 14, 512, 16), (*ODD[:4], 3)], ids=str

@@ -248,22 +248,70 @@ def test_a_cpu_slices_the_weights_of_a_loop_apart_from_their_products():
 
 def test_an_mlp_is_its_equation():
   rng = np.random.default_rng(0)
-  shapes = ((2, 3, 5, 7), (7, 11), (11,), (11, 7), (7,))
+  image = 2, 3, 5, 7
+  shapes = (image, (7, 11), (11,), (11, 7), (7,), image)
   arrays = [jnp.asarray(rng.standard_normal(shape)) for shape in shapes]
+  branch_scale = jnp.asarray([0, 1.25])
 
-  def equation(x, w1, b1, w2, b2):
+  def mlp(*arrays):
+    *arrays, residual = arrays
+    return smk.mlp(*arrays, residual=residual, branch_scale=branch_scale)
+
+  def equation(x, w1, b1, w2, b2, residual):
     h = x @ w1 + b1
-    return h * jax.scipy.stats.norm.cdf(h) @ w2 + b2
+    branch = h * jax.scipy.stats.norm.cdf(h) @ w2 + b2
+    return residual + branch_scale[:, None, None, None] * branch
 
-  y, pullback = jax.vjp(smk.mlp, *arrays)
+  y, pullback = jax.vjp(mlp, *arrays)
   expected, expected_pullback = jax.vjp(equation, *arrays)
   assert_close(y, expected, 1e-14)
   dy = jnp.cos(y)
   assert_trees_close(pullback(dy), expected_pullback(dy), 1e-13)
-  half = smk.mlp(arrays[0].astype(jnp.bfloat16), *arrays[1:])
+  x, *weights, residual = arrays
+  half = mlp(x.astype(jnp.bfloat16), *weights, residual.astype(jnp.bfloat16))
   assert half.dtype == jnp.bfloat16
+  # A branch that is dropped does not matter, whatever is in it.
+  dropped = mlp(x.at[0].set(jnp.nan), *weights, residual)
+  assert_close(dropped, expected, 1e-14)
   with pytest.raises(ValueError, match=r"w2 must have shape \[F, C\]"):
-    smk.mlp(*arrays[:3], arrays[3].T, arrays[4])
+    mlp(x, *weights[:2], weights[2].T, *weights[3:], residual)
+
+
+def test_normalisations_are_their_equations():
+  rng = np.random.default_rng(0)
+  image = 2, 3, 5, 7
+  shapes = image, (7,), (7,), image
+  *arrays, gate = (jnp.asarray(rng.standard_normal(shape)) for shape in shapes)
+  branch_scale = jnp.asarray([0, 1.25])
+
+  def equation(x, scale, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    var = jnp.square(centred).mean(-1, keepdims=True)
+    return x, centred / jnp.sqrt(var + 1e-5) * scale + bias
+
+  def gated_equation(x, scale, bias, gate):
+    _, y = equation(x, scale, bias)
+    factor = branch_scale[:, None, None, None]
+    return factor * y * gate / (1 + jnp.exp(-gate))
+
+  def gated(*arrays):
+    return smk.gated_layer_norm(*arrays, branch_scale)
+
+  for operator, expected, inputs in (
+    (smk.residual_layer_norm, equation, arrays),
+    (gated, gated_equation, [*arrays, gate]),
+  ):
+    y, pullback = jax.vjp(operator, *inputs)
+    wanted, wanted_pullback = jax.vjp(expected, *inputs)
+    assert_trees_close(y, wanted, 1e-14)
+    dy = jax.tree.map(jnp.cos, y)
+    assert_trees_close(pullback(dy), wanted_pullback(dy), 1e-13)
+  # A branch that is dropped does not matter, whatever is in it.
+  x, *parameters = arrays
+  dropped = gated(x.at[0].set(jnp.nan), *parameters, gate)
+  assert_close(dropped, gated(*arrays, gate), 1e-14)
+  with pytest.raises(ValueError, match=r"gate must have shape \[B, H, W, C\]"):
+    gated(*arrays, gate[0])
 
 
 def test_what_a_tpu_is_given_is_the_same():

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from spatial_mamba_kernels.mlp.xla import gelu
+from spatial_mamba_kernels.activations import gelu, silu
+from spatial_mamba_kernels.drop_path import drop_path
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.models import spatial_mamba
-from spatial_mamba_jax.models.layers import drop_path, drop_path_scales, silu
+from spatial_mamba_jax.models.layers import drop_path_scales
 from spatial_mamba_jax.models.norms import LayerNorm
 from spatial_mamba_jax.models.spatial_mamba import Stage
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from spatial_mamba_kernels.activations import silu
 from spatial_mamba_kernels.selective_scan.reference import selective_scan
 from spatial_mamba_kernels.state_fusion.reference import state_fusion
 
 import spatial_mamba_jax as smj
-from spatial_mamba_jax.models.layers import silu
 from spatial_mamba_jax.models.ssm import StructureAwareSSM
 
 block_states = nnx.jit(smj.block_states, static_argnames=("stage", "block"))
@@ -72,9 +72,9 @@ def test_every_block_against_the_reference(monkeypatch):
   def mixer_inputs(model, images):
     inputs = []
 
-    def spy(mixer, x):
+    def spy(mixer, x, branch_scale):
       inputs.append(x)
-      return forward(mixer, x)
+      return forward(mixer, x, branch_scale)
 
     with monkeypatch.context() as patch:
       patch.setattr(StructureAwareSSM, "__call__", spy)

@@ -1,3 +1,3 @@
-"""A linear layer, GELU, and a linear layer."""
+"""A residual branch: a linear layer, GELU, and a linear layer."""
 
 from spatial_mamba_kernels.mlp.api import mlp as mlp

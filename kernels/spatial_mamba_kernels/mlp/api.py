@@ -1,4 +1,4 @@
-"""A linear layer, GELU, and a linear layer."""
+"""A residual branch: a linear layer, GELU, and a linear layer."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.by_platform import Arrays, Operator
+from spatial_mamba_kernels.drop_path import all_kept
 from spatial_mamba_kernels.mlp import mosaic_gpu, xla
 from spatial_mamba_kernels.shapes import check_shapes
 
@@ -25,9 +26,16 @@ operator = Operator(
 
 
 def mlp(
-  x: ArrayLike, w1: ArrayLike, b1: ArrayLike, w2: ArrayLike, b2: ArrayLike
+  x: ArrayLike,
+  w1: ArrayLike,
+  b1: ArrayLike,
+  w2: ArrayLike,
+  b2: ArrayLike,
+  *,
+  residual: ArrayLike,
+  branch_scale: ArrayLike | None = None,
 ) -> Array:
-  """gelu(x @ w1 + b1) @ w2 + b2, with the exact GELU.
+  """Residual + branch_scale * (gelu(x @ w1 + b1) @ w2 + b2), the exact GELU.
 
   On GPUs that have a kernel for it (Hopper, in bfloat16, up to 256 channels)
   the hidden units stay on the chip, and are made again in the backward pass.
@@ -39,6 +47,10 @@ def mlp(
     b1: [F].
     w2: [F, C].
     b2: [C].
+    residual: [B, H, W, C], in the dtype of `x`.
+    branch_scale: [B], what to multiply each image's branch by, if anything;
+      where it is 0, the branch does not matter, whatever is in it. Nothing is
+      propagated back to it.
 
   Returns:
     [B, H, W, C] in the dtype of `x`.
@@ -54,6 +66,11 @@ def mlp(
       "b1": (b1, "F"),
       "w2": (w2, "F C"),
       "b2": (b2, "C"),
+      "residual": (residual, "B H W C"),
+      "branch_scale": (
+        all_kept(x) if branch_scale is None else branch_scale,
+        "B",
+      ),
     },
   )
   return operator(tuple(arrays), None)

@@ -28,8 +28,6 @@ from spatial_mamba_kernels.typing import Array
 # Of a warpgroup: the rows of Hopper's matrix products.
 TOKENS = 64
 WARPGROUPS = 2
-# Of an array whose tiles the TMA copies, tokens are a multiple of so many.
-COPIED = 8
 # Parts of the weights on their way into shared memory.
 STAGES = 2
 # More would leave no registers for the rest.
@@ -43,7 +41,10 @@ _IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
 _SUMS = ((BATCH, WHOLE, WHOLE), (BATCH, WHOLE)) * 2
 
 DIMENSIONS = Dimensions(
-  arguments=(_IMAGE, (WHOLE, WHOLE), (WHOLE,), (WHOLE, WHOLE), (WHOLE,)),
+  arguments=(
+    *(_IMAGE, (WHOLE, WHOLE), (WHOLE,), (WHOLE, WHOLE), (WHOLE,)),
+    *(_IMAGE, (BATCH,)),
+  ),
   result=_IMAGE,
   saved=(),
 )
@@ -89,29 +90,31 @@ def _units_of(channels, hidden, images):
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
   """The result on one device; there is nothing to save."""
   del save
-  x, w1, b1, w2, b2 = arrays
+  x, w1, b1, w2, b2, residual, branch_scale = arrays
   flat = _flat(x)
   y = _call(
     _forward_kernel,
     [flat],
+    (_flat(residual), _scales(branch_scale, x)),
     (w1, w2),
     (b1, b2),
     jax.ShapeDtypeStruct(flat.shape, x.dtype),
     name="mlp_forward",
   )
-  return (_like(x, y),)
+  return (gpu.like(x, y),)
 
 
 def run_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
   """The cotangents of x, and [1, ...] of weights and biases."""
   del saved
-  x, w1, b1, w2, _ = arrays
-  flat, dflat = _flat(x), _flat(dy)
+  x, w1, b1, w2, _, _, branch_scale = arrays
+  flat, dflat, scales = _flat(x), _flat(dy), _scales(branch_scale, x)
   tokens, width = len(flat), w1.shape[1]
   groups = WARPGROUPS * _programs(tokens)
   dx, hidden, dhidden, db1 = _call(
     _backward_kernel,
     [flat, dflat],
+    (scales,),
     (w1, w2),
     (b1,),
     [
@@ -127,44 +130,43 @@ def run_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
     sums("tc,tf->cf", flat, dhidden),
     jnp.sum(db1, 0),
     sums("tf,tc->fc", hidden, dflat),
-    jnp.sum(dflat.astype(jnp.float32), 0),
+    jnp.sum(scales[:, None] * dflat.astype(jnp.float32), 0),
   )
-  return _like(x, dx), *(x[None] for x in cotangents)
+  return gpu.like(x, dx), *(x[None] for x in cotangents), dy
 
 
 def _finish(arrays, sums):
-  del arrays
-  dx, *cotangents = sums
-  return dx, *(jnp.sum(x, axis=0) for x in cotangents)
+  dx, *cotangents, dy = sums
+  cotangents = (jnp.sum(x, axis=0) for x in cotangents)
+  return dx, *cotangents, dy, jnp.zeros_like(arrays[-1])
 
 
 KERNEL = Kernel(
-  plan, Passes(run_forward, run_backward), _finish, (_IMAGE, *_SUMS)
+  plan, Passes(run_forward, run_backward), _finish, (_IMAGE, *_SUMS, _IMAGE)
 )
 
 
 def _flat(x):
-  """As [T, C], with zeros where copies ask for more tokens."""
-  flat = x.reshape(-1, x.shape[-1])
-  tokens = max(len(flat) + -len(flat) % COPIED, TOKENS)
-  return jnp.pad(flat, ((0, tokens - len(flat)), (0, 0)))
+  """As [T, C], with zeros so that all programs have tokens enough."""
+  return gpu.flat_tokens(x, WARPGROUPS * TOKENS)
 
 
-def _like(x, flat):
-  """The same without these, in the shape of x."""
-  return flat[: math.prod(x.shape[:-1])].reshape(x.shape)
+def _scales(branch_scale, x):
+  """[B] as [T]."""
+  return gpu.token_scales(branch_scale, x, WARPGROUPS * TOKENS)
 
 
 def _programs(tokens):
-  return -(-tokens // (WARPGROUPS * TOKENS))
+  return tokens // (WARPGROUPS * TOKENS)
 
 
-def _call(kernel, images, weights, biases, results, *, name, **scratch):
+def _call(kernel, images, others, weights, biases, results, *, name, **scratch):
   """Runs a kernel over tokens.
 
   Args:
-    kernel: (*images, *weights, *biases, *results, **scratch).
-    images: each [T, C].
+    kernel: (*images, *others, *weights, *biases, *results, **scratch).
+    images: each [T, C], to be copied into shared memory.
+    others: what else there is of tokens, each [T, ...].
     weights: of the first product, [C, F], and of the second, [F, C].
     biases: what the kernel takes of them.
     results: shapes and types.
@@ -207,33 +209,37 @@ def _call(kernel, images, weights, biases, results, *, name, **scratch):
     ),
   )(
     *images,
+    *others,
     *(x.astype(jnp.bfloat16) for x in weights),
     *(x.astype(jnp.float32) for x in biases),
   )
 
 
 def _forward_kernel(
-  x, w1, w2, b1, b2, y, *, images, hidden, come, **scratch
-):  # fmt: skip
+  x, residual, scales, w1, w2, b1, b2, y, *, images, hidden, come, **scratch
+):
   me, own = _own_tokens()
   tokens, tile = images.at[0, me], hidden.at[0, me]
   plgpu.copy_gmem_to_smem(x.at[own], tokens, come.at[me])
+  scale = gpu.load(scales.at[own], plgpu.Layout.WGMMA.reduce(1))
   plgpu.barrier_wait(come.at[me])
 
   def add(total, units, w1_tile, w2_tile):
     bias = _row(b1.at[units])
     g, _ = gelu(_product(tokens, w1_tile) + bias)
-    _store(tile, g)
+    _store(tile, _scaled(g, scale))
     plgpu.wgmma(total, tile, w2_tile)
 
   total = _for_units(add, tokens.shape, w1, w2, **scratch)
-  _store(tokens, total + _row(b2))
+  # Sooner there are no registers for it.
+  total += gpu.load(residual.at[own], plgpu.Layout.WGMMA).astype(jnp.float32)
+  _store(tokens, total + _scaled(_row(b2), scale))
   plgpu.copy_smem_to_gmem(tokens, y.at[own])
   plgpu.wait_smem_to_gmem(0)
 
 
 def _backward_kernel(
-  x, dy, w1, w2, b1, dx, g, dh, db1, *, images, hidden, come, exchanged,
+  x, dy, scales, w1, w2, b1, dx, g, dh, db1, *, images, hidden, come, exchanged,
   **scratch
 ):  # fmt: skip
   me, own = _own_tokens()
@@ -241,12 +247,15 @@ def _backward_kernel(
   g_tile, dh_tile = hidden.at[0, me], hidden.at[1, me]
   plgpu.copy_gmem_to_smem(x.at[own], tokens, come.at[me])
   plgpu.copy_gmem_to_smem(dy.at[own], cotangents, come.at[me])
+  scale = gpu.load(scales.at[own], plgpu.Layout.WGMMA.reduce(1))
   plgpu.barrier_wait(come.at[me])
 
   def add(total, units, w1_tile, w2_tile):
     bias = _row(b1.at[units])
     value, slope = gelu(_product(tokens, w1_tile) + bias)
     cotangent = slope * _product(cotangents, w2_tile.transpose((1, 0)))
+    # Of what the second product was given, which XLA multiplies by dy.
+    value, cotangent = (_scaled(x, scale) for x in (value, cotangent))
     # Until the ones before have been copied out.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     _store(g_tile, value)
@@ -264,7 +273,7 @@ def _backward_kernel(
 
 
 def _own_tokens():
-  """This warpgroup, and its tokens; beyond the last copies read zeros."""
+  """This warpgroup, and its tokens."""
   me = lax.axis_index("warpgroup")
   first = (WARPGROUPS * lax.axis_index("program") + me) * TOKENS
   return me, pl.ds(first, TOKENS)
@@ -362,6 +371,12 @@ def _row(ref):
   layout = plgpu.Layout.WGMMA.reduce(0)
   vector = gpu.load(ref, layout)
   return lax.broadcast_in_dim(vector, (TOKENS, *vector.shape), (1,))
+
+
+def _scaled(values, scale):
+  """Times a number of each token; zero where that is, whatever was there."""
+  scale = lax.broadcast_in_dim(scale, values.shape, (0,))
+  return jnp.where(scale > 0, values * scale, 0)
 
 
 def _store(tile, values):

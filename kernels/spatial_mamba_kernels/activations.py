@@ -1,0 +1,31 @@
+"""Activation functions, as XLA computes them best."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from spatial_mamba_kernels.typing import Array, Float
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The exact GELU; `jax.nn.gelu`'s erfc costs twice as much on a CPU."""
+  return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@jax.custom_jvp
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """X * sigmoid(x), as one division.
+
+  XLA takes a division for expensive and computes it once. The product of
+  `jax.nn.silu` it computes again in each consumer, the depthwise convolution
+  before it included; on a CPU that made the state fusion 12 times slower.
+  """
+  return x / (1 + jnp.exp(-x))
+
+
+@silu.defjvp
+def _silu_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  gate = jax.nn.sigmoid(x)
+  return silu(x), dx * gate * (1 + x * (1 - gate))

@@ -1,0 +1,8 @@
+"""Layer normalisation, before a residual branch and within one."""
+
+from spatial_mamba_kernels.layer_norm.api import (
+  gated_layer_norm as gated_layer_norm,
+)
+from spatial_mamba_kernels.layer_norm.api import (
+  residual_layer_norm as residual_layer_norm,
+)

@@ -1,0 +1,104 @@
+"""Layer normalisation, before a residual branch and within one."""
+
+from typing import Any
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from spatial_mamba_kernels.by_platform import Arrays, Operator
+from spatial_mamba_kernels.drop_path import all_kept
+from spatial_mamba_kernels.layer_norm import mosaic_gpu, xla
+from spatial_mamba_kernels.shapes import check_shapes
+
+
+def _residual(arrays: Arrays, *, implementation: str | None) -> Any:
+  del implementation
+  return arrays[0], xla.layer_norm(*arrays)
+
+
+def _gated(arrays: Arrays, *, implementation: str | None) -> Any:
+  del implementation
+  return xla.gated(*arrays)
+
+
+residual_operator = Operator(
+  "residual_layer_norm",
+  _residual,
+  {"mosaic_gpu": mosaic_gpu.KERNEL},
+  mosaic_gpu.DIMENSIONS,
+  is_named=False,
+)
+gated_operator = Operator(
+  "gated_layer_norm",
+  _gated,
+  {"mosaic_gpu": mosaic_gpu.GATED_KERNEL},
+  mosaic_gpu.GATED_DIMENSIONS,
+  is_named=False,
+)
+
+
+def residual_layer_norm(
+  x: ArrayLike, scale: ArrayLike, bias: ArrayLike
+) -> tuple[Array, Array]:
+  """Where a residual branch begins: x itself, and x normalised for the branch.
+
+  That the operator returns x, too, lets a GPU add up the cotangents of both in
+  one pass over memory, with those of the normalisation.
+
+  Args:
+    x: [B, H, W, C].
+    scale: [C].
+    bias: [C].
+
+  Returns:
+    `x`; and each token with mean 0 and variance 1 over its channels (1e-5 is
+    added to the variance), times `scale` plus `bias`, in the dtype of `x`.
+
+  Raises:
+    ValueError: the shapes are inconsistent.
+  """
+  arrays = check_shapes(
+    "residual_layer_norm",
+    {"x": (x, "B H W C"), "scale": (scale, "C"), "bias": (bias, "C")},
+  )
+  return residual_operator(tuple(arrays), None)
+
+
+def gated_layer_norm(
+  x: ArrayLike,
+  scale: ArrayLike,
+  bias: ArrayLike,
+  gate: ArrayLike,
+  branch_scale: ArrayLike | None = None,
+) -> Array:
+  """silu(gate) times x normalised, or nothing of images that are dropped.
+
+  Args:
+    x: [B, H, W, C].
+    scale: [C], of the normalisation (see `residual_layer_norm`).
+    bias: [C].
+    gate: [B, H, W, C].
+    branch_scale: [B], what to multiply each image by, if anything; where it is
+      0, the result is, whatever is in the image. Nothing is propagated back to
+      it.
+
+  Returns:
+    [B, H, W, C] in the dtype of `x`.
+
+  Raises:
+    ValueError: the shapes are inconsistent.
+  """
+  arrays = check_shapes(
+    "gated_layer_norm",
+    {
+      "x": (x, "B H W C"),
+      "scale": (scale, "C"),
+      "bias": (bias, "C"),
+      "gate": (gate, "B H W C"),
+      "branch_scale": (
+        all_kept(x) if branch_scale is None else branch_scale,
+        "B",
+      ),
+    },
+  )
+  return gated_operator(tuple(arrays), None)

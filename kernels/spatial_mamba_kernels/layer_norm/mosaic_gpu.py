@@ -1,0 +1,383 @@
+"""Layer normalisation as GPU kernels: each array is read once.
+
+Some threads of a warp have a token, all of it, in registers. What they sum over
+its channels they exchange by shuffles, so that no thread waits for another warp
+but once, for the sums over tokens at the end.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from spatial_mamba_kernels import gpu_threads as gpu
+from spatial_mamba_kernels.by_platform import (
+  Arrays,
+  Dimensions,
+  Kernel,
+  Passes,
+  Results,
+)
+from spatial_mamba_kernels.gpu_device import is_default
+from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.layer_norm.xla import EPSILON
+from spatial_mamba_kernels.sharding import BATCH, WHOLE
+from spatial_mamba_kernels.typing import Array
+
+WARPS, LANES = 4, 32
+# Numbers of a token that a thread has, where there are threads enough: with
+# more of them fewer threads take part in a sum.
+NUMBERS = 8
+# Numbers loaded together; Mosaic sums no more over warps.
+VECTOR = 4
+# With more, a thread's registers would not hold all images.
+MOST_CHANNELS = 1024
+# Numbers of an image that are on their way into registers at a time, so that a
+# device's memory is busy; with more, sums of more programs are written.
+LOADED = 2**20
+
+# Of the kernels.
+NAMES = tuple(
+  kind + direction
+  for kind in ("layer_norm", "gated_layer_norm")
+  for direction in ("_forward", "_backward")
+)
+
+_IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
+_WEIGHTS = (WHOLE,)
+_SUMS = ((BATCH, WHOLE),) * 2
+
+DIMENSIONS = Dimensions(
+  arguments=(_IMAGE, _WEIGHTS, _WEIGHTS), result=(_IMAGE, _IMAGE), saved=()
+)
+GATED_DIMENSIONS = Dimensions(
+  arguments=(_IMAGE, _WEIGHTS, _WEIGHTS, _IMAGE, (BATCH,)),
+  result=_IMAGE,
+  saved=(),
+)
+
+
+def plan(arrays: Arrays) -> None:
+  """Raises NotImplementedError where the kernels cannot serve."""
+  gpu.check_served(arrays)
+  # Elsewhere statistics are kept, which is decided in tracing.
+  if not is_default():
+    raise NotImplementedError(
+      "mosaic_gpu normalises where a GPU is JAX's default device"
+    )
+  channels = arrays[0].shape[-1]
+  if channels % LANES or channels > MOST_CHANNELS:
+    raise NotImplementedError(
+      f"mosaic_gpu normalises {LANES} channels or a multiple, up to"
+      f" {MOST_CHANNELS}, not {channels}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """Those that a warpgroup has at a time.
+
+  Attributes:
+    channels: of a token.
+  """
+
+  channels: int
+
+  @property
+  def threads(self) -> int:
+    """Those that have a token: a power of two, 32 at most."""
+    return min(LANES, pl.next_power_of_2(-(-self.channels // NUMBERS)))
+
+  @property
+  def count(self) -> int:
+    """How many tokens."""
+    return WARPS * LANES // self.threads
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of their numbers."""
+    return self.count, self.channels
+
+  @property
+  def layout(self) -> Any:
+    """Which thread has which numbers."""
+    vector = math.gcd(self.channels // self.threads, VECTOR)
+    tile = self.count, self.threads * vector
+    if self.threads == LANES:
+      tiling = plgpu.Tiling((tile, (vector,)))
+      warps, lanes = (-3,), (-2,)
+    else:
+      tiling = plgpu.Tiling((tile, (LANES // self.threads, vector)))
+      warps, lanes = (-4,), (-2, -3)
+    return plgpu.Layout.TILED(
+      tiling, warp_dims=warps, lane_dims=lanes, vector_dim=-1
+    )
+
+  def load(self, image: Any, own: Any) -> Array:
+    """These tokens' numbers."""
+    return gpu.load(image.at[own], self.layout).astype(jnp.float32)
+
+  def store(self, image: Any, own: Any, values: Array) -> None:
+    """Stores these tokens' numbers."""
+    gpu.store(image.at[own], values.astype(image.dtype))
+
+  def parameters(self, ref: Any) -> Array:
+    """A vector of channels, for each token."""
+    return self._spread(gpu.load(ref, self.layout.reduce(0)), 1)
+
+  def scales(self, ref: Any, own: Any) -> Array:
+    """A number of each token, for each of its channels."""
+    return self._spread(gpu.load(ref.at[own], self.layout.reduce(1)), 0)
+
+  def means(self, values: Array) -> Array:
+    """Of each token, for each of its channels."""
+    return self._spread(jnp.sum(values, axis=1) * (1 / self.channels), 0)
+
+  def programs(self, length: int) -> int:
+    """How many of them share so many tokens."""
+    return min(length // self.count, LOADED // math.prod(self.shape))
+
+  def each(self, length: int, step: Callable[..., Any], *values: Any) -> Any:
+    """Goes through a program's share of so many tokens.
+
+    Args:
+      length: tokens of all programs.
+      step: (tokens, *values) -> values, or nothing.
+      *values: the first ones.
+
+    Returns:
+      The last ones.
+    """
+    program, programs = lax.axis_index("program"), self.programs(length)
+    steps = (length // self.count - program + programs - 1) // programs
+
+    def run(i, values):
+      first = (program + i * programs) * self.count
+      return step(pl.ds(first, self.count), *values) or ()
+
+    return lax.fori_loop(0, steps, run, values)
+
+  def sum(
+    self, length: int, step: Callable[..., Any], results: Sequence[Any]
+  ) -> None:
+    """As `each`, of sums that are then added up over tokens, and stored."""
+    zeros = plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
+    totals = self.each(length, step, *(zeros for _ in results))
+    for total, result in zip(totals, results, strict=True):
+      sums = jnp.sum(total, axis=0)
+      gpu.store(result.at[lax.axis_index("program")], sums)
+
+  def _spread(self, vector, axis):
+    values = lax.broadcast_in_dim(vector, self.shape, (axis,))
+    return plgpu.layout_cast(values, self.layout)
+
+
+def run_forward(arrays: Arrays, *, save: bool) -> Results:
+  """What is normalised and x, on one device; there is nothing to save."""
+  del save
+  x, scale, bias = arrays
+  (y,) = _call(
+    _forward_kernel, [x], [scale, bias], [x], name="layer_norm_forward"
+  )
+  return ((x, y),)
+
+
+def run_backward(arrays: Arrays, saved: Arrays, cotangents: Arrays) -> Arrays:
+  """The cotangents of x, and [1, C] of scale and bias."""
+  del saved
+  x, scale, _ = arrays
+  return _call(
+    _backward_kernel,
+    [x, *cotangents],
+    [scale],
+    [x],
+    sums=2,
+    name="layer_norm_backward",
+  )
+
+
+def run_gated_forward(arrays: Arrays, *, save: bool) -> Arrays:
+  """The result on one device; there is nothing to save."""
+  del save
+  x, scale, bias, gate, branch_scale = arrays
+  return _call(
+    _gated_forward_kernel,
+    [x, gate],
+    [scale, bias],
+    [x],
+    branch_scale=branch_scale,
+    name="gated_layer_norm_forward",
+  )
+
+
+def run_gated_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
+  """The cotangents of x and of the gate, and [1, C] of scale and bias."""
+  del saved
+  x, scale, bias, gate, branch_scale = arrays
+  return _call(
+    _gated_backward_kernel,
+    [x, gate, dy],
+    [scale, bias],
+    [x, gate],
+    sums=2,
+    branch_scale=branch_scale,
+    name="gated_layer_norm_backward",
+  )
+
+
+def _finish(arrays, sums):
+  del arrays
+  dx, *sums = sums
+  return dx, *(jnp.sum(x, axis=0) for x in sums)
+
+
+def _finish_gated(arrays, sums):
+  dx, dgate, *sums = sums
+  dscale, dbias = (jnp.sum(x, axis=0) for x in sums)
+  return dx, dscale, dbias, dgate, jnp.zeros_like(arrays[-1])
+
+
+KERNEL = Kernel(
+  plan, Passes(run_forward, run_backward), _finish, (_IMAGE, *_SUMS)
+)
+GATED_KERNEL = Kernel(
+  plan,
+  Passes(run_gated_forward, run_gated_backward),
+  _finish_gated,
+  (_IMAGE, _IMAGE, *_SUMS),
+)
+
+
+def _call(
+  kernel: Callable[..., None],
+  images: Sequence[Array],
+  parameters: Sequence[Array],
+  results: Sequence[Array],
+  *,
+  sums: int = 0,
+  branch_scale: Array | None = None,
+  name: str,
+) -> Arrays:
+  """Runs a kernel over tokens.
+
+  Args:
+    kernel: (tokens, *images, branch_scale, *parameters, *results, *sums).
+    images: each [B, H, W, C].
+    parameters: each [C].
+    results: images of the shapes and types of the results.
+    sums: how many sums over tokens there are.
+    branch_scale: [B], if the kernel takes one.
+    name: of the kernel.
+
+  Returns:
+    The results, and [1, C] for each of the sums.
+  """
+  x = images[0]
+  tokens = Tokens(x.shape[-1])
+  flat = [gpu.flat_tokens(image, tokens.count) for image in images]
+  scales = []
+  if branch_scale is not None:
+    scales.append(gpu.token_scales(branch_scale, x, tokens.count))
+  length = len(flat[0])
+  programs = tokens.programs(length)
+  shape = programs, tokens.channels
+  (*flat_results,) = plgpu.kernel(
+    partial(kernel, tokens),
+    out_type=[
+      *(jax.ShapeDtypeStruct((length, x.shape[-1]), x.dtype) for x in results),
+      *(jax.ShapeDtypeStruct(shape, jnp.float32) for _ in range(sums)),
+    ],
+    grid=(programs,),
+    grid_names=("program",),
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      unsafe_no_auto_barriers=True,
+      # Where warps exchange sums over their tokens.
+      reduction_scratch_bytes=4 * math.prod(tokens.shape) if sums else 0,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+    ),
+  )(*flat, *scales, *(x.astype(jnp.float32) for x in parameters))
+  images = [
+    gpu.like(x, y)
+    for x, y in zip(results, flat_results[: len(results)], strict=True)
+  ]
+  totals = [jnp.sum(x, 0, keepdims=True) for x in flat_results[len(results) :]]
+  return *images, *totals
+
+
+def _forward_kernel(tokens, x, scale, bias, y):
+  scale, bias = tokens.parameters(scale), tokens.parameters(bias)
+
+  def step(own):
+    normalized, _ = _normalize(tokens, tokens.load(x, own))
+    tokens.store(y, own, normalized * scale + bias)
+
+  tokens.each(len(x), step)
+
+
+def _backward_kernel(tokens, x, dx_after, dy, scale, dx, dscale, dbias):
+  scale = tokens.parameters(scale)
+
+  def step(own, dscale, dbias):
+    normalized, rstd = _normalize(tokens, tokens.load(x, own))
+    g = tokens.load(dy, own)
+    to_x = _to_input(tokens, normalized, rstd, g * scale)
+    tokens.store(dx, own, tokens.load(dx_after, own) + to_x)
+    return dscale + g * normalized, dbias + g
+
+  tokens.sum(len(x), step, (dscale, dbias))
+
+
+def _gated_forward_kernel(tokens, x, gate, branch_scale, scale, bias, y):
+  scale, bias = tokens.parameters(scale), tokens.parameters(bias)
+
+  def step(own):
+    normalized, _ = _normalize(tokens, tokens.load(x, own))
+    z = tokens.load(gate, own)
+    gated = (normalized * scale + bias) * z * gpu.sigmoid(z)
+    tokens.store(y, own, _drop_path(gated, tokens.scales(branch_scale, own)))
+
+  tokens.each(len(x), step)
+
+
+def _gated_backward_kernel(
+  tokens, x, gate, dy, branch_scale, scale, bias, dx, dgate, dscale, dbias
+):
+  scale, bias = tokens.parameters(scale), tokens.parameters(bias)
+
+  def step(own, dscale, dbias):
+    normalized, rstd = _normalize(tokens, tokens.load(x, own))
+    z = tokens.load(gate, own)
+    share = gpu.sigmoid(z)
+    dgated = _drop_path(tokens.load(dy, own), tokens.scales(branch_scale, own))
+    slope = share * (1 + z * (1 - share))
+    tokens.store(dgate, own, dgated * (normalized * scale + bias) * slope)
+    g = dgated * z * share
+    tokens.store(dx, own, _to_input(tokens, normalized, rstd, g * scale))
+    return dscale + g * normalized, dbias + g
+
+  tokens.sum(len(x), step, (dscale, dbias))
+
+
+def _normalize(tokens, x):
+  """To mean 0 and variance 1; also one over the standard deviation."""
+  centred = x - tokens.means(x)
+  rstd = lax.rsqrt(tokens.means(centred * centred) + EPSILON)
+  return centred * rstd, rstd
+
+
+def _to_input(tokens, normalized, rstd, g):
+  """From the cotangents of what is normalised to those of what it was."""
+  along = tokens.means(g * normalized)
+  return rstd * (g - tokens.means(g) - normalized * along)
+
+
+def _drop_path(x, scale):
+  return jnp.where(scale > 0, x * scale, 0)
