@@ -34,6 +34,7 @@ from jax.sharding import (
 )
 from spatial_mamba_kernels.by_platform import Kernel
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
+from spatial_mamba_kernels.gpu_tokens import Tokens
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
 from spatial_mamba_kernels.selective_scan import gpu_tiles
@@ -181,7 +182,7 @@ def _loop_tokens(op, arrays):
   if op == "mlp":
     return {f"mlp_{name}": gpu_mlp.TOKENS for name in ("forward", "backward")}
   if "layer_norm" in op:
-    count = gpu_norm.Tokens(image.shape[-1]).count
+    count = Tokens(image.shape[-1]).count
     return dict.fromkeys(gpu_norm.NAMES, count)
   if op == "depthwise_conv":
     types = image.shape, gpu_conv.STENCIL, image.dtype, image.dtype

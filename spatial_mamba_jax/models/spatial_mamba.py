@@ -17,6 +17,7 @@ import spatial_mamba_kernels as smk
 from flax import nnx
 from jax.extend.backend import get_default_device
 from jax.typing import ArrayLike
+from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.config import ModelConfig, get_model_config
@@ -98,8 +99,8 @@ class DownSampling(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo Co"]:
-    x = jax.nn.relu(self.expand(x))
-    return self.project(jax.nn.relu(self.conv(x)))
+    x = relu(self.expand(x))
+    return self.project(relu(self.conv(x)))
 
 
 class Block(nnx.Module):

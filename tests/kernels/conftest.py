@@ -68,22 +68,22 @@ def fusion_arguments():
   return arguments
 
 
-def _depthwise_conv(x, kernel, *, implementation=None):
+def _depthwise_conv(x, kernel, *, stride, implementation=None):
   """By a kernel, or as XLA's convolution, which is none of ours."""
   if implementation == "sequential":
-    return conv_xla.grouped(x, kernel, stride=1)
-  return conv_api.operator(1)((x, kernel), implementation)
+    return conv_xla.grouped(x, kernel, stride=stride)
+  return conv_api.operator(stride)((x, kernel), implementation)
 
 
 @pytest.fixture(scope="session")
 def convolution():
-  """(shape of the image, its dtype) -> a depthwise one, {name: array}."""
+  """(shape of the image, its dtype, stride) -> a depthwise one, its arrays."""
 
-  def arguments(shape, dtype):
+  def arguments(shape, dtype, stride=1):
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.standard_normal((3, 3, shape[-1])), jnp.float32)
     x = jnp.asarray(rng.standard_normal(shape), dtype)
-    return _depthwise_conv, {"x": x, "kernel": kernel}
+    return partial(_depthwise_conv, stride=stride), {"x": x, "kernel": kernel}
 
   return arguments
 

@@ -16,6 +16,7 @@ import pytest
 import spatial_mamba_kernels as smk
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from spatial_mamba_kernels import gpu_device, gpu_threads
+from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import gpu_gelu
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
@@ -213,6 +214,34 @@ def test_depthwise_conv(
 
 @needs_interpreter
 @pytest.mark.parametrize(
+  ("shape", "dtype", "stride"),
+  [
+    ((1, 1, 1, 32), jnp.float32, 2),
+    # Images that are not as many as a warpgroup has at a time, of an even and
+    # an odd number of pixels; two blocks of channels.
+    ((5, 4, 7, 512), jnp.bfloat16, 2),
+    ((2, 5, 8, 96), jnp.float32, 3),
+  ],
+  ids=str,
+)
+def test_depthwise_conv_with_a_stride(
+  interpreted,
+  convolution,
+  assert_is_sequential,
+  monkeypatch,
+  shape,
+  dtype,
+  stride,
+):
+  interpreted()
+  # Strips of two rows, and of one at the end.
+  monkeypatch.setattr(gpu_strided, "PROGRAMS", 2)
+  operator, arrays = convolution(shape, dtype, stride)
+  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
   ("shape", "hidden"),
   [
     # A warpgroup without tokens, and one with few.
@@ -254,7 +283,7 @@ def test_layer_norm(
 ):
   interpreted()
   # Two programs, of which one has a step more.
-  monkeypatch.setattr(gpu_norm, "LOADED", 2 * 32 * gpu_norm.NUMBERS * 32)
+  monkeypatch.setattr(gpu_norm, "LOADED", 2**13)
   operator, arrays = normalisation(shape, dtype, is_gated=is_gated)
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
@@ -501,6 +530,7 @@ def test_channels_that_threads_cannot_copy(convolution, on_gpu, monkeypatch):
   on_gpu("8.0")
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
   assert_refused(*convolution((1, 2, 3, 130), jnp.float32), "130 channels")
+  assert_refused(*convolution((1, 2, 3, 48), jnp.float32, 2), "not 48")
 
 
 @pytest.mark.usefixtures("x64")

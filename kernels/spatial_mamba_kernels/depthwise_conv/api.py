@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.by_platform import Arrays, Operator
-from spatial_mamba_kernels.depthwise_conv import mosaic_gpu, xla
+from spatial_mamba_kernels.depthwise_conv import gpu_strided, mosaic_gpu, xla
 from spatial_mamba_kernels.shapes import check_shapes
 
 
@@ -50,12 +50,11 @@ def operator(stride: int) -> Operator:
     del implementation
     return xla.convolve(*arrays, stride)
 
-  # Of the network's convolutions few have a stride.
-  kernels = {"mosaic_gpu": mosaic_gpu.KERNEL} if stride == 1 else {}
+  kernel = mosaic_gpu.KERNEL if stride == 1 else gpu_strided.kernel(stride)
   return Operator(
     "depthwise_conv",
     convolve,
-    kernels,
+    {"mosaic_gpu": kernel},
     mosaic_gpu.DIMENSIONS,
     is_named=False,
   )

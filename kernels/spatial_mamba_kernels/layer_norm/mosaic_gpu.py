@@ -1,11 +1,5 @@
-"""Layer normalisation as GPU kernels: each array is read once.
+"""Layer normalisation as GPU kernels: each array is read once."""
 
-Some threads of a warp have a token, all of it, in registers. What they sum over
-its channels they exchange by shuffles, so that no thread waits for another warp
-but once, for the sums over tokens at the end.
-"""
-
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,16 +20,11 @@ from spatial_mamba_kernels.by_platform import (
 )
 from spatial_mamba_kernels.gpu_device import is_default
 from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.gpu_tokens import LANES, Tokens
 from spatial_mamba_kernels.layer_norm.xla import EPSILON
 from spatial_mamba_kernels.sharding import BATCH, WHOLE
 from spatial_mamba_kernels.typing import Array
 
-WARPS, LANES = 4, 32
-# Numbers of a token that a thread has, where there are threads enough: with
-# more of them fewer threads take part in a sum.
-NUMBERS = 8
-# Numbers loaded together; Mosaic sums no more over warps.
-VECTOR = 4
 # With more, a thread's registers would not hold all images.
 MOST_CHANNELS = 1024
 # Numbers of an image that are on their way into registers at a time, so that a
@@ -77,105 +66,6 @@ def plan(arrays: Arrays) -> None:
       f"mosaic_gpu normalises {LANES} channels or a multiple, up to"
       f" {MOST_CHANNELS}, not {channels}"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-  """Those that a warpgroup has at a time.
-
-  Attributes:
-    channels: of a token.
-  """
-
-  channels: int
-
-  @property
-  def threads(self) -> int:
-    """Those that have a token: a power of two, 32 at most."""
-    return min(LANES, pl.next_power_of_2(-(-self.channels // NUMBERS)))
-
-  @property
-  def count(self) -> int:
-    """How many tokens."""
-    return WARPS * LANES // self.threads
-
-  @property
-  def shape(self) -> tuple[int, int]:
-    """Of their numbers."""
-    return self.count, self.channels
-
-  @property
-  def layout(self) -> Any:
-    """Which thread has which numbers."""
-    vector = math.gcd(self.channels // self.threads, VECTOR)
-    tile = self.count, self.threads * vector
-    if self.threads == LANES:
-      tiling = plgpu.Tiling((tile, (vector,)))
-      warps, lanes = (-3,), (-2,)
-    else:
-      tiling = plgpu.Tiling((tile, (LANES // self.threads, vector)))
-      warps, lanes = (-4,), (-2, -3)
-    return plgpu.Layout.TILED(
-      tiling, warp_dims=warps, lane_dims=lanes, vector_dim=-1
-    )
-
-  def load(self, image: Any, own: Any) -> Array:
-    """These tokens' numbers."""
-    return gpu.load(image.at[own], self.layout).astype(jnp.float32)
-
-  def store(self, image: Any, own: Any, values: Array) -> None:
-    """Stores these tokens' numbers."""
-    gpu.store(image.at[own], values.astype(image.dtype))
-
-  def parameters(self, ref: Any) -> Array:
-    """A vector of channels, for each token."""
-    return self._spread(gpu.load(ref, self.layout.reduce(0)), 1)
-
-  def scales(self, ref: Any, own: Any) -> Array:
-    """A number of each token, for each of its channels."""
-    return self._spread(gpu.load(ref.at[own], self.layout.reduce(1)), 0)
-
-  def means(self, values: Array) -> Array:
-    """Of each token, for each of its channels."""
-    return self._spread(jnp.sum(values, axis=1) * (1 / self.channels), 0)
-
-  def programs(self, length: int) -> int:
-    """How many of them share so many tokens."""
-    return min(length // self.count, LOADED // math.prod(self.shape))
-
-  def each(self, length: int, step: Callable[..., Any], *values: Any) -> Any:
-    """Goes through a program's share of so many tokens.
-
-    Args:
-      length: tokens of all programs.
-      step: (tokens, *values) -> values, or nothing.
-      *values: the first ones.
-
-    Returns:
-      The last ones.
-    """
-    program, programs = lax.axis_index("program"), self.programs(length)
-    steps = (length // self.count - program + programs - 1) // programs
-
-    def run(i, values):
-      first = (program + i * programs) * self.count
-      return step(pl.ds(first, self.count), *values) or ()
-
-    return lax.fori_loop(0, steps, run, values)
-
-  def sum(
-    self, length: int, step: Callable[..., Any], results: Sequence[Any]
-  ) -> None:
-    """As `each`, of sums that are then added up over tokens, and stored."""
-    zeros = plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
-    totals = self.each(length, step, *(zeros for _ in results))
-    for total, result in zip(totals, results, strict=True):
-      sums = jnp.sum(total, axis=0)
-      gpu.store(result.at[lax.axis_index("program")], sums)
-
-  def _spread(self, vector, axis):
-    values = lax.broadcast_in_dim(vector, self.shape, (axis,))
-    return plgpu.layout_cast(values, self.layout)
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Results:
@@ -285,7 +175,7 @@ def _call(
   if branch_scale is not None:
     scales.append(gpu.token_scales(branch_scale, x, tokens.count))
   length = len(flat[0])
-  programs = tokens.programs(length)
+  programs = _programs(tokens, length)
   shape = programs, tokens.channels
   (*flat_results,) = plgpu.kernel(
     partial(kernel, tokens),
@@ -296,13 +186,7 @@ def _call(
     grid=(programs,),
     grid_names=("program",),
     kernel_name=name,
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      unsafe_no_auto_barriers=True,
-      # Where warps exchange sums over their tokens.
-      reduction_scratch_bytes=4 * math.prod(tokens.shape) if sums else 0,
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-    ),
+    compiler_params=tokens.compiler_params(sums=sums > 0),
   )(*flat, *scales, *(x.astype(jnp.float32) for x in parameters))
   images = [
     gpu.like(x, y)
@@ -312,6 +196,44 @@ def _call(
   return *images, *totals
 
 
+def _programs(tokens, length):
+  """How many of them share so many tokens."""
+  return min(length // tokens.count, LOADED // math.prod(tokens.shape))
+
+
+def _each(
+  tokens: Tokens, length: int, step: Callable[..., Any], *values: Any
+) -> Any:
+  """Goes through a program's share of so many tokens.
+
+  Args:
+    tokens: how many at a time.
+    length: tokens of all programs.
+    step: (which tokens, *values) -> values, or nothing.
+    *values: the first ones.
+
+  Returns:
+    The last ones.
+  """
+  program, programs = lax.axis_index("program"), _programs(tokens, length)
+  steps = (length // tokens.count - program + programs - 1) // programs
+
+  def run(i, values):
+    first = (program + i * programs) * tokens.count
+    return step(pl.ds(first, tokens.count), *values) or ()
+
+  return lax.fori_loop(0, steps, run, values)
+
+
+def _sum(tokens, length, step, results):
+  """As `_each`, of sums that are then added up over tokens, and stored."""
+  zeros = (tokens.zeros() for _ in results)
+  totals = _each(tokens, length, step, *zeros)
+  for total, result in zip(totals, results, strict=True):
+    sums = jnp.sum(total, axis=0)
+    gpu.store(result.at[lax.axis_index("program")], sums)
+
+
 def _forward_kernel(tokens, x, scale, bias, y):
   scale, bias = tokens.parameters(scale), tokens.parameters(bias)
 
@@ -319,7 +241,7 @@ def _forward_kernel(tokens, x, scale, bias, y):
     normalized, _ = _normalize(tokens, tokens.load(x, own))
     tokens.store(y, own, normalized * scale + bias)
 
-  tokens.each(len(x), step)
+  _each(tokens, len(x), step)
 
 
 def _backward_kernel(tokens, x, dx_after, dy, scale, dx, dscale, dbias):
@@ -332,7 +254,7 @@ def _backward_kernel(tokens, x, dx_after, dy, scale, dx, dscale, dbias):
     tokens.store(dx, own, tokens.load(dx_after, own) + to_x)
     return dscale + g * normalized, dbias + g
 
-  tokens.sum(len(x), step, (dscale, dbias))
+  _sum(tokens, len(x), step, (dscale, dbias))
 
 
 def _gated_forward_kernel(tokens, x, gate, branch_scale, scale, bias, y):
@@ -344,7 +266,7 @@ def _gated_forward_kernel(tokens, x, gate, branch_scale, scale, bias, y):
     gated = (normalized * scale + bias) * z * gpu.sigmoid(z)
     tokens.store(y, own, _drop_path(gated, tokens.scales(branch_scale, own)))
 
-  tokens.each(len(x), step)
+  _each(tokens, len(x), step)
 
 
 def _gated_backward_kernel(
@@ -363,7 +285,7 @@ def _gated_backward_kernel(
     tokens.store(dx, own, _to_input(tokens, normalized, rstd, g * scale))
     return dscale + g * normalized, dbias + g
 
-  tokens.sum(len(x), step, (dscale, dbias))
+  _sum(tokens, len(x), step, (dscale, dbias))
 
 
 def _normalize(tokens, x):

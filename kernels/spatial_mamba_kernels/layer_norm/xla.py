@@ -3,6 +3,7 @@
 Axis letters: B batch, H and W height and width, C channels.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -89,16 +90,18 @@ def _backward(axes, residuals, cotangents):
   )
   normalized = (x.astype(g.dtype) - mean) * rstd
   scaled = g * scale
-  means = jnp.mean(scaled, axes), jnp.mean(scaled * normalized, axes)
+  dscale, dbias = (jnp.sum(x, (0, 1, 2)) for x in (g * normalized, g))
+  if axes == (0, 1, 2):
+    # The same sums, of a batch's channels.
+    share = scale / math.prod(x.shape[:3])
+    means = dbias * share, dscale * share
+  else:
+    means = jnp.mean(scaled, axes), jnp.mean(scaled * normalized, axes)
   across, along = (
     jnp.expand_dims(mean, axes) for mean in jax.lax.optimization_barrier(means)
   )
   dx = rstd * (scaled - across - normalized * along)
-  return (
-    dx.astype(x.dtype),
-    jnp.sum(g * normalized, (0, 1, 2)),
-    jnp.sum(g, (0, 1, 2)),
-  )
+  return dx.astype(x.dtype), dscale, dbias
 
 
 _normalize: Any = jax.custom_vjp(_result, nondiff_argnums=(3,))
