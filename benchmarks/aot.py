@@ -33,6 +33,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 from spatial_mamba_kernels.by_platform import Kernel
+from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
 from spatial_mamba_kernels.gpu_tokens import Tokens
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
@@ -67,6 +68,7 @@ OPS = (
   "state_fusion",
   "structure_aware_ssm",
   "depthwise_conv",
+  "strided_depthwise_conv",
   "mlp",
   "residual_layer_norm",
   "gated_layer_norm",
@@ -82,6 +84,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "state_fusion": gpu_fusion.kernel(DILATIONS),
     "structure_aware_ssm": gpu_ssm.KERNEL,
     "depthwise_conv": gpu_conv.KERNEL,
+    "strided_depthwise_conv": gpu_strided.kernel(2),
     "mlp": gpu_mlp.KERNEL,
     "residual_layer_norm": gpu_norm.KERNEL,
     "gated_layer_norm": gpu_norm.GATED_KERNEL,
@@ -184,6 +187,9 @@ def _loop_tokens(op, arrays):
   if "layer_norm" in op:
     count = Tokens(image.shape[-1]).count
     return dict.fromkeys(gpu_norm.NAMES, count)
+  if op == "strided_depthwise_conv":
+    count = gpu_strided.tokens_of(image.shape[-1]).count
+    return {"depthwise_conv_strided_weights": count}
   if op == "depthwise_conv":
     types = image.shape, gpu_conv.STENCIL, image.dtype, image.dtype
     return {"depthwise_conv_weights": gpu_fusion.cut_to_fuse(*types).strip}
@@ -247,7 +253,7 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   channel, A = array(channels), array(channels, states)
   stencil = (array(3, 3, 3, channels), array(3))
   image, numbers = pixels(channels), pixels(states)
-  if op == "depthwise_conv":
+  if op in ("depthwise_conv", "strided_depthwise_conv"):
     return image, array(3, 3, channels)
   if op == "mlp":
     # A block's input has half as many channels as its mixer.

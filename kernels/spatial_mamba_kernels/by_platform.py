@@ -132,6 +132,8 @@ class Operator:
     elif implementation in self._kernels:
       self._check_served(implementation, arrays)
       names = (implementation,)
+    elif implementation in PLATFORMS:
+      raise NotImplementedError(f"{self.name} has no kernel {implementation}")
     else:
       names = ()
     if names:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from spatial_mamba_kernels.by_platform import PLATFORMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class ModelConfig:
     dtype: precision of activations. Parameters, states and statistics are
       float32, and all is float64 where this is.
     implementation: of the structure-aware SSM; see `spatial_mamba_kernels`.
+      "sequential" and "associative" are without kernels for the rest, too.
     remat: whether training runs the blocks of a stage in a loop, and makes most
       of each again in the backward pass: it takes half of the memory and less
       time to compile. None: unless the default device is a GPU.
@@ -64,6 +66,12 @@ class ModelConfig:
   def param_dtype(self) -> jnp.dtype:
     """float32, or float64 where `dtype` is."""
     return jnp.promote_types(self.dtype, jnp.float32)
+
+  @property
+  def implementation_of_rest(self) -> str | None:
+    """Of all but the SSM: a kernel's name says nothing of other kernels."""
+    is_kernel = self.implementation in PLATFORMS
+    return None if is_kernel else self.implementation
 
   @property
   def drop_path_rates(self) -> tuple[tuple[float, ...], ...]:

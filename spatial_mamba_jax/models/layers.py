@@ -40,6 +40,7 @@ class DepthwiseConv(nnx.Module):
     features: int,
     *,
     stride: int = 1,
+    implementation: str | None = None,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
@@ -48,9 +49,15 @@ class DepthwiseConv(nnx.Module):
     self.kernel = nnx.Param(init(rngs.params(), (3, 3, features), param_dtype))
     self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
     self.stride = stride
+    self.implementation = implementation
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo C"]:
-    y = smk.depthwise_conv(x, self.kernel[...], stride=self.stride)
+    y = smk.depthwise_conv(
+      x,
+      self.kernel[...],
+      stride=self.stride,
+      implementation=self.implementation,
+    )
     return y + self.bias.astype(y.dtype)
 
 
@@ -58,8 +65,15 @@ class Mlp(nnx.Module):
   """A residual branch: Linear, exact GELU, Linear."""
 
   def __init__(
-    self, features: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    self,
+    features: int,
+    hidden: int,
+    *,
+    implementation: str | None = None,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
   ):
+    self.implementation = implementation
     self.fc1 = linear(features, hidden, dtype=dtype, rngs=rngs)
     self.fc2 = linear(hidden, features, dtype=dtype, rngs=rngs)
 
@@ -81,6 +95,7 @@ class Mlp(nnx.Module):
       second.bias[...],
       residual=residual,
       branch_scale=branch_scale,
+      implementation=self.implementation,
     )
 
 

@@ -64,12 +64,20 @@ class BatchNorm(nnx.Module):
 class LayerNorm(nnx.Module):
   """Layer normalisation of each token; the result has the dtype given."""
 
-  def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    features: int,
+    *,
+    implementation: str | None = None,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
     del rngs  # Nothing here is random.
     param_dtype = jnp.promote_types(dtype, jnp.float32)
     self.scale = nnx.Param(jnp.ones(features, param_dtype))
     self.bias = nnx.Param(jnp.zeros(features, param_dtype))
     self.dtype = dtype
+    self.implementation = implementation
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     y, _, _ = normalize(x, self.scale[...], self.bias[...], axes=(3,))
@@ -79,7 +87,9 @@ class LayerNorm(nnx.Module):
     self, x: Float[Array, "B H W C"]
   ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
     """`x`, and what a residual branch takes of it."""
-    return smk.residual_layer_norm(x, self.scale[...], self.bias[...])
+    return smk.residual_layer_norm(
+      x, self.scale[...], self.bias[...], implementation=self.implementation
+    )
 
   def gated(
     self,
@@ -89,5 +99,10 @@ class LayerNorm(nnx.Module):
   ) -> Float[Array, "B H W C"]:
     """Normalised, times silu(gate) and `branch_scale` (see `Block`)."""
     return smk.gated_layer_norm(
-      x, self.scale[...], self.bias[...], gate, branch_scale
+      x,
+      self.scale[...],
+      self.bias[...],
+      gate,
+      branch_scale,
+      implementation=self.implementation,
     )

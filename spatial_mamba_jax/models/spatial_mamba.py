@@ -93,7 +93,10 @@ class DownSampling(nnx.Module):
     kwargs = {"dtype": config.dtype, "rngs": rngs}
     wide = 4 * dim_out
     self.expand = uniform_linear(dim, wide, **kwargs)
-    self.conv = DepthwiseConv(wide, stride=2, **kwargs)
+    implementation = config.implementation_of_rest
+    self.conv = DepthwiseConv(
+      wide, stride=2, implementation=implementation, **kwargs
+    )
     self.project = ConvNorm(
       uniform_linear(wide, dim_out, **kwargs), dim_out, **kwargs
     )
@@ -108,6 +111,7 @@ class Block(nnx.Module):
 
   def __init__(self, dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
     kwargs = {"dtype": config.dtype, "rngs": rngs}
+    kwargs["implementation"] = config.implementation_of_rest
     self.conv1 = DepthwiseConv(dim, **kwargs)
     self.norm1 = LayerNorm(dim, **kwargs)
     self.mixer = StructureAwareSSM(dim, config=config, rngs=rngs)

@@ -55,7 +55,8 @@ class StructureAwareSSM(nnx.Module):
     dtype, param_dtype = config.dtype, config.param_dtype
     kwargs = {"dtype": dtype, "rngs": rngs}
     self.in_proj = linear(dim, 2 * inner, use_bias=False, **kwargs)
-    self.conv = DepthwiseConv(inner, **kwargs)
+    rest = {"implementation": config.implementation_of_rest, **kwargs}
+    self.conv = DepthwiseConv(inner, **rest)
     self.x_proj = uniform_linear(inner, rank + 2 * n, use_bias=False, **kwargs)
     self.dt_proj = uniform_linear(rank, inner, use_bias=False, **kwargs)
     self.dt_bias = nnx.Param(_dt_bias(rngs.params(), inner, param_dtype))
@@ -63,7 +64,7 @@ class StructureAwareSSM(nnx.Module):
     self.A_log = nnx.Param(jnp.tile(log_n, (inner, 1)))
     self.D = nnx.Param(jnp.ones(inner, param_dtype))
     self.fusion = StateFusion(inner, config=config)
-    self.norm = LayerNorm(inner, **kwargs)
+    self.norm = LayerNorm(inner, **rest)
     self.out_proj = linear(inner, dim, use_bias=False, **kwargs)
     self.splits = (rank, rank + n)
     self.implementation = config.implementation

@@ -29,6 +29,7 @@ class ModelSection:
     drop_path_rate: stochastic depth of the last block.
     dtype: precision of activations, "float32" or "bfloat16".
     implementation: of the structure-aware SSM; empty for the platform's best.
+      "sequential" and "associative" are without kernels for the rest, too.
     remat: whether most of a block is made again in the backward pass, with half
       of the memory, instead of being kept; None: unless on a GPU.
   """

@@ -27,6 +27,7 @@ OPS = (
   "state_fusion",
   "structure_aware_ssm",
   "depthwise_conv",
+  "strided_depthwise_conv",
   "residual_layer_norm",
   "gated_layer_norm",
 )
@@ -48,6 +49,8 @@ COUNTS = {
   ("structure_aware_ssm", "backward"): 2,
   ("depthwise_conv", "forward"): 0,
   ("depthwise_conv", "backward"): 1,
+  ("strided_depthwise_conv", "forward"): 0,
+  ("strided_depthwise_conv", "backward"): 1,
   **{
     (f"{kind}_layer_norm", direction): 1
     for kind in ("residual", "gated")
@@ -187,7 +190,8 @@ def test_sharded_training_step(target):
   kernels = (
     sum(counts["structure_aware_ssm", x] for x in DIRECTIONS) + 3 + 2 * 3
   )
-  expected = 18 * kernels
+  # And three convolutions with a stride.
+  expected = 18 * kernels + 3
   if target in ("H100", "H200"):
     expected += 2 * BLOCKS_WITH_MLPS
   if target == "A100":
@@ -200,7 +204,7 @@ def test_sharded_training_step(target):
 
 # The goal in inference; what was reached in training, where the goal is 498.
 @pytest.mark.parametrize(
-  ("program", "megabytes"), [("inference", 180), ("step", 650)]
+  ("program", "megabytes"), [("inference", 180), ("step", 590)]
 )
 def test_bytes_an_image(program, megabytes):
   kinds = traffic.count(program, "H200", "tiny", 128)

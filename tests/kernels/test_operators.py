@@ -273,6 +273,8 @@ def test_an_mlp_is_its_equation():
   # A branch that is dropped does not matter, whatever is in it.
   dropped = mlp(x.at[0].set(jnp.nan), *weights, residual)
   assert_close(dropped, expected, 1e-14)
+  with pytest.raises(NotImplementedError, match="mlp has no kernel mosaic_tpu"):
+    smk.mlp(x, *weights, residual=residual, implementation="mosaic_tpu")
   with pytest.raises(ValueError, match=r"w2 must have shape \[F, C\]"):
     mlp(x, *weights[:2], weights[2].T, *weights[3:], residual)
 

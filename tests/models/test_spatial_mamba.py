@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from spatial_mamba_kernels.activations import gelu, silu
+from spatial_mamba_kernels import gpu_device
+from spatial_mamba_kernels.activations import gelu, relu, silu
 from spatial_mamba_kernels.drop_path import drop_path
 
 import spatial_mamba_jax as smj
@@ -322,11 +323,33 @@ def test_layer_norm_in_half_precision():
     )
 
 
-def test_silu_and_gelu_with_their_gradients():
+@pytest.mark.parametrize("implementation", [None, "associative"])
+def test_a_model_without_kernels_on_a_gpu(monkeypatch, implementation):
+  gpu = types.SimpleNamespace(compute_capability="9.0")
+  monkeypatch.setattr(gpu_device, "get_default_device", lambda: gpu)
+  model = smj.create_model(
+    "spatial_mamba_micro",
+    rngs=nnx.Rngs(0),
+    dims=(32, 64),
+    depths=(1, 1),
+    dtype="bfloat16",
+    implementation=implementation,
+  )
+
+  def loss(images):
+    return jnp.sum(model(images))
+
+  traced = jax.jit(jax.grad(loss)).trace(jnp.zeros((1, 32, 32, 3)))
+  program = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert ("mosaic_gpu" in program) == (implementation is None)
+
+
+def test_activations_with_their_gradients():
   x = jnp.concatenate([jnp.linspace(-200, 200, 801), jnp.zeros(1)])
   for ours, theirs in (
     (silu, jax.nn.silu),
     (gelu, lambda x: jax.nn.gelu(x, approximate=False)),
+    (relu, jax.nn.relu),
   ):
     np.testing.assert_allclose(ours(x), theirs(x), atol=1e-6, rtol=1e-6)
     np.testing.assert_allclose(

@@ -63,6 +63,11 @@ def _finish(arrays, sums):
   return dx, jnp.sum(dweights, axis=0).reshape(arrays[1].shape)
 
 
+def tokens_of(channels: int) -> Tokens:
+  """Those that a program has at a time, of images with so many channels."""
+  return Tokens(math.gcd(channels, CHANNELS))
+
+
 def weights_backward(x: Array, g: Array, *, stride: int) -> Array:
   """The cotangents of the weights.
 
@@ -75,7 +80,7 @@ def weights_backward(x: Array, g: Array, *, stride: int) -> Array:
     [G, 9, D], to be summed over G.
   """
   channels = x.shape[-1]
-  tokens = Tokens(math.gcd(channels, CHANNELS))
+  tokens = tokens_of(channels)
   padding = [(0, -len(x) % tokens.count), (0, 0), (0, 0), (0, 0)]
   x, g = (jnp.pad(image, padding) for image in (x, g))
   images, blocks = len(x) // tokens.count, channels // tokens.channels

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.by_platform import Arrays, Operator
 from spatial_mamba_kernels.drop_path import all_kept
+from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.layer_norm import mosaic_gpu, xla
 from spatial_mamba_kernels.shapes import check_shapes
 
@@ -38,7 +39,11 @@ gated_operator = Operator(
 
 
 def residual_layer_norm(
-  x: ArrayLike, scale: ArrayLike, bias: ArrayLike
+  x: ArrayLike,
+  scale: ArrayLike,
+  bias: ArrayLike,
+  *,
+  implementation: str | None = None,
 ) -> tuple[Array, Array]:
   """Where a residual branch begins: x itself, and x normalised for the branch.
 
@@ -49,19 +54,23 @@ def residual_layer_norm(
     x: [B, H, W, C].
     scale: [C].
     bias: [C].
+    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
+      and "associative", as elsewhere, are without a kernel.
 
   Returns:
     `x`; and each token with mean 0 and variance 1 over its channels (1e-5 is
     added to the variance), times `scale` plus `bias`, in the dtype of `x`.
 
   Raises:
-    ValueError: the shapes are inconsistent.
+    ValueError: the shapes are inconsistent, or the implementation is unknown.
+    NotImplementedError: there is no such kernel, or it cannot serve.
   """
+  check_implementation(implementation, "residual_layer_norm")
   arrays = check_shapes(
     "residual_layer_norm",
     {"x": (x, "B H W C"), "scale": (scale, "C"), "bias": (bias, "C")},
   )
-  return residual_operator(tuple(arrays), None)
+  return residual_operator(tuple(arrays), implementation)
 
 
 def gated_layer_norm(
@@ -70,6 +79,8 @@ def gated_layer_norm(
   bias: ArrayLike,
   gate: ArrayLike,
   branch_scale: ArrayLike | None = None,
+  *,
+  implementation: str | None = None,
 ) -> Array:
   """silu(gate) times x normalised, or nothing of images that are dropped.
 
@@ -81,13 +92,17 @@ def gated_layer_norm(
     branch_scale: [B], what to multiply each image by, if anything; where it is
       0, the result is, whatever is in the image. Nothing is propagated back to
       it.
+    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
+      and "associative", as elsewhere, are without a kernel.
 
   Returns:
     [B, H, W, C] in the dtype of `x`.
 
   Raises:
-    ValueError: the shapes are inconsistent.
+    ValueError: the shapes are inconsistent, or the implementation is unknown.
+    NotImplementedError: there is no such kernel, or it cannot serve.
   """
+  check_implementation(implementation, "gated_layer_norm")
   arrays = check_shapes(
     "gated_layer_norm",
     {
@@ -101,4 +116,4 @@ def gated_layer_norm(
       ),
     },
   )
-  return gated_operator(tuple(arrays), None)
+  return gated_operator(tuple(arrays), implementation)

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.by_platform import Arrays, Operator
 from spatial_mamba_kernels.drop_path import all_kept
+from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.mlp import mosaic_gpu, xla
 from spatial_mamba_kernels.shapes import check_shapes
 
@@ -34,6 +35,7 @@ def mlp(
   *,
   residual: ArrayLike,
   branch_scale: ArrayLike | None = None,
+  implementation: str | None = None,
 ) -> Array:
   """Residual + branch_scale * (gelu(x @ w1 + b1) @ w2 + b2), the exact GELU.
 
@@ -51,13 +53,17 @@ def mlp(
     branch_scale: [B], what to multiply each image's branch by, if anything;
       where it is 0, the branch does not matter, whatever is in it. Nothing is
       propagated back to it.
+    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
+      and "associative", as elsewhere, are without a kernel.
 
   Returns:
     [B, H, W, C] in the dtype of `x`.
 
   Raises:
-    ValueError: the shapes are inconsistent.
+    ValueError: the shapes are inconsistent, or the implementation is unknown.
+    NotImplementedError: there is no such kernel, or it cannot serve.
   """
+  check_implementation(implementation, "mlp")
   arrays = check_shapes(
     "mlp",
     {
@@ -73,4 +79,4 @@ def mlp(
       ),
     },
   )
-  return operator(tuple(arrays), None)
+  return operator(tuple(arrays), implementation)
