@@ -126,9 +126,18 @@ class StructureAwareSSM(nnx.Module):
     halves = jnp.split(self.in_proj.kernel.astype(x.dtype), 2, axis=1)
     return [keep(x @ half) for half in halves]
 
+  def _activate(self, x):
+    def convolve(x):
+      return silu(self.conv(x))
+
+    # Where all that a block makes is kept, this costs less to make again.
+    if gpu_device.is_default():
+      convolve = jax.checkpoint(convolve)
+    return convolve(x)
+
   def _select(self, x):
     """What the tokens make of the SSM: u, delta, A, B and C."""
-    u = silu(self.conv(x))
+    u = self._activate(x)
     dt_low, B, C = jnp.split(keep(self.x_proj(u)), self.splits, axis=-1)
     return u, self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C
 
