@@ -15,9 +15,9 @@ def all_kept(x: ArrayLike) -> Float[Array, "B"]:
 def drop_path(
   x: Float[Array, "B ..."], scale: Float[Array, "B"]
 ) -> Float[Array, "B ..."]:
-  """A residual branch, times what was drawn for each image.
+  """A residual branch, times what was drawn for each image: 0 or more.
 
-  Where that is 0 the branch does not matter, whatever is in it. Nothing is
+  Where that is 0 the result is, whatever is in the branch. Nothing is
   propagated back to `scale`.
   """
   scale = jax.lax.stop_gradient(scale)

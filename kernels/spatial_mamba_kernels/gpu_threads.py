@@ -99,7 +99,7 @@ def token_scales(scales: Array, x: Array, multiple: int) -> Array:
 
 
 def like(x: Array, flat: Array) -> Array:
-  """The same without these zeros, in the shape of x."""
+  """Without the zeros of `flat_tokens`, in the shape of x."""
   return flat[: math.prod(x.shape[:-1])].reshape(x.shape)
 
 

@@ -18,8 +18,8 @@ from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.typing import Array
 
 WARPS, LANES = 4, 32
-# Numbers of a token that a thread has, where there are threads enough: with
-# more of them fewer threads take part in a sum.
+# Numbers of a token that a thread has at most, where there are threads enough:
+# with more of them fewer threads take part in a sum.
 NUMBERS = 8
 # Numbers loaded together; Mosaic sums no more over warps.
 VECTOR = 4

@@ -64,6 +64,17 @@ def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
   return axes
 
 
+def channels_of_device(batch: int, channels: int) -> int:
+  """How many of the channels the mesh in force gives to each device.
+
+  Raises:
+    NotImplementedError: as by `split_axes`.
+  """
+  axes = split_axes(batch, channels).get(CHANNELS, ())
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return channels // math.prod(sizes[name] for name in axes)
+
+
 def check_shard_map() -> None:
   """Raises NotImplementedError within a `shard_map` that kernels cannot be in.
 

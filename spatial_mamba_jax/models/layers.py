@@ -83,7 +83,10 @@ class Mlp(nnx.Module):
     residual: Float[Array, "B H W C"],
     branch_scale: Float[Array, "B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """`residual`, and the branch of `x` times `branch_scale` (see `Block`)."""
+    """`residual`, and the branch of `x` times `branch_scale`.
+
+    See `drop_path_scales`.
+    """
     first, second = self.fc1, self.fc2
     assert first.bias is not None
     assert second.bias is not None

@@ -62,7 +62,10 @@ class BatchNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """Layer normalisation of each token; the result has the dtype given."""
+  """Layer normalisation of each token.
+
+  By itself its result has the dtype given; as a part of a block, that of x.
+  """
 
   def __init__(
     self,
@@ -97,7 +100,10 @@ class LayerNorm(nnx.Module):
     gate: Float[Array, "B H W C"],
     branch_scale: Float[Array, "B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """Normalised, times silu(gate) and `branch_scale` (see `Block`)."""
+    """Normalised, times silu(gate) and `branch_scale`.
+
+    See `drop_path_scales`.
+    """
     return smk.gated_layer_norm(
       x,
       self.scale[...],

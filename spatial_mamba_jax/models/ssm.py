@@ -74,7 +74,7 @@ class StructureAwareSSM(nnx.Module):
     x: Float[Array, "B H W C"],
     branch_scale: Float[Array, "B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """The branch of `x`, times `branch_scale` (see `Block`)."""
+    """The branch of `x`, times `branch_scale` (see `drop_path_scales`)."""
     x, z = self._project(x)
     u, delta, A, B, C = self._select(x)
     y = smk.structure_aware_ssm(

@@ -533,6 +533,18 @@ def test_channels_that_threads_cannot_copy(convolution, on_gpu, monkeypatch):
   assert_refused(*convolution((1, 2, 3, 48), jnp.float32, 2), "not 48")
 
 
+def test_channels_that_a_mesh_splits(convolution):
+  mesh = jax.sharding.AbstractMesh(
+    (2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  operator, arrays = convolution((1, 2, 3, 32), jnp.float32, 2)
+  with (
+    jax.sharding.use_abstract_mesh(mesh),
+    pytest.raises(NotImplementedError, match="of a device, .* not 16"),
+  ):
+    operator(**arrays, implementation="mosaic_gpu")
+
+
 @pytest.mark.usefixtures("x64")
 def test_double_precision(ssm_arguments, every_operator):
   for operator, arrays in every_operator(

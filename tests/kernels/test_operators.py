@@ -312,6 +312,12 @@ def test_normalisations_are_their_equations():
   x, *parameters = arrays
   dropped = gated(x.at[0].set(jnp.nan), *parameters, gate)
   assert_close(dropped, gated(*arrays, gate), 1e-14)
+  # Of any mixture of types the result is in that of x.
+  half = x.astype(jnp.bfloat16)
+  y, pullback = jax.vjp(gated, half, *parameters, gate)
+  cotangents = [g.dtype for g in pullback(y)]
+  assert cotangents == [y.dtype, *(x.dtype for x in parameters), gate.dtype]
+  assert y.dtype == half.dtype
   with pytest.raises(ValueError, match=r"gate must have shape \[B, H, W, C\]"):
     gated(*arrays, gate[0])
 

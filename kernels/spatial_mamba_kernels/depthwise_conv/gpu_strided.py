@@ -1,7 +1,9 @@
 """The cotangents of a depthwise convolution's weights, with a stride.
 
-As nine sums, XLA reads what is convolved five times for them. A warp has
-several images at the same pixel, so that borders are the same for all of it.
+As nine sums, XLA reads what is convolved five times for them. A warpgroup has
+several images at the same pixel, so that borders are the same for all of it: 4
+where it has 256 channels, and up to 32 where these are fewer. Missing ones are
+zeros.
 """
 
 import math
@@ -17,6 +19,7 @@ from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
 from spatial_mamba_kernels.depthwise_conv import xla
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.gpu_tokens import LANES, Tokens
+from spatial_mamba_kernels.sharding import channels_of_device
 from spatial_mamba_kernels.state_fusion.dimensions import SUMS
 from spatial_mamba_kernels.typing import Array
 
@@ -37,10 +40,12 @@ def kernel(stride: int) -> Kernel:
 def plan(arrays: Arrays) -> None:
   """Raises NotImplementedError where the kernel cannot serve."""
   gpu.check_served(arrays)
-  channels = arrays[0].shape[-1]
+  batch, *_, channels = arrays[0].shape
+  channels = channels_of_device(batch, channels)
   if channels % LANES:
     raise NotImplementedError(
-      f"mosaic_gpu sums over {LANES} channels or a multiple, not {channels}"
+      f"mosaic_gpu sums over {LANES} channels of a device, or a multiple, not"
+      f" {channels}"
     )
 
 

@@ -9,7 +9,7 @@ from spatial_mamba_kernels.by_platform import Arrays, Operator
 from spatial_mamba_kernels.drop_path import all_kept
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.layer_norm import mosaic_gpu, xla
-from spatial_mamba_kernels.shapes import check_shapes
+from spatial_mamba_kernels.shapes import check_shapes, state_dtype
 
 
 def _residual(arrays: Arrays, *, implementation: str | None) -> Any:
@@ -70,7 +70,7 @@ def residual_layer_norm(
     "residual_layer_norm",
     {"x": (x, "B H W C"), "scale": (scale, "C"), "bias": (bias, "C")},
   )
-  return residual_operator(tuple(arrays), implementation)
+  return residual_operator(_exact(*arrays), implementation)
 
 
 def gated_layer_norm(
@@ -84,14 +84,16 @@ def gated_layer_norm(
 ) -> Array:
   """silu(gate) times x normalised, or nothing of images that are dropped.
 
+  Statistics are in float32, or float64 for float64 inputs.
+
   Args:
     x: [B, H, W, C].
     scale: [C], of the normalisation (see `residual_layer_norm`).
     bias: [C].
     gate: [B, H, W, C].
-    branch_scale: [B], what to multiply each image by, if anything; where it is
-      0, the result is, whatever is in the image. Nothing is propagated back to
-      it.
+    branch_scale: [B], 0 or more, what to multiply each image by, if anything;
+      where it is 0, the result is, whatever is in the image. Nothing is
+      propagated back to it.
     implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
       and "associative", as elsewhere, are without a kernel.
 
@@ -103,7 +105,7 @@ def gated_layer_norm(
     NotImplementedError: there is no such kernel, or it cannot serve.
   """
   check_implementation(implementation, "gated_layer_norm")
-  arrays = check_shapes(
+  *arrays, z, scales = check_shapes(
     "gated_layer_norm",
     {
       "x": (x, "B H W C"),
@@ -116,4 +118,11 @@ def gated_layer_norm(
       ),
     },
   )
-  return gated_operator(tuple(arrays), implementation)
+  z = z.astype(arrays[0].dtype)
+  return gated_operator((*_exact(*arrays), z, scales), implementation)
+
+
+def _exact(x, scale, bias):
+  """The parameters in the precision of statistics."""
+  dtype = state_dtype(x, scale, bias)
+  return x, scale.astype(dtype), bias.astype(dtype)

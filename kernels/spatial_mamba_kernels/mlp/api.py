@@ -49,10 +49,10 @@ def mlp(
     b1: [F].
     w2: [F, C].
     b2: [C].
-    residual: [B, H, W, C], in the dtype of `x`.
-    branch_scale: [B], what to multiply each image's branch by, if anything;
-      where it is 0, the branch does not matter, whatever is in it. Nothing is
-      propagated back to it.
+    residual: [B, H, W, C], cast to the dtype of `x`.
+    branch_scale: [B], 0 or more, what to multiply each image's branch by, if
+      anything; where it is 0, the result is the residual, whatever is in the
+      branch. Nothing is propagated back to it.
     implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
       and "associative", as elsewhere, are without a kernel.
 
@@ -79,4 +79,6 @@ def mlp(
       ),
     },
   )
-  return operator(tuple(arrays), implementation)
+  x, *weights, residual, branch_scale = arrays
+  arrays = x, *weights, residual.astype(x.dtype), branch_scale
+  return operator(arrays, implementation)
