@@ -186,7 +186,7 @@ def _loop_tokens(op, arrays):
     return {f"mlp_{name}": gpu_mlp.TOKENS for name in ("forward", "backward")}
   if "layer_norm" in op:
     count = Tokens(image.shape[-1]).count
-    return dict.fromkeys(gpu_norm.NAMES, count)
+    return {f"{op}_{name}": count for name in ("forward", "backward")}
   if op == "strided_depthwise_conv":
     count = gpu_strided.tokens_of(image.shape[-1]).count
     return {"depthwise_conv_strided_weights": count}

@@ -31,13 +31,6 @@ MOST_CHANNELS = 1024
 # device's memory is busy; with more, sums of more programs are written.
 LOADED = 2**20
 
-# Of the kernels.
-NAMES = tuple(
-  kind + direction
-  for kind in ("layer_norm", "gated_layer_norm")
-  for direction in ("_forward", "_backward")
-)
-
 _IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
 _WEIGHTS = (WHOLE,)
 _SUMS = ((BATCH, WHOLE),) * 2
@@ -73,7 +66,7 @@ def run_forward(arrays: Arrays, *, save: bool) -> Results:
   del save
   x, scale, bias = arrays
   (y,) = _call(
-    _forward_kernel, [x], [scale, bias], [x], name="layer_norm_forward"
+    _forward_kernel, [x], [scale, bias], [x], name="residual_layer_norm_forward"
   )
   return ((x, y),)
 
@@ -88,7 +81,7 @@ def run_backward(arrays: Arrays, saved: Arrays, cotangents: Arrays) -> Arrays:
     [scale],
     [x],
     sums=2,
-    name="layer_norm_backward",
+    name="residual_layer_norm_backward",
   )
 
 
@@ -177,7 +170,7 @@ def _call(
   length = len(flat[0])
   programs = _programs(tokens, length)
   shape = programs, tokens.channels
-  (*flat_results,) = plgpu.kernel(
+  done = plgpu.kernel(
     partial(kernel, tokens),
     out_type=[
       *(jax.ShapeDtypeStruct((length, x.shape[-1]), x.dtype) for x in results),
@@ -188,12 +181,11 @@ def _call(
     kernel_name=name,
     compiler_params=tokens.compiler_params(sums=sums > 0),
   )(*flat, *scales, *(x.astype(jnp.float32) for x in parameters))
-  images = [
-    gpu.like(x, y)
-    for x, y in zip(results, flat_results[: len(results)], strict=True)
-  ]
-  totals = [jnp.sum(x, 0, keepdims=True) for x in flat_results[len(results) :]]
-  return *images, *totals
+  made, totals = done[: len(results)], done[len(results) :]
+  return (
+    *(gpu.like(x, y) for x, y in zip(results, made, strict=True)),
+    *(jnp.sum(x, axis=0, keepdims=True) for x in totals),
+  )
 
 
 def _programs(tokens, length):
