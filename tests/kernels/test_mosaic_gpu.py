@@ -219,7 +219,7 @@ def test_depthwise_conv(
     ((1, 1, 1, 32), jnp.float32, 2),
     # Images that are not as many as a warpgroup has at a time, of an even and
     # an odd number of pixels; two blocks of channels.
-    ((5, 4, 7, 512), jnp.bfloat16, 2),
+    ((5, 6, 7, 512), jnp.bfloat16, 2),
     ((2, 5, 8, 96), jnp.float32, 3),
   ],
   ids=str,
@@ -234,8 +234,8 @@ def test_depthwise_conv_with_a_stride(
   stride,
 ):
   interpreted()
-  # Strips of two rows, and of one at the end.
-  monkeypatch.setattr(gpu_strided, "PROGRAMS", 2)
+  # Of the second case, strips of two rows and of one.
+  monkeypatch.setattr(gpu_strided, "PROGRAMS", 8)
   operator, arrays = convolution(shape, dtype, stride)
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
@@ -282,7 +282,7 @@ def test_layer_norm(
   is_gated,
 ):
   interpreted()
-  # Two programs, of which one has a step more.
+  # Of the last case two programs, of which one has a step more.
   monkeypatch.setattr(gpu_norm, "LOADED", 2**13)
   operator, arrays = normalisation(shape, dtype, is_gated=is_gated)
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
