@@ -68,6 +68,8 @@ OPS = (
   "state_fusion",
   "structure_aware_ssm",
   "depthwise_conv",
+  "residual_depthwise_conv",
+  "silu_depthwise_conv",
   "strided_depthwise_conv",
   "mlp",
   "residual_layer_norm",
@@ -83,7 +85,9 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "selective_scan": gpu_scan.KERNEL,
     "state_fusion": gpu_fusion.kernel(DILATIONS),
     "structure_aware_ssm": gpu_ssm.KERNEL,
-    "depthwise_conv": gpu_conv.KERNEL,
+    "depthwise_conv": gpu_conv.kernel(gpu_conv.PLAIN),
+    "residual_depthwise_conv": gpu_conv.kernel(gpu_conv.RESIDUAL),
+    "silu_depthwise_conv": gpu_conv.kernel(gpu_conv.SILU),
     "strided_depthwise_conv": gpu_strided.kernel(2),
     "mlp": gpu_mlp.KERNEL,
     "residual_layer_norm": gpu_norm.KERNEL,
@@ -190,9 +194,9 @@ def _loop_tokens(op, arrays):
   if op == "strided_depthwise_conv":
     count = gpu_strided.tokens_of(image.shape[-1]).count
     return {"depthwise_conv_strided_weights": count}
-  if op == "depthwise_conv":
-    types = image.shape, gpu_conv.STENCIL, image.dtype, image.dtype
-    return {"depthwise_conv_weights": gpu_fusion.cut_to_fuse(*types).strip}
+  if op.endswith("depthwise_conv"):
+    form = gpu_conv.SILU if op.startswith("silu") else gpu_conv.PLAIN
+    return {"depthwise_conv_backward": gpu_conv.cut(image, form).strip}
   states = image.dtype if op == "state_fusion" else jnp.float32
   types = image.shape, stencil, states, image.dtype
   for name in ("forward", "weights"):
@@ -255,6 +259,8 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   image, numbers = pixels(channels), pixels(states)
   if op in ("depthwise_conv", "strided_depthwise_conv"):
     return image, array(3, 3, channels)
+  if op.endswith("depthwise_conv"):
+    return image, array(3, 3, channels), channel
   if op == "mlp":
     # A block's input has half as many channels as its mixer.
     narrow, hidden = channels // 2, 2 * channels

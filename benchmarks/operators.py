@@ -20,11 +20,21 @@ from spatial_mamba_kernels.mlp import xla as perceptron
 from benchmarks import timing
 
 
-def _depthwise_conv(x, kernel, *, implementation):
+def _residual_depthwise_conv(x, kernel, bias, *, implementation):
   """XLA's convolution is what it is held against, and its rival."""
   if implementation is None:
-    return smk.depthwise_conv(x, kernel)
-  return conv.grouped(x, kernel, stride=1)
+    return smk.residual_depthwise_conv(x, kernel, bias)
+  return conv.residual(x, kernel, bias, convolve=_grouped)
+
+
+def _silu_depthwise_conv(x, kernel, bias, *, implementation):
+  """XLA's convolution is what it is held against, and its rival."""
+  if implementation is None:
+    return smk.silu_depthwise_conv(x, kernel, bias)
+  return conv.activated(x, kernel, bias, convolve=_grouped)
+
+
+_grouped = partial(conv.grouped, stride=1)
 
 
 def _mlp(x, w1, w2, residual, *, implementation):
@@ -57,7 +67,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
   "selective_scan": smk.selective_scan,
   "state_fusion": smk.state_fusion,
   "structure_aware_ssm": smk.structure_aware_ssm,
-  "depthwise_conv": _depthwise_conv,
+  "residual_depthwise_conv": _residual_depthwise_conv,
+  "silu_depthwise_conv": _silu_depthwise_conv,
   "mlp": _mlp,
   "residual_layer_norm": _residual_layer_norm,
   "gated_layer_norm": _gated_layer_norm,
@@ -98,8 +109,9 @@ class Case:
     *image, channels = self.shape
     stencil = {"kernels": normal(3, 3, 3, channels), "alpha": normal(3)}
     pixels = partial(normal, *image, dtype=self.dtype)
-    if self.op == "depthwise_conv":
-      return {"x": pixels(channels), "kernel": normal(3, 3, channels)}
+    if self.op.endswith("depthwise_conv"):
+      kernel, bias = normal(3, 3, channels), normal(channels)
+      return {"x": pixels(channels), "kernel": kernel, "bias": bias}
     if self.op == "mlp":
       narrow, hidden = channels // 2, 2 * channels
       weights = {

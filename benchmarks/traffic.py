@@ -29,6 +29,8 @@ PROGRAMS = {
 KINDS = {
   "structure_aware_ssm": "structure-aware SSM",
   "depthwise_conv": "depthwise convolutions",
+  "residual_depthwise_conv": "depthwise convolutions",
+  "silu_depthwise_conv": "depthwise convolutions",
   "DepthwiseConv.": "depthwise convolutions",
   "operator.": "depthwise convolutions",
   "residual_layer_norm": "LayerNorm, BatchNorm",

@@ -6,7 +6,7 @@
     y = smk.structure_aware_ssm(u, delta, A, B, C, D, kernels, alpha)
 
 `CHECKPOINT_NAME` is what they call their results for `jax.checkpoint`, but for
-those of `depthwise_conv` and of the normalisations, which cost less to make
+those of depthwise convolutions and normalisations, which cost less to make
 again than to keep.
 
 Axis letters: B batch, H and W height and width, L = H * W tokens, D channels,
@@ -14,7 +14,11 @@ N states a channel.
 """
 
 from spatial_mamba_kernels.by_platform import CHECKPOINT_NAME
-from spatial_mamba_kernels.depthwise_conv import depthwise_conv
+from spatial_mamba_kernels.depthwise_conv import (
+  depthwise_conv,
+  residual_depthwise_conv,
+  silu_depthwise_conv,
+)
 from spatial_mamba_kernels.layer_norm import (
   gated_layer_norm,
   residual_layer_norm,
@@ -29,8 +33,10 @@ __all__ = [
   "depthwise_conv",
   "gated_layer_norm",
   "mlp",
+  "residual_depthwise_conv",
   "residual_layer_norm",
   "selective_scan",
+  "silu_depthwise_conv",
   "state_fusion",
   "structure_aware_ssm",
 ]

@@ -60,6 +60,19 @@ class DepthwiseConv(nnx.Module):
     )
     return y + self.bias.astype(y.dtype)
 
+  def residual(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """`x + self(x)`."""
+    return self._of_stride_1(smk.residual_depthwise_conv, x)
+
+  def silu(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """`silu(self(x))`."""
+    return self._of_stride_1(smk.silu_depthwise_conv, x)
+
+  def _of_stride_1(self, operator, x):
+    assert self.stride == 1
+    kernel, bias = self.kernel[...], self.bias[...]
+    return operator(x, kernel, bias, implementation=self.implementation)
+
 
 class Mlp(nnx.Module):
   """A residual branch: Linear, exact GELU, Linear."""

@@ -126,14 +126,14 @@ class Block(nnx.Module):
   ) -> Float[Array, "B H W C"]:
     """Without `scales` (`drop_path_scales`), no branch is dropped."""
     first, second = (None, None) if scales is None else scales
-    x, branch = self.norm1.residual(x + self.conv1(x))
+    x, branch = self.norm1.residual(self.conv1.residual(x))
     x = x + self.mixer(branch, first)
-    x, branch = self.norm2.residual(x + self.conv2(x))
+    x, branch = self.norm2.residual(self.conv2.residual(x))
     return self.mlp(branch, x, second)
 
   def states(self, x: Float[Array, "B H W C"]) -> States:
     """The states of the mixer in `self(x)`."""
-    return self.mixer.states(self.norm1(x + self.conv1(x)))
+    return self.mixer.states(self.norm1(self.conv1.residual(x)))
 
 
 # What a block's backward pass finds: the results of large products, and what

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
 from spatial_mamba_kernels import gpu_device
-from spatial_mamba_kernels.activations import silu
 from spatial_mamba_kernels.by_platform import keep
 from spatial_mamba_kernels.typing import Array, Float
 
@@ -126,18 +125,9 @@ class StructureAwareSSM(nnx.Module):
     halves = jnp.split(self.in_proj.kernel.astype(x.dtype), 2, axis=1)
     return [keep(x @ half) for half in halves]
 
-  def _activate(self, x):
-    def convolve(x):
-      return silu(self.conv(x))
-
-    # Where all that a block makes is kept, this costs less to make again.
-    if gpu_device.is_default():
-      convolve = jax.checkpoint(convolve)
-    return convolve(x)
-
   def _select(self, x):
     """What the tokens make of the SSM: u, delta, A, B and C."""
-    u = self._activate(x)
+    u = self.conv.silu(x)
     dt_low, B, C = jnp.split(keep(self.x_proj(u)), self.splits, axis=-1)
     return u, self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C
 

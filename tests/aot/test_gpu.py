@@ -27,6 +27,8 @@ OPS = (
   "state_fusion",
   "structure_aware_ssm",
   "depthwise_conv",
+  "residual_depthwise_conv",
+  "silu_depthwise_conv",
   "strided_depthwise_conv",
   "residual_layer_norm",
   "gated_layer_norm",
@@ -47,8 +49,11 @@ COUNTS = {
   ("state_fusion", "backward"): 2,
   ("structure_aware_ssm", "forward"): 1,
   ("structure_aware_ssm", "backward"): 2,
-  ("depthwise_conv", "forward"): 0,
-  ("depthwise_conv", "backward"): 1,
+  **{
+    (f"{form}depthwise_conv", direction): int(direction == "backward")
+    for form in ("", "residual_", "silu_")
+    for direction in DIRECTIONS
+  },
   ("strided_depthwise_conv", "forward"): 0,
   ("strided_depthwise_conv", "backward"): 1,
   **{

@@ -68,22 +68,35 @@ def fusion_arguments():
   return arguments
 
 
-def _depthwise_conv(x, kernel, *, stride, implementation=None):
-  """By a kernel, or as XLA's convolution, which is none of ours."""
-  if implementation == "sequential":
-    return conv_xla.grouped(x, kernel, stride=stride)
-  return conv_api.operator(stride)((x, kernel), implementation)
+def _depthwise_conv(
+  x, kernel, bias=None, *, form="plain", stride=1, implementation=None
+):
+  """By a kernel, or with XLA's convolution, which is none of ours."""
+  if implementation != "sequential":
+    if form == "plain":
+      return conv_api.operator(stride)((x, kernel), implementation)
+    operator = getattr(smk, f"{form}_depthwise_conv")
+    return operator(x, kernel, bias, implementation=implementation)
+  y = conv_xla.grouped(x, kernel, stride=stride)
+  if form == "residual":
+    return x + (y + bias)
+  return jax.nn.silu(y + bias) if form == "silu" else y
 
 
 @pytest.fixture(scope="session")
 def convolution():
-  """(shape of the image, its dtype, stride) -> a depthwise one, its arrays."""
+  """(shape of the image, its dtype, form, stride) -> one, {name: array}."""
 
-  def arguments(shape, dtype, stride=1):
+  def arguments(shape, dtype, form="plain", stride=1):
     rng = np.random.default_rng(0)
-    kernel = jnp.asarray(rng.standard_normal((3, 3, shape[-1])), jnp.float32)
-    x = jnp.asarray(rng.standard_normal(shape), dtype)
-    return partial(_depthwise_conv, stride=stride), {"x": x, "kernel": kernel}
+
+    def normal(*shape, dtype=jnp.float32):
+      return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    kernel, x = normal(3, 3, shape[-1]), normal(*shape, dtype=dtype)
+    bias = {} if form == "plain" else {"bias": normal(shape[-1])}
+    operator = partial(_depthwise_conv, form=form, stride=stride)
+    return operator, {"x": x, "kernel": kernel, **bias}
 
   return arguments
 

@@ -187,28 +187,31 @@ def test_state_fusion(
 
 
 @needs_interpreter
+@pytest.mark.parametrize("form", ["plain", "residual", "silu"])
 @pytest.mark.parametrize(
   ("shape", "dtype", "sizes"),
   [
     ((1, 1, 1, 1), jnp.float32, {}),
-    # A ring that comes round, for padded channels.
-    ((2, 5, 3, 130), jnp.bfloat16, {}),
+    # Rings that come round, for padded channels.
+    ((2, 9, 3, 130), jnp.bfloat16, {}),
     # Blocks of 3, 3 and 1 rows, and strips of 3, 3 and 1 columns; two more are
-    # computed twice, and counted once.
-    ((1, 7, 7, 8), jnp.float32, {"columns": 3, "programs": 9}),
+    # computed, and written, twice, and counted once.
+    ((1, 7, 7, 8), jnp.float32, {"columns": 3, "programs": 9, "races": False}),
+    # Two strips, each at a border.
+    ((1, 4, 6, 3), jnp.float32, {"columns": 3}),
     (
       (1, 7, 7, 128),
       jnp.bfloat16,
-      {"columns": 3, "programs": 9, "gpu": "8.0"},
+      {"columns": 3, "programs": 9, "gpu": "8.0", "races": False},
     ),
   ],
   ids=str,
 )
 def test_depthwise_conv(
-  interpreted, convolution, assert_is_sequential, shape, dtype, sizes
+  interpreted, convolution, assert_is_sequential, shape, dtype, sizes, form
 ):
   interpreted(**sizes)
-  operator, arrays = convolution(shape, dtype)
+  operator, arrays = convolution(shape, dtype, form)
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
 
@@ -236,7 +239,7 @@ def test_depthwise_conv_with_a_stride(
   interpreted()
   # Of the second case, strips of two rows and of one.
   monkeypatch.setattr(gpu_strided, "PROGRAMS", 8)
-  operator, arrays = convolution(shape, dtype, stride)
+  operator, arrays = convolution(shape, dtype, stride=stride)
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
 

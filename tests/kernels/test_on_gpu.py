@@ -53,9 +53,10 @@ def test_kernel_is_sequential(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["plain", "residual", "silu"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_convolution(convolution, assert_is_sequential, shape, dtype):
-  operator, arrays = convolution(shape[:4], DTYPES[dtype])
+def test_convolution(convolution, assert_is_sequential, shape, form, dtype):
+  operator, arrays = convolution(shape[:4], DTYPES[dtype], form)
   assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
 
 
@@ -74,7 +75,7 @@ def test_convolution(convolution, assert_is_sequential, shape, dtype):
 def test_convolution_with_a_stride(
   convolution, assert_is_sequential, shape, dtype
 ):
-  operator, arrays = convolution(shape, DTYPES[dtype], 2)
+  operator, arrays = convolution(shape, DTYPES[dtype], stride=2)
   assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
 
 

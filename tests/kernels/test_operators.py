@@ -226,6 +226,21 @@ def test_depthwise_conv_is_a_grouped_convolution(
   assert_trees_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), 1e-12)
 
 
+@pytest.mark.parametrize("form", ["residual", "silu"])
+def test_what_a_depthwise_conv_is_part_of(convolution, form):
+  operator, arrays = convolution((2, 5, 4, 3), jnp.float64, form)
+  arrays = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
+
+  def run(implementation):
+    return jax.vjp(
+      lambda arrays: operator(**arrays, implementation=implementation), arrays
+    )
+
+  (y, pullback), (expected, expected_pullback) = run(None), run("sequential")
+  assert_close(y, expected, 1e-13)
+  assert_trees_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), 1e-12)
+
+
 def test_a_cpu_slices_the_weights_of_a_loop_apart_from_their_products():
   """Together they are not vectorised; see `stencil`."""
 
@@ -365,6 +380,10 @@ def test_a_shape_that_does_not_fit_is_named(ssm_arguments):
     )
   with pytest.raises(ValueError, match="stride must be 1 or more"):
     smk.depthwise_conv(np.ones((1, 2, 2, 1)), np.ones((3, 3, 1)), stride=0)
+  with pytest.raises(ValueError, match=r"^silu_depthwise_conv: bias must have"):
+    smk.silu_depthwise_conv(
+      np.ones((1, 2, 2, 1)), np.ones((3, 3, 1)), np.ones(2)
+    )
 
 
 def test_an_implementation_that_cannot_serve_is_refused(ssm_arguments):

@@ -3,3 +3,9 @@
 from spatial_mamba_kernels.depthwise_conv.api import (
   depthwise_conv as depthwise_conv,
 )
+from spatial_mamba_kernels.depthwise_conv.api import (
+  residual_depthwise_conv as residual_depthwise_conv,
+)
+from spatial_mamba_kernels.depthwise_conv.api import (
+  silu_depthwise_conv as silu_depthwise_conv,
+)

@@ -1,6 +1,7 @@
-"""Depthwise 3x3 convolution, stride 1 or 2, zero padding."""
+"""Depthwise 3x3 convolution, zero padding, and what it is part of."""
 
 import functools
+from functools import partial
 from typing import Any
 
 from jax import Array
@@ -52,19 +53,97 @@ def depthwise_conv(
   return operator(stride)((x, kernel), implementation)
 
 
+def residual_depthwise_conv(
+  x: ArrayLike,
+  kernel: ArrayLike,
+  bias: ArrayLike,
+  *,
+  implementation: str | None = None,
+) -> Array:
+  """X + depthwise_conv(x, kernel) + bias.
+
+  Args:
+    x: [B, H, W, D].
+    kernel: [3, 3, D].
+    bias: [D].
+    implementation: as for `depthwise_conv`.
+
+  Returns:
+    [B, H, W, D] in the dtype of `x`.
+
+  Raises:
+    ValueError: as by `depthwise_conv`.
+    NotImplementedError: as by `depthwise_conv`.
+  """
+  return _with_bias(_residual_operator, x, kernel, bias, implementation)
+
+
+def silu_depthwise_conv(
+  x: ArrayLike,
+  kernel: ArrayLike,
+  bias: ArrayLike,
+  *,
+  implementation: str | None = None,
+) -> Array:
+  """silu(depthwise_conv(x, kernel) + bias).
+
+  Where a GPU is JAX's default device its backward pass makes the convolution
+  again; elsewhere it is kept, unless `jax.checkpoint` says otherwise.
+
+  Args:
+    x: [B, H, W, D].
+    kernel: [3, 3, D].
+    bias: [D].
+    implementation: as for `depthwise_conv`.
+
+  Returns:
+    [B, H, W, D] in the dtype of `x`.
+
+  Raises:
+    ValueError: as by `depthwise_conv`.
+    NotImplementedError: as by `depthwise_conv`.
+  """
+  return _with_bias(_silu_operator, x, kernel, bias, implementation)
+
+
+def _with_bias(operator, x, kernel, bias, implementation):
+  check_implementation(implementation, operator.name)
+  arrays = check_shapes(
+    operator.name,
+    {
+      "x": (x, "B H W D"),
+      "kernel": (kernel, "3 3 D"),
+      "bias": (bias, "D"),
+    },
+  )
+  return operator(tuple(arrays), implementation)
+
+
+def _operator(name, form, dimensions, *, stride=1):
+  def run(arrays: Arrays, *, implementation: str | None) -> Any:
+    del implementation
+    return form.forward(*arrays, convolve=partial(xla.convolve, stride=stride))
+
+  kernel = (
+    mosaic_gpu.kernel(form) if stride == 1 else gpu_strided.kernel(stride)
+  )
+  return Operator(name, run, {"mosaic_gpu": kernel}, dimensions, is_named=False)
+
+
 @functools.cache
 def operator(stride: int) -> Operator:
   """The convolution of (x, kernel), by XLA or by a kernel's name."""
-
-  def convolve(arrays: Arrays, *, implementation: str | None) -> Any:
-    del implementation
-    return xla.convolve(*arrays, stride)
-
-  kernel = mosaic_gpu.KERNEL if stride == 1 else gpu_strided.kernel(stride)
-  return Operator(
+  return _operator(
     "depthwise_conv",
-    convolve,
-    {"mosaic_gpu": kernel},
-    mosaic_gpu.DIMENSIONS,
-    is_named=False,
+    mosaic_gpu.PLAIN,
+    mosaic_gpu.PLAIN_DIMENSIONS,
+    stride=stride,
   )
+
+
+_residual_operator = _operator(
+  "residual_depthwise_conv", mosaic_gpu.RESIDUAL, mosaic_gpu.DIMENSIONS
+)
+_silu_operator = _operator(
+  "silu_depthwise_conv", mosaic_gpu.SILU, mosaic_gpu.DIMENSIONS
+)

@@ -1,11 +1,13 @@
 """Depthwise 3x3 convolution in plain JAX; see `stencil` for its two forms."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from spatial_mamba_kernels import stencil
+from spatial_mamba_kernels.activations import silu
 from spatial_mamba_kernels.shapes import state_dtype
 from spatial_mamba_kernels.typing import Array, Float
 
@@ -43,6 +45,31 @@ def _convolve_bwd(stride, residuals, g):
 
 
 convolve.defvjp(_convolve_fwd, _convolve_bwd)
+
+
+def plain(x: Array, kernel: Array, *, convolve: Callable[..., Array]) -> Array:
+  """The convolution alone."""
+  return convolve(x, kernel)
+
+
+def residual(
+  x: Array, kernel: Array, bias: Array, *, convolve: Callable[..., Array]
+) -> Array:
+  """See `residual_depthwise_conv`."""
+  return (x + _biased(convolve(x, kernel), bias)).astype(x.dtype)
+
+
+def activated(
+  x: Array, kernel: Array, bias: Array, *, convolve: Callable[..., Array]
+) -> Array:
+  """See `silu_depthwise_conv`."""
+  return silu(_biased(convolve(x, kernel), bias)).astype(x.dtype)
+
+
+def _biased(y, bias):
+  # Not in half precision, in which the cotangents of the bias would be summed.
+  dtype = state_dtype(y, bias)
+  return y.astype(dtype) + bias.astype(dtype)
 
 
 def grouped(x: Array, kernel: Array, *, stride: int) -> Array:

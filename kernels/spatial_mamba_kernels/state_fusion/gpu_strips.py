@@ -63,7 +63,11 @@ class Cut:
 
 
 def cut(
-  shape: tuple[int, ...], reach: int, bytes_of: Callable[[int, int], int]
+  shape: tuple[int, ...],
+  reach: int,
+  bytes_of: Callable[[int, int], int],
+  *,
+  columns: int | None = None,
 ) -> Cut:
   """Into few strips that fit into shared memory.
 
@@ -71,13 +75,14 @@ def cut(
     shape: of the images, [B, H, W, D].
     reach: columns to either side that a column reads.
     bytes_of: (columns computed, columns read) -> bytes of shared memory.
+    columns: of a strip at most; None for `MOST_COLUMNS`.
 
   Raises:
     NotImplementedError: none fit.
   """
   batch, height, width, channels = shape
   most_bytes = device().smem_bytes - OTHER_BYTES
-  for strips in range(-(-width // MOST_COLUMNS), width + 1):
+  for strips in range(-(-width // (columns or MOST_COLUMNS)), width + 1):
     strip = -(-width // strips)
     read = _columns_read(width, strip, reach)
     if bytes_of(strip, read) <= most_bytes:
@@ -152,6 +157,32 @@ class Program:
     for j in (*range(-reach, 0), *range(strip, strip + reach)):
       places[j] = clip(self.column + j, self.cut.width) - first
     return places
+
+  def columns_of(self, row: Any) -> Callable[[int], Array]:
+    """Columns of a row that has been read, [W, D], from its own first.
+
+    Beyond the image it is some other column.
+    """
+    places = self.places()
+    # The others at distances from one address.
+    own = row.at[pl.ds(places[0], self.cut.strip)]
+
+    def column(j):
+      value = own[j] if 0 <= j < self.cut.strip else row[places[j]]
+      return value.astype(jnp.float32)
+
+    return column
+
+  def is_inside(self, j: int) -> Any:
+    """Whether column j, from its own first, is within the image."""
+    column = self.column + j
+    return (column >= 0) & (column < self.cut.width)
+
+  def is_own(self, j: int) -> Any:
+    """Whether no strip before computes its column j."""
+    if self.cut.width % self.cut.strip == 0:
+      return True
+    return self.column + j >= self.own_column
 
   def rows_of(self, image: Any) -> Any:
     """[H, W, D], the columns that are read, of a reference [B, H, W, D]."""

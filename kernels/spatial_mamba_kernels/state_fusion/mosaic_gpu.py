@@ -195,38 +195,18 @@ def _fuse_columns(stencil, ring, slots, places, weights, size):
   return fused
 
 
-def _neighbours(stencil, ring, slots, places, size, zero_beyond=None):
-  """All that a row of pixels reads: (states, by whom); see `columns_read`.
-
-  Beyond the image it is the border, or zeros with `zero_beyond`.
-  """
+def _neighbours(stencil, ring, slots, places, size):
+  """All that a row of pixels reads: (states, by whom); see `columns_read`."""
   for offset, taps in stencil.by_row.items():
     row = ring.at[slots[offset]]
     own = row.at[pl.ds(places[0], size)]
     for column, readers in columns_read(taps, size):
       inside = 0 <= column < size
       value = own[column] if inside else row[places[column]]
-      value = value.astype(jnp.float32)
-      if zero_beyond:
-        value = zero_beyond(value, offset, column)
-      yield value, readers
+      yield value.astype(jnp.float32), readers
 
 
-def _zero_beyond(program, row, value, offset, column):
-  """A neighbour's states, or zeros where it is beyond the image."""
-  cut = program.cut
-  if offset:
-    inside = (row + offset >= 0) & (row + offset < cut.height)
-    value = jnp.where(inside, value, 0)
-  if not 0 <= column < cut.strip:
-    column = program.column + column
-    value = jnp.where((column >= 0) & (column < cut.width), value, 0)
-  return value
-
-
-def weights_backward(
-  h, weights, g, *, stencil, C=None, replicate=True
-) -> tuple[Array, ...]:
+def weights_backward(h, weights, g, *, stencil, C=None) -> tuple[Array, ...]:
   """The cotangents of the weights, and of the observation.
 
   Args:
@@ -235,7 +215,6 @@ def weights_backward(
     g: [B, H, W, D], the cotangents of what was observed, C * fused.
     stencil: its taps.
     C: [B, H, W], or None for 1.
-    replicate: pixels read the border from beyond it, and not zeros.
 
   Returns:
     [G, T, D], to be summed over G; and, if it is given, of C, [K, B, H, W], to
@@ -261,12 +240,12 @@ def weights_backward(
     shape = (gpu.ROWS_SUMMED, gpu.CHANNELS)
     scratch["products"] = plgpu.SMEM(shape, jnp.float32)
   dweights, *dC = strips.kernel(
-    partial(_weights_kernel, stencil=stencil, replicate=replicate),
+    partial(_weights_kernel, stencil=stencil),
     h,
     cut,
     out_type=results,
     scratch_types=scratch,
-    name="state_fusion_weights" if replicate else "depthwise_conv_weights",
+    name="state_fusion_weights",
   )(*operands)
   dweights = dweights.reshape(-1, *dweights.shape[3:])[..., :channels]
   if not dC:
@@ -278,9 +257,8 @@ def weights_backward(
 
 
 def _weights_kernel(
-  h, weights, g, C, *refs, stencil, replicate, ring, ring_barriers=None,
-  **scratch,
-):  # fmt: skip
+  h, weights, g, C, *refs, stencil, ring, ring_barriers=None, **scratch
+):
   dweights, *dC, program = refs
   cut, size = program.cut, program.cut.strip
   rows = program.first_row, program.end_row
@@ -301,13 +279,11 @@ def _weights_kernel(
     else:
       dfused = [C[0] * x for x in dy]
     if cut.width % size:
-      own = [program.column + j >= program.own_column for j in range(size)]
-      dfused = [jnp.where(own[j], x, 0) for j, x in enumerate(dfused)]
+      dfused = [
+        jnp.where(program.is_own(j), x, 0) for j, x in enumerate(dfused)
+      ]
     sums, fused = list(sums), [None] * size
-    beyond = None if replicate else partial(_zero_beyond, program, row)
-    for value, readers in _neighbours(
-      stencil, ring, slots, places, size, beyond
-    ):
+    for value, readers in _neighbours(stencil, ring, slots, places, size):
       for j, place in readers:
         sums[place] += dfused[j] * value
         if dC:
@@ -450,9 +426,9 @@ def _transpose_columns(
     if 0 <= column < cut.strip:
       value = own[column]
     else:
-      beyond = program.column + column
-      inside = (beyond >= 0) & (beyond < cut.width)
-      value = jnp.where(inside, cotangents[places[column]], 0)
+      value = jnp.where(
+        program.is_inside(column), cotangents[places[column]], 0
+      )
     for j, place in readers:
       total[j] += weights[place] * value
   for column, place in taps:
