@@ -8,6 +8,7 @@ of the input's cotangents that stay in registers. Forward the convolution is a
 fusion of XLA's, one pass over memory.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -230,67 +231,55 @@ class _Walk(NamedTuple):
       The same of the row above, which is finished with it, of this row, of the
       row below, and of weights and bias.
     """
-    size, program = self.program.cut.strip, self.program
+    program, totals = self.program, list(totals)
+    size = program.cut.strip
     sums = {-1: list(above), 0: list(here), 1: [gpu.zeros()] * size}
-    totals = list(totals)
-    pixels = self._pixels(row, ring)
+    pixel = self._pixels(row, ring)
     cotangents = program.columns_of(image.at[row % strips.len_of(image)])
     is_own = (row >= program.first_row) & (row < program.end_row)
+    back = list(self.weights)
+    if self.form.has_residual:
+      back[CENTRE] += 1
+    # Of the strips beside it, results that have read its pixels.
     for j in range(-1, size + 1):
-      around = None
-      if self.form.has_silu or 0 <= j < size:
-        around = [pixels(offset, j + column) for offset, column in TAPS]
-      flow = self._flow(cotangents(j), around)
-      if not 0 <= j < size:
+      is_beside = not 0 <= j < size
+      slope = self._slope(pixel, j) if self.form.has_silu else 1
+      flow = slope * cotangents(j)
+      if is_beside:
         flow = jnp.where(program.is_inside(j), flow, 0)
-      for weight, (offset, column) in zip(self._transposed, TAPS, strict=True):
+      for weight, (offset, column) in zip(back, TAPS, strict=True):
         if 0 <= j + column < size:
           sums[offset][j + column] += weight * flow
-      if 0 <= j < size:
+      if not is_beside:
         flow = jnp.where(is_own & program.is_own(j), flow, 0)
-        for tap, pixel in enumerate(around):
-          totals[tap] += pixel * flow
+        for tap, (offset, column) in enumerate(TAPS):
+          totals[tap] += pixel(offset, j + column) * flow
         totals[-1] += flow
     return *sums.values(), totals
 
-  @property
-  def _transposed(self):
-    """By which weights a result flows back to the pixels around it."""
-    weights = list(self.weights)
-    if self.form.has_residual:
-      weights[CENTRE] += 1
-    return weights
-
   def _pixels(self, row, ring):
     """(row offset, column) -> the input there, zeros beyond the image."""
-    height, program, known = self.program.cut.height, self.program, {}
-    columns = {}
+    program, rows = self.program, {}
     for offset in OFFSETS:
-      nearest = jnp.clip(row + offset, 0, height - 1)
+      nearest = jnp.clip(row + offset, 0, program.cut.height - 1)
       place = ring.at[nearest % strips.len_of(ring)]
-      columns[offset] = program.columns_of(place), nearest == row + offset
+      rows[offset] = program.columns_of(place), nearest == row + offset
 
+    @functools.cache
     def pixel(offset, j):
-      if (offset, j) not in known:
-        column, is_inside = columns[offset]
-        if offset == 0:
-          is_inside = True
-        if not 0 <= j < program.cut.strip:
-          is_inside &= program.is_inside(j)
-        value = column(j)
-        known[offset, j] = (
-          value if is_inside is True else jnp.where(is_inside, value, 0)
-        )
-      return known[offset, j]
+      column, is_inside = rows[offset]
+      if not 0 <= j < program.cut.strip:
+        is_inside &= program.is_inside(j)
+      elif not offset:
+        return column(j)
+      return jnp.where(is_inside, column(j), 0)
 
     return pixel
 
-  def _flow(self, cotangent, around):
-    """What flows back to the convolution, from what does to the result."""
-    if not self.form.has_silu:
-      return cotangent
+  def _slope(self, pixel, j):
+    """SiLU's derivative at what the convolution makes of column j."""
     result = self.bias
-    for weight, pixel in zip(self.weights, around, strict=True):
-      result += weight * pixel
+    for weight, (offset, column) in zip(self.weights, TAPS, strict=True):
+      result += weight * pixel(offset, j + column)
     gate = gpu.sigmoid(result)
-    return cotangent * gate * (1 + result * (1 - gate))
+    return gate * (1 + result * (1 - gate))
