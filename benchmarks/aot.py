@@ -70,6 +70,7 @@ OPS = (
   "depthwise_conv",
   "residual_depthwise_conv",
   "silu_depthwise_conv",
+  "projected_depthwise_conv",
   "strided_depthwise_conv",
   "mlp",
   "residual_layer_norm",
@@ -88,6 +89,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "depthwise_conv": gpu_conv.kernel(gpu_conv.PLAIN),
     "residual_depthwise_conv": gpu_conv.kernel(gpu_conv.RESIDUAL),
     "silu_depthwise_conv": gpu_conv.kernel(gpu_conv.SILU),
+    "projected_depthwise_conv": gpu_conv.kernel(gpu_conv.PROJECTED),
     "strided_depthwise_conv": gpu_strided.kernel(2),
     "mlp": gpu_mlp.KERNEL,
     "residual_layer_norm": gpu_norm.KERNEL,
@@ -195,7 +197,8 @@ def _loop_tokens(op, arrays):
     count = gpu_strided.tokens_of(image.shape[-1]).count
     return {"depthwise_conv_strided_weights": count}
   if op.endswith("depthwise_conv"):
-    form = gpu_conv.SILU if op.startswith("silu") else gpu_conv.PLAIN
+    forms = {"silu": gpu_conv.SILU, "projected": gpu_conv.PROJECTED}
+    form = forms.get(op.partition("_")[0], gpu_conv.PLAIN)
     return {"depthwise_conv_backward": gpu_conv.cut(image, form).strip}
   states = image.dtype if op == "state_fusion" else jnp.float32
   types = image.shape, stencil, states, image.dtype
@@ -259,6 +262,11 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   image, numbers = pixels(channels), pixels(states)
   if op in ("depthwise_conv", "strided_depthwise_conv"):
     return image, array(3, 3, channels)
+  if op == "projected_depthwise_conv":
+    # Time steps from a sixteenth of a block's input, and B and C.
+    numbers = -(-channels // 32) + 2 * states
+    whole = image, array(3, 3, channels), channel
+    return *whole, array(channels, numbers)
   if op.endswith("depthwise_conv"):
     return image, array(3, 3, channels), channel
   if op == "mlp":

@@ -27,11 +27,18 @@ def _residual_depthwise_conv(x, kernel, bias, *, implementation):
   return conv.residual(x, kernel, bias, convolve=_grouped)
 
 
-def _silu_depthwise_conv(x, kernel, bias, *, implementation):
-  """XLA's convolution is what it is held against, and its rival."""
+def _silu_depthwise_conv(x, kernel, bias, projection, *, implementation):
+  """XLA's convolution is what it is held against, and its rival.
+
+  The projection follows after the channels.
+  """
+  arrays = x, kernel, bias, projection
   if implementation is None:
-    return smk.silu_depthwise_conv(x, kernel, bias)
-  return conv.activated(x, kernel, bias, convolve=_grouped)
+    results = smk.silu_depthwise_conv(*arrays)
+  else:
+    with jax.default_matmul_precision("highest"):
+      results = conv.projected(*arrays, convolve=_grouped)
+  return jnp.concatenate(results, axis=-1)
 
 
 _grouped = partial(conv.grouped, stride=1)
@@ -111,7 +118,12 @@ class Case:
     pixels = partial(normal, *image, dtype=self.dtype)
     if self.op.endswith("depthwise_conv"):
       kernel, bias = normal(3, 3, channels), normal(channels)
-      return {"x": pixels(channels), "kernel": kernel, "bias": bias}
+      whole = {"x": pixels(channels), "kernel": kernel, "bias": bias}
+      if self.op == "residual_depthwise_conv":
+        return whole
+      # Numbers that the type of x has, to which they will be cast.
+      projection = normal(channels, -(-channels // 32) + 2, dtype=self.dtype)
+      return whole | {"projection": projection.astype("float32")}
     if self.op == "mlp":
       narrow, hidden = channels // 2, 2 * channels
       weights = {

@@ -64,14 +64,16 @@ class DepthwiseConv(nnx.Module):
     """`x + self(x)`."""
     return self._of_stride_1(smk.residual_depthwise_conv, x)
 
-  def silu(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """`silu(self(x))`."""
-    return self._of_stride_1(smk.silu_depthwise_conv, x)
+  def silu(
+    self, x: Float[Array, "B H W C"], projection: Float[Array, "C P"]
+  ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W P"]]:
+    """`silu(self(x))`, and its projection."""
+    return self._of_stride_1(smk.silu_depthwise_conv, x, projection)
 
-  def _of_stride_1(self, operator, x):
+  def _of_stride_1(self, operator, x, *others):
     assert self.stride == 1
-    kernel, bias = self.kernel[...], self.bias[...]
-    return operator(x, kernel, bias, implementation=self.implementation)
+    arrays = x, self.kernel[...], self.bias[...], *others
+    return operator(*arrays, implementation=self.implementation)
 
 
 class Mlp(nnx.Module):

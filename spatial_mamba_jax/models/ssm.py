@@ -127,8 +127,8 @@ class StructureAwareSSM(nnx.Module):
 
   def _select(self, x):
     """What the tokens make of the SSM: u, delta, A, B and C."""
-    u = self.conv.silu(x)
-    dt_low, B, C = jnp.split(keep(self.x_proj(u)), self.splits, axis=-1)
+    u, projected = self.conv.silu(x, self.x_proj.kernel[...])
+    dt_low, B, C = jnp.split(keep(projected), self.splits, axis=-1)
     return u, self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C
 
 

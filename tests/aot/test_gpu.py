@@ -29,6 +29,7 @@ OPS = (
   "depthwise_conv",
   "residual_depthwise_conv",
   "silu_depthwise_conv",
+  "projected_depthwise_conv",
   "strided_depthwise_conv",
   "residual_layer_norm",
   "gated_layer_norm",
@@ -51,7 +52,7 @@ COUNTS = {
   ("structure_aware_ssm", "backward"): 2,
   **{
     (f"{form}depthwise_conv", direction): int(direction == "backward")
-    for form in ("", "residual_", "silu_")
+    for form in ("", "residual_", "silu_", "projected_")
     for direction in DIRECTIONS
   },
   ("strided_depthwise_conv", "forward"): 0,

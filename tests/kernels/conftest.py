@@ -69,34 +69,58 @@ def fusion_arguments():
 
 
 def _depthwise_conv(
-  x, kernel, bias=None, *, form="plain", stride=1, implementation=None
+  x, kernel, bias=None, projection=None, *, form, stride, implementation=None
 ):
-  """By a kernel, or with XLA's convolution, which is none of ours."""
+  """By a kernel, or with XLA's convolution, which is none of ours.
+
+  A projection follows after the channels.
+  """
   if implementation != "sequential":
     if form == "plain":
       return conv_api.operator(stride)((x, kernel), implementation)
-    operator = getattr(smk, f"{form}_depthwise_conv")
-    return operator(x, kernel, bias, implementation=implementation)
+    if form == "silu":
+      return conv_api.silu_operator((x, kernel, bias), implementation)
+    if form == "residual":
+      return smk.residual_depthwise_conv(
+        x, kernel, bias, implementation=implementation
+      )
+    results = smk.silu_depthwise_conv(
+      x, kernel, bias, projection, implementation=implementation
+    )
+    return jnp.concatenate(results, axis=-1)
   y = conv_xla.grouped(x, kernel, stride=stride)
+  if form == "plain":
+    return y
   if form == "residual":
     return x + (y + bias)
-  return jax.nn.silu(y + bias) if form == "silu" else y
+  y = jax.nn.silu(y + bias)
+  if form == "silu":
+    return y
+  return jnp.concatenate((y, y @ projection), axis=-1)
 
 
 @pytest.fixture(scope="session")
 def convolution():
-  """(shape of the image, its dtype, form, stride) -> one, {name: array}."""
+  """(shape of the image, its dtype, form, stride) -> one, {name: array}.
 
-  def arguments(shape, dtype, form="plain", stride=1):
+  Projections are to so many `numbers`.
+  """
+
+  def arguments(shape, dtype, form="plain", stride=1, numbers=6):
     rng = np.random.default_rng(0)
 
     def normal(*shape, dtype=jnp.float32):
       return jnp.asarray(rng.standard_normal(shape), dtype)
 
     kernel, x = normal(3, 3, shape[-1]), normal(*shape, dtype=dtype)
-    bias = {} if form == "plain" else {"bias": normal(shape[-1])}
-    operator = partial(_depthwise_conv, form=form, stride=stride)
-    return operator, {"x": x, "kernel": kernel, **bias}
+    arrays = {"x": x, "kernel": kernel}
+    if form != "plain":
+      arrays["bias"] = normal(shape[-1])
+    if form == "projected":
+      # Numbers that bfloat16 has, to which they may be cast.
+      projection = normal(shape[-1], numbers, dtype=jnp.bfloat16)
+      arrays["projection"] = projection.astype(jnp.float32)
+    return partial(_depthwise_conv, form=form, stride=stride), arrays
 
   return arguments
 

@@ -217,6 +217,52 @@ def test_depthwise_conv(
 
 @needs_interpreter
 @pytest.mark.parametrize(
+  ("shape", "dtype", "numbers", "sizes"),
+  [
+    ((1, 1, 1, 1), jnp.float32, 1, {}),
+    ((2, 9, 3, 130), jnp.float32, 18, {}),
+    ((1, 6, 5, 24), jnp.bfloat16, 6, {}),
+    ((1, 5, 4, 128), jnp.bfloat16, 3, {"gpu": "8.0"}),
+    # Blocks of rows, and strips that are computed twice.
+    (
+      (1, 7, 7, 8),
+      jnp.float32,
+      6,
+      {"columns": 3, "programs": 9, "races": False},
+    ),
+  ],
+  ids=str,
+)
+def test_projected_depthwise_conv(
+  interpreted, convolution, assert_is_sequential, shape, dtype, numbers, sizes
+):
+  interpreted(**sizes)
+  operator, arrays = convolution(shape, dtype, "projected", numbers=numbers)
+  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
+
+
+def test_what_projects_apart(on_gpu, convolution):
+  """Too many numbers; another platform."""
+
+  def kernel(numbers):
+    operator, arrays = convolution(
+      (1, 2, 2, 128), jnp.float32, "projected", numbers=numbers
+    )
+    jax.eval_shape(
+      lambda arrays: operator(**arrays, implementation="mosaic_gpu"), arrays
+    )
+
+  on_gpu("9.0")
+  kernel(20)
+  with pytest.raises(NotImplementedError, match="20 numbers at most, not 21"):
+    kernel(21)
+  on_gpu(None)
+  with pytest.raises(NotImplementedError, match="JAX's default device"):
+    kernel(20)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
   ("shape", "dtype", "stride"),
   [
     ((1, 1, 1, 32), jnp.float32, 2),

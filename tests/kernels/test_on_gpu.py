@@ -53,7 +53,7 @@ def test_kernel_is_sequential(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["plain", "residual", "silu"])
+@pytest.mark.parametrize("form", ["plain", "residual", "silu", "projected"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_convolution(convolution, assert_is_sequential, shape, form, dtype):
   operator, arrays = convolution(shape[:4], DTYPES[dtype], form)

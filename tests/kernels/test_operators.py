@@ -226,7 +226,7 @@ def test_depthwise_conv_is_a_grouped_convolution(
   assert_trees_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), 1e-12)
 
 
-@pytest.mark.parametrize("form", ["residual", "silu"])
+@pytest.mark.parametrize("form", ["residual", "silu", "projected"])
 def test_what_a_depthwise_conv_is_part_of(convolution, form):
   operator, arrays = convolution((2, 5, 4, 3), jnp.float64, form)
   arrays = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
@@ -382,7 +382,7 @@ def test_a_shape_that_does_not_fit_is_named(ssm_arguments):
     smk.depthwise_conv(np.ones((1, 2, 2, 1)), np.ones((3, 3, 1)), stride=0)
   with pytest.raises(ValueError, match=r"^silu_depthwise_conv: bias must have"):
     smk.silu_depthwise_conv(
-      np.ones((1, 2, 2, 1)), np.ones((3, 3, 1)), np.ones(2)
+      np.ones((1, 2, 2, 1)), np.ones((3, 3, 1)), np.ones(2), np.ones((1, 3))
     )
 
 

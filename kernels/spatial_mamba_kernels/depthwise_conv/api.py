@@ -75,17 +75,27 @@ def residual_depthwise_conv(
     ValueError: as by `depthwise_conv`.
     NotImplementedError: as by `depthwise_conv`.
   """
-  return _with_bias(_residual_operator, x, kernel, bias, implementation)
+  check_implementation(implementation, "residual_depthwise_conv")
+  arrays = check_shapes(
+    "residual_depthwise_conv",
+    {
+      "x": (x, "B H W D"),
+      "kernel": (kernel, "3 3 D"),
+      "bias": (bias, "D"),
+    },
+  )
+  return _residual_operator(tuple(arrays), implementation)
 
 
 def silu_depthwise_conv(
   x: ArrayLike,
   kernel: ArrayLike,
   bias: ArrayLike,
+  projection: ArrayLike,
   *,
   implementation: str | None = None,
-) -> Array:
-  """silu(depthwise_conv(x, kernel) + bias).
+) -> tuple[Array, Array]:
+  """Y = silu(depthwise_conv(x, kernel) + bias), and y @ projection.
 
   Where a GPU is JAX's default device its backward pass makes the convolution
   again; elsewhere it is kept, unless `jax.checkpoint` says otherwise.
@@ -94,29 +104,27 @@ def silu_depthwise_conv(
     x: [B, H, W, D].
     kernel: [3, 3, D].
     bias: [D].
-    implementation: as for `depthwise_conv`.
+    projection: [D, P], cast to the dtype of `x`.
+    implementation: as for `depthwise_conv`; the kernel is for P up to 20.
 
   Returns:
-    [B, H, W, D] in the dtype of `x`.
+    [B, H, W, D] and [B, H, W, P] in the dtype of `x`.
 
   Raises:
     ValueError: as by `depthwise_conv`.
     NotImplementedError: as by `depthwise_conv`.
   """
-  return _with_bias(_silu_operator, x, kernel, bias, implementation)
-
-
-def _with_bias(operator, x, kernel, bias, implementation):
-  check_implementation(implementation, operator.name)
+  check_implementation(implementation, "silu_depthwise_conv")
   arrays = check_shapes(
-    operator.name,
+    "silu_depthwise_conv",
     {
       "x": (x, "B H W D"),
       "kernel": (kernel, "3 3 D"),
       "bias": (bias, "D"),
+      "projection": (projection, "D P"),
     },
   )
-  return operator(tuple(arrays), implementation)
+  return projected_operator(tuple(arrays), implementation)
 
 
 def _operator(name, form, dimensions, *, stride=1):
@@ -144,6 +152,21 @@ def operator(stride: int) -> Operator:
 _residual_operator = _operator(
   "residual_depthwise_conv", mosaic_gpu.RESIDUAL, mosaic_gpu.DIMENSIONS
 )
-_silu_operator = _operator(
+silu_operator = _operator(
   "silu_depthwise_conv", mosaic_gpu.SILU, mosaic_gpu.DIMENSIONS
+)
+
+
+def _project_apart(arrays: Arrays, *, implementation: str | None) -> Any:
+  *convolved, projection = arrays
+  y = silu_operator(tuple(convolved), implementation)
+  return y, xla.project(y, projection)
+
+
+projected_operator = Operator(
+  "silu_depthwise_conv",
+  _project_apart,
+  {"mosaic_gpu": mosaic_gpu.kernel(mosaic_gpu.PROJECTED)},
+  mosaic_gpu.PROJECTED_DIMENSIONS,
+  is_named=False,
 )

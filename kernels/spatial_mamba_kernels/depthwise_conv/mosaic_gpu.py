@@ -19,20 +19,37 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import Arrays, Dimensions, Kernel, Passes
+from spatial_mamba_kernels.by_platform import (
+  Arrays,
+  Dimensions,
+  Kernel,
+  Passes,
+  Results,
+)
 from spatial_mamba_kernels.depthwise_conv import xla
 from spatial_mamba_kernels.gpu_device import device, is_default
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
+from spatial_mamba_kernels.sharding import (
+  BATCH,
+  CHANNELS,
+  WHOLE,
+  channels_of_device,
+)
 from spatial_mamba_kernels.state_fusion import gpu_strips as strips
 from spatial_mamba_kernels.state_fusion.gpu_strips import Cut, Program, Stream
 from spatial_mamba_kernels.typing import Array
 
+# Of a projection: with more, a product of its own costs less than what each
+# number of an image takes part in here.
+MOST_PROJECTED = 20
+
 IMAGE = (BATCH, WHOLE, WHOLE, CHANNELS)
-PLAIN_DIMENSIONS = Dimensions(
-  arguments=(IMAGE, (WHOLE, WHOLE, CHANNELS)), result=IMAGE, saved=()
-)
-DIMENSIONS = Dimensions(
-  arguments=(*PLAIN_DIMENSIONS.arguments, (CHANNELS,)), result=IMAGE, saved=()
+KERNEL = (WHOLE, WHOLE, CHANNELS)
+PLAIN_DIMENSIONS = Dimensions((IMAGE, KERNEL), result=IMAGE, saved=())
+DIMENSIONS = Dimensions((IMAGE, KERNEL, (CHANNELS,)), result=IMAGE, saved=())
+PROJECTED_DIMENSIONS = Dimensions(
+  (*DIMENSIONS.arguments, (WHOLE, WHOLE)),
+  result=(IMAGE, (BATCH, WHOLE, WHOLE, WHOLE)),
+  saved=(),
 )
 
 OFFSETS = (-1, 0, 1)
@@ -44,14 +61,16 @@ class Form(NamedTuple):
   """What a convolution is part of.
 
   Attributes:
-    forward: (x, kernel, bias if any, convolve=) -> result.
+    forward: (x, kernel, *others, convolve=) -> result.
     has_residual: its input is added to it.
     has_silu: of which the result is.
+    is_projected: the result comes with its projection.
   """
 
-  forward: Callable[..., Array]
+  forward: Callable[..., Any]
   has_residual: bool = False
   has_silu: bool = False
+  is_projected: bool = False
 
   @property
   def reach(self) -> int:
@@ -62,6 +81,7 @@ class Form(NamedTuple):
 PLAIN = Form(xla.plain)
 RESIDUAL = Form(xla.residual, has_residual=True)
 SILU = Form(xla.activated, has_silu=True)
+PROJECTED = Form(xla.projected, has_silu=True, is_projected=True)
 
 
 def kernel(form: Form) -> Kernel:
@@ -78,17 +98,29 @@ def plan(arrays: Arrays, *, form: Form) -> None:
   """Raises NotImplementedError where the kernel cannot serve."""
   gpu.check_served(arrays)
   x, *_ = arrays
-  if not device().tma and x.shape[-1] % gpu.CHANNELS:
+  batch, *_, channels = x.shape
+  if not device().tma and channels % gpu.CHANNELS:
     raise NotImplementedError(
-      f"mosaic_gpu would pad both images of {x.shape[-1]} channels to blocks"
-      f" of {gpu.CHANNELS} here"
+      f"mosaic_gpu would pad both images of {channels} channels to blocks of"
+      f" {gpu.CHANNELS} here"
     )
   # What XLA keeps of it elsewhere is decided in tracing.
   if form.has_silu and not is_default():
     raise NotImplementedError(
       "mosaic_gpu makes the convolution again: make a GPU JAX's default device"
     )
+  if form.is_projected:
+    _check_projected(batch, channels, arrays[-1].shape[1])
   cut(x, form)
+
+
+def _check_projected(batch, channels, numbers):
+  if numbers > MOST_PROJECTED:
+    raise NotImplementedError(
+      f"mosaic_gpu projects to {MOST_PROJECTED} numbers at most, not {numbers}"
+    )
+  if channels_of_device(batch, channels) < channels:
+    raise NotImplementedError("mosaic_gpu projects all channels of a token")
 
 
 def cut(x: Any, form: Form) -> Cut:
@@ -104,47 +136,55 @@ def cut(x: Any, form: Form) -> Cut:
   return strips.cut(x.shape, form.reach, bytes_of, columns=columns)
 
 
-def run_forward(arrays: Arrays, *, save: bool, form: Form) -> Arrays:
+def run_forward(arrays: Arrays, *, save: bool, form: Form) -> Results:
   """The result on one device; there is nothing to save."""
   del save
-  x, *rest = arrays
   # So that it is rounded once, as the backward pass makes it again.
-  convolve = partial(xla.shifted, stride=1)
-  y = form.forward(x.astype(jnp.float32), *rest, convolve=convolve)
-  return (y.astype(x.dtype),)
+  convolve = partial(xla.shifted, stride=1, dtype=jnp.float32)
+  return (form.forward(*arrays, convolve=convolve),)
 
 
 def run_backward(
-  arrays: Arrays, saved: Arrays, g: Array, *, form: Form
+  arrays: Arrays, saved: Arrays, g: Any, *, form: Form
 ) -> Arrays:
-  """Cotangents [B, H, W, D] of x, and [G, 9 + 1, D] of weights and bias."""
+  """Cotangents [B, H, W, D] of x, and [G, S, D] of the others.
+
+  These are the nine weights, the bias, and what a projection has.
+  """
   del saved
-  x, weights, *bias = arrays
-  channels = x.shape[-1]
-  cut_x, padded = cut(x, form), gpu.pad_channels(x)
-  total = len(TAPS) + 1
-  grid = (len(x), cut_x.strips, cut_x.blocks)
+  x, weights, *others = arrays
+  channels, total = x.shape[-1], len(TAPS) + 1
+  image, image_cut = gpu.pad_channels(x), cut(x, form)
+  bias = others[0] if others else jnp.zeros(channels)
+  operands = []
+  if form.is_projected:
+    g, numbers = g
+    projection = others[1]
+    total += projection.shape[1]
+    operands = [gpu.parameters(projection.T), numbers.astype(jnp.float32)]
+  grid = (len(x), image_cut.strips, image_cut.blocks)
   dx, sums = strips.kernel(
     partial(_kernel, form=form),
-    padded,
-    cut_x,
+    image,
+    image_cut,
     out_type=[
-      jax.ShapeDtypeStruct(padded.shape, x.dtype),
+      jax.ShapeDtypeStruct(image.shape, x.dtype),
       jax.ShapeDtypeStruct(
         (*grid, total, gpu.blocks(channels) * gpu.CHANNELS), jnp.float32
       ),
     ],
     scratch_types={
-      **gpu.outlet("tile", (cut_x.strip, gpu.CHANNELS), x.dtype),
-      **Stream.scratch("ring", cut_x.read, x.dtype, 1),
-      **Stream.scratch("image", cut_x.read, g.dtype, 0),
+      **gpu.outlet("tile", (image_cut.strip, gpu.CHANNELS), x.dtype),
+      **Stream.scratch("ring", image_cut.read, x.dtype, 1),
+      **Stream.scratch("flows", image_cut.read, g.dtype, 0),
     },
     name="depthwise_conv_backward",
   )(
-    padded,
+    image,
     gpu.parameters(weights.reshape(len(TAPS), -1)),
-    gpu.parameters(bias[0] if bias else jnp.zeros(channels)),
+    gpu.parameters(bias),
     gpu.pad_channels(g),
+    *operands,
   )
   sums = sums.reshape(-1, *sums.shape[3:])[..., :channels]
   return dx[..., :channels], sums
@@ -152,15 +192,20 @@ def run_backward(
 
 def _finish(arrays, sums):
   dx, sums = sums
-  *dweights, dbias = jnp.sum(sums, axis=0)
-  cotangents = dx, jnp.stack(dweights).reshape(arrays[1].shape), dbias
+  dweights, dbias, dprojection = jnp.split(
+    jnp.sum(sums, axis=0), (len(TAPS), len(TAPS) + 1)
+  )
+  cotangents = (
+    dx, dweights.reshape(arrays[1].shape), dbias[0], dprojection.T
+  )  # fmt: skip
   return cotangents[: len(arrays)]
 
 
 def _kernel(
-  x, weights, bias, g, dx, sums, program, *, form, ring, image, tile=None,
-  ring_barriers=None, image_barriers=None,
+  x, weights, bias, g, *refs, form, ring, flows, ring_barriers=None,
+  flows_barriers=None, tile=None,
 ):  # fmt: skip
+  *projected, dx, sums, program = refs
   # Rows from which something flows back to its own.
   rows = (
     jnp.maximum(program.first_row - 1, 0),
@@ -168,18 +213,25 @@ def _kernel(
   )
   streams = [
     Stream(program.rows_of(x), ring, ring_barriers, rows, 1),
-    Stream(program.rows_of(g), image, image_barriers, rows, 0),
+    Stream(program.rows_of(g), flows, flows_barriers, rows, 0),
   ]
   own, channels = program.own_rows_of(dx), program.channels
+  projection, numbers = [], None
+  if projected:
+    matrix, numbers = projected
+    projection = [matrix[place, channels] for place in range(matrix.shape[0])]
+    numbers = program.numbers_of(numbers)
   walk = _Walk(
     form,
     program,
     [weights[tap, channels] for tap in range(len(TAPS))],
     bias[channels],
+    projection,
+    numbers,
   )
 
   def step(row, carry):
-    above, *rest = walk.add_row(row, ring, image, *carry)
+    above, *rest = walk.add_row(row, ring, flows, *carry)
 
     @pl.when(row > program.first_row)
     def _():
@@ -188,7 +240,7 @@ def _kernel(
     return rest
 
   zeros = [gpu.zeros() for _ in range(program.cut.strip)]
-  totals = [gpu.zeros() for _ in range(len(TAPS) + 1)]
+  totals = [gpu.zeros() for _ in range(sums.shape[-2])]
   last, _, totals = strips.for_rows(rows, streams, step, [zeros, zeros, totals])
 
   # No row comes after it that would finish it.
@@ -209,33 +261,38 @@ class _Walk(NamedTuple):
     program: what it computes.
     weights: a vector of channels for each of the taps.
     bias: a vector of channels.
+    projection: a vector of channels for each number projected to.
+    numbers: reference to the cotangents of these, [H, W, P], or None.
   """
 
   form: Form
   program: Program
   weights: list[Array]
   bias: Array
+  projection: list[Array]
+  numbers: Any
 
-  def add_row(self, row, ring, image, above, here, totals):
+  def add_row(self, row, ring, flows, above, here, totals):
     """Adds what flows back from a row of results.
 
     Args:
       row: that one.
       ring: with it and those next to it, of the input.
-      image: with its cotangents.
+      flows: with its cotangents.
       above: for each column, what has flowed back to the row above.
       here: the same of this row.
-      totals: what has flowed back to the weights and to the bias.
+      totals: what has flowed back to weights, bias and projection.
 
     Returns:
       The same of the row above, which is finished with it, of this row, of the
-      row below, and of weights and bias.
+      row below, and of weights, bias and projection.
     """
     program, totals = self.program, list(totals)
     size = program.cut.strip
     sums = {-1: list(above), 0: list(here), 1: [gpu.zeros()] * size}
     pixel = self._pixels(row, ring)
-    cotangents = program.columns_of(image.at[row % strips.len_of(image)])
+    cotangents = program.columns_of(flows.at[row % strips.len_of(flows)])
+    numbers_at = self._numbers(row)
     is_own = (row >= program.first_row) & (row < program.end_row)
     back = list(self.weights)
     if self.form.has_residual:
@@ -243,18 +300,26 @@ class _Walk(NamedTuple):
     # Of the strips beside it, results that have read its pixels.
     for j in range(-1, size + 1):
       is_beside = not 0 <= j < size
-      slope = self._slope(pixel, j) if self.form.has_silu else 1
-      flow = slope * cotangents(j)
+      y, slope = self._result(pixel, j)
+      flow = cotangents(j)[...].astype(jnp.float32)
+      numbers = numbers_at(j)
+      for number, weight in zip(numbers, self.projection, strict=True):
+        flow += number * weight
+      flow *= slope
       if is_beside:
         flow = jnp.where(program.is_inside(j), flow, 0)
       for weight, (offset, column) in zip(back, TAPS, strict=True):
         if 0 <= j + column < size:
           sums[offset][j + column] += weight * flow
       if not is_beside:
-        flow = jnp.where(is_own & program.is_own(j), flow, 0)
-        for tap, (offset, column) in enumerate(TAPS):
-          totals[tap] += pixel(offset, j + column) * flow
-        totals[-1] += flow
+        is_counted = is_own & program.is_own(j)
+        flow = jnp.where(is_counted, flow, 0)
+        terms = [
+          *(pixel(offset, j + column) * flow for offset, column in TAPS),
+          flow,
+          *(jnp.where(is_counted, number, 0) * y for number in numbers),
+        ]
+        totals = [a + b for a, b in zip(totals, terms, strict=True)]
     return *sums.values(), totals
 
   def _pixels(self, row, ring):
@@ -268,18 +333,29 @@ class _Walk(NamedTuple):
     @functools.cache
     def pixel(offset, j):
       column, is_inside = rows[offset]
+      value = column(j)[...].astype(jnp.float32)
       if not 0 <= j < program.cut.strip:
         is_inside &= program.is_inside(j)
       elif not offset:
-        return column(j)
-      return jnp.where(is_inside, column(j), 0)
+        return value
+      return jnp.where(is_inside, value, 0)
 
     return pixel
 
-  def _slope(self, pixel, j):
-    """SiLU's derivative at what the convolution makes of column j."""
-    result = self.bias
+  def _numbers(self, row):
+    """Column -> the cotangents of what its result is projected to."""
+    if self.numbers is None:
+      return lambda j: []
+    column = self.program.columns_of(self.numbers.at[row])
+    places = range(len(self.projection))
+    return lambda j: [column(j)[place] for place in places]
+
+  def _result(self, pixel, j) -> tuple[Any, Any]:
+    """With SiLU, what is projected of column j, and the derivative there."""
+    if not self.form.has_silu:
+      return None, 1
+    total = self.bias
     for weight, (offset, column) in zip(self.weights, TAPS, strict=True):
-      result += weight * pixel(offset, j + column)
-    gate = gpu.sigmoid(result)
-    return gate * (1 + result * (1 - gate))
+      total += weight * pixel(offset, j + column)
+    gate = gpu.sigmoid(total)
+    return total * gate, gate * (1 + total * (1 - gate))

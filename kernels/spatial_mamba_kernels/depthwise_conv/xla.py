@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from spatial_mamba_kernels import stencil
 from spatial_mamba_kernels.activations import silu
@@ -49,7 +50,7 @@ convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 def plain(x: Array, kernel: Array, *, convolve: Callable[..., Array]) -> Array:
   """The convolution alone."""
-  return convolve(x, kernel)
+  return convolve(x, kernel).astype(x.dtype)
 
 
 def residual(
@@ -64,6 +65,24 @@ def activated(
 ) -> Array:
   """See `silu_depthwise_conv`."""
   return silu(_biased(convolve(x, kernel), bias)).astype(x.dtype)
+
+
+def projected(
+  x: Array,
+  kernel: Array,
+  bias: Array,
+  projection: Array,
+  *,
+  convolve: Callable[..., Array],
+) -> tuple[Array, Array]:
+  """See `silu_depthwise_conv`."""
+  y = activated(x, kernel, bias, convolve=convolve)
+  return y, project(y, projection)
+
+
+def project(y: Array, projection: Array) -> Array:
+  """[B, H, W, D] and [D, P] to [B, H, W, P]."""
+  return y @ projection.astype(y.dtype)
 
 
 def _biased(y, bias):
@@ -81,8 +100,10 @@ def grouped(x: Array, kernel: Array, *, stride: int) -> Array:
   return y.astype(x.dtype)
 
 
-def shifted(x: Array, kernel: Array, *, stride: int) -> Array:
-  """As a sum of shifted products."""
+def shifted(
+  x: Array, kernel: Array, *, stride: int, dtype: DTypeLike | None = None
+) -> Array:
+  """As a sum of shifted products, in this type, or that of `x`."""
   _, height, width, _ = x.shape
   y = stencil.correlate(
     _pad(x),
@@ -92,7 +113,7 @@ def shifted(x: Array, kernel: Array, *, stride: int) -> Array:
     width=(width - 1) // stride + 1,
     stride=stride,
   )
-  return y.astype(x.dtype)
+  return y.astype(dtype or x.dtype)
 
 
 def shifted_to_input(

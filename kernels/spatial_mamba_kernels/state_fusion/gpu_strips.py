@@ -158,8 +158,8 @@ class Program:
       places[j] = clip(self.column + j, self.cut.width) - first
     return places
 
-  def columns_of(self, row: Any) -> Callable[[int], Array]:
-    """Columns of a row that has been read, [W, D], from its own first.
+  def columns_of(self, row: Any) -> Callable[[int], Any]:
+    """References to columns of a row that has been read, from its own first.
 
     Beyond the image it is some other column.
     """
@@ -168,8 +168,7 @@ class Program:
     own = row.at[pl.ds(places[0], self.cut.strip)]
 
     def column(j):
-      value = own[j] if 0 <= j < self.cut.strip else row[places[j]]
-      return value.astype(jnp.float32)
+      return own.at[j] if 0 <= j < self.cut.strip else row.at[places[j]]
 
     return column
 
@@ -186,8 +185,11 @@ class Program:
 
   def rows_of(self, image: Any) -> Any:
     """[H, W, D], the columns that are read, of a reference [B, H, W, D]."""
-    columns = pl.ds(self.first_read, self.cut.read)
-    return image.at[self.image, :, columns, self.channels]
+    return self.numbers_of(image).at[:, :, self.channels]
+
+  def numbers_of(self, image: Any) -> Any:
+    """[H, W, N], of a reference [B, H, W, N] to numbers of no channel."""
+    return image.at[self.image, :, pl.ds(self.first_read, self.cut.read)]
 
   def own_rows_of(self, image: Any) -> Any:
     """[H, W, D], its own columns."""
