@@ -37,6 +37,7 @@ from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
 from spatial_mamba_kernels.gpu_tokens import Tokens
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
+from spatial_mamba_kernels.mlp import gpu_weights
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
 from spatial_mamba_kernels.selective_scan import gpu_tiles
 from spatial_mamba_kernels.selective_scan import mosaic_gpu as gpu_scan
@@ -189,7 +190,12 @@ def _loop_tokens(op, arrays):
   if op == "selective_scan":
     return tokens
   if op == "mlp":
-    return {f"mlp_{name}": gpu_mlp.TOKENS for name in ("forward", "backward")}
+    pieces = dict.fromkeys(
+      ("mlp_backward_whole", "mlp_weights"), gpu_weights.PIECE
+    )
+    return pieces | dict.fromkeys(
+      ("mlp_forward", "mlp_backward"), gpu_mlp.TOKENS
+    )
   if "layer_norm" in op:
     count = Tokens(image.shape[-1]).count
     return {f"{op}_{name}": count for name in ("forward", "backward")}

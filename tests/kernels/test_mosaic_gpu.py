@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import spatial_mamba_kernels as smk
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from spatial_mamba_kernels import gpu_device, gpu_threads
 from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
-from spatial_mamba_kernels.mlp import gpu_gelu
+from spatial_mamba_kernels.mlp import gpu_gelu, gpu_products, gpu_weights
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
 from spatial_mamba_kernels.state_fusion import gpu_strips, mosaic_gpu
 from spatial_mamba_kernels.state_fusion.taps import Stencil
@@ -59,7 +61,9 @@ def interpreted(monkeypatch, on_gpu):
     # The interpreter has no barriers, and no threads that they would hold; nor
     # what threads exchange.
     monkeypatch.setattr(gpu_threads, "_barrier", lambda: None)
-    monkeypatch.setattr(gpu_mlp, "sum_tokens", lambda x, _: jnp.sum(x, axis=0))
+    for module in (gpu_mlp, gpu_weights):
+      monkeypatch.setattr(module, "sum_rows", lambda x, _: jnp.sum(x, axis=0))
+    monkeypatch.setattr(gpu_weights, "add_product", add_product)
     sizes = {"programs": 1, "tokens": 4, "stages": 2, **sizes}
     monkeypatch.setattr(gpu_threads, "CONFIG", gpu_threads.Config(**sizes))
     monkeypatch.setattr(gpu_strips, "MOST_COLUMNS", columns)
@@ -71,6 +75,19 @@ def interpreted(monkeypatch, on_gpu):
 
   with contextlib.ExitStack() as stack:
     yield of_sizes
+
+
+def add_product(total, a, b):
+  """By way of shared memory: the interpreter multiplies nothing else."""
+
+  def multiply(tiles):
+    tile = tiles.at[lax.axis_index("warpgroup")]
+    tile[...] = a
+    plgpu.commit_smem()
+    plgpu.wgmma(total, tile, b)
+
+  tiles = plgpu.SMEM((gpu_products.WARPGROUPS, *a.shape), a.dtype)
+  pl.run_scoped(multiply, tiles, collective_axes="warpgroup")
 
 
 @needs_interpreter
@@ -291,19 +308,36 @@ def test_depthwise_conv_with_a_stride(
 
 @needs_interpreter
 @pytest.mark.parametrize(
-  ("shape", "hidden"),
+  ("shape", "hidden", "programs"),
   [
     # A warpgroup without tokens, and one with few.
-    ((1, 1, 1, 32), 32),
+    ((1, 1, 1, 32), 32, 1),
     # Weights whose stages come round, and a last program that is not full.
-    ((2, 7, 19, 64), 320),
+    ((2, 7, 19, 64), 320, 1),
     # Half the hidden units at a time.
-    ((1, 3, 5, 96), 160),
+    ((1, 3, 5, 96), 160, 1),
+    # All of the backward pass in one kernel: tiles whose stages come round, in
+    # programs that have 5, 5 and 6, and fewer tiles than stages.
+    ((3, 13, 25, 64), 256, 3),
+    ((2, 1, 1, 64), 256, 1),
+    # The weights' cotangents in a kernel, with hidden units shared by two
+    # programs, and by three.
+    ((2, 7, 19, 64), 512, 1),
+    ((3, 9, 25, 128), 384, 6),
   ],
   ids=str,
 )
-def test_mlp(interpreted, perceptron, assert_is_sequential, shape, hidden):
-  interpreted()
+def test_mlp(
+  interpreted,
+  perceptron,
+  assert_is_sequential,
+  monkeypatch,
+  shape,
+  hidden,
+  programs,
+):
+  interpreted(programs=programs)
+  monkeypatch.setattr(gpu_weights, "LEAST_TILES", 1)
   operator, arrays = perceptron(shape, hidden, jnp.bfloat16)
   assert_is_sequential("mosaic_gpu", operator, arrays, jnp.bfloat16)
 

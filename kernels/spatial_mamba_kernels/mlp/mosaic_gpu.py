@@ -3,8 +3,9 @@
 A warpgroup has 64 tokens. Both products' weights come through shared memory,
 some hidden units at a time; tensor cores multiply, and the second product's
 sums stay in registers. So forward nothing of the hidden units, four times as
-wide as the tokens, reaches device memory. Backward they are made again, and
-written for the weights' cotangents, which are products over all tokens: XLA's.
+wide as the tokens, reaches device memory. Backward they are made again. The
+weights' cotangents are products over all tokens: those of `gpu_weights`, or
+else XLA's, for which hidden units are written.
 """
 
 import math
@@ -21,21 +22,29 @@ from spatial_mamba_kernels import gpu_threads as gpu
 from spatial_mamba_kernels.by_platform import Arrays, Dimensions, Kernel, Passes
 from spatial_mamba_kernels.gpu_device import device, is_default
 from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.mlp import gpu_weights
 from spatial_mamba_kernels.mlp.gpu_gelu import gelu
+from spatial_mamba_kernels.mlp.gpu_products import (
+  BARRIER_BYTES,
+  EXCHANGED,
+  TOKENS,
+  WARPGROUPS,
+  compiler_params,
+  flat_tokens,
+  product,
+  scaled,
+  store,
+  sum_rows,
+  tiles,
+  token_scales,
+)
 from spatial_mamba_kernels.sharding import BATCH, WHOLE
 from spatial_mamba_kernels.typing import Array
 
-# Of a warpgroup: the rows of Hopper's matrix products.
-TOKENS = 64
-WARPGROUPS = 2
 # Parts of the weights on their way into shared memory.
 STAGES = 2
 # More would leave no registers for the rest.
 MOST_CHANNELS = 256
-# Numbers that four warps exchange for a sum over a warpgroup's tokens.
-EXCHANGED = 4 * 32 * 2
-
-_BARRIER_BYTES = 1024
 
 _IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
 _SUMS = ((BATCH, WHOLE, WHOLE), (BATCH, WHOLE)) * 2
@@ -79,7 +88,7 @@ def _units_of(channels, hidden, images):
   for units in (64, 32):
     tokens = WARPGROUPS * TOKENS * images * (channels + units)
     numbers = tokens + STAGES * 2 * channels * units
-    others = 4 * WARPGROUPS * EXCHANGED + _BARRIER_BYTES
+    others = 4 * WARPGROUPS * EXCHANGED + BARRIER_BYTES
     if hidden % units == 0 and 2 * numbers + others <= device().smem_bytes:
       return units
   raise NotImplementedError(
@@ -91,11 +100,11 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
   """The result on one device; there is nothing to save."""
   del save
   x, w1, b1, w2, b2, residual, branch_scale = arrays
-  flat = _flat(x)
+  flat = flat_tokens(x)
   y = _call(
     _forward_kernel,
     [flat],
-    (_flat(residual), _scales(branch_scale, x)),
+    (flat_tokens(residual), token_scales(branch_scale, x)),
     (w1, w2),
     (b1, b2),
     jax.ShapeDtypeStruct(flat.shape, x.dtype),
@@ -108,31 +117,49 @@ def run_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
   """The cotangents of x, and [1, ...] of weights and biases."""
   del saved
   x, w1, b1, w2, _, _, branch_scale = arrays
-  flat, dflat, scales = _flat(x), _flat(dy), _scales(branch_scale, x)
-  tokens, width = len(flat), w1.shape[1]
-  groups = WARPGROUPS * _programs(tokens)
-  dx, hidden, dhidden, db1 = _call(
+  flat, dflat = flat_tokens(x), flat_tokens(dy)
+  arguments = flat, dflat, token_scales(branch_scale, x), w1, b1, w2
+  if gpu_weights.is_whole(*w1.shape):
+    dw1, db1, dw2, dx, db2 = gpu_weights.cotangents(*arguments)
+  elif gpu_weights.serves(*w1.shape):
+    dw1, db1, dw2 = gpu_weights.cotangents(*arguments)
+    dx, db2 = _backward(*arguments, is_hidden_kept=False)
+  else:
+    dx, db2, hidden, dhidden, db1 = _backward(*arguments, is_hidden_kept=True)
+    sums = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dw1 = sums("tc,tf->cf", flat, dhidden)
+    dw2 = sums("tf,tc->fc", hidden, dflat)
+    db1 = jnp.sum(db1, 0)
+  return gpu.like(x, dx), *(x[None] for x in (dw1, db1, dw2, db2)), dy
+
+
+def _backward(x, dy, scales, w1, b1, w2, *, is_hidden_kept):
+  """The cotangents of x and b2; then, if kept, what those of weights take.
+
+  That is what the second product was given, [T, F], its cotangent, and sums of
+  this.
+  """
+  tokens, hidden = len(x), w1.shape[1]
+  groups = tokens // TOKENS
+  results = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype),
+    jax.ShapeDtypeStruct((groups, x.shape[1]), jnp.float32),
+  ]
+  if is_hidden_kept:
+    kept = jax.ShapeDtypeStruct((tokens, hidden), x.dtype)
+    sums = jax.ShapeDtypeStruct((groups, hidden), jnp.float32)
+    results += [kept, kept, sums]
+  dx, db2, *others = _call(
     _backward_kernel,
-    [flat, dflat],
+    [x, dy],
     (scales,),
     (w1, w2),
     (b1,),
-    [
-      jax.ShapeDtypeStruct(flat.shape, x.dtype),
-      *(jax.ShapeDtypeStruct((tokens, width), x.dtype) for _ in range(2)),
-      jax.ShapeDtypeStruct((groups, width), jnp.float32),
-    ],
+    results,
     name="mlp_backward",
     exchanged=plgpu.SMEM((WARPGROUPS, EXCHANGED), jnp.float32),
   )
-  sums = partial(jnp.einsum, preferred_element_type=jnp.float32)
-  cotangents = (
-    sums("tc,tf->cf", flat, dhidden),
-    jnp.sum(db1, 0),
-    sums("tf,tc->fc", hidden, dflat),
-    jnp.sum(scales[:, None] * dflat.astype(jnp.float32), 0),
-  )
-  return gpu.like(x, dx), *(x[None] for x in cotangents), dy
+  return dx, jnp.sum(db2, 0), *others
 
 
 def _finish(arrays, sums):
@@ -144,16 +171,6 @@ def _finish(arrays, sums):
 KERNEL = Kernel(
   plan, Passes(run_forward, run_backward), _finish, (_IMAGE, *_SUMS, _IMAGE)
 )
-
-
-def _flat(x):
-  """As [T, C], with zeros so that all programs have tokens enough."""
-  return gpu.flat_tokens(x, WARPGROUPS * TOKENS)
-
-
-def _scales(branch_scale, x):
-  """[B] as [T]."""
-  return gpu.token_scales(branch_scale, x, WARPGROUPS * TOKENS)
 
 
 def _programs(tokens):
@@ -175,23 +192,16 @@ def _call(kernel, images, others, weights, biases, results, *, name, **scratch):
   """
   tokens, channels = images[0].shape
   units = _units_of(channels, weights[0].shape[1], len(images))
-  # Tensor cores read shared memory in rows of one width, whose order copies
-  # change so that its banks are read evenly.
-  width = math.gcd(64, channels, units)
-  layout = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
-
-  def tiles(*shape):
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=layout)
-
+  tile = partial(tiles, math.gcd(64, channels, units))
   return plgpu.kernel(
     kernel,
     out_type=results,
     scratch_types={
-      "images": tiles(len(images), WARPGROUPS, TOKENS, channels),
-      "hidden": tiles(len(images), WARPGROUPS, TOKENS, units),
+      "images": tile(len(images), WARPGROUPS, TOKENS, channels),
+      "hidden": tile(len(images), WARPGROUPS, TOKENS, units),
       "come": plgpu.Barrier(num_arrivals=len(images), num_barriers=WARPGROUPS),
-      "w1_tiles": tiles(STAGES, channels, units),
-      "w2_tiles": tiles(STAGES, units, channels),
+      "w1_tiles": tile(STAGES, channels, units),
+      "w2_tiles": tile(STAGES, units, channels),
       "weights_come": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
       "used": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
       **scratch,
@@ -201,12 +211,7 @@ def _call(kernel, images, others, weights, biases, results, *, name, **scratch):
     num_threads=WARPGROUPS,
     thread_name="warpgroup",
     kernel_name=name,
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      # Pallas has one for all warpgroups, in which they would meet.
-      reduction_scratch_bytes=0,
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-    ),
+    compiler_params=compiler_params(),
   )(
     *images,
     *others,
@@ -226,20 +231,20 @@ def _forward_kernel(
 
   def add(total, units, w1_tile, w2_tile):
     bias = _row(b1.at[units])
-    g, _ = gelu(_product(tokens, w1_tile) + bias)
-    _store(tile, _scaled(g, scale))
+    g, _ = gelu(product(tokens, w1_tile) + bias)
+    store(tile, scaled(g, scale))
     plgpu.wgmma(total, tile, w2_tile)
 
   total = _for_units(add, tokens.shape, w1, w2, **scratch)
   # Sooner there are no registers for it.
   total += gpu.load(residual.at[own], plgpu.Layout.WGMMA).astype(jnp.float32)
-  _store(tokens, total + _scaled(_row(b2), scale))
+  store(tokens, total + scaled(_row(b2), scale))
   plgpu.copy_smem_to_gmem(tokens, y.at[own])
   plgpu.wait_smem_to_gmem(0)
 
 
 def _backward_kernel(
-  x, dy, scales, w1, w2, b1, dx, g, dh, db1, *, images, hidden, come, exchanged,
+  x, dy, scales, w1, w2, b1, dx, db2, *kept, images, hidden, come, exchanged,
   **scratch
 ):  # fmt: skip
   me, own = _own_tokens()
@@ -248,26 +253,39 @@ def _backward_kernel(
   plgpu.copy_gmem_to_smem(x.at[own], tokens, come.at[me])
   plgpu.copy_gmem_to_smem(dy.at[own], cotangents, come.at[me])
   scale = gpu.load(scales.at[own], plgpu.Layout.WGMMA.reduce(1))
+  group = WARPGROUPS * lax.axis_index("program") + me
   plgpu.barrier_wait(come.at[me])
+  width = math.gcd(64, x.shape[1])
+
+  def sum_columns(part, _):
+    columns = pl.ds(part * width, width)
+    values = gpu.load(cotangents.at[:, columns], plgpu.Layout.WGMMA)
+    values = scaled(values.astype(jnp.float32), scale)
+    db2[group, columns] = sum_rows(values, exchanged.at[me])
+
+  lax.fori_loop(0, x.shape[1] // width, sum_columns, None)
 
   def add(total, units, w1_tile, w2_tile):
     bias = _row(b1.at[units])
-    value, slope = gelu(_product(tokens, w1_tile) + bias)
-    cotangent = slope * _product(cotangents, w2_tile.transpose((1, 0)))
-    # Of what the second product was given, which XLA multiplies by dy.
-    value, cotangent = (_scaled(x, scale) for x in (value, cotangent))
-    # Until the ones before have been copied out.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    _store(g_tile, value)
-    _store(dh_tile, cotangent)
-    plgpu.copy_smem_to_gmem(g_tile, g.at[own, units])
-    plgpu.copy_smem_to_gmem(dh_tile, dh.at[own, units])
+    value, slope = gelu(product(tokens, w1_tile) + bias)
+    cotangent = slope * product(cotangents, w2_tile.transpose((1, 0)))
+    cotangent = scaled(cotangent, scale)
+    if kept:
+      g, dh, db1 = kept
+      # Until the ones before have been copied out.
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      # Of what the second product was given, which XLA multiplies by dy.
+      store(g_tile, scaled(value, scale))
+    store(dh_tile, cotangent)
+    if kept:
+      plgpu.copy_smem_to_gmem(g_tile, g.at[own, units])
+      plgpu.copy_smem_to_gmem(dh_tile, dh.at[own, units])
     plgpu.wgmma(total, dh_tile, w1_tile.transpose((1, 0)))
-    group = WARPGROUPS * lax.axis_index("program") + me
-    db1[group, units] = sum_tokens(cotangent, exchanged.at[me])
+    if kept:
+      db1[group, units] = sum_rows(cotangent, exchanged.at[me])
 
   total = _for_units(add, tokens.shape, w1, w2, **scratch)
-  _store(tokens, total)
+  store(tokens, total)
   plgpu.copy_smem_to_gmem(tokens, dx.at[own])
   plgpu.wait_smem_to_gmem(0)
 
@@ -311,11 +329,11 @@ def _for_units(
 
   def fetch(part):
     slot = lax.rem(part, STAGES)
-    for source, tiles in (
+    for source, stages in (
       (w1.at[:, units_of(part)], w1_tiles),
       (w2.at[units_of(part)], w2_tiles),
     ):
-      plgpu.copy_gmem_to_smem(source, tiles.at[slot], weights_come.at[slot])
+      plgpu.copy_gmem_to_smem(source, stages.at[slot], weights_come.at[slot])
 
   def step(part, total):
     slot = lax.rem(part, STAGES)
@@ -341,45 +359,8 @@ def _for_units(
   return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
-def _product(a, b):
-  def multiply(total):
-    plgpu.wgmma(total, a, b)
-    return total[...]
-
-  return pl.run_scoped(
-    multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]))
-  )
-
-
-def sum_tokens(values: Array, exchanged: Any) -> Array:
-  """The sums over rows, by way of a reference to `EXCHANGED` numbers."""
-
-  def reduce(_, values, exchanged):
-    return values.reduce("add", 0, exchanged)
-
-  result = plgpu.ShapeDtypeStruct(
-    values.shape[1:], values.dtype, plgpu.Layout.WGMMA.reduce(0)
-  )
-  inlined: Any = plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result
-  )
-  return inlined(reduce)(values, exchanged)
-
-
 def _row(ref):
   """A vector in device memory as each token's row."""
   layout = plgpu.Layout.WGMMA.reduce(0)
   vector = gpu.load(ref, layout)
   return lax.broadcast_in_dim(vector, (TOKENS, *vector.shape), (1,))
-
-
-def _scaled(values, scale):
-  """Times a number of each token; zero where that is, whatever was there."""
-  scale = lax.broadcast_in_dim(scale, values.shape, (0,))
-  return jnp.where(scale > 0, values * scale, 0)
-
-
-def _store(tile, values):
-  """Stores where copies and tensor cores read."""
-  tile[...] = values.astype(tile.dtype)
-  plgpu.commit_smem()
