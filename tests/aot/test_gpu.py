@@ -171,6 +171,29 @@ def test_mlp(shape, direction):
   assert kernels == 1 + makes_weights
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+  ("op", "shape"),
+  [
+    ("projected_depthwise_conv", (128, 28, 28, 256, 1)),
+    ("projected_depthwise_conv", (128, 14, 14, 512, 1)),
+    ("projected_depthwise_conv", (128, 56, 56, 192, 1)),
+    ("projected_depthwise_conv", (16, 200, 320, 128, 1)),
+    ("projected_depthwise_conv", (1, 12, 61, 96, 1)),
+    ("silu_depthwise_conv", (128, 7, 7, 1024, 1)),
+    ("residual_depthwise_conv", (128, 56, 56, 64, 1)),
+    ("residual_depthwise_conv", (128, 14, 14, 256, 1)),
+    ("residual_depthwise_conv", (1, 1, 1, 1, 1)),
+  ],
+  ids=str,
+)
+def test_depthwise_conv(op, shape, dtype):
+  kernels = assert_kernels_compile(
+    "H200", op, "backward", "--shape", *shape, "--dtype", dtype
+  )
+  assert kernels == 1
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("op", ["residual_layer_norm", "gated_layer_norm"])
 @pytest.mark.parametrize(
@@ -213,9 +236,9 @@ def test_sharded_training_step(target):
   assert record["all_gathers"] == 0
 
 
-# The goal in inference; what was reached in training, where the goal is 498.
+# The goals; in training, 1.3 times the ideal.
 @pytest.mark.parametrize(
-  ("program", "megabytes"), [("inference", 180), ("step", 590)]
+  ("program", "megabytes"), [("inference", 180), ("step", 497.5)]
 )
 def test_bytes_an_image(program, megabytes):
   kinds = traffic.count(program, "H200", "tiny", 128)
