@@ -88,6 +88,12 @@ def test_convolution_with_a_stride(
     (64, 56, 56, 96),
     (64, 28, 28, 192),
     (1, 14, 14, 256),
+    # Where the weights' cotangents are a kernel's: tiles that programs do not
+    # share evenly, and a program with fewer than come at a time.
+    (3, 55, 37, 64),
+    (3, 29, 37, 128),
+    (1, 1, 1, 64),
+    (1, 1, 1, 128),
     (3, 5, 9, 32),
     (1, 1, 1, 32),
   ],

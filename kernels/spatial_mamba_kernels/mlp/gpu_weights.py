@@ -93,11 +93,10 @@ def cotangents(
       jax.ShapeDtypeStruct(x.shape, x.dtype),
       jax.ShapeDtypeStruct(shape, jnp.float32),
     ]
-    turns = {"num_barriers": WARPGROUPS}
     scratch = {
       "hidden": tiles(PIECE, WARPGROUPS, WARPGROUPS, chunks, UNITS, TOKENS),
-      "made": plgpu.Barrier(num_arrivals=WARPGROUPS, **turns),
-      "read": plgpu.Barrier(num_arrivals=1, **turns),
+      "made": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=WARPGROUPS),
+      "read": plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS),
       "exchanged": plgpu.SMEM((WARPGROUPS, EXCHANGED), jnp.float32),
     }
   dw1, dw2, db1, *others = plgpu.kernel(
@@ -202,6 +201,8 @@ def _kernel(
           if to_input:
             scratch["hidden"][turn, me, chunk, :, own] = dh
           add_product(to_w1[chunk], dh, tokens)
+        # Before a loop's end, where registers may be moved.
+        plgpu.wgmma_wait(0)
         return tuple(sums)
 
       sums = lax.fori_loop(0, TOKENS // PIECE, add, sums)
@@ -210,7 +211,6 @@ def _kernel(
           i, turn, images.at[slot, 1], scale_tiles.at[slot],
           weights, *to_input, **scratch,
         )  # fmt: skip
-      plgpu.wgmma_wait(0)
       plgpu.barrier_arrive(used.at[slot])
       after = i - 1 + STAGES
 
@@ -242,12 +242,13 @@ def _wait_for_turn(i, turn, *, read, **_):
 
 
 def _sum_units(
-  index, turn, cotangents, scales, w1, dx, db2, *, hidden, made, read,
+  index, turn, cotangents, scales, weights, dx, db2, *, hidden, made, read,
   exchanged,
 ):  # fmt: skip
-  """The cotangents of a tile's tokens, and its share of the second bias'.
+  """The cotangents of a tile's tokens, and what they give to b2.
 
-  Made by the warpgroup whose turn it is, once both have stored their units.
+  Made by the warpgroup whose turn it is, once both have stored those of their
+  hidden units.
   """
   me = lax.axis_index("warpgroup")
   plgpu.commit_smem()
@@ -259,20 +260,20 @@ def _sum_units(
     tile, own = hidden.at[turn], pl.ds(index * TOKENS, TOKENS)
     plgpu.barrier_wait(made.at[turn])
 
-    # As above, for the sake of registers.
+    # In pieces for the sake of registers, as above.
     def add(piece, _):
       columns = pl.ds(piece * PIECE, PIECE)
 
       def multiply(total):
-        for group in range(w1.shape[0]):
-          for chunk in range(w1.shape[1]):
-            a = tile.at[group, chunk].transpose((1, 0))
-            plgpu.wgmma(total, a, w1.at[group, chunk, 0, :, columns])
+        for part in itertools.product(*map(range, weights.shape[:2])):
+          w1_tile = weights.at[(*part, 0, slice(None), columns)]
+          plgpu.wgmma(total, tile.at[part].transpose((1, 0)), w1_tile)
         return total[...]
 
       total = pl.run_scoped(
         multiply, plgpu.WGMMAAccumulatorRef((TOKENS, PIECE))
       )
+      # The way through shared memory would take more of them, too.
       gpu.store(dx.at[own, columns], total.astype(dx.dtype))
       dy = gpu.load(cotangents.at[:, columns], plgpu.Layout.WGMMA)
       dy = scaled(dy.astype(jnp.float32), scale)

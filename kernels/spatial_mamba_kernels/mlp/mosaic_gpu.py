@@ -271,17 +271,18 @@ def _backward_kernel(
     cotangent = slope * product(cotangents, w2_tile.transpose((1, 0)))
     cotangent = scaled(cotangent, scale)
     if kept:
-      g, dh, db1 = kept
       # Until the ones before have been copied out.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      # Of what the second product was given, which XLA multiplies by dy.
+      # What the second product was given, which XLA multiplies by dy.
       store(g_tile, scaled(value, scale))
     store(dh_tile, cotangent)
     if kept:
+      g, dh, _ = kept
       plgpu.copy_smem_to_gmem(g_tile, g.at[own, units])
       plgpu.copy_smem_to_gmem(dh_tile, dh.at[own, units])
     plgpu.wgmma(total, dh_tile, w1_tile.transpose((1, 0)))
     if kept:
+      *_, db1 = kept
       db1[group, units] = sum_rows(cotangent, exchanged.at[me])
 
   total = _for_units(add, tokens.shape, w1, w2, **scratch)
