@@ -72,7 +72,7 @@ OPS = (
   "residual_depthwise_conv",
   "silu_depthwise_conv",
   "projected_depthwise_conv",
-  "strided_depthwise_conv",
+  "relu_depthwise_conv",
   "mlp",
   "residual_layer_norm",
   "gated_layer_norm",
@@ -91,7 +91,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "residual_depthwise_conv": gpu_conv.kernel(gpu_conv.RESIDUAL),
     "silu_depthwise_conv": gpu_conv.kernel(gpu_conv.SILU),
     "projected_depthwise_conv": gpu_conv.kernel(gpu_conv.PROJECTED),
-    "strided_depthwise_conv": gpu_strided.kernel(2),
+    "relu_depthwise_conv": gpu_strided.kernel(2),
     "mlp": gpu_mlp.KERNEL,
     "residual_layer_norm": gpu_norm.KERNEL,
     "gated_layer_norm": gpu_norm.GATED_KERNEL,
@@ -199,9 +199,10 @@ def _loop_tokens(op, arrays):
   if "layer_norm" in op:
     count = Tokens(image.shape[-1]).count
     return {f"{op}_{name}": count for name in ("forward", "backward")}
-  if op == "strided_depthwise_conv":
-    count = gpu_strided.tokens_of(image.shape[-1]).count
-    return {"depthwise_conv_strided_weights": count}
+  if op == "relu_depthwise_conv":
+    # A loop is as long as the pixels of x that one of the result stands for.
+    count = 4 * gpu_strided.tokens_of(image.shape[-1]).count
+    return {f"{op}_backward": count}
   if op.endswith("depthwise_conv"):
     forms = {"silu": gpu_conv.SILU, "projected": gpu_conv.PROJECTED}
     form = forms.get(op.partition("_")[0], gpu_conv.PLAIN)
@@ -266,8 +267,10 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   channel, A = array(channels), array(channels, states)
   stencil = (array(3, 3, 3, channels), array(3))
   image, numbers = pixels(channels), pixels(states)
-  if op in ("depthwise_conv", "strided_depthwise_conv"):
+  if op == "depthwise_conv":
     return image, array(3, 3, channels)
+  if op == "relu_depthwise_conv":
+    return image, channel, array(3, 3, channels)
   if op == "projected_depthwise_conv":
     # Time steps from a sixteenth of a block's input, and B and C.
     numbers = -(-channels // 32) + 2 * states

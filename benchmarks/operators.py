@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import spatial_mamba_kernels as smk
+from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.depthwise_conv import xla as conv
 from spatial_mamba_kernels.drop_path import all_kept
 from spatial_mamba_kernels.layer_norm import xla as norm
@@ -42,6 +43,17 @@ def _silu_depthwise_conv(x, kernel, bias, projection, *, implementation):
 
 
 _grouped = partial(conv.grouped, stride=1)
+
+
+def _relu_depthwise_conv(x, kernel, *, implementation):
+  """XLA's convolution is what it is held against, and its rival.
+
+  The bias is a constant, as the MLP's are; any type has eighths.
+  """
+  bias = jnp.arange(x.shape[-1]) % 17 / 8 - 1
+  if implementation is None:
+    return smk.relu_depthwise_conv(x, bias, kernel, stride=2)
+  return conv.grouped(relu(x + bias.astype(x.dtype)), kernel, stride=2)
 
 
 def _mlp(x, w1, w2, residual, *, implementation):
@@ -76,6 +88,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
   "structure_aware_ssm": smk.structure_aware_ssm,
   "residual_depthwise_conv": _residual_depthwise_conv,
   "silu_depthwise_conv": _silu_depthwise_conv,
+  "relu_depthwise_conv": _relu_depthwise_conv,
   "mlp": _mlp,
   "residual_layer_norm": _residual_layer_norm,
   "gated_layer_norm": _gated_layer_norm,
@@ -116,6 +129,8 @@ class Case:
     *image, channels = self.shape
     stencil = {"kernels": normal(3, 3, 3, channels), "alpha": normal(3)}
     pixels = partial(normal, *image, dtype=self.dtype)
+    if self.op == "relu_depthwise_conv":
+      return {"x": pixels(channels), "kernel": normal(3, 3, channels)}
     if self.op.endswith("depthwise_conv"):
       kernel, bias = normal(3, 3, channels), normal(channels)
       whole = {"x": pixels(channels), "kernel": kernel, "bias": bias}

@@ -73,8 +73,8 @@ def test_device_benchmark(monkeypatch, capsys, tmp_path):
   assert [x["program"] for x in record["networks"]] == ["inference", "train"]
   for measured in record["networks"]:
     assert 0 < measured["matmul_share"] < 1
-  # Seven operators in two precisions and one in one, of two implementations.
-  assert len(record["operators"]) == 30
+  # Eight operators in two precisions and one in one, of two implementations.
+  assert len(record["operators"]) == 34
   for measured in record["operators"]:
     assert measured["ok"]
     assert measured["backward"]["seconds"] > 0

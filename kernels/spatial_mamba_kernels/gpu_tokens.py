@@ -18,9 +18,6 @@ from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.typing import Array
 
 WARPS, LANES = 4, 32
-# Numbers of a token that a thread has at most, where there are threads enough:
-# with more of them fewer threads take part in a sum.
-NUMBERS = 8
 # Numbers loaded together; Mosaic sums no more over warps.
 VECTOR = 4
 
@@ -31,14 +28,17 @@ class Tokens:
 
   Attributes:
     channels: of a token.
+    numbers: of a token that a thread has at most, where there are threads
+      enough: with more of them fewer threads take part in a sum.
   """
 
   channels: int
+  numbers: int = 8
 
   @property
   def threads(self) -> int:
     """Those that have a token: a power of two, 32 at most."""
-    return min(LANES, pl.next_power_of_2(-(-self.channels // NUMBERS)))
+    return min(LANES, pl.next_power_of_2(-(-self.channels // self.numbers)))
 
   @property
   def count(self) -> int:
@@ -88,6 +88,34 @@ class Tokens:
   def zeros(self) -> Array:
     """Sums over tokens begin with these."""
     return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
+
+  def store_sum(self, values: Array, tile: Any, out: Any) -> None:
+    """Sums over these tokens, where several warpgroups have some each.
+
+    Args:
+      values: of this warpgroup.
+      tile: reference to as many, float32 in shared memory; its own.
+      out: reference to [C], float32 in device memory.
+    """
+    gpu.store(tile, values)
+    gpu.meet()
+    gpu.store(out, jnp.sum(gpu.load(tile, self._columns), axis=0))
+    gpu.meet()
+
+  @property
+  def _columns(self):
+    """A layout that gives each warp some channels of all tokens."""
+    columns = self.channels // WARPS
+    if columns == LANES:
+      tile, warps, lanes = (columns,), (-3,), (-2,)
+    else:
+      tile, warps, lanes = (LANES // columns, columns), (-4,), (-3, -2)
+    return plgpu.Layout.TILED(
+      plgpu.Tiling((self.shape, tile, (1,))),
+      warp_dims=warps,
+      lane_dims=lanes,
+      vector_dim=-1,
+    )
 
   def compiler_params(self, *, sums: bool) -> Any:
     """For `plgpu.kernel`, with `sums` over tokens or without."""

@@ -33,7 +33,7 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class DepthwiseConv(nnx.Module):
-  """Depthwise 3x3 convolution with a bias, zero padding."""
+  """Depthwise 3x3 convolution with a bias, zero padding, and what is around."""
 
   def __init__(
     self,
@@ -51,29 +51,33 @@ class DepthwiseConv(nnx.Module):
     self.stride = stride
     self.implementation = implementation
 
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo C"]:
-    y = smk.depthwise_conv(
-      x,
-      self.kernel[...],
-      stride=self.stride,
-      implementation=self.implementation,
-    )
-    return y + self.bias.astype(y.dtype)
-
   def residual(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """`x + self(x)`."""
+    """`x`, and the convolution of it."""
     return self._of_stride_1(smk.residual_depthwise_conv, x)
 
   def silu(
     self, x: Float[Array, "B H W C"], projection: Float[Array, "C P"]
   ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W P"]]:
-    """`silu(self(x))`, and its projection."""
+    """SiLU of the convolution of `x`, and its projection."""
     return self._of_stride_1(smk.silu_depthwise_conv, x, projection)
 
   def _of_stride_1(self, operator, x, *others):
     assert self.stride == 1
     arrays = x, self.kernel[...], self.bias[...], *others
     return operator(*arrays, implementation=self.implementation)
+
+  def of_relu(
+    self, x: Float[Array, "B H W C"], bias: Float[Array, "C"]
+  ) -> Float[Array, "B Ho Wo C"]:
+    """The convolution of relu(x + bias), with a stride."""
+    y = smk.relu_depthwise_conv(
+      x,
+      bias,
+      self.kernel[...],
+      stride=self.stride,
+      implementation=self.implementation,
+    )
+    return y + self.bias.astype(y.dtype)
 
 
 class Mlp(nnx.Module):

@@ -30,7 +30,7 @@ OPS = (
   "residual_depthwise_conv",
   "silu_depthwise_conv",
   "projected_depthwise_conv",
-  "strided_depthwise_conv",
+  "relu_depthwise_conv",
   "residual_layer_norm",
   "gated_layer_norm",
 )
@@ -52,11 +52,9 @@ COUNTS = {
   ("structure_aware_ssm", "backward"): 2,
   **{
     (f"{form}depthwise_conv", direction): int(direction == "backward")
-    for form in ("", "residual_", "silu_", "projected_")
+    for form in ("", "residual_", "silu_", "projected_", "relu_")
     for direction in DIRECTIONS
   },
-  ("strided_depthwise_conv", "forward"): 0,
-  ("strided_depthwise_conv", "backward"): 1,
   **{
     (f"{kind}_layer_norm", direction): 1
     for kind in ("residual", "gated")
@@ -210,6 +208,25 @@ def test_depthwise_conv(op, shape, dtype):
 def test_layer_norm(op, shape, dtype, direction):
   kernels = assert_kernels_compile(
     "H200", op, direction, "--shape", *shape, "--dtype", dtype
+  )
+  assert kernels == 1
+
+
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    ((128, 56, 56, 512, 1), "bfloat16"),
+    ((128, 14, 14, 2048, 1), "float32"),
+    # Images with borders of their own, fewer than a warpgroup has at a time.
+    ((3, 27, 9, 96, 1), "float32"),
+  ],
+  ids=str,
+)
+def test_relu_depthwise_conv(shape, dtype):
+  """Its derivative has as many registers as it may, and spills none."""
+  kernels = assert_kernels_compile(
+    *("H200", "relu_depthwise_conv", "backward"),
+    *("--shape", *shape, "--dtype", dtype),
   )
   assert kernels == 1
 

@@ -69,7 +69,7 @@ def fusion_arguments():
 
 
 def _depthwise_conv(
-  x, kernel, bias=None, projection=None, *, form, stride, implementation=None
+  x, kernel, bias=None, projection=None, *, form, implementation=None
 ):
   """By a kernel, or with XLA's convolution, which is none of ours.
 
@@ -77,7 +77,7 @@ def _depthwise_conv(
   """
   if implementation != "sequential":
     if form == "plain":
-      return conv_api.operator(stride)((x, kernel), implementation)
+      return conv_api.operator(1)((x, kernel), implementation)
     if form == "silu":
       return conv_api.silu_operator((x, kernel, bias), implementation)
     if form == "residual":
@@ -88,7 +88,7 @@ def _depthwise_conv(
       x, kernel, bias, projection, implementation=implementation
     )
     return jnp.concatenate(results, axis=-1)
-  y = conv_xla.grouped(x, kernel, stride=stride)
+  y = conv_xla.grouped(x, kernel, stride=1)
   if form == "plain":
     return y
   if form == "residual":
@@ -101,12 +101,12 @@ def _depthwise_conv(
 
 @pytest.fixture(scope="session")
 def convolution():
-  """(shape of the image, its dtype, form, stride) -> one, {name: array}.
+  """(shape of the image, its dtype, form) -> one, {name: array}.
 
   Projections are to so many `numbers`.
   """
 
-  def arguments(shape, dtype, form="plain", stride=1, numbers=6):
+  def arguments(shape, dtype, form="plain", numbers=6):
     rng = np.random.default_rng(0)
 
     def normal(*shape, dtype=jnp.float32):
@@ -120,7 +120,40 @@ def convolution():
       # Numbers that bfloat16 has, to which they may be cast.
       projection = normal(shape[-1], numbers, dtype=jnp.bfloat16)
       arrays["projection"] = projection.astype(jnp.float32)
-    return partial(_depthwise_conv, form=form, stride=stride), arrays
+    return partial(_depthwise_conv, form=form), arrays
+
+  return arguments
+
+
+def _relu_depthwise_conv(x, bias, kernel, *, stride, implementation=None):
+  """By a kernel, or as XLA's convolution, which is none of ours."""
+  if implementation == "sequential":
+    return conv_xla.grouped(jax.nn.relu(x + bias), kernel, stride=stride)
+  return conv_api.relu_operator(stride)((x, bias, kernel), implementation)
+
+
+@pytest.fixture(scope="session")
+def rectified_convolution():
+  """(shape of the image, its dtype, stride) -> one, {name: array}.
+
+  Image and bias are sixteenths up to 4: bfloat16 has their sums, too, of which
+  some are 0.
+  """
+
+  def arguments(shape, dtype, stride=2):
+    rng = np.random.default_rng(0)
+
+    def sixteenths(*shape):
+      numbers = np.round(16 * rng.standard_normal(shape)) / 16
+      return jnp.asarray(numbers.clip(-4, 4), jnp.float32)
+
+    channels = shape[-1]
+    kernel = jnp.asarray(rng.standard_normal((3, 3, channels)), jnp.float32)
+    return partial(_relu_depthwise_conv, stride=stride), {
+      "x": sixteenths(*shape).astype(dtype),
+      "bias": sixteenths(channels),
+      "kernel": kernel,
+    }
 
   return arguments
 

@@ -282,17 +282,21 @@ def test_what_projects_apart(on_gpu, convolution):
 @pytest.mark.parametrize(
   ("shape", "dtype", "stride"),
   [
+    # Warpgroups that have nothing to do.
     ((1, 1, 1, 32), jnp.float32, 2),
     # Images that are not as many as a warpgroup has at a time, of an even and
     # an odd number of pixels; two blocks of channels.
-    ((5, 6, 7, 512), jnp.bfloat16, 2),
+    ((5, 6, 7, 256), jnp.bfloat16, 2),
+    ((1, 7, 2, 64), jnp.float32, 2),
+    # Blocks of 9 pixels; and of 16, of which some are in no sum.
     ((2, 5, 8, 96), jnp.float32, 3),
+    ((1, 9, 7, 32), jnp.bfloat16, 4),
   ],
   ids=str,
 )
-def test_depthwise_conv_with_a_stride(
+def test_relu_depthwise_conv(
   interpreted,
-  convolution,
+  rectified_convolution,
   assert_is_sequential,
   monkeypatch,
   shape,
@@ -301,8 +305,8 @@ def test_depthwise_conv_with_a_stride(
 ):
   interpreted()
   # Of the second case, strips of two rows and of one.
-  monkeypatch.setattr(gpu_strided, "PROGRAMS", 8)
-  operator, arrays = convolution(shape, dtype, stride=stride)
+  monkeypatch.setattr(gpu_strided, "WORKERS", 8)
+  operator, arrays = rectified_convolution(shape, dtype, stride)
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
 
@@ -613,14 +617,42 @@ def test_channels_that_threads_cannot_copy(convolution, on_gpu, monkeypatch):
   on_gpu("8.0")
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
   assert_refused(*convolution((1, 2, 3, 130), jnp.float32), "130 channels")
-  assert_refused(*convolution((1, 2, 3, 48), jnp.float32, 2), "not 48")
 
 
-def test_channels_that_a_mesh_splits(convolution):
+@pytest.mark.parametrize(
+  ("capability", "channels", "why"),
+  [
+    ("9.0", 48, "32 channels of a device, or a multiple, not 48"),
+    (None, 32, "where a GPU is JAX's default device"),
+  ],
+)
+def test_strided_convolutions_without_a_kernel(
+  rectified_convolution, on_gpu, capability, channels, why
+):
+  if capability:
+    on_gpu(capability)
+  shape = 1, 2, 3, channels
+  assert_refused(*rectified_convolution(shape, jnp.float32), why)
+
+
+def test_strided_convolutions_for_a_gpu(rectified_convolution, on_gpu):
+  """The derivative has a kernel."""
+  on_gpu("9.0")
+  operator, arrays = rectified_convolution((1, 2, 3, 32), jnp.bfloat16)
+
+  def gradients(**arrays):
+    return jax.grad(lambda arrays: operator(**arrays).sum())(arrays)
+
+  name = "relu_depthwise_conv_backward"
+  assert name in lowered_for_a_gpu(gradients, arrays)
+
+
+def test_channels_that_a_mesh_splits(rectified_convolution, on_gpu):
+  on_gpu("9.0")
   mesh = jax.sharding.AbstractMesh(
     (2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)
   )
-  operator, arrays = convolution((1, 2, 3, 32), jnp.float32, 2)
+  operator, arrays = rectified_convolution((1, 2, 3, 32), jnp.float32)
   with (
     jax.sharding.use_abstract_mesh(mesh),
     pytest.raises(NotImplementedError, match="or a multiple, not 16"),

@@ -1,9 +1,10 @@
-"""The cotangents of a depthwise convolution's weights, with a stride.
+"""The cotangents of a rectified and then convolved image, with a stride.
 
-As nine sums, XLA reads what is convolved five times for them. A warpgroup has
-several images at the same pixel, so that borders are the same for all of it: 4
-where it has 256 channels, and up to 32 where these are fewer. Missing ones are
-zeros.
+XLA reads the image twice for them, and five times more for nine sums. Here each
+of its pixels is read once: it takes part in up to four pixels of the result,
+whose cotangents are in registers. A warpgroup has several images at the same
+pixel, so that borders are the same for all of it: 4 where it has 128 channels,
+and up to 16 where these are fewer. Missing ones are zeros.
 """
 
 import math
@@ -15,18 +16,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
+from spatial_mamba_kernels.activations import relu
+from spatial_mamba_kernels.by_platform import Arrays, Dimensions, Kernel, Passes
 from spatial_mamba_kernels.depthwise_conv import xla
+from spatial_mamba_kernels.gpu_device import is_default
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.gpu_tokens import LANES, Tokens
-from spatial_mamba_kernels.sharding import channels_of_device
-from spatial_mamba_kernels.state_fusion.dimensions import SUMS
+from spatial_mamba_kernels.sharding import CHANNELS, WHOLE, channels_of_device
+from spatial_mamba_kernels.state_fusion.dimensions import IMAGE, SUMS
 from spatial_mamba_kernels.typing import Array
 
-# Of a program: nine sums of more would fill a thread's registers.
-CHANNELS = 256
-# Programs that keep the multiprocessors of a device busy.
-PROGRAMS = 528
+# Of a program.
+MOST_CHANNELS = 128
+# Of a thread, which has nine weights and ten sums for each.
+NUMBERS = 4
+# Of a program; each has work of its own. With four a thread has 128 registers,
+# which just do, and a multiprocessor as many threads as its registers allow.
+WARPGROUPS = 4
+# Warpgroups that a device runs at once.
+WORKERS = 528
+
+DIMENSIONS = Dimensions(
+  arguments=(IMAGE, (CHANNELS,), (WHOLE, WHOLE, CHANNELS)),
+  result=IMAGE,
+  saved=(),
+)
 
 
 def kernel(stride: int) -> Kernel:
@@ -40,6 +54,11 @@ def kernel(stride: int) -> Kernel:
 def plan(arrays: Arrays) -> None:
   """Raises NotImplementedError where the kernel cannot serve."""
   gpu.check_served(arrays)
+  # Elsewhere what is rectified is kept, which is decided in tracing.
+  if not is_default():
+    raise NotImplementedError(
+      "mosaic_gpu convolves with a stride where a GPU is JAX's default device"
+    )
   batch, *_, channels = arrays[0].shape
   channels = channels_of_device(batch, channels)
   if channels % LANES:
@@ -52,86 +71,175 @@ def plan(arrays: Arrays) -> None:
 def _run_forward(arrays, *, save, stride):
   """The convolution on one device; there is nothing to save."""
   del save
-  return (xla.shifted(*arrays, stride=stride),)
+  x, bias, weights = arrays
+  rectified = relu(x + bias.astype(x.dtype))
+  return (xla.shifted(rectified, weights, stride=stride),)
 
 
 def _run_backward(arrays, saved, g, *, stride):
-  """The cotangents [B, H, W, D] of x, and [G, 9, D] of the weights."""
+  """The cotangents of x, and of weights and bias [G, 9 + 1, D]."""
   del saved
-  x, weights = arrays
-  dx = xla.shifted_to_input(x, weights, g, stride=stride)
-  return dx, weights_backward(x, g, stride=stride)
+  x, bias, weights = arrays
+  return backward(x, bias, weights, g, stride=stride)
 
 
 def _finish(arrays, sums):
-  dx, dweights = sums
-  return dx, jnp.sum(dweights, axis=0).reshape(arrays[1].shape)
+  _, _, weights = arrays
+  dx, sums = sums
+  sums = jnp.sum(sums, axis=0)
+  return dx, sums[9], sums[:9].reshape(weights.shape)
 
 
 def tokens_of(channels: int) -> Tokens:
   """Those that a program has at a time, of images with so many channels."""
-  return Tokens(math.gcd(channels, CHANNELS))
+  return Tokens(math.gcd(channels, MOST_CHANNELS), NUMBERS)
 
 
-def weights_backward(x: Array, g: Array, *, stride: int) -> Array:
-  """The cotangents of the weights.
+def backward(
+  x: Array, bias: Array, weights: Array, g: Array, *, stride: int
+) -> Arrays:
+  """The cotangents of `relu_depthwise_conv`.
 
   Args:
     x: [B, H, W, D].
+    bias: [D].
+    weights: [3, 3, D].
     g: [B, ceil(H / stride), ceil(W / stride), D].
-    stride: of the convolution.
+    stride: of the convolution, 2 or more.
 
   Returns:
-    [G, 9, D], to be summed over G.
+    [B, H, W, D] of x; [G, 9 + 1, D], to be summed over G, of weights and bias.
   """
-  channels = x.shape[-1]
+  batch, *_, channels = x.shape
   tokens = tokens_of(channels)
-  padding = [(0, -len(x) % tokens.count), (0, 0), (0, 0), (0, 0)]
+  padding = [(0, -batch % tokens.count), (0, 0), (0, 0), (0, 0)]
   x, g = (jnp.pad(image, padding) for image in (x, g))
   images, blocks = len(x) // tokens.count, channels // tokens.channels
-  rows = -(-g.shape[1] // -(-PROGRAMS // (images * blocks)))
+  rows = -(-g.shape[1] // max(WORKERS // (images * blocks), 1))
   strips = -(-g.shape[1] // rows)
-  sums = plgpu.kernel(
+  dx, sums = plgpu.kernel(
     partial(_kernel, tokens=tokens, stride=stride, rows=rows),
-    out_type=jax.ShapeDtypeStruct((images, strips, 9, channels), jnp.float32),
-    grid=(images, strips, blocks),
-    grid_names=("images", "strip", "block"),
-    kernel_name="depthwise_conv_strided_weights",
-    compiler_params=tokens.compiler_params(sums=True),
-  )(x, g)
-  return sums.reshape(-1, 9, channels)
+    out_type=(
+      jax.ShapeDtypeStruct(x.shape, x.dtype),
+      jax.ShapeDtypeStruct((images, strips, 10, channels), jnp.float32),
+    ),
+    scratch_types={
+      "tiles": plgpu.SMEM((WARPGROUPS, *tokens.shape), jnp.float32)
+    },
+    grid=(-(-images * strips * blocks // WARPGROUPS),),
+    grid_names=("program",),
+    num_threads=WARPGROUPS,
+    thread_name="warpgroup",
+    kernel_name="relu_depthwise_conv_backward",
+    compiler_params=tokens.compiler_params(sums=False),
+  )(
+    x,
+    bias.astype(x.dtype).astype(jnp.float32),
+    weights.reshape(9, channels).astype(jnp.float32),
+    g,
+  )
+  return dx[:batch], sums.reshape(-1, 10, channels)
 
 
-def _kernel(x, g, sums, *, tokens, stride, rows):
-  _, height, width, _ = x.shape
-  _, rows_out, columns_out, _ = g.shape
-  image, strip = lax.axis_index("images"), lax.axis_index("strip")
-  images = pl.ds(image * tokens.count, tokens.count)
-  first = lax.axis_index("block") * tokens.channels
+def _kernel(x, bias, weights, g, dx, sums, *, tiles, tokens, stride, rows):
+  images, strips, _, channels = sums.shape
+  blocks = channels // tokens.channels
+  me = lax.axis_index("warpgroup")
+  work = WARPGROUPS * lax.axis_index("program") + me
+  image, strip = work // (strips * blocks), work // blocks % strips
+  first = work % blocks * tokens.channels
   channels = pl.ds(first, tokens.channels)
+  own = (
+    pl.ds(image * tokens.count, tokens.count),
+    slice(None),
+    slice(None),
+    channels,
+  )
+  first_row = strip * rows
+  rows = jnp.minimum(rows, g.shape[1] - first_row)
 
-  def add(total, cotangents, row, column):
-    nearest = jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1)
-    product = cotangents * tokens.load(x, (images, *nearest, channels))
-    is_inside = (nearest[0] == row) & (nearest[1] == column)
-    return total + jnp.where(is_inside, product, 0)
+  @pl.when(work < images * strips * blocks)
+  def _():
+    totals = _strip(
+      x.at[own],
+      bias.at[channels],
+      weights.at[:, channels],
+      g.at[own],
+      dx.at[own],
+      (first_row, first_row + rows),
+      tokens=tokens,
+      stride=stride,
+    )
+    for place, total in enumerate(totals):
+      out = sums.at[image, strip, place, channels]
+      tokens.store_sum(total, tiles.at[me], out)
 
-  def step(pixel, totals):
-    row = strip * rows + pixel // columns_out
-    column = pixel % columns_out
-    cotangents = tokens.load(g, (images, row, column, channels))
-    return [
-      add(
-        total,
-        cotangents,
-        row * stride + tap // 3 - 1,
-        column * stride + tap % 3 - 1,
-      )
-      for tap, total in enumerate(totals)
-    ]
 
-  own = jnp.minimum(rows, rows_out - strip * rows)
-  totals = [tokens.zeros()] * 9
-  totals = lax.fori_loop(0, own * columns_out, step, totals)
-  for tap, total in enumerate(totals):
-    gpu.store(sums.at[image, strip, tap, channels], jnp.sum(total, axis=0))
+def _strip(x, bias, weights, g, dx, rows, *, tokens, stride):
+  """Makes dx where g has these rows.
+
+  Returns:
+    Sums over them, for each image, of the nine taps and of the bias.
+  """
+  bias = tokens.parameters(bias)
+  weights = [tokens.parameters(weights.at[tap]) for tap in range(9)]
+
+  def load(ref, row, column):
+    """A pixel and whether it is within the image; else it is another."""
+    _, height, width, _ = ref.shape
+    nearest = jnp.minimum(row, height - 1), jnp.minimum(column, width - 1)
+    value = tokens.load(ref, (slice(None), *nearest))
+    return value, (row < height) & (column < width)
+
+  def cotangents(row, column):
+    """Of a pixel of the result, and of the one below."""
+    pixels = (load(g, row + i, column) for i in range(2))
+    return tuple(jnp.where(is_inside, x, 0) for x, is_inside in pixels)
+
+  def step(column, carry, *, row):
+    """A pixel of the result, and as many of x as it stands for."""
+    near, totals = carry
+    far = cotangents(row, column + 1)
+    pixels = {
+      (i, j): load(x, row * stride + i, column * stride + j)
+      for i in range(stride)
+      for j in range(stride)
+    }
+    totals = list(totals)
+    for (i, j), (value, is_inside) in pixels.items():
+      rectified = jnp.where(is_inside, jnp.maximum(value + bias, 0), 0)
+      total = None
+      for place_row, tap_row in _taps(i, stride):
+        for place_column, tap_column in _taps(j, stride):
+          tap = 3 * tap_row + tap_column
+          cotangent = (near, far)[place_column][place_row]
+          totals[tap] += cotangent * rectified
+          total = gpu.add(total, cotangent * weights[tap])
+      total = tokens.zeros() if total is None else total
+      total = jnp.where(rectified > 0, total, 0)
+      totals[9] += total
+      place = slice(None), row * stride + i, column * stride + j
+      pl.when(is_inside)(partial(tokens.store, dx, place, total))
+    return far, totals
+
+  def step_row(row, totals):
+    carry = cotangents(row, 0), totals
+    _, totals = lax.fori_loop(0, g.shape[2], partial(step, row=row), carry)
+    return totals
+
+  first, end = rows
+  return lax.fori_loop(first, end, step_row, [tokens.zeros()] * 10)
+
+
+def _taps(offset, stride):
+  """How a row, or a column, takes part in the result's next and the one after.
+
+  Args:
+    offset: from the first that the result's next stands for.
+    stride: of the convolution, 2 or more.
+
+  Returns:
+    (0 for the next or 1 for the one after, the tap) of each.
+  """
+  taps = [(place, offset + 1 - place * stride) for place in range(2)]
+  return [(place, tap) for place, tap in taps if 0 <= tap < 3]
