@@ -159,7 +159,7 @@ def run_backward(
   operands = []
   if form.is_projected:
     g, numbers = g
-    projection = others[1]
+    projection = others[1].astype(x.dtype)
     total += projection.shape[1]
     operands = [gpu.parameters(projection.T), numbers.astype(jnp.float32)]
   grid = (len(x), image_cut.strips, image_cut.blocks)
@@ -195,10 +195,8 @@ def _finish(arrays, sums):
   dweights, dbias, dprojection = jnp.split(
     jnp.sum(sums, axis=0), (len(TAPS), len(TAPS) + 1)
   )
-  cotangents = (
-    dx, dweights.reshape(arrays[1].shape), dbias[0], dprojection.T
-  )  # fmt: skip
-  return cotangents[: len(arrays)]
+  dkernel = dweights.reshape(arrays[1].shape)
+  return (dx, dkernel, dbias[0], dprojection.T)[: len(arrays)]
 
 
 def _kernel(
