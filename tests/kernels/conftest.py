@@ -117,8 +117,10 @@ def convolution():
     if form != "plain":
       arrays["bias"] = normal(shape[-1])
     if form == "projected":
-      # Numbers that bfloat16 has, to which they may be cast.
-      projection = normal(shape[-1], numbers, dtype=jnp.bfloat16)
+      # Numbers that bfloat16 has, to which they may be cast; so small that what
+      # they make is no greater than what it is made of, which is rounded first.
+      projection = normal(shape[-1], numbers) * shape[-1] ** -0.5
+      projection = projection.astype(jnp.bfloat16)
       arrays["projection"] = projection.astype(jnp.float32)
     return partial(_depthwise_conv, form=form), arrays
 
