@@ -222,10 +222,11 @@ def test_layer_norm(op, shape, dtype, direction):
   ],
   ids=str,
 )
-def test_relu_depthwise_conv(shape, dtype):
+@pytest.mark.parametrize("target", KINDS)
+def test_relu_depthwise_conv(target, shape, dtype):
   """Its derivative has as many registers as it may, and spills none."""
   kernels = assert_kernels_compile(
-    *("H200", "relu_depthwise_conv", "backward"),
+    *(target, "relu_depthwise_conv", "backward"),
     *("--shape", *shape, "--dtype", dtype),
   )
   assert kernels == 1

@@ -280,17 +280,17 @@ def test_what_projects_apart(on_gpu, convolution):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-  ("shape", "dtype", "stride"),
+  ("shape", "dtype", "stride", "gpu"),
   [
     # Warpgroups that have nothing to do.
-    ((1, 1, 1, 32), jnp.float32, 2),
+    ((1, 1, 1, 32), jnp.float32, 2, "9.0"),
     # Images that are not as many as a warpgroup has at a time, of an even and
     # an odd number of pixels; two blocks of channels.
-    ((5, 6, 7, 256), jnp.bfloat16, 2),
-    ((1, 7, 2, 64), jnp.float32, 2),
+    ((5, 6, 7, 256), jnp.bfloat16, 2, "9.0"),
+    ((1, 7, 2, 64), jnp.float32, 2, "8.0"),
     # Blocks of 9 pixels; and of 16, of which some are in no sum.
-    ((2, 5, 8, 96), jnp.float32, 3),
-    ((1, 9, 7, 32), jnp.bfloat16, 4),
+    ((2, 5, 8, 96), jnp.float32, 3, "9.0"),
+    ((1, 9, 7, 32), jnp.bfloat16, 4, "9.0"),
   ],
   ids=str,
 )
@@ -302,8 +302,9 @@ def test_relu_depthwise_conv(
   shape,
   dtype,
   stride,
+  gpu,
 ):
-  interpreted()
+  interpreted(gpu)
   # Of the second case, strips of two rows and of one.
   monkeypatch.setattr(gpu_strided, "WORKERS", 8)
   operator, arrays = rectified_convolution(shape, dtype, stride)

@@ -19,7 +19,7 @@ from spatial_mamba_kernels import gpu_threads as gpu
 from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.by_platform import Arrays, Dimensions, Kernel, Passes
 from spatial_mamba_kernels.depthwise_conv import xla
-from spatial_mamba_kernels.gpu_device import is_default
+from spatial_mamba_kernels.gpu_device import device, is_default
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.gpu_tokens import LANES, Tokens
 from spatial_mamba_kernels.sharding import CHANNELS, WHOLE, channels_of_device
@@ -30,9 +30,9 @@ from spatial_mamba_kernels.typing import Array
 MOST_CHANNELS = 128
 # Of a thread, which has nine weights and ten sums for each.
 NUMBERS = 4
-# Of a program; each has work of its own. With four a thread has 128 registers,
-# which just do, and a multiprocessor as many threads as its registers allow.
-WARPGROUPS = 4
+# Of a program; each has work of its own. Four fill a multiprocessor's registers
+# with 128 a thread, which just do; for GPUs without a TMA it takes more.
+WARPGROUPS, OLDER_WARPGROUPS = 4, 3
 # Warpgroups that a device runs at once.
 WORKERS = 528
 
@@ -117,6 +117,7 @@ def backward(
   images, blocks = len(x) // tokens.count, channels // tokens.channels
   rows = -(-g.shape[1] // max(WORKERS // (images * blocks), 1))
   strips = -(-g.shape[1] // rows)
+  warpgroups = WARPGROUPS if device().tma else OLDER_WARPGROUPS
   dx, sums = plgpu.kernel(
     partial(_kernel, tokens=tokens, stride=stride, rows=rows),
     out_type=(
@@ -124,11 +125,11 @@ def backward(
       jax.ShapeDtypeStruct((images, strips, 10, channels), jnp.float32),
     ),
     scratch_types={
-      "tiles": plgpu.SMEM((WARPGROUPS, *tokens.shape), jnp.float32)
+      "tiles": plgpu.SMEM((warpgroups, *tokens.shape), jnp.float32)
     },
-    grid=(-(-images * strips * blocks // WARPGROUPS),),
+    grid=(-(-images * strips * blocks // warpgroups),),
     grid_names=("program",),
-    num_threads=WARPGROUPS,
+    num_threads=warpgroups,
     thread_name="warpgroup",
     kernel_name="relu_depthwise_conv_backward",
     compiler_params=tokens.compiler_params(sums=False),
@@ -145,7 +146,7 @@ def _kernel(x, bias, weights, g, dx, sums, *, tiles, tokens, stride, rows):
   images, strips, _, channels = sums.shape
   blocks = channels // tokens.channels
   me = lax.axis_index("warpgroup")
-  work = WARPGROUPS * lax.axis_index("program") + me
+  work = tiles.shape[0] * lax.axis_index("program") + me
   image, strip = work // (strips * blocks), work // blocks % strips
   first = work % blocks * tokens.channels
   channels = pl.ds(first, tokens.channels)
