@@ -21,19 +21,23 @@ from spatial_mamba_kernels.mlp import xla as perceptron
 from benchmarks import timing
 
 
-def _residual_depthwise_conv(x, kernel, bias, *, implementation):
-  """XLA's convolution is what it is held against, and its rival."""
+def _residual_depthwise_conv(x, kernel, *, implementation):
+  """XLA's convolution is what it is held against, and its rival.
+
+  The bias is a constant, as the MLP's are; any type has eighths.
+  """
+  bias = _eighths(x)
   if implementation is None:
     return smk.residual_depthwise_conv(x, kernel, bias)
   return conv.residual(x, kernel, bias, convolve=_grouped)
 
 
-def _silu_depthwise_conv(x, kernel, bias, projection, *, implementation):
+def _silu_depthwise_conv(x, kernel, projection, *, implementation):
   """XLA's convolution is what it is held against, and its rival.
 
   The projection follows after the channels.
   """
-  arrays = x, kernel, bias, projection
+  arrays = x, kernel, _eighths(x), projection
   if implementation is None:
     results = smk.silu_depthwise_conv(*arrays)
   else:
@@ -42,18 +46,19 @@ def _silu_depthwise_conv(x, kernel, bias, projection, *, implementation):
   return jnp.concatenate(results, axis=-1)
 
 
-_grouped = partial(conv.grouped, stride=1)
-
-
 def _relu_depthwise_conv(x, kernel, *, implementation):
-  """XLA's convolution is what it is held against, and its rival.
-
-  The bias is a constant, as the MLP's are; any type has eighths.
-  """
-  bias = jnp.arange(x.shape[-1]) % 17 / 8 - 1
+  """XLA's convolution is what it is held against, and its rival."""
+  bias = _eighths(x)
   if implementation is None:
     return smk.relu_depthwise_conv(x, bias, kernel, stride=2)
   return conv.grouped(relu(x + bias.astype(x.dtype)), kernel, stride=2)
+
+
+def _eighths(x):
+  return jnp.arange(x.shape[-1]) % 17 / 8 - 1
+
+
+_grouped = partial(conv.grouped, stride=1)
 
 
 def _mlp(x, w1, w2, residual, *, implementation):
@@ -129,12 +134,9 @@ class Case:
     *image, channels = self.shape
     stencil = {"kernels": normal(3, 3, 3, channels), "alpha": normal(3)}
     pixels = partial(normal, *image, dtype=self.dtype)
-    if self.op == "relu_depthwise_conv":
-      return {"x": pixels(channels), "kernel": normal(3, 3, channels)}
     if self.op.endswith("depthwise_conv"):
-      kernel, bias = normal(3, 3, channels), normal(channels)
-      whole = {"x": pixels(channels), "kernel": kernel, "bias": bias}
-      if self.op == "residual_depthwise_conv":
+      whole = {"x": pixels(channels), "kernel": normal(3, 3, channels)}
+      if self.op != "silu_depthwise_conv":
         return whole
       # Numbers that the type of x has, to which they will be cast.
       projection = normal(channels, -(-channels // 32) + 2, dtype=self.dtype)

@@ -86,9 +86,7 @@ def project(y: Array, projection: Array) -> Array:
 
 
 def _biased(y, bias):
-  # Not in half precision, in which the cotangents of the bias would be summed.
-  dtype = state_dtype(y, bias)
-  return y.astype(dtype) + bias.astype(dtype)
+  return y + bias.astype(y.dtype)
 
 
 def grouped(x: Array, kernel: Array, *, stride: int) -> Array:
