@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import spatial_mamba_kernels as smk
 from flax import nnx
-from spatial_mamba_kernels.activations import silu
 from spatial_mamba_kernels.selective_scan.reference import selective_scan
 from spatial_mamba_kernels.state_fusion.reference import state_fusion
 
@@ -33,7 +33,8 @@ def create(make=smj.create_model, **overrides):
 def reference_states(mixer, x):
   """(before, after, observation) by the equations as they stand."""
   x = jnp.split(mixer.in_proj(x), 2, axis=-1)[0]
-  u = silu(mixer.conv(x))
+  conv = mixer.conv
+  u = jax.nn.silu(smk.depthwise_conv(x, conv.kernel[...]) + conv.bias[...])
   dt_low, B, C = jnp.split(mixer.x_proj(u), mixer.splits, axis=-1)
   A = -jnp.exp(mixer.A_log[...])
   batch, height, width, _ = u.shape
