@@ -117,7 +117,7 @@ def test_states_are_what_the_authors_observe(golden, named_weights):
   before, after, observed = reference_states(mixer, x)
   compare(states.before, before)
   compare(states.after, after)
-  gate = silu(jnp.split(mixer.in_proj(x), 2, axis=-1)[1])
+  gate = jax.nn.silu(jnp.split(mixer.in_proj(x), 2, axis=-1)[1])
   y = mixer.out_proj(mixer.norm(observed) * gate)
   np.testing.assert_allclose(y, g["ssm_y_eval"], rtol=1e-10, atol=1e-11)
 
