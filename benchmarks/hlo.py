@@ -27,11 +27,13 @@ _FREE = {
   *("after-all", "partition-id", "replica-id", "optimization-barrier"),
   *("iota", "domain", "add-dependency"),
 }
-
+# Nor for custom calls to these: memory that nothing has written yet, and slices
+# that a TPU has copied to where they lie side by side.
+_FREE_CALL = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 
 _SLICES = ("slice", "dynamic-slice", "gather")
 # Copies while other instructions run, which give what they copy along.
-_COPY_STARTS = ("copy-start", "slice-start")
+COPY_STARTS = ("copy-start", "slice-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Instruction:
     opcode: what it does.
     size: of its result in device memory, in bytes; of a copy that it starts,
       what is read and written there.
+    extent: of its result in bytes, wherever it lies.
     operands: names of what it reads.
     called: computations that it runs, by the attribute that names them.
     line: all that is written of it after its operands.
@@ -52,6 +55,7 @@ class Instruction:
   name: str
   opcode: str
   size: int
+  extent: int
   operands: tuple[str, ...]
   called: dict[str, tuple[str, ...]]
   line: str
@@ -113,6 +117,8 @@ class Program:
     opcode, called = instruction.opcode, instruction.called
     if opcode in _FREE or opcode.endswith("-done"):
       return []
+    if opcode == "custom-call" and _FREE_CALL.search(instruction.line):
+      return []
     if opcode == "while":
       trips = self._trips(instruction)
       return [
@@ -142,18 +148,53 @@ class Program:
 
   def _size(self, instruction, computation):
     sizes = [computation[x].size for x in instruction.operands]
-    if instruction.opcode in _COPY_STARTS:
+    if instruction.opcode in COPY_STARTS:
       return instruction.size
-    if instruction.opcode == "dynamic-slice":
-      return 2 * instruction.size
+    if instruction.opcode in ("slice", "dynamic-slice"):
+      return (instruction.extent if sizes[0] else 0) + instruction.size
     if instruction.opcode == "dynamic-update-slice":
-      return 2 * sizes[1]
+      update = computation[instruction.operands[1]]
+      return update.size + (update.extent if instruction.size else 0)
     if instruction.opcode in ("fusion", "fusion-start"):
       (body,) = instruction.called["calls"]
-      return _size_of_fusion(sizes, self._computations[body])
+      reads, size = self._fused(body)
+      return int(size + sum(x * y for x, y in zip(reads, sizes, strict=True)))
     # What it is given twice it reads once.
     distinct = dict(zip(instruction.operands, sizes, strict=True))
     return instruction.size + sum(distinct.values())
+
+  @functools.cache  # noqa: B019  As above.
+  def _fused(self, computation):
+    """Of a fusion: which share of each operand it reads, and what it writes."""
+    body = self._computations[computation]
+    # Of each value a share: slices add up; all else is taken to need the same.
+    needed = collections.defaultdict(float)
+    sliced = collections.defaultdict(float)
+    reads, written = {}, sum(x.size for x in body.values() if x.is_root)
+    for instruction in reversed(body.values()):
+      name, operands = instruction.name, instruction.operands
+      share = max(instruction.is_root, needed[name], min(sliced[name], 1.0))
+      shares, new = [1.0] * len(operands), instruction.size
+      if instruction.opcode == "parameter":
+        place = re.match(r"\d+", instruction.line)
+        assert place is not None
+        reads[int(place[0])] = share
+      elif instruction.opcode in _SLICES:
+        shares[0] = instruction.extent / max(body[operands[0]].extent, 1)
+      elif instruction.opcode == "dynamic-update-slice":
+        # In place, as in a loop that fills an array step by step.
+        shares[0], new = 0.0, body[operands[1]].extent
+      elif instruction.opcode == "fusion":
+        (nested,) = instruction.called["calls"]
+        shares, new = self._fused(nested)
+      if instruction.size:
+        written -= share * (instruction.size - new)
+      for operand, part in zip(operands, shares, strict=True):
+        if part < 1:
+          sliced[operand] += share * part
+        else:
+          needed[operand] = max(needed[operand], share)
+    return [reads[place] for place in sorted(reads)], max(written, 0)
 
 
 def total_bytes(launches: list[Launch]) -> int:
@@ -164,31 +205,6 @@ def total_bytes(launches: list[Launch]) -> int:
 def total_launches(launches: list[Launch]) -> int:
   """How often the device is asked to run something."""
   return sum(launch.times for launch in launches)
-
-
-def _size_of_fusion(sizes, body):
-  """What the result needs of operands of these sizes, and what of it is new."""
-  # Of each value a share: slices add up; all else is taken to need the same.
-  needed = collections.defaultdict(float)
-  sliced = collections.defaultdict(float)
-  size, written = 0, sum(x.size for x in body.values() if x.is_root)
-  for instruction in reversed(body.values()):
-    name = instruction.name
-    share = max(float(instruction.is_root), needed[name], min(sliced[name], 1))
-    if instruction.opcode == "parameter":
-      place = re.match(r"\d+", instruction.line)
-      assert place is not None
-      size += share * sizes[int(place[0])]
-    for place, name in enumerate(instruction.operands):
-      if place == 0 and instruction.opcode in _SLICES:
-        sliced[name] += share * instruction.size / max(body[name].size, 1)
-      elif place == 0 and instruction.opcode == "dynamic-update-slice":
-        # In place, as in a loop that fills an array step by step.
-        new = body[instruction.operands[1]].size
-        written -= share * (instruction.size - new)
-      else:
-        needed[name] = max(needed[name], share)
-  return int(size + max(written, 0))
 
 
 def _parse(name, text, *, is_root):
@@ -204,8 +220,9 @@ def _parse(name, text, *, is_root):
     for key, names in _CALLED.findall(line)
   }
   names = tuple(re.findall(r"%([\w.\-]+)", operands))
-  size = _copied(kind) if opcode in _COPY_STARTS else _bytes(kind)
-  return Instruction(name, opcode, size, names, called, line, is_root)
+  size = _copied(kind) if opcode in COPY_STARTS else _bytes(kind)
+  extent = sum(map(_array_bytes, _ARRAY.findall(kind)))
+  return Instruction(name, opcode, size, extent, names, called, line, is_root)
 
 
 def _end_of_type(text):

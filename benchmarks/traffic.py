@@ -34,6 +34,10 @@ KINDS = {
   "relu_depthwise_conv": "depthwise convolutions",
   "DepthwiseConv.": "depthwise convolutions",
   "operator.": "depthwise convolutions",
+  "relu_operator.": "depthwise convolutions",
+  "grouped_convolution": "depthwise convolutions",
+  "activated": "depthwise convolutions",
+  "project": "linear layers",
   "residual_layer_norm": "LayerNorm, BatchNorm",
   "gated_layer_norm": "LayerNorm, BatchNorm",
   "layer_norm": "LayerNorm, BatchNorm",
@@ -46,6 +50,7 @@ KINDS = {
   "promote_dtype.": "linear layers",
   "Conv.": "convolutions",
   "mlp": "linear layers",
+  "_linear": "linear layers",
   "Mlp.": "linear layers",
   "gelu": "gates, residuals, GELU",
   "silu": "gates, residuals, GELU",
@@ -57,6 +62,7 @@ KINDS = {
   "Stem.": "stem and downsampling, rest",
   "DownSampling._expanded": "linear layers",
   "DownSampling.": "stem and downsampling, rest",
+  "scale_by_": "weights, optimizer",
   "_unstacked": "weights, optimizer",
   "_moving_average": "weights, optimizer",
   "tree_": "weights, optimizer",
@@ -105,7 +111,7 @@ def by_kind(program: hlo.Program) -> dict[str, tuple[int, int]]:
   kinds = collections.defaultdict(list)
   launches = program.launches()
   for launch in launches:
-    kinds[_kind(program.functions(launch.instruction))].append(launch)
+    kinds[_kind(program, launch.instruction)].append(launch)
   counted = {
     kind: (hlo.total_bytes(some), hlo.total_launches(some))
     for kind, some in {"all": launches, **kinds}.items()
@@ -113,11 +119,13 @@ def by_kind(program: hlo.Program) -> dict[str, tuple[int, int]]:
   return dict(sorted(counted.items(), key=lambda x: -x[1][0]))
 
 
-def _kind(functions):
-  for function in functions:
+def _kind(program, instruction):
+  for function in program.functions(instruction):
     for beginning, kind in KINDS.items():
       if function.startswith(beginning):
         return kind
+  if instruction.opcode in hlo.COPY_STARTS:
+    return "copies to and from a TPU's vector memory"
   return "other"
 
 

@@ -89,7 +89,22 @@ COUNTED = LOOP.replace("known_trip_count", "unknown").replace(
 )
 
 
-@pytest.mark.parametrize("text", [LOOP, ASYNCHRONOUS, COUNTED])
+# As it fuses what is fused already.
+NESTED = LOOP.replace("%row (", "%inner (").replace(
+  "%body (state",
+  """\
+%row (q.0: f32[3,8], q.1: s32[], q.2: f32[3,8]) -> f32[3,8] {
+  %q.0 = f32[3,8]{1,0} parameter(0)
+  %q.1 = s32[] parameter(1)
+  %q.2 = f32[3,8]{1,0} parameter(2)
+  ROOT %put = f32[3,8]{1,0} fusion(%q.0, %q.1, %q.2), kind=kLoop, calls=%inner
+}
+
+%body (state""",
+)
+
+
+@pytest.mark.parametrize("text", [LOOP, ASYNCHRONOUS, COUNTED, NESTED])
 def test_loops_slices_and_branches(text):
   program = hlo.Program(text)
   launches = program.launches()
@@ -141,6 +156,41 @@ def test_a_copy_that_is_started_moves_what_it_copies():
   )
   sizes = [launch.size for launch in program.launches()]
   assert sizes == [8 * 4 * 4, 2 * 4 * 4, 2 * 8 * 4 * 4]
+
+
+def test_a_slice_that_goes_to_a_tpus_own_memory_is_read():
+  """Two rows of eight, of four numbers each; nothing is written to HBM."""
+  program = hlo.Program(
+    "%rows (p: f32[8,4], i: s32[]) -> f32[2,4] {\n"
+    "  %p = f32[8,4]{1,0} parameter(0)\n"
+    "  %i = s32[]{:S(6)} parameter(1)\n"
+    "  %zero = s32[] constant(0)\n"
+    "  ROOT %cut = f32[2,4]{1,0:S(1)} dynamic-slice(%p, %i, %zero)\n"
+    "}\n"
+    "ENTRY %main (x: f32[8,4], i: s32[]) -> f32[2,4] {\n"
+    "  %x = f32[8,4]{1,0} parameter(0)\n"
+    "  %i = s32[]{:S(6)} parameter(1)\n"
+    "  ROOT %y = f32[2,4]{1,0:S(1)} fusion(%x, %i), kind=kLoop, calls=%rows\n"
+    "}\n"
+  )
+  index = 4
+  assert hlo.total_bytes(program.launches()) == 2 * 4 * 4 + index
+
+
+def test_memory_that_is_only_allocated_moves_nothing():
+  """But the four rows of eight that are read and written do."""
+  program = hlo.Program(
+    "ENTRY %main (x: f32[8,4]) -> (f32[8,4], f32[4,4]) {\n"
+    "  %x = f32[8,4]{1,0} parameter(0)\n"
+    "  %new = f32[8,4]{1,0} custom-call(),"
+    ' custom_call_target="AllocateBuffer"\n'
+    "  %half = f32[4,4]{1,0} slice(%x), slice={[0:4], [0:4]}\n"
+    "  ROOT %y = (f32[8,4]{1,0}, f32[4,4]{1,0}) tuple(%new, %half)\n"
+    "}\n"
+  )
+  launches = program.launches()
+  assert hlo.total_launches(launches) == 1
+  assert hlo.total_bytes(launches) == 2 * 4 * 4 * 4
 
 
 def test_a_real_program():
