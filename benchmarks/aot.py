@@ -106,6 +106,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as dump:
     # Before the compilers are loaded, which is with the first topology.
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_optimization_level", arguments.optimization_level)
     os.environ.update(ENVIRONMENT)
     if arguments.program == "kernel":
       os.environ.update(gpu_code.dump_to(dump))
@@ -346,15 +347,11 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split),
     "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split),
   }
-  options = {}
-  if platform_of(arguments.target) == "tpu":
-    options["exec_time_optimization_effort"] = arguments.effort
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     record, text = _compile(
       function,
       (state, batch),
       platform_of(arguments.target),
-      options,
       donate_argnums=0,
       out_shardings=whole,
     )
@@ -383,14 +380,15 @@ def _as_default_device(target):
   return jax.default_device(_mesh(target, 1).devices.item())
 
 
-def _compile(function, arguments, platform, options=None, **jit_options):
+def _compile(function, arguments, platform, **jit_options):
   """Compiles; also returns the program's text.
 
   Its `moved_bytes` are what `hlo` counts: of a kernel, operands and results.
+  For a TPU `estimated_cycles` are libtpu's, of all but kernels and copies.
   """
   lowered = jax.jit(function, **jit_options).lower(*arguments)
   start = time.perf_counter()
-  compiled = lowered.compile(compiler_options=options)
+  compiled = lowered.compile()
   seconds = time.perf_counter() - start
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None
@@ -405,6 +403,8 @@ def _compile(function, arguments, platform, options=None, **jit_options):
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
   }
+  if platform == "tpu":
+    record["estimated_cycles"] = hlo.estimated_cycles(launches)
   return record, text
 
 
@@ -440,15 +440,15 @@ def _parse() -> argparse.Namespace:
     whole.add_argument("--batch-size", type=int, default=128, help="a device")
     whole.add_argument("--implementation", default="", help="empty: the best")
     whole.add_argument("--text", help="a file for the compiled program")
-  step.add_argument(
-    "--effort",
-    type=float,
-    default=0.0,
-    help="for a TPU; -1: compile fast, not well",
-  )
   for subparser in (kernel, inference, step):
     subparser.add_argument(
       "--target", default="v5e:2x2", help="TPU topology, or a GPU"
+    )
+    subparser.add_argument(
+      "--optimization-level",
+      choices=("O0", "O1", "O2", "O3"),
+      default=jax.config.jax_optimization_level,
+      help="the less, the sooner compiled (JAX_OPTIMIZATION_LEVEL)",
     )
   arguments = parser.parse_args()
   if arguments.program == "kernel":

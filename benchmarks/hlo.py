@@ -19,6 +19,7 @@ _CALLED = re.compile(
   r"(calls|body|condition|to_apply|branch_computations|true_computation"
   r"|false_computation)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
 )
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 # Nothing is launched for these.
@@ -200,6 +201,15 @@ class Program:
 def total_bytes(launches: list[Launch]) -> int:
   """Read and written by all of them."""
   return sum(launch.size * launch.times for launch in launches)
+
+
+def estimated_cycles(launches: list[Launch]) -> int:
+  """What a TPU's compiler expects of all but kernels and copies."""
+  estimates = [
+    (_CYCLES.search(launch.instruction.line), launch.times)
+    for launch in launches
+  ]
+  return sum(int(found[1]) * times for found, times in estimates if found)
 
 
 def total_launches(launches: list[Launch]) -> int:

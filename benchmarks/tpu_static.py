@@ -88,7 +88,7 @@ def _step_row(implementation):
   record = compiled(
     "step",
     *("--target", TARGET, "--batch-size", BATCH_SIZE),
-    *("--implementation", implementation, "--effort", -1),
+    *("--implementation", implementation, "--optimization-level", "O0"),
   )
   return (
     f"| {implementation or 'kernels'}"

@@ -83,12 +83,12 @@ def test_what_a_kernel_costs(op, direction, bundles):
 )
 @pytest.mark.parametrize("model", ["tiny", "base"])
 def test_sharded_training_step(model, target, batch_size):
-  # Less effort changes neither the kernels nor how the program is sharded, and
-  # plans no less memory.
+  # Less optimisation changes neither the kernels nor how the program is
+  # sharded, and plans no less memory.
   record = compiled(
     "step",
     *("--model", model, "--target", target),
-    *("--batch-size", batch_size, "--effort", -1),
+    *("--batch-size", batch_size, "--optimization-level", "O0"),
   )
   assert record["kernels"] == 8  # Forward and backward, of each stage.
   assert record["all_gathers"] == 0
