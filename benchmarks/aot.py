@@ -106,7 +106,8 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as dump:
     # Before the compilers are loaded, which is with the first topology.
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_optimization_level", arguments.optimization_level)
+    if arguments.optimization_level:
+      jax.config.update("jax_optimization_level", arguments.optimization_level)
     os.environ.update(ENVIRONMENT)
     if arguments.program == "kernel":
       os.environ.update(gpu_code.dump_to(dump))
@@ -447,8 +448,7 @@ def _parse() -> argparse.Namespace:
     subparser.add_argument(
       "--optimization-level",
       choices=("O0", "O1", "O2", "O3"),
-      default=jax.config.jax_optimization_level,
-      help="the less, the sooner compiled (JAX_OPTIMIZATION_LEVEL)",
+      help="the less, the sooner compiled; unset: JAX_OPTIMIZATION_LEVEL",
     )
   arguments = parser.parse_args()
   if arguments.program == "kernel":
