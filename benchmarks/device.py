@@ -5,6 +5,7 @@ how fast the device copies and multiplies, times the operators at the stages of
 the tiny model, inference and the training step of tiny, small and base, and
 PyTorch's networks of the same size where they are installed. `timing` has the
 protocol. After `--minutes` nothing more is begun, and what is left out listed.
+What fails, for want of memory say, is listed with its error; the rest goes on.
 
 It writes one JSON file, by default into `benchmarks/results`, of which `python
 -m benchmarks.table` makes the README's tables. Needed are jax, flax and optax.
@@ -19,6 +20,7 @@ import pathlib
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -87,7 +89,7 @@ SMALL = Scale(
 
 
 def main() -> None:
-  """Measures, and writes what was measured; status 1 where a check failed."""
+  """Measures, and writes what was measured; status 1 where something failed."""
   arguments = _parse()
   scale = SMALL if arguments.small else FULL
   deadline = time.monotonic() + 60 * arguments.minutes
@@ -105,20 +107,39 @@ def main() -> None:
     "operators": _operators(scale, rates["copy_bytes_per_second"]),
     "peers": _peers(scale),
   }
-  record |= {name: [] for name in sections} | {"left_out": []}
+  record |= {name: [] for name in sections} | {"left_out": [], "failed": {}}
   for name in arguments.sections:
     for label, task in sections[name]:
       if time.monotonic() > deadline:
         record["left_out"].append(label)
-      else:
-        for row in task():
-          print(json.dumps(row), flush=True)
-          record[name].append(row)
+      elif failure := _run(task, record[name]):
+        record["failed"][label] = failure
       output.write_text(json.dumps(record, indent=1) + "\n")
   print(f"written to {output}", file=sys.stderr)
+  complaints = list(_complaints(record))
+  if complaints:
+    sys.exit("\n".join(complaints))
+
+
+def _run(task, rows):
+  """Appends the rows of a task; returns why there are no more, if it failed."""
+  try:
+    for row in task():
+      print(json.dumps(row), flush=True)
+      rows.append(row)
+  # Whatever it was: a machine's time is too dear to lose the rest.
+  except Exception as error:
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}"
+  return None
+
+
+def _complaints(record):
   wrong = [row for row in record["operators"] if not row["ok"]]
   if wrong:
-    sys.exit(f"{len(wrong)} operators are wrong, the first: {wrong[0]}")
+    yield f"{len(wrong)} operators are wrong, the first: {wrong[0]}"
+  if record["failed"]:
+    yield f"failed: {', '.join(record['failed'])}"
 
 
 def describe_machine() -> dict[str, Any]:

@@ -41,8 +41,7 @@ def _silu_depthwise_conv(x, kernel, projection, *, implementation):
   if implementation is None:
     results = smk.silu_depthwise_conv(*arrays)
   else:
-    with jax.default_matmul_precision("highest"):
-      results = conv.projected(*arrays, convolve=_grouped)
+    results = conv.projected(*arrays, convolve=_grouped)
   return jnp.concatenate(results, axis=-1)
 
 
@@ -69,8 +68,7 @@ def _mlp(x, w1, w2, residual, *, implementation):
   b1, b2 = (jnp.linspace(-1, 1, w.shape[1]) for w in (w1, w2))
   if implementation is None:
     return smk.mlp(x, w1, b1, w2, b2, residual=residual)
-  with jax.default_matmul_precision("highest"):
-    return perceptron.mlp(x, w1, b1, w2, b2, residual, all_kept(x))
+  return perceptron.mlp(x, w1, b1, w2, b2, residual, all_kept(x))
 
 
 def _residual_layer_norm(x, scale, bias, *, implementation):
@@ -270,12 +268,14 @@ def _compile(case, implementation, arrays, pool) -> Programs:
   run = case.run(implementation)
   save = jax.jit(lambda arrays: jax.vjp(run, arrays))
   backward = jax.jit(lambda pullback, g: pullback(g)[0])
-  result, pullback = jax.eval_shape(save, arrays)
-  lowered = (
-    jax.jit(run).lower(arrays),
-    save.lower(arrays),
-    backward.lower(pullback, result),
-  )
+  # By default a GPU rounds what it multiplies, of float32 numbers, to 11 bits.
+  with jax.default_matmul_precision("highest"):
+    result, pullback = jax.eval_shape(save, arrays)
+    lowered = (
+      jax.jit(run).lower(arrays),
+      save.lower(arrays),
+      backward.lower(pullback, result),
+    )
   futures = [pool.submit(program.compile) for program in lowered]
   return Programs(*(_Later(future) for future in futures))
 

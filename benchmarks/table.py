@@ -47,6 +47,8 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     )
   if record["left_out"]:
     yield f"Left out for want of time: {', '.join(record['left_out'])}."
+  if record["failed"]:
+    yield f"Failed: {', '.join(record['failed'])}."
 
 
 def _networks(rows):

@@ -100,6 +100,51 @@ def test_a_wrong_operator_fails_the_device_benchmark(
     )
 
 
+def test_what_fails_is_listed_and_the_rest_measured(
+  monkeypatch, capsys, tmp_path
+):
+  def failing(**arrays):
+    del arrays
+    raise RuntimeError("no memory")
+
+  fusion = operators.OPERATORS["state_fusion"]
+  monkeypatch.setattr(
+    operators, "OPERATORS", {"selective_scan": failing, "state_fusion": fusion}
+  )
+  file = tmp_path / "device.json"
+  with pytest.raises(SystemExit, match="failed: Case"):
+    run(
+      device.main,
+      monkeypatch,
+      capsys,
+      *("--small", "--sections", "operators", "--output", file),
+    )
+  record = json.loads(file.read_text())
+  assert set(record["failed"].values()) == {"RuntimeError: no memory"}
+  assert {x["op"] for x in record["operators"]} == {"state_fusion"}
+  assert len(record["failed"]) == 2  # In two precisions.
+  assert "Failed: Case" in run(table.main, monkeypatch, capsys, file)
+
+
+def test_what_is_checked_is_multiplied_in_full_precision():
+  """Also what is traced only when a program is lowered."""
+
+  class Pool:
+    products = ()
+
+    def submit(self, compile_lowered):
+      text = compile_lowered.__self__.as_text()
+      self.products += tuple(x for x in text.splitlines() if "dot_general" in x)
+
+  pool = Pool()
+  case = operators.Case("silu_depthwise_conv", (1, 3, 3, 8), "float32")
+  operators._compile(case, None, case.arrays(), pool)
+  # Of two forward passes, and two of the backward pass.
+  assert len(pool.products) == 4
+  for product in pool.products:
+    assert "precision = [HIGHEST, HIGHEST]" in product
+
+
 def test_what_there_is_no_time_for_is_listed(monkeypatch, capsys, tmp_path):
   file = tmp_path / "device.json"
   run(

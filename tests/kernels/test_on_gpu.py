@@ -39,6 +39,9 @@ def gpu():
   if jax.default_backend() != "gpu":
     reason = f"JAX found no GPU for these tests, only {jax.devices()}"
     pytest.exit(reason, returncode=1)
+  # By default a GPU rounds what it multiplies, of float32 numbers, to 11 bits.
+  with jax.default_matmul_precision("highest"):
+    yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
