@@ -13,15 +13,20 @@ It writes one JSON file, by default into `benchmarks/results`, of which `python
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
+import os
 import pathlib
 import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -163,41 +168,86 @@ Task = tuple[str, Callable[[], Iterable[dict[str, Any]]]]
 
 
 def _operators(scale: Scale, copy_rate: float) -> list[Task]:
-  def task(case):
-    return lambda: operators.measure([case], copy_rate, scale.implementations)
-
-  return [
-    (str(case), task(case))
-    for case in operators.stage_cases(scale.stages, scale.batch_sizes)
-  ]
+  tasks = []
+  for stage, batch_size in itertools.product(scale.stages, scale.batch_sizes):
+    cases = operators.stage_cases(stage, batch_size)
+    all_of = itertools.product(cases, scale.implementations)
+    compiled = _Compiled(
+      operators.compile_case, {*all_of, *(case.reference for case in cases)}
+    )
+    tasks += [
+      (
+        str(case),
+        partial(
+          operators.measure, case, scale.implementations, compiled, copy_rate
+        ),
+      )
+      for case in cases
+    ]
+  return tasks
 
 
 def _networks(scale: Scale, rate: float) -> list[Task]:
-  def task(model, size, implementation, program):
-    config = network.experiment(
-      model,
-      batch_size=scale.batch_sizes[0],
-      dtype="bfloat16",
-      implementation=implementation,
+  batch_size = scale.batch_sizes[0]
+
+  def task(compiled, model, size, implementation, program):
+    measured = network.measure(
+      compiled(model, size, implementation, program), rate
     )
-    measured = network.measure(program, config, size, rate)
     yield {
       "model": model,
       "size": size,
-      "batch_size": config.batch_size,
+      "batch_size": batch_size,
       "program": program,
       "implementation": implementation or "kernel",
       **dataclasses.asdict(measured),
     }
 
-  return [
-    (" ".join(map(str, what)), lambda what=what: task(*what))
-    for what in (
+  tasks = []
+  for _, same_size in itertools.groupby(scale.networks, lambda x: x[:2]):
+    whats = [
       (*which, program)
-      for which in scale.networks
-      for program in network.PROGRAMS
-    )
-  ]
+      for which, program in itertools.product(same_size, network.PROGRAMS)
+    ]
+    compiled = _Compiled(partial(_compile_network, batch_size), whats)
+    tasks += [
+      (" ".join(map(str, what)), partial(task, compiled, *what))
+      for what in whats
+    ]
+  return tasks
+
+
+def _compile_network(batch_size, model, size, implementation, program):
+  config = network.experiment(
+    model,
+    batch_size=batch_size,
+    dtype="bfloat16",
+    implementation=implementation,
+  )
+  return network.compile_program(program, config, size)
+
+
+class _Compiled:
+  """Programs, all compiled in threads when one is asked for.
+
+  While something is timed, nothing is compiled.
+  """
+
+  def __init__(
+    self,
+    compile_one: Callable[..., Any],
+    whats: Collection[tuple[Any, ...]],
+  ):
+    self._whats = whats
+    self._compile_one = compile_one
+
+  def __call__(self, *what: Any) -> Any:
+    return self._futures[what].result()
+
+  @functools.cached_property
+  def _futures(self):
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      return {x: pool.submit(self._compile_one, *x) for x in self._whats}
 
 
 def _peers(scale: Scale) -> list[Task]:

@@ -7,6 +7,7 @@ forward's for a training step), whatever the implementation.
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,11 @@ from benchmarks import timing
 from spatial_mamba_jax.training.config import ModelSection, TrainConfig
 from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from spatial_mamba_jax.training.preprocess import make_preprocess
-from spatial_mamba_jax.training.state import PureModel, create_state
+from spatial_mamba_jax.training.state import (
+  PureModel,
+  create_state,
+  state_shapes,
+)
 from spatial_mamba_jax.training.step import make_train_step
 
 PROGRAMS = ("inference", "train")
@@ -28,17 +33,15 @@ IMAGENET_IMAGES = 1_281_167
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """One compiled program.
+  """Of one program.
 
   Attributes:
-    compile_seconds: tracing, lowering and compiling.
     images_per_second: the batch over the time of a call.
     spread: see `timing.Timing`.
     matmul_share: achieved FLOP/s over the matmul rate of this process.
     peak_bytes: arguments, results and temporaries, as the compiler plans them.
   """
 
-  compile_seconds: float
   images_per_second: float
   spread: float
   matmul_share: float
@@ -93,29 +96,51 @@ def inference(config: TrainConfig) -> tuple[Callable[..., Any], Any]:
   return lambda state, images: nnx.merge(graphdef, state)(images), state
 
 
-def measure(
-  program: str, config: TrainConfig, size: int, rate: float
-) -> Measurement:
-  """Compiles and times "inference" or the "train" step.
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled program, whose arguments are not made yet.
+
+  Attributes:
+    compiled: by JAX.
+    prepare: makes its arguments; returns what calls it.
+    compile_seconds: tracing, lowering and compiling.
+    batch_size: of a call, in images.
+    flops: of a call.
+  """
+
+  compiled: jax.stages.Compiled
+  prepare: Callable[[], Callable[[], Any]]
+  compile_seconds: float
+  batch_size: int
+  flops: float
+
+
+def compile_program(name: str, config: TrainConfig, size: int) -> Program:
+  """Compiles "inference" or the "train" step.
 
   Args:
-    program: one of `PROGRAMS`.
+    name: one of `PROGRAMS`.
     config: the experiment.
     size: of the images, in pixels a side.
-    rate: of matrix products, in FLOP/s.
   """
-  compiled, call, seconds = _PREPARE[program](config, size)
-  time_of_call = timing.time_calls(call)
+  start = time.perf_counter()
+  compiled, prepare = _COMPILE[name](config, size)
+  seconds = time.perf_counter() - start
   flops = config.batch_size * forward_flops(config.model.build(), size)
-  if program == "train":
+  if name == "train":
     flops *= 3
-  memory = compiled.memory_analysis()
+  return Program(compiled, prepare, seconds, config.batch_size, flops)
+
+
+def measure(program: Program, rate: float) -> Measurement:
+  """Times a program; `rate` is that of matrix products, in FLOP/s."""
+  time_of_call = timing.time_calls(program.prepare())
+  memory = program.compiled.memory_analysis()
   assert memory is not None
   return Measurement(
-    compile_seconds=seconds,
-    images_per_second=config.batch_size / time_of_call.seconds,
+    images_per_second=program.batch_size / time_of_call.seconds,
     spread=time_of_call.spread,
-    matmul_share=flops / time_of_call.seconds / rate,
+    matmul_share=program.flops / time_of_call.seconds / rate,
     peak_bytes=memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     + memory.temp_size_in_bytes
@@ -123,50 +148,50 @@ def measure(
   )
 
 
-def _prepare_inference(config, size):
-  function, shapes = inference(config)
-  # What is in them does not matter.
-  state = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), shapes)
+def _compile_inference(config, size):
+  function, state = inference(config)
   shape = (config.batch_size, size, size, 3)
-  images = jax.random.normal(jax.random.key(0), shape)
-  compiled, seconds = _compile(jax.jit(function), state, images)
-  return compiled, lambda: compiled(state, images), seconds
+  images = jax.ShapeDtypeStruct(shape, jnp.float32)
+  compiled = jax.jit(function).lower(state, images).compile()
+
+  def prepare():
+    # What is in them does not matter.
+    weights = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), state)
+    return partial(
+      compiled, weights, jax.random.normal(jax.random.key(0), shape)
+    )
+
+  return compiled, prepare
 
 
-def _prepare_train(config, size):
+def _compile_train(config, size):
   step, model, optimizer = training_step(config)
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  state = create_state(model, optimizer, 0, device)
-  shape = (config.batch_size, size, size, 3)
-  batch = {
-    "image": jax.random.bits(jax.random.key(0), shape, jnp.uint8),
-    "label": jnp.arange(config.batch_size) % config.model.num_classes,
-  }
-  # Of descriptions of arrays, as lowering makes them, no state can be.
-  leaves, tree = jax.tree.flatten(state)
 
-  def step_of_leaves(leaves, batch):
-    return jax.tree.leaves(step(jax.tree.unflatten(tree, leaves), batch))
+  def batch():
+    shape = (config.batch_size, size, size, 3)
+    return {
+      "image": jax.random.bits(jax.random.key(0), shape, jnp.uint8),
+      "label": jnp.arange(config.batch_size) % config.model.num_classes,
+    }
 
-  compiled, seconds = _compile(
-    jax.jit(step_of_leaves, donate_argnums=0), leaves, batch
-  )
+  shapes = state_shapes(model, optimizer), jax.eval_shape(batch)
+  compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
 
-  def call():
-    nonlocal leaves
-    leaves = compiled(leaves, batch)
-    return leaves
+  def prepare():
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state, images = create_state(model, optimizer, 0, device), batch()
 
-  return compiled, call, seconds
+    def call():
+      nonlocal state
+      state = compiled(state, images)
+      return state
 
+    return call
 
-_PREPARE = {"inference": _prepare_inference, "train": _prepare_train}
+  return compiled, prepare
 
 
-def _compile(function, *arguments):
-  start = time.perf_counter()
-  compiled = function.lower(*arguments).compile()
-  return compiled, time.perf_counter() - start
+_COMPILE = {"inference": _compile_inference, "train": _compile_train}
 
 
 # Numbers that a block moves, of each in its input. Forward: convolution,

@@ -1,16 +1,13 @@
 """The operators as the device benchmark checks and times them."""
 
-import concurrent.futures
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import spatial_mamba_kernels as smk
 from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.depthwise_conv import xla as conv
@@ -124,10 +121,10 @@ class Case:
 
   def arrays(self) -> dict[str, jax.Array]:
     """Arguments of the operator, random."""
-    rng = np.random.default_rng(0)
+    keys = map(jax.random.key, itertools.count())
 
     def normal(*shape, dtype="float32"):
-      return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+      return jax.random.normal(next(keys), shape, dtype)
 
     *image, channels = self.shape
     stencil = {"kernels": normal(3, 3, 3, channels), "alpha": normal(3)}
@@ -176,14 +173,20 @@ class Case:
       for name, x in whole.items()
     }
 
-  def run(self, implementation: str | None) -> Callable[..., Any]:
+  @property
+  def reference(self) -> "tuple[Case, str]":
+    """What values and gradients are held against: the case, and how run."""
+    return dataclasses.replace(self, dtype="float32"), "sequential"
+
+  def run(self, implementation: str) -> Callable[..., Any]:
     """The operator, of a dictionary of arrays."""
-    operator = OPERATORS[self.op]
-    return lambda arrays: operator(**arrays, implementation=implementation)
+    operator = partial(
+      OPERATORS[self.op], implementation=IMPLEMENTATIONS[implementation]
+    )
+    return lambda arrays: operator(**arrays)
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
+class Programs(NamedTuple):
   """A case's compiled programs.
 
   Attributes:
@@ -197,12 +200,44 @@ class Programs:
   backward: Callable[..., Any]
 
 
+def stage_cases(stage: tuple[int, int], batch_size: int) -> list[Case]:
+  """Each operator and precision at a stage: (H = W, D)."""
+  size, channels = stage
+  return [
+    Case(op, (batch_size, size, size, channels), dtype)
+    for dtype, op in itertools.product(TOLERANCE, OPERATORS)
+    # In float32 the MLP is XLA's.
+    if (op, dtype) != ("mlp", "float32")
+  ]
+
+
+def compile_case(case: Case, implementation: str) -> Programs:
+  """Compiles one of the `IMPLEMENTATIONS`."""
+  return Programs(*(x.compile() for x in _lower(case, implementation)))
+
+
+def _lower(case, implementation):
+  run = case.run(implementation)
+  save = jax.jit(lambda arrays: jax.vjp(run, arrays))
+  backward = jax.jit(lambda pullback, g: pullback(g)[0])
+  # By default a GPU rounds what it multiplies, of float32 numbers, to 11 bits.
+  with jax.default_matmul_precision("highest"):
+    arrays = jax.eval_shape(case.arrays)
+    result, pullback = jax.eval_shape(save, arrays)
+    return (
+      jax.jit(run).lower(arrays),
+      save.lower(arrays),
+      backward.lower(pullback, result),
+    )
+
+
 def measure(
-  cases: Sequence[Case],
+  case: Case,
+  implementations: Sequence[str],
+  compiled: Callable[[Case, str], Programs],
   copy_rate: float,
-  implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
 ) -> Iterator[dict[str, Any]]:
-  """Checks and times cases; a record for each case and implementation.
+  """Checks and times a case; a record for each implementation.
 
   Its `error` is that of values and gradients from "sequential" in float32 on
   the same numbers, each relative to the greatest one; `ok` says whether that is
@@ -210,84 +245,43 @@ def measure(
   `timing.Timing`), `bytes_per_second` over the compulsory bytes (arguments and
   result; backward also the cotangents of both) and `copy_share`, of the rate at
   which the device copies.
+
+  Args:
+    case: what to measure.
+    implementations: some of `IMPLEMENTATIONS`.
+    compiled: what `compile_case` gave, also for the case's `reference`.
+    copy_rate: of the device, in bytes/s.
   """
-  for case in cases:
-    arrays = case.arrays()
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-    wanted, g = None, None
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      reference = _compile(case, "sequential", exact, pool)
-      programs = {
-        name: _compile(case, IMPLEMENTATIONS[name], arrays, pool)
-        for name in implementations
-      }
-    for name, compiled in programs.items():
-      result, pullback = compiled.save(arrays)
-      if g is None or wanted is None:
-        g = jax.random.normal(jax.random.key(0), result.shape, result.dtype)
-        wanted = _values(reference, exact, g.astype(jnp.float32))
-      errors = jax.tree.map(_error, _values(compiled, arrays, g), wanted)
-      error = max(map(float, jax.tree.leaves(errors)))
-      forward_bytes = _bytes((arrays, result))
-      calls = {
-        "forward": (partial(compiled.forward, arrays), forward_bytes),
-        "backward": (
-          partial(compiled.backward, pullback, g),
-          forward_bytes + _bytes(arrays),
-        ),
-      }
-      yield {
-        **dataclasses.asdict(case),
-        "implementation": name,
-        "error": error,
-        "ok": error <= TOLERANCE[case.dtype],
-        **{
-          direction: _record(timing.time_calls(call), size, copy_rate)
-          for direction, (call, size) in calls.items()
-        },
-      }
-
-
-def stage_cases(
-  stages: Sequence[tuple[int, int]],
-  batch_sizes: Sequence[int],
-) -> list[Case]:
-  """Each operator and precision at each stage: (H = W, D)."""
-  return [
-    Case(op, (batch, size, size, channels), dtype)
-    for (size, channels), batch, dtype, op in itertools.product(
-      stages, batch_sizes, TOLERANCE, OPERATORS
-    )
-    # In float32 the MLP is XLA's, and tensor cores round more than that.
-    if (op, dtype) != ("mlp", "float32")
-  ]
-
-
-def _compile(case, implementation, arrays, pool) -> Programs:
-  """Traces here, and compiles in threads."""
-  run = case.run(implementation)
-  save = jax.jit(lambda arrays: jax.vjp(run, arrays))
-  backward = jax.jit(lambda pullback, g: pullback(g)[0])
-  # By default a GPU rounds what it multiplies, of float32 numbers, to 11 bits.
-  with jax.default_matmul_precision("highest"):
-    result, pullback = jax.eval_shape(save, arrays)
-    lowered = (
-      jax.jit(run).lower(arrays),
-      save.lower(arrays),
-      backward.lower(pullback, result),
-    )
-  futures = [pool.submit(program.compile) for program in lowered]
-  return Programs(*(_Later(future) for future in futures))
-
-
-class _Later:
-  """A program that may still be compiling."""
-
-  def __init__(self, future):
-    self._future = future
-
-  def __call__(self, *arguments):
-    return self._future.result()(*arguments)
+  arrays = case.arrays()
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+  wanted, g = None, None
+  for name in implementations:
+    programs = compiled(case, name)
+    result, pullback = programs.save(arrays)
+    if g is None or wanted is None:
+      g = jax.random.normal(jax.random.key(0), result.shape, result.dtype)
+      reference = compiled(*case.reference)
+      wanted = _values(reference, exact, g.astype(jnp.float32))
+    errors = jax.tree.map(_error, _values(programs, arrays, g), wanted)
+    error = max(map(float, jax.tree.leaves(errors)))
+    forward_bytes = _bytes((arrays, result))
+    calls = {
+      "forward": (partial(programs.forward, arrays), forward_bytes),
+      "backward": (
+        partial(programs.backward, pullback, g),
+        forward_bytes + _bytes(arrays),
+      ),
+    }
+    yield {
+      **dataclasses.asdict(case),
+      "implementation": name,
+      "error": error,
+      "ok": error <= TOLERANCE[case.dtype],
+      **{
+        direction: _record(timing.time_calls(call), size, copy_rate)
+        for direction, (call, size) in calls.items()
+      },
+    }
 
 
 def _values(programs, arrays, g):

@@ -53,17 +53,16 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
 
 def _networks(rows):
   yield (
-    "| network, bfloat16 | images/s | of the matmul rate | peak memory, GiB"
-    " | compiled in, s |"
+    "| network, bfloat16 | images/s | of the matmul rate | peak memory, GiB |"
   )
-  yield "| --- | --- | --- | --- | --- |"
+  yield "| --- | --- | --- | --- |"
   for row in rows:
     name = row["model"].removeprefix("spatial_mamba_")
     yield (
       f"| {name} at {row['size']}, batch {row['batch_size']},"
       f" {row['program']}, {row['implementation']}"
       f" | {row['images_per_second']:,.0f} | {row['matmul_share']:.3f}"
-      f" | {row['peak_bytes'] / 2**30:.2f} | {row['compile_seconds']:.0f} |"
+      f" | {row['peak_bytes'] / 2**30:.2f} |"
     )
 
 
@@ -72,7 +71,7 @@ def _peers(rows):
     yield (
       f"| {row['model']} at 224, batch {row['batch_size']}, {row['program']},"
       f" torch {row['torch']}, timm {row['timm']}"
-      f" | {row['images_per_second']:,.0f} | | | |"
+      f" | {row['images_per_second']:,.0f} | | |"
     )
 
 

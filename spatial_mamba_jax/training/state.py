@@ -47,12 +47,12 @@ class TrainState:
     bad_step: the first step whose loss or gradient was not finite, else -1.
   """
 
-  step: Int[Array, ""]
+  step: Int[Any, ""]
   weights: Weights
   ema: Weights
   opt_state: optax.OptState
-  window: dict[str, Float[Array, ""]]
-  bad_step: Int[Array, ""]
+  window: dict[str, Float[Any, ""]]
+  bad_step: Int[Any, ""]
 
 
 class PureModel:
