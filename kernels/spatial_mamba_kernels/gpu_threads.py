@@ -4,9 +4,10 @@ A vector of 128 channels lies across a warpgroup, one channel a thread, so that
 a recurrence over tokens and a stencil over pixels never leave their thread: no
 thread waits for another, but for what is copied beside them and for sums over
 channels. Since Hopper the tensor memory accelerator (TMA) copies tokens and
-rows through shared memory, and leaves out what is beyond an array's end. Before
-it, each thread copies its own channel: what it will need next is on its way to
-registers while it computes, and results go straight to device memory.
+rows through shared memory, and leaves out what is beyond an array's end (but
+see `room`). Before it, each thread copies its own channel: what it will need
+next is on its way to registers while it computes, and results go straight to
+device memory.
 """
 
 import dataclasses
@@ -77,6 +78,33 @@ def pad_channels(x: Array) -> Array:
   if device().tma and channels % 8 == 0:
     return x
   return pad_to_blocks(x)
+
+
+def is_one_piece(shape: tuple[int, ...], sent: tuple[int, ...]) -> bool:
+  """Whether what is sent to the last dimensions of an array lies in one piece.
+
+  Pallas copies that without regard to where the array's dimensions end: what is
+  beyond one would be written over what comes next.
+  """
+  stride, expected = 1, 1
+  for size, part in zip(shape[::-1], sent[::-1], strict=False):
+    if part != 1 and stride != expected:
+      return False
+    stride, expected = stride * size, expected * part
+  return True
+
+
+def room(shape: tuple[int, ...], sent: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape that results [..., D] need for what is sent to them.
+
+  Args:
+    shape: of the results, the channels as by `pad_channels`.
+    sent: shape of a copy, [..., 128].
+  """
+  *rest, channels = shape
+  if is_one_piece(shape, sent):
+    channels = blocks(channels) * CHANNELS
+  return *rest, channels
 
 
 def pad_to_blocks(x: Array) -> Array:

@@ -168,7 +168,7 @@ def run_backward(
     image,
     image_cut,
     out_type=[
-      jax.ShapeDtypeStruct(image.shape, x.dtype),
+      image_cut.result(image, x.dtype),
       jax.ShapeDtypeStruct(
         (*grid, total, gpu.blocks(channels) * gpu.CHANNELS), jnp.float32
       ),

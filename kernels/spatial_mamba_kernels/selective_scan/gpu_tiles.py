@@ -66,6 +66,14 @@ class Chunks:
     x = gpu.pad_channels(x)
     return x if device().tma else self.pad_tokens(x)
 
+  def room(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that results [B, L, ..., D] need; see `gpu_threads.room`."""
+    batch, length, *rest, _ = shape
+    sent = (self.tile, *rest, gpu.CHANNELS)
+    if gpu.is_one_piece(shape, sent):
+      length = self.tiles * self.tile
+    return gpu.room((batch, length, *shape[2:]), sent)
+
   def pad_tokens(self, x: Array) -> Array:
     """Fills tokens up to whole tiles."""
     padding = [(0, 0)] * x.ndim

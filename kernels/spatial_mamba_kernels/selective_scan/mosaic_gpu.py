@@ -70,11 +70,12 @@ def scan(u, delta, A, B, bias):
   if chunks.count > 1:
     before = _carry(operands, chunks)
   batch, length, channels = operands[0].shape
+  shape = chunks.room((batch, length, chunks.states, channels))
   h = _kernel(
     _forward_kernel,
     operands,
     chunks,
-    jax.ShapeDtypeStruct((batch, length, chunks.states, channels), jnp.float32),
+    jax.ShapeDtypeStruct(shape, jnp.float32),
     scratch_types=gpu.outlet(
       "tiles", (2, chunks.tile, chunks.states, gpu.CHANNELS), jnp.float32
     ),
@@ -114,13 +115,14 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
   tile = (2, chunks.tile, gpu.CHANNELS)
   sums = chunks.states + 1 + bool(skip)
   batch, blocks = len(u), gpu.blocks(channels)
+  shape = chunks.room(operands[0].shape)
   du, ddelta, dB, parameters = _kernel(
     _backward_kernel,
     operands,
     chunks,
     [
-      jax.ShapeDtypeStruct(operands[0].shape, u.dtype),
-      jax.ShapeDtypeStruct(operands[0].shape, delta.dtype),
+      jax.ShapeDtypeStruct(shape, u.dtype),
+      jax.ShapeDtypeStruct(shape, delta.dtype),
       jax.ShapeDtypeStruct(
         (batch, blocks, chunks.tiles, gpu.ROWS_SUMMED), jnp.float32
       ),

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -50,6 +51,11 @@ class Cut:
   def strips(self) -> int:
     """How many strips there are."""
     return -(-self.width // self.strip)
+
+  def result(self, image: Array, dtype: Any) -> jax.ShapeDtypeStruct:
+    """Shape and type of an image that is computed, from one that is read."""
+    shape = gpu.room(image.shape, (self.strip, gpu.CHANNELS))
+    return jax.ShapeDtypeStruct(shape, dtype)
 
   @property
   def blocks(self) -> int:

@@ -125,7 +125,7 @@ def fuse(h, weights, *, stencil, dtype, observe=None):
     partial(_fuse_kernel, stencil=stencil),
     h,
     cut,
-    out_type=jax.ShapeDtypeStruct(h.shape, dtype),
+    out_type=cut.result(h, dtype),
     scratch_types=scratch,
     name="state_fusion_forward",
   )(*operands)
@@ -323,7 +323,7 @@ def states_backward(g, weights, *, stencil, dtype, C=None):
     partial(_states_kernel, stencil=stencil),
     g,
     cut,
-    out_type=jax.ShapeDtypeStruct(g.shape, dtype),
+    out_type=cut.result(g, dtype),
     scratch_types={
       **gpu.outlet("tile", (cut.strip, gpu.CHANNELS), dtype),
       "ring": plgpu.SMEM((stencil.window, *row), jnp.float32),

@@ -87,8 +87,8 @@ def backward(u, delta, A, B, C, D, weights, bias, before, dy):
     partial(_kernel, cut=cut),
     name="structure_aware_ssm_backward",
     out_type=[
-      jax.ShapeDtypeStruct(image.shape, u.dtype),
-      jax.ShapeDtypeStruct(image.shape, delta.dtype),
+      cut.result(image, u.dtype),
+      cut.result(image, delta.dtype),
       jax.ShapeDtypeStruct(
         (blocks, batch, height, group, cut.sums), jnp.float32
       ),

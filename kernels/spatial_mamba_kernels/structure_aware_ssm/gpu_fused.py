@@ -92,7 +92,8 @@ def forward(u, delta, A, B, C, D, weights, bias, *, save):
     save: see above.
   """
   batch, height, _, channels = u.shape
-  results = [jax.ShapeDtypeStruct(gpu.pad_channels(u).shape, u.dtype)]
+  cut = share(u.shape, u.dtype, delta.dtype)
+  results = [cut.result(gpu.pad_channels(u), u.dtype)]
   if save:
     padded = gpu.blocks(channels) * gpu.CHANNELS
     shape = (height, 1, batch, padded)
@@ -103,7 +104,7 @@ def forward(u, delta, A, B, C, D, weights, bias, *, save):
     u,
     (C.astype(jnp.float32), gpu.parameters(D[None])),
     results,
-    share(u.shape, u.dtype, delta.dtype),
+    cut,
     name="structure_aware_ssm_forward",
   )
   return y[..., :channels], *(x[..., :channels] for x in saved)

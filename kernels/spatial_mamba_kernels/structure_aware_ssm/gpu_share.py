@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -62,6 +63,11 @@ class Share:
   def of_columns(self, sums: Array) -> Array:
     """[..., warpgroups, sums] as [..., W]."""
     return sums[..., : self.columns].reshape(*sums.shape[:-2], self.width)
+
+  def result(self, image: Array, dtype: Any) -> jax.ShapeDtypeStruct:
+    """Shape and type of an image that is computed, from one that is read."""
+    shape = gpu.room(image.shape, (self.columns, gpu.CHANNELS))
+    return jax.ShapeDtypeStruct(shape, dtype)
 
   def own(self, me: Any) -> Any:
     """Index of a warpgroup's columns."""
