@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels.gpu_device import device
+from spatial_mamba_kernels.sharding import share_of_device
 from spatial_mamba_kernels.typing import Array
 
 try:
@@ -30,6 +31,8 @@ except ImportError:  # Without absl-py, which it needs and JAX does not.
   plgpu: Any = None
 
 CHANNELS = 128
+# In the dimension of CUDA's grid where images and blocks of channels are.
+MOST_PROGRAMS = 2**16 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,17 @@ def check_served(arrays: Sequence[Array]) -> None:
         f"mosaic_gpu computes float32 and bfloat16, not {array.dtype}"
       )
   device()
+
+
+def check_launched(image: Array) -> None:
+  """Raises NotImplementedError where there are too many [B, ..., D]."""
+  batch, *_, channels = image.shape
+  images, channels = share_of_device(batch, channels)
+  if images * blocks(channels) > MOST_PROGRAMS:
+    raise NotImplementedError(
+      f"mosaic_gpu launches {MOST_PROGRAMS} programs for each part of an image"
+      f" at most, not for {images} images of {channels} channels on a device"
+    )
 
 
 def blocks(channels: int) -> int:

@@ -64,15 +64,19 @@ def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
   return axes
 
 
-def channels_of_device(batch: int, channels: int) -> int:
-  """How many of the channels the mesh in force gives to each device.
+def share_of_device(batch: int, channels: int) -> tuple[int, int]:
+  """How many of them the mesh in force gives to each device.
 
   Raises:
     NotImplementedError: as by `split_axes`.
   """
-  axes = split_axes(batch, channels).get(CHANNELS, ())
+  axes = split_axes(batch, channels)
   sizes = jax.sharding.get_abstract_mesh().shape
-  return channels // math.prod(sizes[name] for name in axes)
+  images, channels = (
+    whole // math.prod(sizes[name] for name in axes.get(kind, ()))
+    for whole, kind in ((batch, BATCH), (channels, CHANNELS))
+  )
+  return images, channels
 
 
 def check_shard_map() -> None:

@@ -614,6 +614,25 @@ def test_too_many_states(ssm_arguments, every_operator, place, states, why):
   assert_refused(*operators[place], why)
 
 
+def test_more_images_than_a_gpu_launches():
+  shapes = {
+    "h": jax.ShapeDtypeStruct((2**16, 1, 1, 1), jnp.float32),
+    "kernels": jax.ShapeDtypeStruct((3, 3, 3, 1), jnp.float32),
+    "alpha": jax.ShapeDtypeStruct((3,), jnp.float32),
+  }
+
+  def fuse(arrays):
+    return smk.state_fusion(**arrays, implementation="mosaic_gpu")
+
+  with pytest.raises(NotImplementedError, match="65536 images of 1 channels"):
+    jax.eval_shape(fuse, shapes)
+  mesh = jax.sharding.AbstractMesh(
+    (2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert jax.eval_shape(fuse, shapes).shape == (2**16, 1, 1, 1)
+
+
 def test_channels_that_threads_cannot_copy(convolution, on_gpu, monkeypatch):
   on_gpu("8.0")
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))

@@ -29,8 +29,8 @@ SHAPES = (
   (1, 200, 320, 128, 1),
   (3, 5, 9, 96, 1),
   (1, 1, 1, 1, 1),
-  # Results that are sent to one piece of memory, some beyond the tokens' end, or
-  # the channels'.
+  # Results that are sent to one piece of memory, some beyond the end of tokens
+  # or channels.
   (3, 5, 5, 128, 1),
   (2, 7, 1, 96, 1),
   (2, 17, 61, 130, 1),

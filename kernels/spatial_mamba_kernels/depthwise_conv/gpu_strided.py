@@ -22,7 +22,7 @@ from spatial_mamba_kernels.depthwise_conv import xla
 from spatial_mamba_kernels.gpu_device import device, is_default
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.gpu_tokens import LANES, Tokens
-from spatial_mamba_kernels.sharding import CHANNELS, WHOLE, channels_of_device
+from spatial_mamba_kernels.sharding import CHANNELS, WHOLE, share_of_device
 from spatial_mamba_kernels.state_fusion.dimensions import IMAGE, SUMS
 from spatial_mamba_kernels.typing import Array
 
@@ -60,7 +60,7 @@ def plan(arrays: Arrays) -> None:
       "mosaic_gpu convolves with a stride where a GPU is JAX's default device"
     )
   batch, *_, channels = arrays[0].shape
-  channels = channels_of_device(batch, channels)
+  _, channels = share_of_device(batch, channels)
   if channels % LANES:
     raise NotImplementedError(
       f"mosaic_gpu sums over {LANES} channels of a device, or a multiple, not"

@@ -32,7 +32,7 @@ from spatial_mamba_kernels.sharding import (
   BATCH,
   CHANNELS,
   WHOLE,
-  channels_of_device,
+  share_of_device,
 )
 from spatial_mamba_kernels.state_fusion import gpu_strips as strips
 from spatial_mamba_kernels.state_fusion.gpu_strips import Cut, Program, Stream
@@ -97,6 +97,7 @@ def kernel(form: Form) -> Kernel:
 def plan(arrays: Arrays, *, form: Form) -> None:
   """Raises NotImplementedError where the kernel cannot serve."""
   gpu.check_served(arrays)
+  gpu.check_launched(arrays[0])
   x, *_ = arrays
   batch, *_, channels = x.shape
   if not device().tma and channels % gpu.CHANNELS:
@@ -119,7 +120,8 @@ def _check_projected(batch, channels, numbers):
     raise NotImplementedError(
       f"mosaic_gpu projects to {MOST_PROJECTED} numbers at most, not {numbers}"
     )
-  if channels_of_device(batch, channels) < channels:
+  _, channels_of_device = share_of_device(batch, channels)
+  if channels_of_device < channels:
     raise NotImplementedError("mosaic_gpu projects all channels of a token")
 
 

@@ -33,6 +33,7 @@ MOST_STATES = 16
 def plan(arrays: Arrays) -> None:
   """Raises NotImplementedError where there are too many states."""
   gpu.check_served(arrays)
+  gpu.check_launched(arrays[0])
   states = arrays[2].shape[1]
   if states > MOST_STATES:
     raise NotImplementedError(

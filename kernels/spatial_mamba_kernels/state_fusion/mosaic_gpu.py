@@ -39,6 +39,7 @@ def kernel(dilations: tuple[int, ...]) -> Kernel:
 def plan(arrays: Arrays, *, stencil: Stencil) -> None:
   """Raises NotImplementedError where the kernels cannot serve."""
   gpu.check_served(arrays)
+  gpu.check_launched(arrays[0])
   h, *_ = arrays
   cut_to_fuse(h.shape, stencil, h.dtype, h.dtype)
   cut_to_states(h.shape, stencil, h.dtype, h.dtype)

@@ -34,6 +34,7 @@ from spatial_mamba_kernels.typing import Array
 def plan(arrays: Arrays) -> None:
   """Raises NotImplementedError where the kernels cannot serve."""
   gpu.check_served(arrays)
+  gpu.check_launched(arrays[0])
   u, _, A, *_ = arrays
   if A.shape[1] > 1:
     raise NotImplementedError(
