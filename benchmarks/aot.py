@@ -16,11 +16,12 @@ import contextlib
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ from spatial_mamba_kernels.by_platform import Kernel
 from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
 from spatial_mamba_kernels.gpu_tokens import Tokens
+from spatial_mamba_kernels.implementation import Implementation
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import gpu_weights
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
@@ -116,7 +118,11 @@ def main() -> None:
     programs = {"kernel": kernel, "inference": inference, "step": step}
     run = programs[arguments.program]
     with _as_default_device(arguments.target):
-      print(json.dumps(run(arguments, dump)))
+      try:
+        record = run(arguments, dump)
+      except NotImplementedError as error:
+        sys.exit(f"{arguments.target}: {error}")
+      print(json.dumps(record))
 
 
 def platform_of(target: str) -> str:
@@ -361,17 +367,25 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
 
 
 def _mesh(target: str, devices: int | None = None) -> Mesh:
-  if platform_of(target) == "cuda":
-    name, _, count = target.partition(":")
-    topology = topologies.get_topology_desc(
-      platform="cuda", target_config=GPUS[name], topology=f"1x1x{count or 1}"
-    )
-  else:
-    topology = topologies.get_topology_desc(
-      platform="tpu", topology_name=target
+  try:
+    topology = _topology(target)
+  except RuntimeError as error:  # All that JAX and its plugins raise is one.
+    sys.exit(
+      f"nothing here compiles for --target {target}: give one of"
+      f" {', '.join(GPUS)} (or H200:4, for four) or a TPU topology such as"
+      f' v5e:2x2, and install ".[aot]" ({error})'
     )
   chips = np.array(topology.devices[:devices]).flatten()
   return Mesh(chips, ("data",), axis_types=(AxisType.Auto,))
+
+
+def _topology(target):
+  if platform_of(target) == "tpu":
+    return topologies.get_topology_desc(platform="tpu", topology_name=target)
+  name, _, count = target.partition(":")
+  return topologies.get_topology_desc(
+    platform="cuda", target_config=GPUS[name], topology=f"1x1x{count or 1}"
+  )
 
 
 def _as_default_device(target):
@@ -439,7 +453,12 @@ def _parse() -> argparse.Namespace:
       "--model", default="tiny", choices=("tiny", "small", "base")
     )
     whole.add_argument("--batch-size", type=int, default=128, help="a device")
-    whole.add_argument("--implementation", default="", help="empty: the best")
+    whole.add_argument(
+      "--implementation",
+      default="",
+      choices=("", *get_args(Implementation)),
+      help="empty: the best",
+    )
     whole.add_argument("--text", help="a file for the compiled program")
   for subparser in (kernel, inference, step):
     subparser.add_argument(

@@ -8,9 +8,11 @@ and the peak memory of the compiled programs. `timing` has the protocol.
 import argparse
 import dataclasses
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
+from spatial_mamba_kernels.implementation import Implementation
 
 import spatial_mamba_jax as smj
 from benchmarks import network, timing
@@ -70,7 +72,10 @@ def _parse() -> argparse.Namespace:
     "--dtype", default="float32", choices=("float32", "bfloat16")
   )
   parser.add_argument(
-    "--implementation", default="", help="default: the platform's best"
+    "--implementation",
+    default="",
+    choices=("", *get_args(Implementation)),
+    help="default: the platform's best",
   )
   parser.add_argument(
     "--programs",

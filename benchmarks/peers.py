@@ -20,12 +20,17 @@ def main() -> None:
   """Prints a line of JSON for each network and program."""
   parser = argparse.ArgumentParser(prog="python -m benchmarks.peers")
   parser.add_argument("--batch-size", type=int, default=128)
-  parser.add_argument("--device", default="cuda")
-  parser.add_argument("--dtype", default="bfloat16")
-  parser.add_argument("--models", nargs="+", default=MODELS)
+  parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+  parser.add_argument(
+    "--dtype", default="bfloat16", choices=("bfloat16", "float32")
+  )
+  parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
   arguments = parser.parse_args()
-  for record in measure(**vars(arguments)):
-    print(json.dumps(record), flush=True)
+  try:
+    for record in measure(**vars(arguments)):
+      print(json.dumps(record), flush=True)
+  except ImportError as error:
+    parser.error(f"pip install torch timm ({error})")
 
 
 def measure(

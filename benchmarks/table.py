@@ -15,7 +15,11 @@ def main() -> None:
   """Prints Markdown."""
   parser = argparse.ArgumentParser(prog="python -m benchmarks.table")
   parser.add_argument("file", type=pathlib.Path)
-  record = json.loads(parser.parse_args().file.read_text())
+  file = parser.parse_args().file
+  try:
+    record = json.loads(file.read_text())
+  except (OSError, ValueError) as error:
+    parser.error(f"{file} is not what benchmarks.device wrote: {error}")
   print(*lines(record), sep="\n")
 
 

@@ -12,6 +12,7 @@ with kernels and with "associative".
 Needs `pip install ".[train,aot]"`. Takes some ten minutes on two cores.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ TARGET = "v5e:2x2"
 
 def main() -> None:
   """Prints two Markdown tables."""
+  argparse.ArgumentParser(prog="python -m benchmarks.tpu_static").parse_args()
   sizes = ", ".join(f"{size} x {size}" for size, *_ in STAGES)
   print(
     f"| kernel, bfloat16, batch {BATCH_SIZE}, at {sizes}"

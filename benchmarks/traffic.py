@@ -13,6 +13,7 @@ Needs `pip install ".[train,aot]"`. Takes some minutes on two cores.
 import argparse
 import collections
 import os
+import sys
 import tempfile
 
 from benchmarks import hlo, network
@@ -75,9 +76,12 @@ def main() -> None:
   arguments = _parse()
   config = get_model_config(f"spatial_mamba_{arguments.model}")
   for program, ideal_bytes in PROGRAMS.items():
-    kinds = count(
-      program, arguments.target, arguments.model, arguments.batch_size
-    )
+    try:
+      kinds = count(
+        program, arguments.target, arguments.model, arguments.batch_size
+      )
+    except RuntimeError as error:
+      sys.exit(str(error))
     print(
       f"| {arguments.model} {program}, bfloat16, batch {arguments.batch_size},"
       f" {arguments.target} | MB an image | launches |"

@@ -8,7 +8,7 @@ import jax
 import pytest
 import spatial_mamba_kernels as smk
 
-from benchmarks import aot, device, network, operators, table, tpu_code
+from benchmarks import aot, device, network, operators, peers, table, tpu_code
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models import config as models
@@ -149,6 +149,30 @@ def test_what_there_is_no_time_for_is_listed(monkeypatch, capsys, tmp_path):
   record = json.loads(file.read_text())
   assert not record["networks"]
   assert "spatial_mamba_micro 32  train" in record["left_out"]
+
+
+@pytest.mark.parametrize(
+  ("main", "arguments", "complaint"),
+  [
+    (
+      table.main,
+      ["none.json"],
+      "none.json is not what benchmarks.device wrote",
+    ),
+    (benchmark.main, ["--implementation=fast"], "invalid choice: 'fast'"),
+    (peers.main, ["--models=resnet50"], "invalid choice: 'resnet50'"),
+  ],
+)
+def test_wrong_arguments(monkeypatch, capsys, main, arguments, complaint):
+  with pytest.raises(SystemExit):
+    run(main, monkeypatch, capsys, *arguments)
+  assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["v0e:2x2", "H200:none"])
+def test_a_target_that_is_none(target):
+  with pytest.raises(SystemExit, match=f"nothing here .*--target {target}"):
+    aot._mesh(target)
 
 
 def test_bundles_of_loops_are_counted():
