@@ -9,7 +9,8 @@ What fails, for want of memory say, is listed with its error; the rest goes on.
 
 It writes one JSON file, by default into `benchmarks/results`, of which `python
 -m benchmarks.table` makes the README's tables. Needed are jax, flax and optax.
-`--small` is for a CPU.
+On a CPU it measures less: the tiny network and the operators of one stage, in
+float32 (`--scale`).
 """
 
 import argparse
@@ -51,25 +52,26 @@ class Scale:
   Attributes:
     stages: (H = W, D) of the operators.
     batch_sizes: of the operators.
-    implementations: of the operators.
     networks: (model, size of the images, implementation; none for the best), at
       the first of the batch sizes.
+    dtype: of the networks, of their peers and of the product.
+    peers: names of PyTorch's networks.
     matmul: rows and columns of the product whose rate is measured.
     copy: bytes copied.
   """
 
   stages: tuple[tuple[int, int], ...]
   batch_sizes: tuple[int, ...]
-  implementations: tuple[str, ...]
   networks: tuple[tuple[str, int, str], ...]
+  dtype: str
+  peers: tuple[str, ...]
   matmul: int
   copy: int
 
 
-FULL = Scale(
+ACCELERATOR = Scale(
   stages=((56, 128), (28, 256), (14, 512), (7, 1024)),
   batch_sizes=(128, 1),
-  implementations=tuple(operators.IMPLEMENTATIONS),
   networks=tuple(
     (f"spatial_mamba_{model}", size, implementation)
     for model, size in (
@@ -80,32 +82,45 @@ FULL = Scale(
     )
     for implementation in ("", "associative")
   ),
+  dtype="bfloat16",
+  peers=peers.MODELS,
   matmul=8192,
   copy=2**30,
 )
-SMALL = Scale(
+CPU = Scale(
+  stages=((28, 256),),
+  batch_sizes=(8,),
+  networks=(("spatial_mamba_tiny", 224, ""),),
+  dtype="float32",
+  peers=peers.MODELS,
+  matmul=2048,
+  copy=2**28,
+)
+TEST = Scale(
   stages=((5, 8),),
   batch_sizes=(2,),
-  implementations=("kernel", "associative"),
   networks=(("spatial_mamba_micro", 32, ""),),
+  dtype="bfloat16",
+  peers=(),
   matmul=256,
   copy=2**20,
 )
+SCALES = {"accelerator": ACCELERATOR, "cpu": CPU, "test": TEST}
 
 
 def main() -> None:
   """Measures, and writes what was measured; status 1 where something failed."""
   arguments = _parse()
-  scale = SMALL if arguments.small else FULL
+  scale = SCALES[arguments.scale]
   deadline = time.monotonic() + 60 * arguments.minutes
   record = describe_machine()
   output = arguments.output or RESULTS / _file_name(record)
   output.parent.mkdir(parents=True, exist_ok=True)
   rates = {
     "copy_bytes_per_second": timing.copy_rate(scale.copy),
-    "matmul_flops": timing.matmul_rate(jnp.bfloat16, scale.matmul),
+    "matmul_flops": timing.matmul_rate(jnp.dtype(scale.dtype), scale.matmul),
   }
-  record |= rates
+  record |= rates | {"dtype": scale.dtype}
   print(json.dumps(record), flush=True)
   sections = {
     "networks": _networks(scale, rates["matmul_flops"]),
@@ -171,17 +186,13 @@ def _operators(scale: Scale, copy_rate: float) -> list[Task]:
   tasks = []
   for stage, batch_size in itertools.product(scale.stages, scale.batch_sizes):
     cases = operators.stage_cases(stage, batch_size)
-    all_of = itertools.product(cases, scale.implementations)
-    compiled = _Compiled(
-      operators.compile_case, {*all_of, *(case.reference for case in cases)}
-    )
+    whats = {
+      *((case, name) for case in cases for name in case.implementations),
+      *(case.reference for case in cases),
+    }
+    compiled = _Compiled(operators.compile_case, whats)
     tasks += [
-      (
-        str(case),
-        partial(
-          operators.measure, case, scale.implementations, compiled, copy_rate
-        ),
-      )
+      (str(case), partial(operators.measure, case, compiled, copy_rate))
       for case in cases
     ]
   return tasks
@@ -209,7 +220,7 @@ def _networks(scale: Scale, rate: float) -> list[Task]:
       (*which, program)
       for which, program in itertools.product(same_size, network.PROGRAMS)
     ]
-    compiled = _Compiled(partial(_compile_network, batch_size), whats)
+    compiled = _Compiled(partial(_compile_network, scale), whats)
     tasks += [
       (" ".join(map(str, what)), partial(task, compiled, *what))
       for what in whats
@@ -217,11 +228,11 @@ def _networks(scale: Scale, rate: float) -> list[Task]:
   return tasks
 
 
-def _compile_network(batch_size, model, size, implementation, program):
+def _compile_network(scale, model, size, implementation, program):
   config = network.experiment(
     model,
-    batch_size=batch_size,
-    dtype="bfloat16",
+    batch_size=scale.batch_sizes[0],
+    dtype=scale.dtype,
     implementation=implementation,
   )
   return network.compile_program(program, config, size)
@@ -253,16 +264,16 @@ class _Compiled:
 def _peers(scale: Scale) -> list[Task]:
   if not (provenance.is_installed("torch") and provenance.is_installed("timm")):
     return []
-  platform_name = {"gpu": "cuda"}.get(jax.default_backend())
-  if platform_name is None:
+  device = {"gpu": "cuda", "cpu": "cpu"}.get(jax.default_backend())
+  if device is None:
     return []
 
   def task(name):
-    return lambda: peers.measure(
-      scale.batch_sizes[0], platform_name, "bfloat16", (name,)
+    return partial(
+      peers.measure, scale.batch_sizes[0], device, scale.dtype, (name,)
     )
 
-  return [(name, task(name)) for name in peers.MODELS]
+  return [(name, task(name)) for name in scale.peers]
 
 
 def _file_name(record):
@@ -273,7 +284,12 @@ def _file_name(record):
 def _parse():
   parser = argparse.ArgumentParser(prog="python -m benchmarks.device")
   parser.add_argument("--output", type=pathlib.Path, help="a JSON file")
-  parser.add_argument("--small", action="store_true", help="for a CPU")
+  parser.add_argument(
+    "--scale",
+    choices=SCALES,
+    default="cpu" if jax.default_backend() == "cpu" else "accelerator",
+    help="how large what is measured is; default: %(default)s",
+  )
   parser.add_argument("--minutes", type=float, default=6.5)
   parser.add_argument(
     "--sections", nargs="+", default=SECTIONS, choices=SECTIONS

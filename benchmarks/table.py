@@ -4,9 +4,10 @@ FILE is what `benchmarks.device` wrote.
 """
 
 import argparse
-import itertools
 import json
+import math
 import pathlib
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,15 +27,15 @@ def main() -> None:
 def lines(record: dict[str, Any]) -> Iterator[str]:
   """The lines of the tables."""
   versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+  commit = record["commit"]
   yield (
-    f"{record['device']}, {versions}, commit {record['commit'][:12]},"
-    f" {record['date']}; copies {record['copy_bytes_per_second'] / 1e12:.2f}"
-    f" TB/s, multiplies {record['matmul_flops'] / 1e12:.0f} TFLOP/s in bfloat16"
-    f" (`{record['command'].strip()}`)."
+    f"{record['device']}, {versions}, commit {commit[:12]}{commit[40:]},"
+    f" {record['date']}; copies {record['copy_bytes_per_second'] / 1e12:.3g}"
+    f" TB/s, multiplies {record['matmul_flops'] / 1e12:.3g} TFLOP/s in"
+    f" {record['dtype']} (`{record['command'].strip()}`)."
   )
   yield ""
-  yield from _networks(record["networks"])
-  yield from _peers(record["peers"])
+  yield from _networks(record)
   yield ""
   yield from _operators(record["operators"])
   spreads = [
@@ -46,7 +47,7 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
       "The same program timed twice differed by"
-      f" {100 * sorted(spreads)[len(spreads) // 2]:.1f}% in the median, by"
+      f" {100 * statistics.median(spreads):.1f}% in the median, by"
       f" {100 * max(spreads):.1f}% at most."
     )
   if record["left_out"]:
@@ -55,52 +56,81 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     yield f"Failed: {', '.join(record['failed'])}."
 
 
-def _networks(rows):
+def _networks(record):
   yield (
-    "| network, bfloat16 | images/s | of the matmul rate | peak memory, GiB |"
+    f"| network, {record['dtype']} | images/s | of the matmul rate"
+    " | peak memory, GiB |"
   )
   yield "| --- | --- | --- | --- |"
-  for row in rows:
+  for row in record["networks"]:
     name = row["model"].removeprefix("spatial_mamba_")
     yield (
       f"| {name} at {row['size']}, batch {row['batch_size']},"
       f" {row['program']}, {row['implementation']}"
-      f" | {row['images_per_second']:,.0f} | {row['matmul_share']:.3f}"
+      f" | {_digits(row['images_per_second'])} | {row['matmul_share']:.3f}"
       f" | {row['peak_bytes'] / 2**30:.2f} |"
     )
-
-
-def _peers(rows):
-  for row in rows:
+  for row in record["peers"]:
     yield (
       f"| {row['model']} at 224, batch {row['batch_size']}, {row['program']},"
       f" torch {row['torch']}, timm {row['timm']}"
-      f" | {row['images_per_second']:,.0f} | | |"
+      f" | {_digits(row['images_per_second'])} | | |"
     )
 
 
 def _operators(rows):
-  yield (
-    "| operator | implementation | forward, us | of the copy rate"
-    " | backward, us | of the copy rate | error |"
+  """A line for each operator, precision and batch size; its stages in cells."""
+  of = {(*_case(row), row["implementation"], _stage(row)): row for row in rows}
+  stages = sorted({_stage(row) for row in rows}, reverse=True)
+
+  def figures(case, direction, stage):
+    kernel, other = (
+      of.get((*case, x, stage), {}).get(direction)
+      for x in ("kernel", "associative")
+    )
+    if not (kernel and other):
+      return "-", "-", "-"
+    return (
+      f"{1e6 * kernel['seconds']:,.0f}",
+      f"{kernel['copy_share']:.2f}",
+      f"{other['seconds'] / kernel['seconds']:.1f}",
+    )
+
+  columns = " | ".join(
+    f"{direction}, us | of the copy rate | times as fast as associative"
+    for direction in ("forward", "backward")
   )
-  yield "| --- | --- | --- | --- | --- | --- | --- |"
-
-  def case(row):
-    return row["op"], row["shape"], row["dtype"]
-
-  for (op, shape, dtype), group in itertools.groupby(rows, case):
-    for row in group:
-      numbers = " | ".join(
-        f"{1e6 * row[direction]['seconds']:,.0f}"
-        f" | {row[direction]['copy_share']:.2f}"
-        for direction in ("forward", "backward")
+  sizes = ", ".join(f"{width} x {width} x {dim}" for width, dim in stages)
+  yield f"| operator, at {sizes} | {columns} | error |"
+  yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+  for case in dict.fromkeys(map(_case, rows)):
+    cells = [
+      ", ".join(column)
+      for direction in ("forward", "backward")
+      for column in zip(
+        *(figures(case, direction, stage) for stage in stages), strict=True
       )
-      size = " x ".join(map(str, shape))
-      yield (
-        f"| {op} {size} {dtype} | {row['implementation']} | {numbers}"
-        f" | {row['error']:.0e} |"
-      )
+    ]
+    error = max(
+      error
+      for row in rows
+      if _case(row) == case
+      for error in row["errors"].values()
+    )
+    yield f"| {', '.join(case)} | {' | '.join(cells)} | {error:.0e} |"
+
+
+def _case(row):
+  return row["op"], row["dtype"], f"batch {row['shape'][0]}"
+
+
+def _stage(row):
+  return row["shape"][2], row["shape"][3]
+
+
+def _digits(x):
+  """Three digits, or all before the point."""
+  return f"{x:,.{max(0, 2 - math.floor(math.log10(x)))}f}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Arguments of every operator, and the comparison with the sequential ones."""
 
+import math
 from functools import partial
 
 import jax
@@ -313,12 +314,15 @@ def assert_is_sequential(cotangent, value_and_gradients):
     sequential = partial(operator, implementation="sequential")
     expected = value_and_gradients(sequential, exact, exact_g)
     assert actual.keys() == expected.keys()
+    # Roundings of a sum over pixels, one after the other, wander.
+    sums = 2**-24 * math.prod(g.shape[:-1]) ** 0.5
+    tolerance = max(TOLERANCE[dtype], sums)
     for name, wanted in expected.items():
       assert actual[name].dtype == arrays.get(name, g).dtype, name
       wanted = np.asarray(wanted)
       error = np.abs(np.asarray(actual[name], np.float32) - wanted).max()
       # Cotangents that vanish (of A for one token) are compared as they are.
       scale = max(np.abs(wanted).max(), 1e-6)
-      assert error <= TOLERANCE[dtype] * scale, (name, error / scale)
+      assert error <= tolerance * scale, (name, error / scale)
 
   return check
