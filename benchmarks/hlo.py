@@ -97,6 +97,10 @@ class Program:
         current[instruction.name] = instruction
     self._entry = entry
 
+  def __contains__(self, name: str) -> bool:
+    """Whether one of its instructions has this name, loops among them."""
+    return any(name in body for body in self._computations.values())
+
   def launches(self) -> list[Launch]:
     """All that runs, in the order in which it is written."""
     return self._of(self._entry)

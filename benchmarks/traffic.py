@@ -17,6 +17,7 @@ import sys
 import tempfile
 
 from benchmarks import hlo, network
+from benchmarks import kinds as layers
 from benchmarks.tpu_static import compiled
 from spatial_mamba_jax.models.config import get_model_config
 
@@ -24,50 +25,6 @@ from spatial_mamba_jax.models.config import get_model_config
 PROGRAMS = {
   "inference": network.forward_bytes,
   "step": network.training_bytes,
-}
-# By the first of a launch's scopes and functions, the innermost first, that
-# begins so.
-KINDS = {
-  "structure_aware_ssm": "structure-aware SSM",
-  "depthwise_conv": "depthwise convolutions",
-  "residual_depthwise_conv": "depthwise convolutions",
-  "silu_depthwise_conv": "depthwise convolutions",
-  "relu_depthwise_conv": "depthwise convolutions",
-  "DepthwiseConv.": "depthwise convolutions",
-  "operator.": "depthwise convolutions",
-  "relu_operator.": "depthwise convolutions",
-  "grouped_convolution": "depthwise convolutions",
-  "activated": "depthwise convolutions",
-  "project": "linear layers",
-  "residual_layer_norm": "LayerNorm, BatchNorm",
-  "gated_layer_norm": "LayerNorm, BatchNorm",
-  "layer_norm": "LayerNorm, BatchNorm",
-  "gated": "LayerNorm, BatchNorm",
-  "normalize": "LayerNorm, BatchNorm",
-  "_normalized": "LayerNorm, BatchNorm",
-  "LayerNorm.": "LayerNorm, BatchNorm",
-  "BatchNorm.": "LayerNorm, BatchNorm",
-  "Linear.": "linear layers",
-  "promote_dtype.": "linear layers",
-  "Conv.": "convolutions",
-  "mlp": "linear layers",
-  "_linear": "linear layers",
-  "Mlp.": "linear layers",
-  "gelu": "gates, residuals, GELU",
-  "silu": "gates, residuals, GELU",
-  "StructureAwareSSM._project": "linear layers",
-  "StructureAwareSSM.": "gates, residuals, GELU",
-  "Block.": "gates, residuals, GELU",
-  "drop_path": "gates, residuals, GELU",
-  "Stage.": "kept for the backward pass",
-  "Stem.": "stem and downsampling, rest",
-  "DownSampling._expanded": "linear layers",
-  "DownSampling.": "stem and downsampling, rest",
-  "scale_by_": "weights, optimizer",
-  "_unstacked": "weights, optimizer",
-  "_moving_average": "weights, optimizer",
-  "tree_": "weights, optimizer",
-  "flatten.": "weights, optimizer",
 }
 
 
@@ -115,22 +72,12 @@ def by_kind(program: hlo.Program) -> dict[str, tuple[int, int]]:
   kinds = collections.defaultdict(list)
   launches = program.launches()
   for launch in launches:
-    kinds[_kind(program, launch.instruction)].append(launch)
+    kinds[layers.kind(program, launch.instruction)].append(launch)
   counted = {
     kind: (hlo.total_bytes(some), hlo.total_launches(some))
     for kind, some in {"all": launches, **kinds}.items()
   }
   return dict(sorted(counted.items(), key=lambda x: -x[1][0]))
-
-
-def _kind(program, instruction):
-  for function in program.functions(instruction):
-    for beginning, kind in KINDS.items():
-      if function.startswith(beginning):
-        return kind
-  if instruction.opcode in hlo.COPY_STARTS:
-    return "copies to and from a TPU's vector memory"
-  return "other"
 
 
 def _parse():

@@ -3,13 +3,24 @@
 import json
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 import spatial_mamba_kernels as smk
 
-from benchmarks import aot, device, network, operators, peers, table, tpu_code
+from benchmarks import (
+  aot,
+  device,
+  hlo,
+  network,
+  operators,
+  peers,
+  profile,
+  table,
+  tpu_code,
+)
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models import config as models
@@ -61,13 +72,98 @@ def test_input_benchmark(monkeypatch, capsys):
   )
 
 
-def test_device_benchmark(monkeypatch, capsys, tmp_path):
-  # Two blocks, so that compiling takes seconds.
+@pytest.fixture
+def two_blocks(monkeypatch):
+  """What micro has, so that compiling takes seconds."""
   monkeypatch.setitem(
     models._PRESETS,
     "spatial_mamba_micro",
     models.ModelConfig(dims=(4, 4), depths=(1, 1)),
   )
+
+
+def test_profile(monkeypatch, capsys, two_blocks):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  out = run(
+    profile.main,
+    monkeypatch,
+    capsys,
+    *("--model=spatial_mamba_micro", "--batch-size=2", "--size=32"),
+  )
+  assert out.count("| longest | ms |") == 2
+  for table_of_program in out.split("| spatial_mamba_micro at 32, ")[1:]:
+    by_kind = table_of_program.split("| longest |")[0]
+    shares = dict(
+      re.findall(r"^\| (.*?) \| [\d.]+ \| ([\d.]+) ", by_kind, re.M)
+    )
+    whole = float(shares.pop("all"))
+    assert {"structure-aware SSM", "linear layers", "convolutions"} < set(
+      shares
+    )
+    assert "unknown" not in shares
+    assert whole == 1
+    assert sum(map(float, shares.values())) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+  ("device", "line"), [("GPU", "Stream #7"), ("TPU", "XLA Ops")]
+)
+def test_profile_of_an_accelerator(device, line):
+  """A fusion that runs twice, a loop around it, and a library's kernel."""
+  text = """\
+HloModule jit_f
+
+%body (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %fusion.1 = f32[8]{0} negate(%x), metadata={op_name="Mlp.up/neg"}
+}
+
+%condition (y: f32[8]) -> pred[] {
+  %y = f32[8]{0} parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %while.2 = f32[8]{0} while(%a), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"2"}}
+}
+"""
+
+  def event(name, nanoseconds, **stats):
+    if device == "TPU":
+      name, stats = f"%{name} = f32[8]{{0}} negate(%x)", {}
+    return types.SimpleNamespace(
+      name=name, duration_ns=nanoseconds, stats=stats.items()
+    )
+
+  events = [
+    event("fusion.1", 3e6, hlo_op="fusion.1"),
+    event("fusion.1", 3e6, hlo_op="fusion.1"),
+    event("while.2", 9e6, hlo_op="while.2"),
+    event("cublas", 6e6),
+  ]
+  lines = [
+    types.SimpleNamespace(name=line, events=events),
+    types.SimpleNamespace(name="Steps", events=[event("step", 9e6)]),
+  ]
+  planes = [
+    types.SimpleNamespace(name="/host:CPU", lines=lines),
+    types.SimpleNamespace(name=f"/device:{device}:0", lines=lines),
+  ]
+  spans = profile.sum_spans(types.SimpleNamespace(planes=planes))
+  by_kind, longest = profile.rows(hlo.Program(text), spans)
+  calls = profile.CALLS
+  row = profile.Row("linear layers", 6e-3 / calls, 2, 2 * 64)
+  assert by_kind[0] == profile.Row("all", 12e-3 / calls, 3, 2 * 64)
+  assert by_kind[1:] == [row, profile.Row("unknown", 6e-3 / calls, 1, 0)]
+  assert [x.name for x in longest] == [
+    "fusion.1 (linear layers)",
+    "cublas (unknown)",
+  ]
+
+
+def test_device_benchmark(monkeypatch, capsys, tmp_path, two_blocks):
   file = tmp_path / "device.json"
   run(device.main, monkeypatch, capsys, "--scale=test", "--output", file)
   record = json.loads(file.read_text())
