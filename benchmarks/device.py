@@ -170,6 +170,7 @@ def describe_machine() -> dict[str, Any]:
     "devices": jax.device_count(),
     "platform": device.platform,
     "host": platform.machine(),
+    "cores": os.cpu_count(),
     "python": platform.python_version(),
     "versions": provenance.versions(PACKAGES),
     "commit": provenance.commit() or "unknown",

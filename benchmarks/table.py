@@ -29,7 +29,7 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
   versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
   commit = record["commit"]
   yield (
-    f"{record['device']}, {versions}, commit {commit[:12]}{commit[40:]},"
+    f"{record['device']}, {record['cores']} cores, {versions}, commit {commit[:12]}{commit[40:]},"
     f" {record['date']}; copies {record['copy_bytes_per_second'] / 1e12:.3g}"
     f" TB/s, multiplies {record['matmul_flops'] / 1e12:.3g} TFLOP/s in"
     f" {record['dtype']} (`{record['command'].strip()}`)."
