@@ -21,39 +21,24 @@ def main() -> None:
     record = json.loads(file.read_text())
   except (OSError, ValueError) as error:
     parser.error(f"{file} is not what benchmarks.device wrote: {error}")
-  print(*lines(record), sep="\n")
+  print(*networks(record), "", *operators(record["operators"]), sep="\n")
 
 
-def lines(record: dict[str, Any]) -> Iterator[str]:
-  """The lines of the tables."""
+def networks(record: dict[str, Any]) -> Iterator[str]:
+  """What was measured where, and the networks' table."""
   versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
   commit = record["commit"]
   yield (
-    f"{record['device']}, {record['cores']} cores, {versions}, commit {commit[:12]}{commit[40:]},"
-    f" {record['date']}; copies {record['copy_bytes_per_second'] / 1e12:.3g}"
-    f" TB/s, multiplies {record['matmul_flops'] / 1e12:.3g} TFLOP/s in"
-    f" {record['dtype']} (`{record['command'].strip()}`)."
+    f"{record['device']}, {record['cores']} cores, {versions}, commit"
+    f" {commit[:12]}{commit[40:]}, {record['date']}; copies"
+    f" {record['copy_bytes_per_second'] / 1e12:.3g} TB/s, multiplies"
+    f" {record['matmul_flops'] / 1e12:.3g} TFLOP/s in {record['dtype']}"
+    f" (`{record['command'].strip()}`)."
   )
   yield ""
   yield from _networks(record)
   yield ""
-  yield from _operators(record["operators"])
-  spreads = [
-    x["spread"]
-    for row in (*record["networks"], *record["peers"], *record["operators"])
-    for x in ([row] if "spread" in row else [row["forward"], row["backward"]])
-  ]
-  if spreads:
-    yield ""
-    yield (
-      "The same program timed twice differed by"
-      f" {100 * statistics.median(spreads):.1f}% in the median, by"
-      f" {100 * max(spreads):.1f}% at most."
-    )
-  if record["left_out"]:
-    yield f"Left out for want of time: {', '.join(record['left_out'])}."
-  if record["failed"]:
-    yield f"Failed: {', '.join(record['failed'])}."
+  yield from _remarks(record)
 
 
 def _networks(record):
@@ -78,7 +63,25 @@ def _networks(record):
     )
 
 
-def _operators(rows):
+def _remarks(record):
+  spreads = [
+    x["spread"]
+    for row in (*record["networks"], *record["peers"], *record["operators"])
+    for x in ([row] if "spread" in row else [row["forward"], row["backward"]])
+  ]
+  if spreads:
+    yield (
+      "The same program timed twice differed by"
+      f" {100 * statistics.median(spreads):.1f}% in the median, by"
+      f" {100 * max(spreads):.1f}% at most."
+    )
+  if record["left_out"]:
+    yield f"Left out for want of time: {', '.join(record['left_out'])}."
+  if record["failed"]:
+    yield f"Failed: {', '.join(record['failed'])}."
+
+
+def operators(rows: list[dict[str, Any]]) -> Iterator[str]:
   """A line for each operator, precision and batch size; its stages in cells."""
   of = {(*_case(row), row["implementation"], _stage(row)): row for row in rows}
   stages = sorted({_stage(row) for row in rows}, reverse=True)

@@ -182,6 +182,14 @@ def test_device_benchmark(monkeypatch, capsys, tmp_path, two_blocks):
   assert "| micro at 32, batch 2, train, kernel |" in table_of_file
 
 
+def test_the_readme_has_what_was_measured():
+  readme = (device.RESULTS.parents[1] / "README.md").read_text().splitlines()
+  files = list(device.RESULTS.glob("*.json"))
+  assert files
+  for file in files:
+    assert set(table.networks(json.loads(file.read_text()))) <= set(readme)
+
+
 def _off(kernels):
   return 0.1
 
