@@ -123,7 +123,9 @@ class StructureAwareSSM(nnx.Module):
     # By two products, because kernels read no half of an array: XLA would copy
     # both. For a CPU two of them are slower than one.
     halves = jnp.split(self.in_proj.kernel.astype(x.dtype), 2, axis=1)
-    return [keep(x @ half) for half in halves]
+    # Of products of the same array it would make one again, and copies.
+    same = x, jax.lax.optimization_barrier(x)
+    return [keep(x @ half) for x, half in zip(same, halves, strict=True)]
 
   def _select(self, x):
     """What the tokens make of the SSM: u, delta, A, B and C."""
