@@ -254,9 +254,9 @@ def test_sharded_training_step(target):
   assert record["all_gathers"] == 0
 
 
-# The goals; in training, 1.3 times the ideal.
+# What they are, and a little; the goals were 180 and, 1.3 times the ideal, 497.
 @pytest.mark.parametrize(
-  ("program", "megabytes"), [("inference", 180), ("step", 497.5)]
+  ("program", "megabytes"), [("inference", 143), ("step", 484)]
 )
 def test_bytes_an_image(program, megabytes):
   kinds = traffic.count(program, "H200", "tiny", 128)
