@@ -746,8 +746,11 @@ def test_rows_too_wide_for_a_smaller_gpu(fusion_arguments, on_gpu):
   assert_refused(operator, arrays, "reads 5 columns")
 
 
-def test_a_stencil_that_is_too_wide_is_refused():
-  stencil = Stencil((1, 500))
-  h = jnp.empty((1, 2, 1000, 128), jnp.float32)
-  with pytest.raises(NotImplementedError, match="reads 500 columns"):
-    mosaic_gpu.plan((h,), stencil=stencil)
+@pytest.mark.parametrize(
+  ("dilation", "width", "why"),
+  [(500, 1000, "reads 500 columns"), (16, 7, "reads 16 rows to either side")],
+)
+def test_a_stencil_that_is_too_wide_is_refused(dilation, width, why):
+  h = jnp.empty((1, 2, width, 128), jnp.float32)
+  with pytest.raises(NotImplementedError, match=why):
+    mosaic_gpu.plan((h,), stencil=Stencil((1, dilation)))

@@ -21,6 +21,9 @@ from spatial_mamba_kernels.state_fusion.taps import (
 )
 from spatial_mamba_kernels.typing import Array
 
+# Of one kind in a Pallas kernel; each row of a ring has one.
+MOST_BARRIERS = 32
+
 
 def kernel(dilations: tuple[int, ...]) -> Kernel:
   """The kernel for one choice of dilations."""
@@ -68,6 +71,11 @@ def cut_to_fuse(
   shape: tuple[int, ...], stencil: Stencil, states: Any, image: Any
 ) -> strips.Cut:
   """For `fuse` and `weights_backward`; types of states and another image."""
+  if device().tma and Stream.places(stencil.reach) > MOST_BARRIERS:
+    raise NotImplementedError(
+      f"a stencil that reads {stencil.reach} rows to either side waits for more"
+      f" than {MOST_BARRIERS}"
+    )
   other = gpu.CHANNELS * jnp.dtype(image).itemsize
   sums = gpu.CHANNELS * gpu.ROWS_SUMMED * 4
 
