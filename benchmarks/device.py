@@ -41,7 +41,11 @@ PACKAGES = (
   *("jax", "jaxlib", "flax", "optax"),
   *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"),
 )
-SECTIONS = ("operators", "networks", "peers")
+# The order in which they are measured, the longest last.
+SECTIONS = ("networks", "peers", "operators")
+ENVIRONMENT = ("GLIBC_TUNABLES", "JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS")
+# At once: what each tries out on a GPU would wait for the others.
+COMPILING = 4
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -111,11 +115,16 @@ SCALES = {"accelerator": ACCELERATOR, "cpu": CPU, "test": TEST}
 def main() -> None:
   """Measures, and writes what was measured; status 1 where something failed."""
   arguments = _parse()
-  scale = SCALES[arguments.scale]
+  is_cpu = jax.default_backend() == "cpu"
+  scale = SCALES[arguments.scale or ("cpu" if is_cpu else "accelerator")]
   deadline = time.monotonic() + 60 * arguments.minutes
   record = describe_machine()
   output = arguments.output or RESULTS / _file_name(record)
-  output.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.touch()
+  except OSError as error:
+    sys.exit(f"--output: {error}")
   rates = {
     "copy_bytes_per_second": timing.copy_rate(scale.copy),
     "matmul_flops": timing.matmul_rate(jnp.dtype(scale.dtype), scale.matmul),
@@ -124,17 +133,21 @@ def main() -> None:
   print(json.dumps(record), flush=True)
   sections = {
     "networks": _networks(scale, rates["matmul_flops"]),
-    "operators": _operators(scale, rates["copy_bytes_per_second"]),
     "peers": _peers(scale),
+    "operators": _operators(scale, rates["copy_bytes_per_second"]),
   }
   record |= {name: [] for name in sections} | {"left_out": [], "failed": {}}
+  if "peers" in arguments.sections and scale.peers and not sections["peers"]:
+    record["left_out"].append("peers: torch and timm are not installed")
   for name in arguments.sections:
     for label, task in sections[name]:
+      # A crash leaves no more than what is in the file.
+      output.write_text(json.dumps({**record, "begun": label}, indent=1) + "\n")
       if time.monotonic() > deadline:
         record["left_out"].append(label)
       elif failure := _run(task, record[name]):
         record["failed"][label] = failure
-      output.write_text(json.dumps(record, indent=1) + "\n")
+  output.write_text(json.dumps(record, indent=1) + "\n")
   print(f"written to {output}", file=sys.stderr)
   complaints = list(_complaints(record))
   if complaints:
@@ -173,6 +186,7 @@ def describe_machine() -> dict[str, Any]:
     "cores": os.cpu_count(),
     "python": platform.python_version(),
     "versions": provenance.versions(PACKAGES),
+    "environment": {x: os.environ[x] for x in ENVIRONMENT if x in os.environ},
     "commit": provenance.commit() or "unknown",
     "date": datetime.date.today().isoformat(),
     "command": "python -m benchmarks.device " + " ".join(sys.argv[1:]),
@@ -185,7 +199,7 @@ Task = tuple[str, Callable[[], Iterable[dict[str, Any]]]]
 
 def _operators(scale: Scale, copy_rate: float) -> list[Task]:
   tasks = []
-  for stage, batch_size in itertools.product(scale.stages, scale.batch_sizes):
+  for batch_size, stage in itertools.product(scale.batch_sizes, scale.stages):
     cases = operators.stage_cases(stage, batch_size)
     whats = {
       *((case, name) for case in cases for name in case.implementations),
@@ -203,15 +217,15 @@ def _networks(scale: Scale, rate: float) -> list[Task]:
   batch_size = scale.batch_sizes[0]
 
   def task(compiled, model, size, implementation, program):
-    measured = network.measure(
-      compiled(model, size, implementation, program), rate
-    )
+    built = compiled(model, size, implementation, program)
+    measured = network.measure(built, rate)
     yield {
       "model": model,
       "size": size,
       "batch_size": batch_size,
       "program": program,
-      "implementation": implementation or "kernel",
+      "implementation": implementation or "default",
+      "kernels": operators.count_kernels(built.compiled),
       **dataclasses.asdict(measured),
     }
 
@@ -258,15 +272,13 @@ class _Compiled:
 
   @functools.cached_property
   def _futures(self):
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
       return {x: pool.submit(self._compile_one, *x) for x in self._whats}
 
 
 def _peers(scale: Scale) -> list[Task]:
-  if not (provenance.is_installed("torch") and provenance.is_installed("timm")):
-    return []
   device = {"gpu": "cuda", "cpu": "cpu"}.get(jax.default_backend())
-  if device is None:
+  if device is None or not all(map(provenance.is_installed, ("torch", "timm"))):
     return []
 
   def task(name):
@@ -288,8 +300,7 @@ def _parse():
   parser.add_argument(
     "--scale",
     choices=SCALES,
-    default="cpu" if jax.default_backend() == "cpu" else "accelerator",
-    help="how large what is measured is; default: %(default)s",
+    help="how large what is measured is; default: by what is there",
   )
   parser.add_argument("--minutes", type=float, default=6.5)
   parser.add_argument(

@@ -22,7 +22,8 @@ def main() -> None:
   """Measures as the command line says."""
   arguments = _parse()
   device = jax.devices()[0]
-  rate = timing.matmul_rate(jnp.dtype(arguments.dtype), 2048)
+  size = 2048 if device.platform == "cpu" else 8192
+  rate = timing.matmul_rate(jnp.dtype(arguments.dtype), size)
   config = network.experiment(
     arguments.model,
     batch_size=arguments.batch_size,

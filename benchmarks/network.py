@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -155,8 +156,12 @@ def _compile_inference(config, size):
   compiled = jax.jit(function).lower(state, images).compile()
 
   def prepare():
-    # What is in them does not matter.
-    weights = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), state)
+    # Positive, as variances are, and not all the same, which is multiplied with
+    # less power, and so sooner.
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(
+      lambda x: jnp.asarray(rng.uniform(0.01, 0.1, x.shape), x.dtype), state
+    )
     return partial(
       compiled, weights, jax.random.normal(jax.random.key(0), shape)
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,81 +13,74 @@ import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.depthwise_conv import xla as conv
-from spatial_mamba_kernels.drop_path import all_kept
 from spatial_mamba_kernels.layer_norm import xla as norm
 from spatial_mamba_kernels.mlp import xla as perceptron
 
 from benchmarks import timing
 
 
-def _residual_depthwise_conv(x, kernel, *, implementation):
-  """XLA's convolution is what it is held against, and its rival.
+def _depthwise_conv(x, kernel, *, implementation):
+  """XLA's convolution is what it is held against, and its rival."""
+  if implementation is None:
+    return smk.depthwise_conv(x, kernel)
+  return _grouped(x, kernel)
 
-  The bias is a constant, as the MLP's are; any type has eighths.
-  """
-  bias = _eighths(x)
+
+def _residual_depthwise_conv(x, kernel, bias, *, implementation):
+  """XLA's convolution is what it is held against, and its rival."""
   if implementation is None:
     return smk.residual_depthwise_conv(x, kernel, bias)
   return conv.residual(x, kernel, bias, convolve=_grouped)
 
 
-def _silu_depthwise_conv(x, kernel, projection, *, implementation):
-  """XLA's convolution is what it is held against, and its rival.
-
-  The projection follows after the channels.
-  """
-  arrays = x, kernel, _eighths(x), projection
-  if implementation is None:
-    results = smk.silu_depthwise_conv(*arrays)
-  else:
-    results = conv.projected(*arrays, convolve=_grouped)
-  return jnp.concatenate(results, axis=-1)
-
-
-def _relu_depthwise_conv(x, kernel, *, implementation):
+def _silu_depthwise_conv(x, kernel, bias, projection, *, implementation):
   """XLA's convolution is what it is held against, and its rival."""
-  bias = _eighths(x)
+  if implementation is None:
+    return smk.silu_depthwise_conv(x, kernel, bias, projection)
+  return conv.projected(x, kernel, bias, projection, convolve=_grouped)
+
+
+def _relu_depthwise_conv(x, kernel, bias, *, implementation):
+  """XLA's convolution is what it is held against, and its rival."""
   if implementation is None:
     return smk.relu_depthwise_conv(x, bias, kernel, stride=2)
   return conv.grouped(relu(x + bias.astype(x.dtype)), kernel, stride=2)
 
 
-def _eighths(x):
-  return jnp.arange(x.shape[-1]) % 17 / 8 - 1
-
-
 _grouped = partial(conv.grouped, stride=1)
 
 
-def _mlp(x, w1, w2, residual, *, implementation):
-  """XLA's is what it is held against, and its rival.
-
-  Biases are constants: on a CPU XLA sums their cotangents in half precision.
-  """
-  b1, b2 = (jnp.linspace(-1, 1, w.shape[1]) for w in (w1, w2))
+def _mlp(x, w1, b1, w2, b2, residual, *, implementation):
+  """XLA's is what it is held against, and its rival."""
   if implementation is None:
-    return smk.mlp(x, w1, b1, w2, b2, residual=residual)
-  return perceptron.mlp(x, w1, b1, w2, b2, residual, all_kept(x))
+    return smk.mlp(x, w1, b1, w2, b2, residual=residual, branch_scale=_drop(x))
+  return perceptron.mlp(x, w1, b1, w2, b2, residual, _drop(x))
+
+
+def _drop(x):
+  """Scales of images, of which each fourth is dropped."""
+  return (jnp.arange(len(x)) % 4 != 3) / 0.75
 
 
 def _residual_layer_norm(x, scale, bias, *, implementation):
   """XLA's is what it is held against, and its rival."""
   if implementation is None:
-    return jnp.stack(smk.residual_layer_norm(x, scale, bias))
-  return jnp.stack((x, norm.layer_norm(x, scale, bias)))
+    return smk.residual_layer_norm(x, scale, bias)
+  return x, norm.layer_norm(x, scale, bias)
 
 
 def _gated_layer_norm(x, scale, bias, gate, *, implementation):
   """XLA's is what it is held against, and its rival."""
   if implementation is None:
-    return smk.gated_layer_norm(x, scale, bias, gate)
-  return norm.gated(x, scale, bias, gate, all_kept(x))
+    return smk.gated_layer_norm(x, scale, bias, gate, _drop(x))
+  return norm.gated(x, scale, bias, gate, _drop(x))
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
   "selective_scan": smk.selective_scan,
   "state_fusion": smk.state_fusion,
   "structure_aware_ssm": smk.structure_aware_ssm,
+  "depthwise_conv": _depthwise_conv,
   "residual_depthwise_conv": _residual_depthwise_conv,
   "silu_depthwise_conv": _silu_depthwise_conv,
   "relu_depthwise_conv": _relu_depthwise_conv,
@@ -94,15 +88,17 @@ OPERATORS: dict[str, Callable[..., Any]] = {
   "residual_layer_norm": _residual_layer_norm,
   "gated_layer_norm": _gated_layer_norm,
 }
-# None is "kernel": what the platform has, XLA's where it has none.
-IMPLEMENTATIONS = {
-  "kernel": None,
+# None is what is best on the platform: a kernel, or XLA's where it has none.
+# Without a kernel there are two ways to scan, and one to do anything else.
+IMPLEMENTATIONS = {"default": None, "XLA": "associative"}
+SCAN_IMPLEMENTATIONS = {
+  "default": None,
   "associative": "associative",
   "sequential": "sequential",
 }
-# Without a kernel there are two ways to scan, and one to do anything else.
 SCANS = ("selective_scan", "structure_aware_ssm")
-DIRECTIONS = ("forward", "backward")
+# In a compiled program's text, of the kernels for GPUs and TPUs.
+_KERNEL = re.compile(r'custom_call_target="(mosaic_gpu\w*|tpu_custom_call)"')
 DTYPES = ("float32", "bfloat16")
 # How often XLA's form rounds a number to bfloat16 on its way: six times in
 # SiLU's derivative, and before and after that what it is of.
@@ -136,6 +132,9 @@ class Case:
     pixels = partial(normal, *image, dtype=self.dtype)
     if self.op.endswith("depthwise_conv"):
       whole = {"x": pixels(channels), "kernel": normal(3, 3, channels)}
+      if self.op == "depthwise_conv":
+        return whole
+      whole |= {"bias": normal(channels)}
       if self.op != "silu_depthwise_conv":
         return whole
       # Numbers that the type of x has, to which they will be cast.
@@ -153,6 +152,8 @@ class Case:
         "x": pixels(narrow),
         "residual": pixels(narrow),
         **jax.tree.map(lambda x: x.astype("float32"), rounded),
+        "b1": normal(hidden),
+        "b2": normal(narrow),
       }
     if "layer_norm" in self.op:
       whole = {
@@ -180,8 +181,12 @@ class Case:
 
   @property
   def implementations(self) -> tuple[str, ...]:
-    """Those of `IMPLEMENTATIONS` that differ, the reference last."""
-    return tuple(IMPLEMENTATIONS)[: 3 if self.op in SCANS else 2]
+    """The default, its rival among XLA's forms, and last the reference."""
+    return tuple(self._implementations)
+
+  @property
+  def _implementations(self):
+    return SCAN_IMPLEMENTATIONS if self.op in SCANS else IMPLEMENTATIONS
 
   @property
   def reference(self) -> "tuple[Case, str]":
@@ -203,7 +208,7 @@ class Case:
   def run(self, implementation: str) -> Callable[..., Any]:
     """The operator, of a dictionary of arrays."""
     operator = partial(
-      OPERATORS[self.op], implementation=IMPLEMENTATIONS[implementation]
+      OPERATORS[self.op], implementation=self._implementations[implementation]
     )
     return lambda arrays: operator(**arrays)
 
@@ -217,9 +222,9 @@ class Programs(NamedTuple):
     backward: (what pulls back, cotangent) -> cotangents of the arrays.
   """
 
-  forward: Callable[..., Any]
-  save: Callable[..., Any]
-  backward: Callable[..., Any]
+  forward: jax.stages.Compiled
+  save: jax.stages.Compiled
+  backward: jax.stages.Compiled
 
 
 def stage_cases(stage: tuple[int, int], batch_size: int) -> list[Case]:
@@ -234,7 +239,7 @@ def stage_cases(stage: tuple[int, int], batch_size: int) -> list[Case]:
 
 
 def compile_case(case: Case, implementation: str) -> Programs:
-  """Compiles one of the `IMPLEMENTATIONS`."""
+  """Compiles one of the case's implementations."""
   return Programs(*(x.compile() for x in _lower(case, implementation)))
 
 
@@ -262,7 +267,8 @@ def measure(
 
   Its `errors` are those of the result and of each gradient from the reference's
   in float32 on the same numbers, relative to the greatest one; `ok` says
-  whether that is what rounding makes. Of each direction there are `seconds` and
+  whether each is what rounding makes, or no more than XLA's. Of each direction
+  there are `kernels` (how many of Pallas, where 0 is XLA's form), `seconds` and
   `spread` (see `timing.Timing`), `bytes_per_second` over the compulsory bytes
   (arguments and result; backward also the cotangents of both) and `copy_share`,
   of the rate at which the device copies.
@@ -273,36 +279,57 @@ def measure(
     copy_rate: of the device, in bytes/s.
   """
   arrays = case.arrays()
-  exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-  wanted, g = None, None
-  for name in case.implementations:
-    programs = compiled(case, name)
-    result, pullback = programs.save(arrays)
-    if g is None or wanted is None:
-      g = jax.random.normal(jax.random.key(0), result.shape, result.dtype)
-      reference = compiled(*case.reference)
-      wanted = _values(reference, exact, g.astype(jnp.float32))
-    errors = jax.tree.map(_error, _values(programs, arrays, g), wanted)
-    errors = jax.tree.map(float, errors)
-    forward_bytes = _bytes((arrays, result))
+  programs = {name: compiled(case, name) for name in case.implementations}
+  errors = _errors(case, arrays, programs, compiled(*case.reference))
+  rival = errors[case.implementations[1]]
+  for name, (forward, save, backward) in programs.items():
+    result, pullback = save(arrays)
     calls = {
-      "forward": (partial(programs.forward, arrays), forward_bytes),
-      "backward": (
-        partial(programs.backward, pullback, g),
-        forward_bytes + _bytes(arrays),
-      ),
+      "forward": (forward, (arrays,), (arrays, result)),
+      "backward": (backward, (pullback, result), (arrays, arrays, result)),
     }
     yield {
       **dataclasses.asdict(case),
       "implementation": name,
-      "errors": errors,
+      "errors": errors[name],
       # An error that is no number is none of these.
-      "ok": all(x <= case.tolerance for x in errors.values()),
+      "ok": all(
+        error <= max(case.tolerance, rival[argument])
+        for argument, error in errors[name].items()
+      ),
       **{
-        direction: _record(timing.time_calls(call), size, copy_rate)
-        for direction, (call, size) in calls.items()
+        direction: {
+          "kernels": count_kernels(program),
+          **_timed(partial(program, *arguments), moved, copy_rate),
+        }
+        for direction, (program, arguments, moved) in calls.items()
       },
     }
+
+
+def count_kernels(program: jax.stages.Compiled) -> int:
+  """How many of Pallas a compiled program calls."""
+  return len(_KERNEL.findall(program.as_text() or ""))
+
+
+def _errors(case, arrays, programs, reference):
+  """{implementation: {"result" or argument: error}}."""
+  keys = map(jax.random.key, itertools.count())
+  result = jax.eval_shape(case.run(case.implementations[0]), arrays)
+  g = jax.tree.map(
+    lambda x: jax.random.normal(next(keys), x.shape, x.dtype), result
+  )
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, g))
+  wanted = _values(reference, *exact)
+
+  def errors(name):
+    of = jax.tree.map(_error, _values(programs[name], arrays, g), wanted)
+    return {
+      name: max(map(float, jax.tree.leaves(x)), key=lambda x: (x != x, x))
+      for name, x in of.items()
+    }
+
+  return {name: errors(name) for name in programs}
 
 
 def _values(programs, arrays, g):
@@ -316,14 +343,11 @@ def _error(actual, wanted):
   return jnp.abs(actual.astype(jnp.float32) - wanted).max() / scale
 
 
-def _record(measured, size, copy_rate):
-  rate = size / measured.seconds
+def _timed(call, moved, copy_rate):
+  measured = timing.time_calls(call)
+  rate = sum(x.nbytes for x in jax.tree.leaves(moved)) / measured.seconds
   return {
     **dataclasses.asdict(measured),
     "bytes_per_second": rate,
     "copy_share": rate / copy_rate,
   }
-
-
-def _bytes(tree):
-  return sum(x.nbytes for x in jax.tree.leaves(tree))

@@ -19,9 +19,10 @@ def main() -> None:
   file = parser.parse_args().file
   try:
     record = json.loads(file.read_text())
-  except (OSError, ValueError) as error:
-    parser.error(f"{file} is not what benchmarks.device wrote: {error}")
-  print(*networks(record), "", *operators(record["operators"]), sep="\n")
+    lines = [*networks(record), "", *operators(record["operators"])]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    parser.error(f"{file} is not what benchmarks.device writes: {error!r}")
+  print(*lines, sep="\n")
 
 
 def networks(record: dict[str, Any]) -> Iterator[str]:
@@ -44,22 +45,22 @@ def networks(record: dict[str, Any]) -> Iterator[str]:
 def _networks(record):
   yield (
     f"| network, {record['dtype']} | images/s | of the matmul rate"
-    " | peak memory, GiB |"
+    " | planned memory, GiB | kernels |"
   )
-  yield "| --- | --- | --- | --- |"
+  yield "| --- | --- | --- | --- | --- |"
   for row in record["networks"]:
     name = row["model"].removeprefix("spatial_mamba_")
     yield (
       f"| {name} at {row['size']}, batch {row['batch_size']},"
       f" {row['program']}, {row['implementation']}"
       f" | {_digits(row['images_per_second'])} | {row['matmul_share']:.3f}"
-      f" | {row['peak_bytes'] / 2**30:.2f} |"
+      f" | {row['peak_bytes'] / 2**30:.2f} | {row['kernels']} |"
     )
   for row in record["peers"]:
     yield (
       f"| {row['model']} at 224, batch {row['batch_size']}, {row['program']},"
       f" torch {row['torch']}, timm {row['timm']}"
-      f" | {_digits(row['images_per_second'])} | | |"
+      f" | {_digits(row['images_per_second'])} | | | |"
     )
 
 
@@ -82,30 +83,35 @@ def _remarks(record):
 
 
 def operators(rows: list[dict[str, Any]]) -> Iterator[str]:
-  """A line for each operator, precision and batch size; its stages in cells."""
+  """A line for each operator, precision and batch size; its stages in cells.
+
+  Of the default; its rival is XLA's form, of a scan the associative one.
+  """
   of = {(*_case(row), row["implementation"], _stage(row)): row for row in rows}
   stages = sorted({_stage(row) for row in rows}, reverse=True)
 
   def figures(case, direction, stage):
-    kernel, other = (
-      of.get((*case, x, stage), {}).get(direction)
-      for x in ("kernel", "associative")
+    default, associative, xla = (
+      of.get((*case, name, stage), {}).get(direction)
+      for name in ("default", "associative", "XLA")
     )
-    if not (kernel and other):
-      return "-", "-", "-"
+    rival = associative or xla
+    if not (default and rival):
+      return "-", "-", "-", "-"
     return (
-      f"{1e6 * kernel['seconds']:,.0f}",
-      f"{kernel['copy_share']:.2f}",
-      f"{other['seconds'] / kernel['seconds']:.1f}",
+      str(default["kernels"]),
+      f"{1e6 * default['seconds']:,.0f}",
+      f"{default['copy_share']:.2f}",
+      f"{rival['seconds'] / default['seconds']:.1f}",
     )
 
   columns = " | ".join(
-    f"{direction}, us | of the copy rate | times as fast as associative"
+    f"{direction}: kernels | us | of the copy rate | times as fast as XLA's"
     for direction in ("forward", "backward")
   )
   sizes = ", ".join(f"{width} x {width} x {dim}" for width, dim in stages)
   yield f"| operator, at {sizes} | {columns} | error |"
-  yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+  yield "| " + " | ".join(["---"] * 10) + " |"
   for case in dict.fromkeys(map(_case, rows)):
     cells = [
       ", ".join(column)
@@ -114,13 +120,22 @@ def operators(rows: list[dict[str, Any]]) -> Iterator[str]:
         *(figures(case, direction, stage) for stage in stages), strict=True
       )
     ]
-    error = max(
-      error
-      for row in rows
-      if _case(row) == case
-      for error in row["errors"].values()
-    )
-    yield f"| {', '.join(case)} | {' | '.join(cells)} | {error:.0e} |"
+    checked = [row for row in rows if _case(row) == case]
+    yield f"| {', '.join(case)} | {' | '.join(cells)} | {_error(checked)} |"
+
+
+def _error(rows):
+  """The default's greatest, and who was found wrong."""
+  errors = [
+    error
+    for row in rows
+    if row["implementation"] == "default"
+    for error in row["errors"].values()
+  ]
+  # One that is no number is the greatest.
+  greatest = max(errors, key=lambda x: (x != x, x), default=math.nan)
+  wrong = {row["implementation"] for row in rows if not row["ok"]}
+  return " ".join([f"{greatest:.0e}", *(f"**{x} is wrong**" for x in wrong)])
 
 
 def _case(row):

@@ -171,23 +171,24 @@ def test_device_benchmark(monkeypatch, capsys, tmp_path, two_blocks):
   assert [x["program"] for x in record["networks"]] == ["inference", "train"]
   for measured in record["networks"]:
     assert 0 < measured["matmul_share"] < 1
-  # Eight operators in two precisions and one in one, of two implementations,
+  # Nine operators in two precisions and one in one, of two implementations,
   # and two scans of a third.
-  assert len(record["operators"]) == 38
+  assert len(record["operators"]) == 42
   for measured in record["operators"]:
     assert measured["ok"]
     assert measured["backward"]["seconds"] > 0
   table_of_file = run(table.main, monkeypatch, capsys, file)
   assert table_of_file.count("| structure_aware_ssm, ") == 2
-  assert "| micro at 32, batch 2, train, kernel |" in table_of_file
+  assert "| micro at 32, batch 2, train, default |" in table_of_file
+  assert "wrong" not in table_of_file
 
 
 def test_the_readme_has_what_was_measured():
-  readme = (device.RESULTS.parents[1] / "README.md").read_text().splitlines()
+  readme = (device.RESULTS.parents[1] / "README.md").read_text()
   files = list(device.RESULTS.glob("*.json"))
   assert files
   for file in files:
-    assert set(table.networks(json.loads(file.read_text()))) <= set(readme)
+    assert "\n".join(table.networks(json.loads(file.read_text()))) in readme
 
 
 def _off(kernels):
@@ -204,17 +205,20 @@ def test_a_wrong_operator_fails_the_device_benchmark(
 ):
   def wrong(*, implementation, **arrays):
     y = smk.state_fusion(**arrays)
-    return y + error(arrays["kernels"]) if implementation is None else y
+    if implementation is None:
+      y += jnp.asarray(error(arrays["kernels"]), y.dtype)
+    return y
 
   monkeypatch.setattr(operators, "OPERATORS", {"state_fusion": wrong})
+  file = tmp_path / "device.json"
   with pytest.raises(SystemExit, match="2 operators are wrong"):
     run(
       device.main,
       monkeypatch,
       capsys,
-      *("--scale=test", "--sections", "operators"),
-      *("--output", tmp_path / "device.json"),
+      *("--scale=test", "--sections", "operators", "--output", file),
     )
+  assert "default is wrong" in run(table.main, monkeypatch, capsys, file)
 
 
 @pytest.mark.parametrize("op", operators.ROUNDINGS)
@@ -254,7 +258,7 @@ def test_what_is_checked_is_multiplied_in_full_precision():
   """Also what is traced only when a program is lowered."""
 
   case = operators.Case("silu_depthwise_conv", (1, 3, 3, 8), "float32")
-  texts = [x.as_text() for x in operators._lower(case, "kernel")]
+  texts = [x.as_text() for x in operators._lower(case, "default")]
   products = re.findall(r".*dot_general.*", "\n".join(texts))
   assert len(products) == 4  # Of two forward passes, and of the backward pass.
   for product in products:
@@ -280,7 +284,7 @@ def test_what_there_is_no_time_for_is_listed(monkeypatch, capsys, tmp_path):
     (
       table.main,
       ["none.json"],
-      "none.json is not what benchmarks.device wrote",
+      "none.json is not what benchmarks.device writes",
     ),
     (benchmark.main, ["--implementation=fast"], "invalid choice: 'fast'"),
     (peers.main, ["--models=resnet50"], "invalid choice: 'resnet50'"),
@@ -290,6 +294,14 @@ def test_wrong_arguments(monkeypatch, capsys, main, arguments, complaint):
   with pytest.raises(SystemExit):
     run(main, monkeypatch, capsys, *arguments)
   assert complaint in capsys.readouterr().err
+
+
+def test_a_file_of_another_kind(monkeypatch, capsys, tmp_path):
+  file = tmp_path / "other.json"
+  file.write_text('{"device": "cpu"}')
+  with pytest.raises(SystemExit):
+    run(table.main, monkeypatch, capsys, file)
+  assert "KeyError('versions')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["v0e:2x2", "H200:none"])

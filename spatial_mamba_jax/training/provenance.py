@@ -28,7 +28,7 @@ def commit() -> str | None:
   """The source's git commit, where it is a checkout."""
   try:
     return subprocess.run(
-      ("git", "describe", "--always", "--dirty", "--abbrev=40"),
+      ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
       cwd=pathlib.Path(__file__).parent,
       capture_output=True,
       check=True,

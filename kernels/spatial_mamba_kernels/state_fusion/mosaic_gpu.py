@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels import gpu_threads as gpu
 from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
+from spatial_mamba_kernels.gpu_device import device
 from spatial_mamba_kernels.gpu_threads import plgpu
 from spatial_mamba_kernels.state_fusion import gpu_strips as strips
 from spatial_mamba_kernels.state_fusion.dimensions import SUMS, finish
