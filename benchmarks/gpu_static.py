@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_static H200 > table.md
 
-For each kernel of the operators at the stages of the tiny model, compiled for
-one of `gpu_targets`: registers of a thread, shared memory of a program, and
-instructions (in PTX, of 128 channels' 4 warps each) a token, of its longest
-loop with each branch taken and each loop in it run once.
+For each kernel of the three SSM operators at the stages of the tiny model,
+compiled for one of `gpu_targets`: registers of a thread, shared memory of a
+program, and instructions (in PTX, of 128 channels' 4 warps each) a token, of
+its longest loop with each branch taken and each loop in it run once.
 
 Needs `pip install ".[train,aot]"`. Takes a minute or two on two cores.
 """
