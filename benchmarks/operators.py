@@ -135,8 +135,11 @@ class Case:
       if self.op == "depthwise_conv":
         return whole
       whole |= {"bias": normal(channels)}
-      if self.op != "silu_depthwise_conv":
+      if self.op == "residual_depthwise_conv":
         return whole
+      if self.op == "relu_depthwise_conv":
+        # What is rectified must not depend on how a sum is rounded.
+        return whole | {x: _sixteenths(whole[x]) for x in ("x", "bias")}
       # Numbers that the type of x has, to which they will be cast.
       projection = normal(channels, -(-channels // 32) + 2, dtype=self.dtype)
       return whole | {"projection": projection.astype("float32")}
@@ -211,6 +214,11 @@ class Case:
       OPERATORS[self.op], implementation=self._implementations[implementation]
     )
     return lambda arrays: operator(**arrays)
+
+
+def _sixteenths(x):
+  """Rounded to numbers of whose sums bfloat16 has each."""
+  return (jnp.round(16 * x) / 16).clip(-4, 4)
 
 
 class Programs(NamedTuple):
