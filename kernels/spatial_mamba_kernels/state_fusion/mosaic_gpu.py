@@ -74,8 +74,8 @@ def cut_to_fuse(
   """For `fuse` and `weights_backward`; types of states and another image."""
   if device().tma and Stream.places(stencil.reach) > MOST_BARRIERS:
     raise NotImplementedError(
-      f"a stencil that reads {stencil.reach} rows to either side waits for more"
-      f" than {MOST_BARRIERS}"
+      f"mosaic_gpu waits at {MOST_BARRIERS} barriers at most, too few where a"
+      f" pixel reads {stencil.reach} rows to either side"
     )
   other = gpu.CHANNELS * jnp.dtype(image).itemsize
   sums = gpu.CHANNELS * gpu.ROWS_SUMMED * 4
