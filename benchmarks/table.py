@@ -77,7 +77,7 @@ def _remarks(record):
       f" {100 * max(spreads):.1f}% at most."
     )
   if record["left_out"]:
-    yield f"Left out for want of time: {', '.join(record['left_out'])}."
+    yield f"Left out: {', '.join(record['left_out'])}."
   if record["failed"]:
     yield f"Failed: {', '.join(record['failed'])}."
 

@@ -17,13 +17,16 @@ from benchmarks import (
   network,
   operators,
   peers,
+  processes,
   profile,
+  sections,
   table,
   tpu_code,
 )
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models import config as models
+from tests import broken_work
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,26 @@ backend_config={"known_trip_count":{"n":"2"}}
   ]
 
 
-def test_device_benchmark(monkeypatch, capsys, tmp_path, two_blocks):
+@pytest.fixture
+def in_this_process(monkeypatch):
+  """What the device benchmark's own processes do, with what tests replace."""
+
+  def messages(work, *, patience):
+    del patience
+    sent = []
+    try:
+      work(sent.append)
+    except RuntimeError as error:
+      yield from sent
+      raise processes.EndedError from error
+    yield from sent
+
+  monkeypatch.setattr(processes, "messages", messages)
+
+
+def test_device_benchmark(
+  monkeypatch, capsys, tmp_path, two_blocks, in_this_process
+):
   file = tmp_path / "device.json"
   run(device.main, monkeypatch, capsys, "--scale=test", "--output", file)
   record = json.loads(file.read_text())
@@ -201,7 +223,7 @@ def _without_a_derivative(kernels):
 
 @pytest.mark.parametrize("error", [_off, _without_a_derivative])
 def test_a_wrong_operator_fails_the_device_benchmark(
-  monkeypatch, capsys, tmp_path, error
+  monkeypatch, capsys, tmp_path, in_this_process, error
 ):
   def wrong(*, implementation, **arrays):
     y = smk.state_fusion(**arrays)
@@ -230,9 +252,12 @@ def test_rounding_is_no_error(op):
     assert max(errors.values()) <= case.tolerance, errors
 
 
+@pytest.mark.parametrize("still_computes", [True, False])
 def test_what_fails_is_listed_and_the_rest_measured(
-  monkeypatch, capsys, tmp_path
+  monkeypatch, capsys, tmp_path, in_this_process, still_computes
 ):
+  monkeypatch.setattr(sections, "_computes", lambda: still_computes)
+
   def failing(**arrays):
     del arrays
     raise RuntimeError("no memory")
@@ -268,16 +293,42 @@ def test_what_is_checked_is_multiplied_in_full_precision():
 
 
 def test_what_there_is_no_time_for_is_listed(monkeypatch, capsys, tmp_path):
+  """In a process of its own, as users run it."""
   file = tmp_path / "device.json"
   run(
     device.main,
     monkeypatch,
     capsys,
-    *("--scale=test", "--minutes", 0, "--output", file),
+    *("--scale=test", "--minutes", 0, "--sections", "networks"),
+    *("--output", file),
   )
   record = json.loads(file.read_text())
+  assert record["matmul_flops"] > 0
   assert not record["networks"]
   assert "spatial_mamba_micro 32  train" in record["left_out"]
+
+
+def test_a_crash_and_a_hang_cost_one_measurement_each(
+  monkeypatch, capsys, tmp_path
+):
+  monkeypatch.setattr(sections, "work", broken_work.work)
+  monkeypatch.setattr(device, "PATIENCE_SECONDS", 10)
+  file = tmp_path / "device.json"
+  arguments = ("--sections", "networks", "--output", file)
+  with pytest.raises(SystemExit, match="failed: crash, hang"):
+    run(device.main, monkeypatch, capsys, *arguments)
+  record = json.loads(file.read_text())
+  assert record["networks"] == [{"label": "first"}, {"label": "last"}]
+  assert record["failed"] == {
+    "crash": "its process ended with status 3",
+    "hang": "nothing came for 10 s",
+  }
+
+
+def test_where_nothing_can_be_measured(monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(sections, "work", broken_work.dead)
+  with pytest.raises(SystemExit, match="ended with status 4"):
+    run(device.main, monkeypatch, capsys, "--output", tmp_path / "device.json")
 
 
 @pytest.mark.parametrize(

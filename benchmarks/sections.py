@@ -1,0 +1,275 @@
+"""What `benchmarks.device` measures: the machine, and section by section."""
+
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import itertools
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import network, operators, peers, timing
+from spatial_mamba_jax.training import provenance
+
+# What speed may depend on.
+PACKAGES = (
+  *("jax", "jaxlib", "flax", "optax"),
+  *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"),
+)
+ENVIRONMENT = ("GLIBC_TUNABLES", "JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS")
+# At once: what each tries out on a GPU would wait for the others.
+COMPILING = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """How large what is measured is.
+
+  Attributes:
+    stages: (H = W, D) of the operators.
+    batch_sizes: of the operators.
+    networks: (model, size of the images, implementation; none for the best), at
+      the first of the batch sizes.
+    dtype: of the networks, of their peers and of the product.
+    peers: names of PyTorch's networks.
+    matmul: rows and columns of the product whose rate is measured.
+    copy: bytes copied.
+  """
+
+  stages: tuple[tuple[int, int], ...]
+  batch_sizes: tuple[int, ...]
+  networks: tuple[tuple[str, int, str], ...]
+  dtype: str
+  peers: tuple[str, ...]
+  matmul: int
+  copy: int
+
+
+ACCELERATOR = Scale(
+  stages=((56, 128), (28, 256), (14, 512), (7, 1024)),
+  batch_sizes=(128, 1),
+  networks=tuple(
+    (f"spatial_mamba_{model}", size, implementation)
+    for model, size in (
+      ("tiny", 224),
+      ("small", 224),
+      ("base", 224),
+      ("tiny", 512),
+    )
+    for implementation in ("", "associative")
+  ),
+  dtype="bfloat16",
+  peers=peers.MODELS,
+  matmul=8192,
+  copy=2**30,
+)
+CPU = Scale(
+  stages=((28, 256),),
+  batch_sizes=(8,),
+  networks=(("spatial_mamba_tiny", 224, ""),),
+  dtype="float32",
+  peers=peers.MODELS,
+  matmul=2048,
+  copy=2**28,
+)
+TEST = Scale(
+  stages=((5, 8),),
+  batch_sizes=(2,),
+  networks=(("spatial_mamba_micro", 32, ""),),
+  dtype="bfloat16",
+  peers=(),
+  matmul=256,
+  copy=2**20,
+)
+SCALES = {"accelerator": ACCELERATOR, "cpu": CPU, "test": TEST}
+
+
+def work(
+  send: Callable[[tuple[str, Any]], None],
+  *,
+  section: str,
+  scale: str | None,
+  machine: dict[str, Any],
+  begun: Collection[str],
+  deadline: float,
+) -> None:
+  """Measures a section.
+
+  Args:
+    send: takes pairs: "machine" and its description; "begin" and a label; "row"
+      and what was measured; "failed" and why the last begun has no more rows;
+      "left_out" and a label.
+    section: one of `SECTIONS`.
+    scale: one of `SCALES`; None for what the device can do.
+    machine: as it was sent before, or empty.
+    begun: labels that were sent before.
+    deadline: Unix time after which nothing is begun.
+
+  Raises:
+    Exception: what was measured last, so that the device does nothing more.
+  """
+  if not machine:
+    machine = _describe_machine(scale)
+    send(("machine", machine))
+  for label, task in SECTIONS[section](machine, begun):
+    if task is None or time.time() > deadline:
+      send(("left_out", label))
+      continue
+    send(("begin", label))
+    try:
+      for row in task():
+        send(("row", row))
+    # Whatever it was: a machine's time is too dear to lose the rest.
+    except Exception as error:
+      send(("failed", f"{type(error).__name__}: {error}"))
+      if not _computes():
+        raise
+      traceback.print_exc()
+
+
+def _computes():
+  """Whether the device does, which no failure has kept from it."""
+  try:
+    jax.block_until_ready(jnp.zeros(8) + 1)
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
+
+
+def _describe_machine(scale):
+  """Where and with what all that follows was measured."""
+  device = jax.devices()[0]
+  scale = scale or ("cpu" if device.platform == "cpu" else "accelerator")
+  sizes = SCALES[scale]
+  return {
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "platform": device.platform,
+    "host": platform.machine(),
+    "cores": os.cpu_count(),
+    "python": platform.python_version(),
+    "versions": provenance.versions(PACKAGES),
+    "environment": {x: os.environ[x] for x in ENVIRONMENT if x in os.environ},
+    "commit": provenance.commit() or "unknown",
+    "date": datetime.date.today().isoformat(),
+    "command": "python -m benchmarks.device " + " ".join(sys.argv[1:]),
+    "protocol": timing.__doc__,
+    "scale": scale,
+    "copy_bytes_per_second": timing.copy_rate(sizes.copy),
+    "matmul_flops": timing.matmul_rate(jnp.dtype(sizes.dtype), sizes.matmul),
+    "dtype": sizes.dtype,
+  }
+
+
+# What to call it, and what measures it; None where nothing can.
+Task = tuple[str, Callable[[], Iterable[dict[str, Any]]] | None]
+
+
+def _networks(machine, begun) -> Iterator[Task]:
+  scale = SCALES[machine["scale"]]
+
+  def task(compiled, what):
+    model, size, implementation, program = what
+    built = compiled(*what)
+    measured = network.measure(built, machine["matmul_flops"])
+    yield {
+      "model": model,
+      "size": size,
+      "batch_size": scale.batch_sizes[0],
+      "program": program,
+      "implementation": implementation or "default",
+      "kernels": operators.count_kernels(built.compiled),
+      **dataclasses.asdict(measured),
+    }
+
+  for _, same_size in itertools.groupby(scale.networks, lambda x: x[:2]):
+    whats = {
+      " ".join(map(str, (*which, program))): (*which, program)
+      for which, program in itertools.product(same_size, network.PROGRAMS)
+    }
+    whats = {label: what for label, what in whats.items() if label not in begun}
+    compiled = _Compiled(partial(_compile_network, scale), whats.values())
+    for label, what in whats.items():
+      yield label, partial(task, compiled, what)
+
+
+def _compile_network(scale, model, size, implementation, program):
+  config = network.experiment(
+    model,
+    batch_size=scale.batch_sizes[0],
+    dtype=scale.dtype,
+    implementation=implementation,
+  )
+  return network.compile_program(program, config, size)
+
+
+class _Compiled:
+  """Programs, all compiled in threads when one is asked for.
+
+  While something is timed, nothing is compiled.
+  """
+
+  def __init__(
+    self,
+    compile_one: Callable[..., Any],
+    whats: Collection[tuple[Any, ...]],
+  ):
+    self._whats = whats
+    self._compile_one = compile_one
+
+  def __call__(self, *what: Any) -> Any:
+    return self._futures[what].result()
+
+  @functools.cached_property
+  def _futures(self):
+    with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
+      return {x: pool.submit(self._compile_one, *x) for x in self._whats}
+
+
+def _peers(machine, begun) -> Iterator[Task]:
+  scale = SCALES[machine["scale"]]
+  device = {"gpu": "cuda", "cpu": "cpu"}.get(machine["platform"])
+  if not all(map(provenance.is_installed, ("torch", "timm"))):
+    device = None
+  for name in scale.peers:
+    if device is None:
+      yield f"{name} (torch and timm, for a CPU or GPU)", None
+    elif name not in begun:
+      yield (
+        name,
+        partial(
+          peers.measure, scale.batch_sizes[0], device, scale.dtype, (name,)
+        ),
+      )
+
+
+def _operators(machine, begun) -> Iterator[Task]:
+  scale = SCALES[machine["scale"]]
+  for batch_size, stage in itertools.product(scale.batch_sizes, scale.stages):
+    cases = operators.stage_cases(stage, batch_size)
+    cases = [case for case in cases if str(case) not in begun]
+    whats = {
+      *((case, name) for case in cases for name in case.implementations),
+      *(case.reference for case in cases),
+    }
+    compiled = _Compiled(operators.compile_case, whats)
+    for case in cases:
+      yield (
+        str(case),
+        partial(
+          operators.measure, case, compiled, machine["copy_bytes_per_second"]
+        ),
+      )
+
+
+# In the order in which they are measured, the longest last.
+SECTIONS = {"networks": _networks, "peers": _peers, "operators": _operators}

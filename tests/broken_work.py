@@ -1,0 +1,28 @@
+"""Work that crashes or hangs, as the device benchmark's processes may."""
+
+import os
+import time
+
+LABELS = ("first", "crash", "hang", "last")
+
+
+def work(send, *, machine, begun, **rest):
+  """Like `benchmarks.sections.work`."""
+  del rest
+  if not machine:
+    send(("machine", {"device": "none"}))
+  for label in LABELS:
+    if label in begun:
+      continue
+    send(("begin", label))
+    if label == "crash":
+      os._exit(3)
+    if label == "hang":
+      time.sleep(1000)
+    send(("row", {"label": label}))
+
+
+def dead(send, **rest):
+  """Where there is no device."""
+  del send, rest
+  os._exit(4)
