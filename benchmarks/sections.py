@@ -254,8 +254,10 @@ def _peers(machine, begun) -> Iterator[Task]:
 
 def _operators(machine, begun) -> Iterator[Task]:
   scale = SCALES[machine["scale"]]
-  for batch_size, stage in itertools.product(scale.batch_sizes, scale.stages):
-    cases = operators.stage_cases(stage, batch_size)
+  for batch_size, stage, op in itertools.product(
+    scale.batch_sizes, scale.stages, operators.OPERATORS
+  ):
+    cases = operators.stage_cases(op, stage, batch_size)
     cases = [case for case in cases if str(case) not in begun]
     whats = {
       *((case, name) for case in cases for name in case.implementations),
