@@ -7,7 +7,7 @@ Axis letters: B batch, H and W height and width, C channels, K classes.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
+from jax.core import Tracer
 from jax.extend.backend import get_default_device
 from jax.typing import ArrayLike
 from spatial_mamba_kernels.activations import relu
@@ -161,9 +162,8 @@ class Stage(nnx.Module):
     config: ModelConfig,
     rngs: nnx.Rngs,
   ):
-    self.blocks = nnx.List(
-      [Block(dim, config=config, rngs=rngs) for _ in range(depth)]
-    )
+    create = partial(Block, dim, config=config)
+    self.blocks = nnx.List(_fresh_blocks(create, depth, rngs))
     self.is_stacked = False
     self.remat = config.remat
     self.deterministic = True
@@ -216,6 +216,23 @@ def _step(graphdef, x, block):
   """One of a stage's blocks, as `jax.lax.scan` takes it; traced once."""
   parameters, scales = block
   return nnx.merge(graphdef, parameters)(x, scales), None
+
+
+def _fresh_blocks(
+  create: Callable[..., Block], depth: int, rngs: nnx.Rngs
+) -> Iterator[Block]:
+  """Equal blocks, with weights of their own."""
+  keys = jax.random.split(rngs.params(), depth)
+  if not isinstance(keys, Tracer):
+    for key in keys:
+      yield create(rngs=nnx.Rngs(key))
+    return
+  # The same weights, drawn at once: with draws of each block a program would
+  # take longer to compile than a training step.
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0))))
+  stacked = jax.vmap(lambda key: nnx.state(create(rngs=nnx.Rngs(key))))(keys)
+  for i in range(depth):
+    yield nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
 
 
 def _stacked(blocks: Sequence[Block]) -> tuple[Any, Any]:

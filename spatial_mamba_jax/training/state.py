@@ -200,6 +200,14 @@ def _place(path: tuple[Any, ...]) -> Any:
   return path[path.index("blocks") + 1] if "blocks" in path else ...
 
 
+# Compiler options, by platform. Drawing numbers is little work in a large
+# program, that takes longer to optimise than to run.
+_QUICKLY = {
+  "cpu": {"xla_backend_optimization_level": 0},
+  "tpu": {"optimization_level": 9},  # XLA's name of it is O0.
+}
+
+
 def create_state(
   model: PureModel,
   optimizer: optax.GradientTransformation,
@@ -207,14 +215,10 @@ def create_state(
   sharding: Any,
 ) -> TrainState:
   """A fresh state, made where it is to live."""
-  # Drawing numbers is little work in a large program: on a CPU, optimising it
-  # would take longer than compiling the training step.
-  quickly = {"xla_backend_optimization_level": 0}
-  on_cpu = jax.default_backend() == "cpu"
   return jax.jit(
     lambda: initial_state(model.init(jax.random.key(seed)), optimizer),
     out_shardings=sharding,
-    compiler_options=quickly if on_cpu else None,
+    compiler_options=_QUICKLY.get(jax.default_backend()),
   )()
 
 

@@ -1,6 +1,7 @@
 """The models against the authors' numbers."""
 
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -379,6 +380,28 @@ def test_initialisation_is_the_authors():
   conv = model.downsamples[0].expand
   assert np.abs(conv.bias[...]).max() <= 1 / 8
   assert np.std(conv.kernel[...]) == pytest.approx(1 / (8 * 3**0.5), rel=0.03)
+
+
+def _fresh(depth, key):
+  config = {"dims": (8,), "depths": (depth,), "num_classes": 2}
+  model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(key), **config)
+  return nnx.state(model)
+
+
+def test_a_compiled_model_starts_as_any_other():
+  key = jax.random.key(3)
+  traced, eager = jax.jit(partial(_fresh, 3))(key), _fresh(3, key)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), traced, eager)
+  first, second, _ = (x.conv1.kernel for x in eager.stages[0].blocks.values())
+  assert np.abs(first - second).max() > 0.1
+
+
+def test_draws_to_compile_do_not_grow_with_the_blocks():
+  def count(depth):
+    text = jax.jit(partial(_fresh, depth)).lower(jax.random.key(3)).as_text()
+    return text.count("call @threefry"), text.count("call @_uniform")
+
+  assert count(2) == count(5) > (9, 9)
 
 
 @pytest.mark.parametrize(
