@@ -2,7 +2,7 @@
 
 Arguments are resident on the device, and the same in each call: what fits into
 its cache may be there. After warm-up, calls are queued in groups that take some
-20 ms, so that a clock's tick does not count; the time of a call is the median
+10 ms, so that a clock's tick does not count; the time of a call is the median
 group's. All of it is done twice, and how far the two medians lie apart is
 stated with each figure. Python takes some 10 to 20 us to queue an operator's
 call, and more for a network's many weights: no program is seen to take less.
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-GROUP_SECONDS = 0.02
+GROUP_SECONDS = 0.01
 GROUPS = 5
 
 
