@@ -17,6 +17,7 @@ float32 (`--scale`).
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -55,6 +56,8 @@ class Record:
     machine: what speed may depend on.
     rows: {section: what was measured}.
     begun: labels of what was measured, or is.
+    measuring: the label of what is.
+    together: whether programs are compiled several at once.
     left_out: labels of what was not.
     failed: {label: why}.
   """
@@ -65,6 +68,8 @@ class Record:
     default_factory=lambda: {name: [] for name in sections.SECTIONS}
   )
   begun: list[str] = dataclasses.field(default_factory=list)
+  measuring: str | None = None
+  together: bool = True
   left_out: list[str] = dataclasses.field(default_factory=list)
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -73,13 +78,13 @@ class Record:
 
     For the arguments see `sections.work`.
     """
-    count = len(self.begun)
     work = partial(
       sections.work,
       section=section,
       scale=scale,
       machine=self.machine,
       begun=tuple(self.begun),
+      together=self.together,
       deadline=deadline,
     )
     try:
@@ -90,14 +95,20 @@ class Record:
     except processes.EndedError as error:
       if not self.machine:
         sys.exit(f"nothing can be measured: {error}")
-      has_begun = len(self.begun) > count
-      # A failure may have been sent, and say more.
-      self.failed.setdefault(
-        self.begun[-1] if has_begun else section, f"{error}"
-      )
-      self._write()
-      return not has_begun
+      return self._is_over(section, str(error))
     return True
+
+  def _is_over(self, section, why):
+    """Whether nothing is left to try, of a section whose process has ended."""
+    label, self.measuring = self.measuring, None
+    if label is None and self.together:
+      # Something that was compiled: one at a time it can be told which.
+      self.together = False
+      return False
+    # A failure may have been sent, and say more.
+    self.failed.setdefault(label or section, why)
+    self._write()
+    return label is None
 
   def _add(self, section, kind, value):
     match kind:
@@ -105,10 +116,13 @@ class Record:
         self.machine = value
       case "begin":
         self.begun.append(value)
+        self.measuring = value
+      case "end":
+        self.measuring = None
       case "row":
         self.rows[section].append(value)
       case "failed":
-        self.failed[self.begun[-1]] = value
+        self.failed |= value
       case "left_out":
         self.left_out.append(value)
 
@@ -120,7 +134,10 @@ class Record:
       "left_out": self.left_out,
       "failed": self.failed,
     }
-    self.file.write_text(json.dumps(everything, indent=1) + "\n")
+    # At once, because this process may end at any moment, too.
+    whole = self.file.with_suffix(".part")
+    whole.write_text(json.dumps(everything, indent=1) + "\n")
+    os.replace(whole, self.file)
 
 
 def _make_room(file):

@@ -8,7 +8,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# For a process that has done its work to let go of the device.
+# For a process that has done its work, or crashed, to let go of the device.
 SECONDS_TO_END = 10
 
 
@@ -33,22 +33,27 @@ def messages(work: Callable[..., None], *, patience: float) -> Iterator[Any]:
   # So that none holds it but the process.
   sender.close()
   try:
-    while receiver.poll(patience):
-      if (message := receiver.recv()) is None:
-        process.join(SECONDS_TO_END)
-        return
+    while (message := _receive(receiver, process, patience)) is not None:
       yield message
-    raise EndedError(f"nothing came for {patience:g} s")
-  except EOFError as error:
-    process.join()
-    why = f"its process ended with status {process.exitcode}"
-    raise EndedError(why) from error
+    process.join(SECONDS_TO_END)
   finally:
     process.kill()
-    process.join()
+    process.join(SECONDS_TO_END)
     receiver.close()
 
 
 def _work(work, sender):
   work(sender.send)
   sender.send(None)
+
+
+def _receive(receiver, process, patience):
+  try:
+    if receiver.poll(patience):
+      return receiver.recv()
+  # A process that is killed may have sent half a message.
+  except (EOFError, OSError) as error:
+    process.join(SECONDS_TO_END)
+    why = f"its process ended with status {process.exitcode}"
+    raise EndedError(why) from error
+  raise EndedError(f"nothing came for {patience:g} s")

@@ -26,7 +26,7 @@ PACKAGES = (
   *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"),
 )
 ENVIRONMENT = ("GLIBC_TUNABLES", "JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS")
-# At once: what each tries out on a GPU would wait for the others.
+# Programs compiled at once: what more of them try out on a GPU would wait.
 COMPILING = 4
 
 
@@ -93,34 +93,51 @@ TEST = Scale(
 SCALES = {"accelerator": ACCELERATOR, "cpu": CPU, "test": TEST}
 
 
+Send = Callable[[tuple[str, Any]], None]
+
+
 def work(
-  send: Callable[[tuple[str, Any]], None],
+  send: Send,
   *,
   section: str,
   scale: str | None,
   machine: dict[str, Any],
   begun: Collection[str],
+  together: bool,
   deadline: float,
 ) -> None:
   """Measures a section.
 
   Args:
-    send: takes pairs: "machine" and its description; "begin" and a label; "row"
-      and what was measured; "failed" and why the last begun has no more rows;
-      "left_out" and a label.
+    send: takes pairs: "machine" and its description; "compiled" and a number;
+      "begin" and a label; "row" and what was measured; "failed" and {label: why
+      there are no more rows}; "end" and the label; "left_out" and a label.
     section: one of `SECTIONS`.
     scale: one of `SCALES`; None for what the device can do.
     machine: as it was sent before, or empty.
     begun: labels that were sent before.
+    together: whether programs are compiled several at once, before what needs
+      them is begun.
     deadline: Unix time after which nothing is begun.
 
   Raises:
-    Exception: what was measured last, so that the device does nothing more.
+    Exception: what failed last, after which the device computes nothing more.
   """
+  if section == "peers":
+    # Memory is PyTorch's.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  elif machine and jax.devices()[0].device_kind != machine["device"]:
+    raise RuntimeError(f"there is no {machine['device']} any more")
   if not machine:
     machine = _describe_machine(scale)
     send(("machine", machine))
-  for label, task in SECTIONS[section](machine, begun):
+
+  def compiled(compile_one, whats):
+    if together and time.time() <= deadline:
+      return _compile_together(compile_one, whats, send)
+    return functools.cache(compile_one)
+
+  for label, task in SECTIONS[section](machine, begun, compiled):
     if task is None or time.time() > deadline:
       send(("left_out", label))
       continue
@@ -130,10 +147,11 @@ def work(
         send(("row", row))
     # Whatever it was: a machine's time is too dear to lose the rest.
     except Exception as error:
-      send(("failed", f"{type(error).__name__}: {error}"))
-      if not _computes():
+      send(("failed", {label: f"{type(error).__name__}: {error}"}))
+      if section == "peers" or not _computes():
         raise
       traceback.print_exc()
+    send(("end", label))
 
 
 def _computes():
@@ -174,7 +192,7 @@ def _describe_machine(scale):
 Task = tuple[str, Callable[[], Iterable[dict[str, Any]]] | None]
 
 
-def _networks(machine, begun) -> Iterator[Task]:
+def _networks(machine, begun, compiled_of) -> Iterator[Task]:
   scale = SCALES[machine["scale"]]
 
   def task(compiled, what):
@@ -197,7 +215,7 @@ def _networks(machine, begun) -> Iterator[Task]:
       for which, program in itertools.product(same_size, network.PROGRAMS)
     }
     whats = {label: what for label, what in whats.items() if label not in begun}
-    compiled = _Compiled(partial(_compile_network, scale), whats.values())
+    compiled = compiled_of(partial(_compile_network, scale), whats.values())
     for label, what in whats.items():
       yield label, partial(task, compiled, what)
 
@@ -212,30 +230,25 @@ def _compile_network(scale, model, size, implementation, program):
   return network.compile_program(program, config, size)
 
 
-class _Compiled:
-  """Programs, all compiled in threads when one is asked for.
+def _compile_together(
+  compile_one: Callable[..., Any],
+  whats: Collection[tuple[Any, ...]],
+  send: Send,
+) -> Callable[..., Any]:
+  """What `compile_one` made of each; nothing is compiled any more when it is.
 
-  While something is timed, nothing is compiled.
+  So that while something is timed, nothing is compiled.
   """
-
-  def __init__(
-    self,
-    compile_one: Callable[..., Any],
-    whats: Collection[tuple[Any, ...]],
-  ):
-    self._whats = whats
-    self._compile_one = compile_one
-
-  def __call__(self, *what: Any) -> Any:
-    return self._futures[what].result()
-
-  @functools.cached_property
-  def _futures(self):
-    with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
-      return {x: pool.submit(self._compile_one, *x) for x in self._whats}
+  with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
+    futures = {x: pool.submit(compile_one, *x) for x in whats}
+    done = concurrent.futures.as_completed(futures.values())
+    for count, _ in enumerate(done, start=1):
+      send(("compiled", count))
+  return lambda *what: futures[what].result()
 
 
-def _peers(machine, begun) -> Iterator[Task]:
+def _peers(machine, begun, compiled_of) -> Iterator[Task]:
+  del compiled_of
   scale = SCALES[machine["scale"]]
   device = {"gpu": "cuda", "cpu": "cpu"}.get(machine["platform"])
   if not all(map(provenance.is_installed, ("torch", "timm"))):
@@ -252,7 +265,7 @@ def _peers(machine, begun) -> Iterator[Task]:
       )
 
 
-def _operators(machine, begun) -> Iterator[Task]:
+def _operators(machine, begun, compiled_of) -> Iterator[Task]:
   scale = SCALES[machine["scale"]]
   for batch_size, stage, op in itertools.product(
     scale.batch_sizes, scale.stages, operators.OPERATORS
@@ -263,7 +276,7 @@ def _operators(machine, begun) -> Iterator[Task]:
       *((case, name) for case in cases for name in case.implementations),
       *(case.reference for case in cases),
     }
-    compiled = _Compiled(operators.compile_case, whats)
+    compiled = compiled_of(operators.compile_case, whats)
     for case in cases:
       yield (
         str(case),

@@ -325,6 +325,58 @@ def test_a_crash_and_a_hang_cost_one_measurement_each(
   }
 
 
+def test_a_section_that_never_begins(monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(sections, "work", broken_work.never_begins)
+  file = tmp_path / "device.json"
+  arguments = ("--sections", "networks", "peers", "--output", file)
+  with pytest.raises(SystemExit, match="failed: networks, peers"):
+    run(device.main, monkeypatch, capsys, *arguments)
+  record = json.loads(file.read_text())
+  assert set(record["failed"].values()) == {"its process ended with status 5"}
+
+
+def test_one_program_at_a_time(monkeypatch, capsys, tmp_path, in_this_process):
+  """What is measured after a process that ended as it compiled."""
+  compiled = []
+
+  def crash(*arguments):
+    compiled.append(arguments)
+    raise RuntimeError
+
+  monkeypatch.setattr(sections, "_compile_together", crash)
+  fusion = operators.OPERATORS["state_fusion"]
+  monkeypatch.setattr(operators, "OPERATORS", {"state_fusion": fusion})
+  file = tmp_path / "device.json"
+  arguments = ("--scale=test", "--sections", "operators", "--output", file)
+  run(device.main, monkeypatch, capsys, *arguments)
+  record = json.loads(file.read_text())
+  assert len(compiled) == 1
+  assert len(record["operators"]) == 4
+  assert not record["failed"]
+
+
+def test_another_device_is_not_measured():
+  with pytest.raises(RuntimeError, match="there is no TPU v5e any more"):
+    sections.work(
+      print,
+      section="networks",
+      scale="test",
+      machine={"device": "TPU v5e", "scale": "test"},
+      begun=(),
+      together=True,
+      deadline=0,
+    )
+
+
+def test_a_device_that_computes_no_more(monkeypatch):
+  def lost(x):
+    raise jax.errors.JaxRuntimeError("INTERNAL: an illegal memory access")
+
+  assert sections._computes()
+  monkeypatch.setattr(jax, "block_until_ready", lost)
+  assert not sections._computes()
+
+
 def test_where_nothing_can_be_measured(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(sections, "work", broken_work.dead)
   with pytest.raises(SystemExit, match="ended with status 4"):

@@ -227,8 +227,8 @@ def _fresh_blocks(
     for key in keys:
       yield create(rngs=nnx.Rngs(key))
     return
-  # The same weights, drawn at once: with draws of each block a program would
-  # take longer to compile than a training step.
+  # The same weights (of JAX's default generator), drawn at once: with draws of
+  # each block a program would take longer to compile than a training step.
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0))))
   stacked = jax.vmap(lambda key: nnx.state(create(rngs=nnx.Rngs(key))))(keys)
   for i in range(depth):

@@ -401,7 +401,8 @@ def test_draws_to_compile_do_not_grow_with_the_blocks():
     text = jax.jit(partial(_fresh, depth)).lower(jax.random.key(3)).as_text()
     return text.count("call @threefry"), text.count("call @_uniform")
 
-  assert count(2) == count(5) > (9, 9)
+  assert count(2) == count(5)
+  assert min(count(2)) > 9
 
 
 @pytest.mark.parametrize(
