@@ -124,7 +124,7 @@ def work(
     Exception: what failed last, after which the device computes nothing more.
   """
   if section == "peers":
-    # Memory is PyTorch's.
+    # JAX would take most of a GPU's memory from PyTorch.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   elif machine and jax.devices()[0].device_kind != machine["device"]:
     raise RuntimeError(f"there is no {machine['device']} any more")
