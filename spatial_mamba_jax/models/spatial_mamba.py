@@ -231,6 +231,7 @@ def _fresh_blocks(
   # each block a program would take longer to compile than a training step.
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0))))
   stacked = jax.vmap(lambda key: nnx.state(create(rngs=nnx.Rngs(key))))(keys)
+  # By constant indices, so that XLA undoes it where blocks are stacked again.
   for i in range(depth):
     yield nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
 
