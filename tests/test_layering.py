@@ -12,10 +12,10 @@ PACKAGE = "spatial_mamba_jax"
 # Layer -> what of the project it may import.
 ALLOWED = {
   "kernels": {"kernels"},
-  "models": {"kernels", "models"},
-  "convert": {"kernels", "models", "convert"},
-  "data": {"data"},
-  "training": {"kernels", "models", "convert", "data", "training"},
+  "models": {"errors", "kernels", "models"},
+  "convert": {"errors", "kernels", "models", "convert"},
+  "data": {"errors", "data"},
+  "training": {"errors", "kernels", "models", "convert", "data", "training"},
 }
 
 

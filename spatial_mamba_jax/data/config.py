@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import math
 
+from spatial_mamba_jax.errors import UserError
+
 SOURCE_NAMES = ("digits", "imagenet2012", "image_folder", "synthetic")
 SPLITS = ("train", "validation")
 DECODERS = ("pillow", "simplejpeg")
@@ -13,7 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class DataError(ValueError):
+class DataError(UserError):
   """A mistake in the data or its settings, told in one line."""
 
 

@@ -10,11 +10,12 @@ import math
 from typing import Any
 
 from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models import ModelConfig
 from spatial_mamba_jax.models.config import get_model_config
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
   """A mistake of the user, told in one line."""
 
 

@@ -1,0 +1,76 @@
+"""Mistakes of a user, each told in one line."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+# Module -> the extra of pyproject.toml that installs it.
+_EXTRAS = {
+  **dict.fromkeys(
+    (
+      "PIL", "absl", "array_record", "grain", "importlib_resources",
+      "matplotlib", "ml_collections", "orbax", "safetensors", "scipy",
+      "sklearn", "tensorboardX", "tensorflow_datasets", "tqdm",
+    ),
+    "train",
+  ),
+  "flatbuffers": "export",
+  "simplejpeg": "fast",
+}  # fmt: skip
+
+
+class UserError(ValueError):
+  """A mistake of the user; the message says what to do about it."""
+
+
+def one_line(message: object) -> str:
+  """A message, or an exception's, as one line that a terminal can show.
+
+  White space becomes single spaces. What is not printable, such as a terminal's
+  escape sequences in a file's name, is escaped.
+  """
+  # A KeyError's str() is the repr of its message.
+  if isinstance(message, KeyError) and message.args:
+    message = message.args[0]
+  text = " ".join(str(message).split())
+  if not text and isinstance(message, BaseException):
+    text = type(message).__name__
+  return "".join(
+    c
+    if c.isprintable()
+    else c.encode("unicode_escape", "surrogatepass").decode()
+    for c in text
+  )
+
+
+def run_command(
+  name: str,
+  command: Callable[[], int | None],
+  mistakes: tuple[type[Exception], ...] = (UserError, OSError),
+) -> int:
+  """Runs a command, and tells a mistake in one line on standard error.
+
+  Args:
+    name: the command's, which begins that line.
+    command: returns its exit status, None for 0.
+    mistakes: the exceptions that are a user's mistake. One with an attribute
+      `status` sets the exit status.
+
+  Returns:
+    The exit status: that of `command`, 2 for a mistake (or its `status`), 130
+    after Ctrl-C.
+  """
+  try:
+    return command() or 0
+  except ModuleNotFoundError as error:
+    package = (error.name or "").split(".")[0]
+    if package not in _EXTRAS:
+      raise
+    message = f'{package} is missing: pip install ".[{_EXTRAS[package]}]"'
+    status = 2
+  except KeyboardInterrupt:
+    message, status = "interrupted", 128 + signal.SIGINT
+  except mistakes as error:
+    message, status = one_line(error), getattr(error, "status", 2)
+  print(f"{name}: {message}", file=sys.stderr)
+  return status

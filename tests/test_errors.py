@@ -1,0 +1,62 @@
+"""Mistakes are told in one line."""
+
+import pytest
+
+from spatial_mamba_jax.errors import UserError, one_line, run_command
+
+
+@pytest.mark.parametrize(
+  ("message", "line"),
+  [
+    ("two\n  lines", "two lines"),
+    (KeyError("no field"), "no field"),
+    (ValueError(), "ValueError"),
+    ("\x1b[31mred\x9b2J", r"\x1b[31mred\x9b2J"),
+    ("caf\udce9 \u202egpj", r"caf\udce9 \u202egpj"),
+    ("café, 図", "café, 図"),
+  ],
+)
+def test_one_line(message, line):
+  assert one_line(message) == line
+
+
+class WithStatus(UserError):
+  status = 7
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "line"),
+  [
+    (UserError("mend\nit"), 2, "mend it"),
+    (OSError(28, "No space left", "x"), 2, "[Errno 28] No space left: 'x'"),
+    (WithStatus("diverged"), 7, "diverged"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (
+      ModuleNotFoundError("No module named 'grain.x'", name="grain.x"),
+      2,
+      'grain is missing: pip install ".[train]"',
+    ),
+  ],
+)
+def test_a_mistake_is_one_line_and_a_status(capsys, error, status, line):
+  def fail():
+    raise error
+
+  assert run_command("tool", fail) == status
+  assert capsys.readouterr().err == f"tool: {line}\n"
+
+
+@pytest.mark.parametrize(
+  "error", [ModuleNotFoundError(name="ours"), TypeError()]
+)
+def test_what_is_no_mistake_is_raised(error):
+  def fail():
+    raise error
+
+  with pytest.raises(type(error)):
+    run_command("tool", fail)
+
+
+def test_a_command_decides_its_status():
+  assert run_command("tool", lambda: None) == 0
+  assert run_command("tool", lambda: 3) == 3
