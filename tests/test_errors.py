@@ -20,7 +20,7 @@ def test_one_line(message, line):
   assert one_line(message) == line
 
 
-class WithStatus(UserError):
+class DivergedError(UserError):
   status = 7
 
 
@@ -29,7 +29,7 @@ class WithStatus(UserError):
   [
     (UserError("mend\nit"), 2, "mend it"),
     (OSError(28, "No space left", "x"), 2, "[Errno 28] No space left: 'x'"),
-    (WithStatus("diverged"), 7, "diverged"),
+    (DivergedError("diverged"), 7, "diverged"),
     (KeyboardInterrupt(), 130, "interrupted"),
     (
       ModuleNotFoundError("No module named 'grain.x'", name="grain.x"),
