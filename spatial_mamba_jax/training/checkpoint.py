@@ -1,25 +1,56 @@
 """Checkpoints: the newest few and the best, written while training goes on."""
 
+import math
 import pathlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
+from spatial_mamba_jax.errors import UserError, one_line
+from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles, is_step
 from spatial_mamba_jax.training.config import TrainingError
+from spatial_mamba_jax.training.digests import write_digests
 from spatial_mamba_jax.training.evaluation import Evaluation
+from spatial_mamba_jax.training.processes import from_first_process
 from spatial_mamba_jax.training.state import TrainState, Weights
+
+# Arrays may take so many times their bytes on disk, and so many bytes beyond:
+# weights hardly compress, and damaged metadata can ask for any amount.
+_MOST_EXPANSION = 100
+_ALWAYS_ALLOWED = 2**26
+
+
+class SaveError(TrainingError):
+  """A checkpoint could not be saved; those before it are as they were."""
+
+  status = 1
+
+
+class _Handler(ocp.CompositeCheckpointHandler):
+  """Adds the digests of all files before a checkpoint gets its name."""
+
+  def finalize(self, directory: Any) -> None:
+    super().finalize(directory)
+    write_digests(pathlib.Path(directory))
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+class _Items(ocp.args.Composite):
+  """The items of a checkpoint, {name: arguments of their handlers}."""
 
 
 class Checkpoints:
   """The checkpoints of one run, by step.
 
-  Each holds the moving average of the weights by itself, the rest of the
-  training state, and the experiment. One that is half written when a run is
-  killed is never taken for a checkpoint.
+  Each is a directory named by its step. It holds the moving average of the
+  weights by itself, the rest of the training state, the experiment, later what
+  an evaluation found, and the digests of all these files. A checkpoint that is
+  half written when a run is killed is never taken for one.
   """
 
   def __init__(
@@ -30,89 +61,132 @@ class Checkpoints:
     create: bool = True,
   ):
     """Opens a directory; `create` makes it, or clears it of partial saves."""
-    self._directory = directory
-    self._manager = ocp.CheckpointManager(
-      directory,
-      options=ocp.CheckpointManagerOptions(
-        create=create,
-        cleanup_tmp_directories=create,
-        # Not what decides which to keep, but metrics are written for it alone.
-        best_fn=lambda metrics: metrics["top1"],
-        preservation_policy=policies.AnyPreservationPolicy(
-          [
-            policies.LatestN(keep_last),
-            policies.BestN(
-              get_metric_fn=lambda metrics: metrics["top1"],
-              n=1,
-              keep_checkpoints_without_metrics=False,
-            ),
-          ]
-        ),
-      ),
-      item_handlers={
-        "ema": ocp.StandardCheckpointHandler(),
+    self._files = CheckpointFiles(directory)
+    self._keep_last = keep_last
+    self._saving: int | None = None
+    self._is_first = jax.process_index() == 0
+    if create and self._is_first:
+      directory.mkdir(parents=True, exist_ok=True)
+      self._files.clear_partial()
+    self._checkpointer = ocp.AsyncCheckpointer(
+      _Handler(
+        ema=ocp.StandardCheckpointHandler(),
         # Evaluation reads the weights alone of it.
-        "state": ocp.PyTreeCheckpointHandler(),
-        "experiment": ocp.JsonCheckpointHandler(),
-      },
+        state=ocp.PyTreeCheckpointHandler(),
+        experiment=ocp.JsonCheckpointHandler(),
+      )
     )
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *error: object) -> None:
-    self._manager.close()
+  def __exit__(self, kind: object, *error: object) -> None:
+    if kind is None:
+      self.wait()
+      self._checkpointer.close()
+    else:
+      with suppress(Exception):  # What ended the run is what is told.
+        self._checkpointer.close()
 
   def steps(self) -> list[int]:
-    """The steps of all complete checkpoints."""
-    return list(self._manager.all_steps())
+    """The steps of all checkpoints, in rising order."""
+    return self._files.steps()
 
-  def latest_step(self) -> int | None:
-    """The newest checkpoint's step."""
-    return self._manager.latest_step()
+  def is_evaluated(self, step: int) -> bool:
+    """Whether `add_evaluation` was called for a checkpoint."""
+    return from_first_process(lambda: self._files.score(step) is not None)
 
-  def best_step(self) -> int | None:
-    """The step of the highest top-1; the newest where none was evaluated."""
-    metrics = {step: self._manager.metrics(step) for step in self.steps()}
-    evaluated = [(m["top1"], step) for step, m in metrics.items() if m]
-    return max(evaluated)[1] if evaluated else self.latest_step()
+  def newest(self) -> int | None:
+    """The step of the newest undamaged checkpoint, to be resumed from.
 
-  def save(
-    self,
-    state: TrainState,
-    experiment: dict[str, Any],
-    evaluation: Evaluation | None = None,
-  ) -> None:
+    The damaged ones after it are renamed; one line names them.
+
+    Returns:
+      The step, the same in every process; None where there is no checkpoint.
+
+    Raises:
+      TrainingError: all are damaged.
+    """
+
+    def choose():
+      step = self._files.first_whole(self.steps()[::-1])
+      if step is not None:
+        self._files.set_aside_after(step)
+      return step
+
+    return from_first_process(choose)
+
+  def best(self, among: Sequence[int] | None = None) -> int | None:
+    """The step of the highest top-1; the newest where none was evaluated.
+
+    Args:
+      among: the steps to choose from; None for all.
+
+    Returns, Raises: as `newest`, but nothing is renamed.
+    """
+    return from_first_process(
+      lambda: self._files.first_whole(
+        [
+          step
+          for step in self._files.by_score()
+          if among is None or step in among
+        ]
+      )
+    )
+
+  def save(self, state: TrainState, experiment: dict[str, Any]) -> None:
     """Starts to save; returns once the state may change again.
 
     Args:
-      state: the state after some step.
+      state: the state after some step. A step that is saved already is not
+        saved again.
       experiment: the config and what else a run may not change, as JSON.
-      evaluation: of the state, by which the best is kept.
+
+    Raises:
+      SaveError: this checkpoint, or the one before, could not be written.
     """
-    step = int(state.step)
-    metrics = None
-    if evaluation is not None:
-      metrics = {"top1": evaluation.top1, "loss": evaluation.loss}
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        ema=ocp.args.StandardSave(state.ema),
-        state=ocp.args.PyTreeSave(_without_ema(state)),
-        experiment=ocp.args.JsonSave(experiment),
-      ),
-      metrics=metrics,
-      force=True,
+    self._save(
+      int(state.step),
+      ema=ocp.args.StandardSave(state.ema),
+      state=ocp.args.PyTreeSave(_without_ema(state)),
+      experiment=ocp.args.JsonSave(experiment),
     )
 
   def save_weights(self, step: int, weights: Weights) -> None:
     """Saves weights alone, which can be evaluated, but not trained on."""
-    args = ocp.args.Composite(ema=ocp.args.StandardSave(weights))
-    self._manager.save(step, args=args, force=True)
+    self._save(step, ema=ocp.args.StandardSave(weights))
+
+  def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
+    """Adds to a checkpoint what decides which is the best.
+
+    Raises:
+      SaveError: the checkpoint could not be written.
+    """
+    self.wait()
+    if self._is_first:
+      metrics = {"top1": evaluation.top1, "loss": evaluation.loss}
+      with self._failures_told(step):
+        self._files.add_metrics(step, metrics)
+      self._files.prune(self._keep_last)
+
+  def check(self) -> None:
+    """Raises a SaveError if a save has failed in the background."""
+    if self._saving is not None:
+      with self._failures_told(self._saving):
+        self._checkpointer.check_for_errors()
 
   def wait(self) -> None:
-    """Returns once every checkpoint is on disk."""
-    self._manager.wait_until_finished()
+    """Returns once every checkpoint is on disk.
+
+    Raises:
+      SaveError: one could not be written.
+    """
+    if self._saving is not None:
+      with self._failures_told(self._saving):
+        self._checkpointer.wait_until_finished()
+      self._saving = None
+      if self._is_first:
+        self._files.prune(self._keep_last)
 
   def experiment(self, step: int) -> dict[str, Any]:
     """What `save` was told of the experiment.
@@ -120,27 +194,24 @@ class Checkpoints:
     Raises:
       TrainingError: the checkpoint is of weights alone.
     """
-    if self._items(step).get("state") is None:
+    if not self._files.path(step, "state").is_dir():
       raise TrainingError(
-        f"{self._directory} step {step} holds weights alone, and no run to"
+        f"{self._files.root} step {step} holds weights alone, and no run to"
         " resume: choose another workdir"
       )
-    args = ocp.args.Composite(experiment=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)["experiment"]
+    return self._restore(step, experiment=ocp.args.JsonRestore())["experiment"]
 
   def restore_state(self, step: int, like: TrainState) -> TrainState:
     """The whole state, on the shardings of `like` (shapes are enough).
 
     Raises:
-      TrainingError: the checkpoint is of another model.
+      TrainingError: the checkpoint is of another model, or damaged.
     """
-    self._check(step, like.ema)
-    items = self._manager.restore(
+    self._check_model(step, like.ema)
+    items = self._restore(
       step,
-      args=ocp.args.Composite(
-        ema=ocp.args.StandardRestore(like.ema),
-        state=_restore(_without_ema(like)),
-      ),
+      ema=ocp.args.StandardRestore(like.ema),
+      state=_restore_like(_without_ema(like)),
     )
     return TrainState(ema=items["ema"], **items["state"])
 
@@ -155,32 +226,78 @@ class Checkpoints:
         one device.
 
     Raises:
-      TrainingError: the checkpoint is of another model.
+      TrainingError: the checkpoint is of another model, or damaged.
     """
-    items = self._items(step)
-    like = _on_one_device(items["ema"].tree) if like is None else like
-    self._check(step, like)
-    args: dict[str, Any] = {"ema": ocp.args.StandardRestore(like)}
-    if items.get("state") is not None:
-      args["state"] = _restore({"weights": like}, partial_restore=True)
-    found = self._manager.restore(step, args=ocp.args.Composite(**args))
+    if like is None:
+      saved = self._shapes(step)
+      self._check_size(step, saved)
+      like = _on_one_device(saved)
+    else:
+      self._check_model(step, like)
+    items: dict[str, Any] = {"ema": ocp.args.StandardRestore(like)}
+    if self._files.path(step, "state").is_dir():
+      items["state"] = _restore_like({"weights": like}, partial_restore=True)
+    found = self._restore(step, **items)
     weights = {"ema": found["ema"]}
-    if "state" in args:
+    if "state" in items:
       weights["raw"] = found["state"]["weights"]
     return weights
 
-  def _items(self, step: int) -> Any:
-    """The shapes of a checkpoint's items, {item: tree}."""
-    metadata = self._manager.item_metadata(step)
-    if metadata is None or metadata.get("ema") is None:
-      raise TrainingError(
-        f"{self._directory} step {step} is no checkpoint of this project"
-      )
-    return metadata
+  def _save(self, step: int, **items: Any) -> None:
+    self.wait()
+    if step in self.steps():
+      return
+    self._saving = step
+    with self._failures_told(step):
+      self._checkpointer.save(self._files.path(step), args=_Items(**items))
 
-  def _check(self, step: int, like: Weights) -> None:
-    saved = _shapes(self._items(step)["ema"])
-    wanted = _shapes(like)
+  @contextmanager
+  def _failures_told(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      self._saving = None
+      self._files.clear_partial(step)
+      newest = self.steps()[-1:]
+      there = (
+        f"the newest is of step {newest[0]}" if newest else "there is none"
+      )
+      raise SaveError(
+        f"the checkpoint of step {step} cannot be saved in {self._files.root}"
+        f" ({_cause(error)}); {there}: mend it, and the same command resumes"
+      ) from error
+
+  def _restore(self, step: int, **items: Any) -> Any:
+    with self._damage_told(step):
+      return self._checkpointer.restore(
+        self._files.path(step), args=_Items(**items)
+      )
+
+  @contextmanager
+  def _damage_told(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except UserError:
+      raise
+    except Exception as error:
+      # Orbax and TensorStore raise nearly anything of damaged files.
+      raise TrainingError(
+        f"{self._files.path(step)} is damaged ({_cause(error)}): remove it to"
+        " use an earlier one"
+      ) from error
+
+  def _shapes(self, step: int) -> Any:
+    """The moving average's tree, of what has a shape and a type."""
+    with self._damage_told(step):
+      items = self._checkpointer.metadata(self._files.path(step)).item_metadata
+      if not items or items.get("ema") is None:
+        raise TrainingError(
+          f"{self._files.path(step)} is no checkpoint of this project"
+        )
+      return items["ema"].tree
+
+  def _check_model(self, step: int, like: Weights) -> None:
+    saved, wanted = _named_shapes(self._shapes(step)), _named_shapes(like)
     differing = [
       f"{name} is {saved.get(name, 'missing')} there and"
       f" {wanted.get(name, 'missing')} here"
@@ -189,14 +306,32 @@ class Checkpoints:
     ]
     if differing:
       raise TrainingError(
-        f"{self._directory} step {step} holds another model than"
+        f"{self._files.root} step {step} holds another model than"
         f" config.model asks for: {'; '.join(differing[:3])}"
+      )
+
+  def _check_size(self, step: int, saved: Any) -> None:
+    """Refuses arrays that the files cannot hold, before memory is taken."""
+    path = self._files.path(step)
+    stored = sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
+    size = 0
+    for leaf in jax.tree.leaves(saved):
+      if not jnp.issubdtype(leaf.dtype, jnp.number):
+        raise TrainingError(f"{path} has an array of type {leaf.dtype}")
+      chunk = getattr(leaf.storage, "chunk_shape", None) or ()
+      elements = max(math.prod(leaf.shape), math.prod(chunk))
+      size += elements * leaf.dtype.itemsize
+    if size > _ALWAYS_ALLOWED + _MOST_EXPANSION * stored:
+      raise TrainingError(
+        f"{path} has {stored} bytes, and claims to hold arrays of {size}"
       )
 
 
 @contextmanager
 def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
   """Opens one checkpoint, or the best of a directory, with its step.
+
+  A damaged one is passed over for the next best.
 
   Args:
     path: a working directory, its `checkpoints`, or one of these, a directory
@@ -205,17 +340,24 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
   Raises:
     TrainingError: there is no checkpoint.
   """
+  path = local_path(path)
   if (path / "checkpoints").is_dir():
     path = path / "checkpoints"
-  is_one = path.name.isdecimal()
+  is_one = is_step(path.name)
   directory = path.parent if is_one else path
   if not directory.is_dir():
     raise TrainingError(f"{path} does not exist: train first, or mend the path")
   with Checkpoints(directory, create=False) as checkpoints:
-    step = int(path.name) if is_one else checkpoints.best_step()
-    if step is None or step not in checkpoints.steps():
+    step = checkpoints.best([int(path.name)] if is_one else None)
+    if step is None:
       raise TrainingError(f"{path} holds no complete checkpoint")
     yield checkpoints, step
+
+
+def _cause(error: Exception) -> str:
+  """The beginning of a message of orbax or TensorStore, which may be long."""
+  text = one_line(error)
+  return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _on_one_device(saved: Any) -> Weights:
@@ -226,7 +368,7 @@ def _on_one_device(saved: Any) -> Weights:
   )
 
 
-def _restore(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
+def _restore_like(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
   args = ocp.checkpoint_utils.construct_restore_args(like)
   return ocp.args.PyTreeRestore(like, restore_args=args, **options)
 
@@ -241,7 +383,7 @@ def _without_ema(state: TrainState) -> dict[str, Any]:
   }
 
 
-def _shapes(tree: Any) -> dict[str, list[int]]:
+def _named_shapes(tree: Any) -> dict[str, list[int]]:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {
     str(getattr(path[-1], "key", path[-1])): list(leaf.shape)

@@ -1,8 +1,8 @@
 """What `train.py` and `eval.py` share: flags in, exit status out."""
 
+import logging
 import os
 import pathlib
-import signal
 import sys
 from collections.abc import Callable
 
@@ -10,11 +10,12 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from spatial_mamba_jax.data import DataError
+from spatial_mamba_jax.errors import UserError, run_command
+from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
 from spatial_mamba_jax.training.loop import NonFiniteError
 from spatial_mamba_jax.training.sharding import initialize_distributed
-from spatial_mamba_jax.training.stopping import StoppedError
+from spatial_mamba_jax.training.stopping import StoppedError, end_on_signals
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The experiment: a file with get_config()."
@@ -32,21 +33,20 @@ def run(main: Callable[[], None]) -> int:
     The exit status: 0, 1 for a run that diverged, 2 for a mistake, 128 more
     than the signal for a run stopped by one (143 for SIGTERM, 130 for Ctrl-C).
   """
-  try:
+  name = pathlib.Path(sys.argv[0]).name
+  end_on_signals(name)
+  # What reaches the log of orbax and grain is raised as well.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+  def command():
     _parse()
     _use_compilation_cache()
     if _DISTRIBUTED.value:
       initialize_distributed()
     main()
-  except (TrainingError, DataError) as error:
-    return _fail(error, 2)
-  except NonFiniteError as error:
-    return _fail(error, 1)
-  except StoppedError as error:
-    return _fail(error, 128 + error.signal)
-  except KeyboardInterrupt:
-    return _fail("interrupted", 128 + signal.SIGINT)
-  return 0
+
+  mistakes = (UserError, OSError, NonFiniteError, StoppedError)
+  return run_command(name, command, mistakes)
 
 
 def config() -> TrainConfig:
@@ -71,7 +71,7 @@ def workdir() -> pathlib.Path:
   """The working directory as an absolute path."""
   if not WORKDIR.value:
     raise TrainingError("--workdir=DIR is needed: where the run is kept")
-  path = pathlib.Path(WORKDIR.value).absolute()
+  path = local_path(WORKDIR.value)
   if path.exists() and not path.is_dir():
     raise TrainingError(f"--workdir={WORKDIR.value} is not a directory")
   return path
@@ -105,8 +105,3 @@ def _use_compilation_cache() -> None:
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     cache = home.expanduser() / "spatial_mamba_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def _fail(error: Exception | str, status: int) -> int:
-  print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-  return status

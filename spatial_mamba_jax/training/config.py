@@ -7,7 +7,8 @@ fields are overridden on the command line, e.g. `--config.epochs=10`.
 import dataclasses
 import json
 import math
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.errors import UserError
@@ -110,6 +111,16 @@ class MixingConfig:
   cutmix_alpha: float = 1.0
 
 
+class Interval(NamedTuple):
+  """A time: so many "steps" or "minutes"."""
+
+  count: int
+  unit: str
+
+
+_INTERVAL = re.compile(r"\s*([1-9][0-9]{0,8})\s*(step|minute)?s?\s*")
+
+
 @dataclasses.dataclass
 class TrainConfig:
   """One experiment.
@@ -136,7 +147,9 @@ class TrainConfig:
     linear_probe: whether to train the head alone; all else stays as it is.
     seed: of the initialisation, the order of images and all augmentation.
     evaluation_batch_size: images a step of evaluation, over all devices.
-    evaluate_every: epochs between evaluations, each with a checkpoint.
+    evaluate_every: epochs between evaluations, each after a checkpoint.
+    checkpoint_every: time between further checkpoints, as "500 steps" or
+      "10 minutes"; a number alone counts steps. Empty for none.
     log_every: steps that each logged line averages over.
     keep_last: newest checkpoints kept, beside the best.
   """
@@ -160,8 +173,26 @@ class TrainConfig:
   seed: int = 0
   evaluation_batch_size: int = 512
   evaluate_every: int = 1
+  checkpoint_every: str = "10 minutes"
   log_every: int = 50
   keep_last: int = 2
+
+  def checkpoint_interval(self) -> Interval | None:
+    """What `checkpoint_every` says.
+
+    Raises:
+      TrainingError: it is neither steps nor minutes.
+    """
+    if not self.checkpoint_every:
+      return None
+    match = _INTERVAL.fullmatch(self.checkpoint_every)
+    _require(
+      match is not None,
+      self,
+      "checkpoint_every",
+      '"500 steps", "10 minutes" or empty',
+    )
+    return Interval(int(match[1]), f"{match[2] or 'step'}s")
 
   def validate(self) -> None:
     """Checks every value.
@@ -171,6 +202,7 @@ class TrainConfig:
     """
     self.model.build()
     self.data.validate()
+    self.checkpoint_interval()
     for field in (
       "batch_size", "accumulation_steps", "epochs", "evaluation_batch_size",
       "evaluate_every", "log_every", "keep_last",
@@ -238,6 +270,7 @@ _FREE_TO_CHANGE = (
   "data.max_unreadable_share",
   "evaluation_batch_size",
   "evaluate_every",
+  "checkpoint_every",
   "log_every",
   "keep_last",
 )

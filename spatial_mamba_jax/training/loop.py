@@ -1,23 +1,29 @@
 """A run from its first step, or from where it was stopped, to its last."""
 
 import collections
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spatial_mamba_jax.data import (
+  Batches,
   Source,
   open_source,
   train_batches,
 )
+from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.config import (
@@ -26,6 +32,7 @@ from spatial_mamba_jax.training.config import (
   check_same_experiment,
   to_dict,
 )
+from spatial_mamba_jax.training.digests import write_whole
 from spatial_mamba_jax.training.evaluation import (
   Evaluation,
   Predictions,
@@ -40,6 +47,7 @@ from spatial_mamba_jax.training.metrics import (
 )
 from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from spatial_mamba_jax.training.preprocess import make_preprocess
+from spatial_mamba_jax.training.processes import from_first_process
 from spatial_mamba_jax.training.sharding import (
   make_mesh,
   replicated,
@@ -59,6 +67,7 @@ from spatial_mamba_jax.training.stopping import (
   stop_signals,
 )
 from spatial_mamba_jax.training.weights import load_weights, start_from
+from spatial_mamba_jax.training.workdir import WorkdirLock
 
 # Enough that the device never waits for the host. Were there no end to it, the
 # host would take batches as fast as they come, and always wait for more.
@@ -68,8 +77,12 @@ _STEPS_IN_FLIGHT = 2
 class NonFiniteError(Exception):
   """The loss or the gradient was not finite."""
 
+  status = 1
 
-def train(config: TrainConfig, workdir: pathlib.Path) -> Evaluation | None:
+
+def train(
+  config: TrainConfig, workdir: str | os.PathLike[str]
+) -> Evaluation | None:
   """Trains, resuming where `workdir` holds a checkpoint.
 
   Args:
@@ -81,18 +94,20 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> Evaluation | None:
 
   Raises:
     TrainingError, DataError: something is wrong with the config, the data, or
-      what `workdir` holds.
-    StoppedError: on SIGTERM or Ctrl-C, after saving.
+      what `workdir` holds; or another run holds it.
+    SaveError: a checkpoint could not be saved; those before it are whole.
+    OSError: the log could not be written.
+    StoppedError: on SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, after saving.
     NonFiniteError: the run diverged; its last checkpoint is from before.
   """
   config.validate()
-  return _Run(config, workdir).run()
+  return _Run(config, local_path(workdir)).run()
 
 
 def evaluate_checkpoint(
   config: TrainConfig,
-  path: pathlib.Path,
-  output_dir: pathlib.Path | None = None,
+  path: str | os.PathLike[str],
+  output_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Evaluation]:
   """Evaluates the weights in a checkpoint, and their moving average.
 
@@ -111,13 +126,14 @@ def evaluate_checkpoint(
       what `path` holds.
   """
   config.validate()
-  write = _prediction_writer(output_dir) if output_dir else None
+  write = _prediction_writer(local_path(output_dir)) if output_dir else None
   mesh = make_mesh()
   check_batch_sizes(config, mesh)
   source = open_checked_source(config, "validation")
   architecture = config.model.build()
   model = PureModel(architecture)
-  weights = load_weights(path, architecture, _placed(model.shapes, mesh))
+  shapes = _placed(model.shapes, mesh)
+  weights = load_weights(local_path(path), architecture, shapes)
   with jax.set_mesh(mesh):  # Kernels are split over it.
     predictions = predict(
       jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),
@@ -198,56 +214,65 @@ class _Run:
     # Jitted, because `device_put` cannot reach other processes' devices.
     self.empty_window = jax.jit(empty_window, out_shardings=on_all)
     self.copy = jax.jit(jnp.copy)
+    self.is_warned = False
 
   def run(self) -> Evaluation | None:
-    config = self.config
-    self.workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(
-      self.workdir / "checkpoints", keep_last=config.keep_last
-    ) as checkpoints:
-      state = self._first_state(checkpoints)
-      step = int(state.step)
-      if step >= self.steps:
-        print(f"{self.workdir}: all {self.steps} steps are done already")
+    config, workdir = self.config, self.workdir
+    with contextlib.ExitStack() as stack:
+      self.lock = stack.enter_context(WorkdirLock(workdir))
+      self.checkpoints = stack.enter_context(
+        Checkpoints(workdir / "checkpoints", keep_last=config.keep_last)
+      )
+      step = self._first_step()
+      is_evaluated = not self._is_evaluation_step(
+        step
+      ) or self.checkpoints.is_evaluated(step)
+      if step >= self.steps and is_evaluated:
+        print(f"{workdir}: all {self.steps} steps are done already")
         return None
-      _describe_run(config, self.workdir, self.epoch_steps)
-      progress = Progress(
+      _describe_run(config, workdir, self.epoch_steps)
+      self.writer = stack.enter_context(
+        MetricWriter(workdir, resumed_step=step, is_evaluated=is_evaluated)
+      )
+      state = self._restored_state(step) if step else self._fresh_state()
+      self.saved_at = time.monotonic()
+      self.progress = Progress(
         step=step, steps=self.steps, epoch_steps=self.epoch_steps
       )
-      batches = train_batches(
-        self.train_source,
-        config.data,
-        batch_size=config.batch_size // jax.process_count(),
-        seed=config.seed,
-        start_step=step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-      )
-      writer = MetricWriter(self.workdir, resumed_step=step)
+      stack.callback(self.progress.close)
+      batches = stack.enter_context(self._batches(step))
       # Kernels are split over the mesh in force.
-      with (
-        batches,
-        writer,
-        jax.set_mesh(self.mesh),
-        stop_signals() as stopping,
-      ):
-        try:
-          return self._loop(
-            state, step, batches, checkpoints, writer, progress, stopping
-          )
-        finally:
-          progress.close()
+      stack.enter_context(jax.set_mesh(self.mesh))
+      self.stopping = stack.enter_context(stop_signals())
+      evaluation = None if is_evaluated else self._evaluate(state, step)
+      return self._loop(state, step, batches) or evaluation
 
-  def _first_state(self, checkpoints: Checkpoints) -> TrainState:
-    step = checkpoints.latest_step()
+  def _first_step(self) -> int:
+    """The step of the checkpoint to go on from; 0 where there is none."""
+    step = self.checkpoints.newest()
     if step is None:
-      return self._fresh_state()
+      return 0
     check_same_experiment(
-      checkpoints.experiment(step), self.experiment, str(self.workdir)
+      self.checkpoints.experiment(step), self.experiment, str(self.workdir)
     )
+    return step
+
+  def _restored_state(self, step: int) -> TrainState:
     like = _placed(state_shapes(self.model, self.optimizer), self.mesh)
-    print(f"resuming {self.workdir} after step {step}", file=sys.stderr)
-    return checkpoints.restore_state(step, like)
+    if not jax.process_index():
+      print(f"resuming {self.workdir} after step {step}", file=sys.stderr)
+    return self.checkpoints.restore_state(step, like)
+
+  def _batches(self, step: int) -> Batches:
+    return train_batches(
+      self.train_source,
+      self.config.data,
+      batch_size=self.config.batch_size // jax.process_count(),
+      seed=self.config.seed,
+      start_step=step,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
 
   def _fresh_state(self) -> TrainState:
     config, on_all = self.config, replicated(self.mesh)
@@ -255,7 +280,7 @@ class _Run:
     if not config.init_from:
       return state
     weights, said = start_from(
-      pathlib.Path(config.init_from).absolute(),
+      local_path(config.init_from),
       config.model.build(),
       state.weights,
     )
@@ -266,13 +291,12 @@ class _Run:
     return dataclasses.replace(state, weights=weights, ema=average(weights))
 
   def _loop(
-    self, state, step, batches, checkpoints, writer, progress, stopping
+    self, state: TrainState, step: int, batches: Batches
   ) -> Evaluation | None:
-    config = self.config
+    """Trains to the last step; returns the last evaluation."""
     evaluation = None
     stopwatch = Stopwatch()
     in_flight = collections.deque()
-    warned = False
     while step < self.steps:
       batch = stopwatch.next(batches)
       state = self.train_step(state, shard_batch(batch, self.mesh))
@@ -280,53 +304,93 @@ class _Run:
       if len(in_flight) > _STEPS_IN_FLIGHT:
         jax.block_until_ready(in_flight.popleft())
       step += 1
-      progress.advance()
-      stopped_by = stop_requested(stopping, step)
-      if step % config.log_every == 0 or step == self.steps:
-        metrics = self._read_window(state, step)
-        metrics |= stopwatch.read(metrics.pop("images"))
-        writer.write(step, "train", metrics)
-        progress.show(step, metrics)
-        if not warned and metrics["data_wait"] > MOST_DATA_WAIT:
-          progress.say(slow_data_warning(metrics["data_wait"], config.data))
-          warned = True
-        state = dataclasses.replace(state, window=self.empty_window())
-      if step % self.epoch_steps == 0 and self._is_evaluated(step):
+      self.progress.advance()
+      self.checkpoints.check()
+      stopped_by = stop_requested(self.stopping, step)
+      if step % self.config.log_every == 0 or step == self.steps:
+        state = self._log(state, step, stopwatch)
+      is_evaluated = self._is_evaluation_step(step)
+      if is_evaluated or stopped_by or self._is_checkpoint_due(step):
         with stopwatch.paused():
-          self._check_finite(state)
-          evaluation, raw = self._evaluate(state)
-          writer.write(step, "evaluation", dataclasses.asdict(evaluation))
-          writer.write(step, "evaluation_raw", dataclasses.asdict(raw))
-          epoch = f"epoch {step // self.epoch_steps}"
-          progress.say(f"{epoch}: ema  {evaluation}\n{epoch}: raw  {raw}")
-          checkpoints.save(state, self.experiment, evaluation)
-      elif stopped_by:
-        self._check_finite(state)
-        checkpoints.save(state, self.experiment)
-      if stopped_by and step < self.steps:
-        checkpoints.wait()
-        raise StoppedError(
-          f"stopped by {stopped_by.name} after step {step}, which is saved;"
-          " the same command resumes",
-          stopped_by,
-        )
+          self._save(state)
+          if stopped_by:
+            self._stop(step, stopped_by)
+          if is_evaluated:
+            evaluation = self._evaluate(state, step)
     return evaluation
 
-  def _is_evaluated(self, step: int) -> bool:
-    epoch = step // self.epoch_steps
-    return epoch % self.config.evaluate_every == 0 or step == self.steps
+  def _log(
+    self, state: TrainState, step: int, stopwatch: Stopwatch
+  ) -> TrainState:
+    """Logs a window of steps; the state returned begins the next."""
+    metrics = self._read_window(state, step)
+    metrics |= stopwatch.read(metrics.pop("images"))
+    self.writer.write(step, "train", metrics)
+    self.progress.show(step, metrics)
+    if not self.is_warned and metrics["data_wait"] > MOST_DATA_WAIT:
+      warning = slow_data_warning(metrics["data_wait"], self.config.data)
+      self.progress.say(warning)
+      self.is_warned = True
+    return dataclasses.replace(state, window=self.empty_window())
 
-  def _evaluate(self, state: TrainState) -> tuple[Evaluation, Evaluation]:
-    """Of the moving average, which decides the best, and of the weights."""
+  def _save(self, state: TrainState) -> None:
+    self._check_finite(state)
+    self.lock.check()
+    self.checkpoints.save(state, self.experiment)
+    self.saved_at = time.monotonic()
+
+  def _stop(self, step: int, stopped_by: signal.Signals) -> NoReturn:
+    self.checkpoints.wait()
+    raise StoppedError(
+      f"stopped by {stopped_by.name} after step {step}, which is saved;"
+      " the same command resumes",
+      stopped_by,
+    )
+
+  def _is_evaluation_step(self, step: int) -> bool:
+    epoch, rest = divmod(step, self.epoch_steps)
+    is_due = epoch % self.config.evaluate_every == 0 or step == self.steps
+    return step > 0 and not rest and is_due
+
+  def _is_checkpoint_due(self, step: int) -> bool:
+    """Whether `config.checkpoint_every` asks for a checkpoint."""
+    interval = self.config.checkpoint_interval()
+    if interval is None:
+      return False
+    if interval.unit == "steps":
+      return step % interval.count == 0
+    # Clocks differ: one process decides, and not so often that all wait for it.
+    if jax.process_count() > 1 and step % self.config.log_every:
+      return False
+    minutes = 60 * interval.count
+    return from_first_process(
+      lambda: time.monotonic() - self.saved_at >= minutes
+    )
+
+  def _evaluate(self, state: TrainState, step: int) -> Evaluation:
+    """Of the moving average, which decides the best; also of the weights."""
+
+    def eval_step(weights, batch):
+      if stopped_by := stop_requested(self.stopping):
+        self._stop(step, stopped_by)
+      return self.eval_step(weights, batch)
+
     predictions = predict(
-      self.eval_step,
+      eval_step,
       {"ema": state.ema, "raw": state.weights},
       self.eval_source,
       self.config.data,
       batch_size=self.config.evaluation_batch_size,
       mesh=self.mesh,
     )
-    return predictions["ema"].evaluation(), predictions["raw"].evaluation()
+    evaluation = predictions["ema"].evaluation()
+    raw = predictions["raw"].evaluation()
+    self.writer.write(step, "evaluation", dataclasses.asdict(evaluation))
+    self.writer.write(step, "evaluation_raw", dataclasses.asdict(raw))
+    self.checkpoints.add_evaluation(step, evaluation)
+    epoch = f"epoch {step // self.epoch_steps}"
+    self.progress.say(f"{epoch}: ema  {evaluation}\n{epoch}: raw  {raw}")
+    return evaluation
 
   def _read_window(self, state: TrainState, step: int) -> dict[str, float]:
     self._check_finite(state)
@@ -393,5 +457,5 @@ def _describe_run(
     "commit": provenance.commit(),
     "devices": [device.device_kind for device in jax.devices()],
   }
-  path = workdir / "run.json"
-  path.write_text(json.dumps(description, indent=2) + "\n")
+  text = json.dumps(description, indent=2, allow_nan=False)
+  write_whole(workdir / "run.json", text + "\n")

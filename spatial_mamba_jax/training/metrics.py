@@ -1,19 +1,23 @@
 """What a run logs: JSON lines, TensorBoard events, a bar or plain lines."""
 
 import json
+import math
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 import tqdm
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.training.digests import write_whole
 
 # The share of a window above which waiting for data is worth a warning.
 MOST_DATA_WAIT = 0.1
@@ -22,54 +26,115 @@ MOST_DATA_WAIT = 0.1
 class MetricWriter:
   """Writes each record to `metrics.jsonl` and as TensorBoard events.
 
-  A resumed run drops what was logged after its checkpoint, so that the file
-  ends up as if nothing had happened. Of several processes the first one
-  writes.
+  Both have a record once it is written, whatever becomes of the process. A
+  resumed run drops what was logged after its checkpoint, so that the file ends
+  up as if nothing had happened. Of several processes the first one writes.
   """
 
-  def __init__(self, workdir: pathlib.Path, *, resumed_step: int):
-    """Opens the files of a run that continues after `resumed_step`."""
+  def __init__(
+    self, workdir: pathlib.Path, *, resumed_step: int, is_evaluated: bool = True
+  ):
+    """Opens the files of a run that continues after `resumed_step`.
+
+    Args:
+      workdir: where they are.
+      resumed_step: steps taken already.
+      is_evaluated: whether the evaluation after that step, if one is due, has
+        been done; otherwise what is logged of it is dropped as well.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
     self._is_writer = jax.process_index() == 0
     if not self._is_writer:
       return
     path = workdir / "metrics.jsonl"
     if path.exists():
-      _drop_records_after(path, resumed_step)
+      _drop_records_after(path, resumed_step, is_evaluated)
     self._file = path.open("a")
-    self._events = SummaryWriter(
-      str(workdir / "tensorboard"),
-      purge_step=resumed_step + 1,
-      filename_suffix=f".{resumed_step}",
+    directory = workdir / "tensorboard"
+    directory.mkdir(exist_ok=True)
+    # Not SummaryWriter, whose thread would hold events back.
+    self._events = EventsWriter(
+      str(directory / "events"), f".{resumed_step}.{os.getpid()}"
     )
+    # TensorBoard forgets what other files have of this and later steps.
+    purge = SessionLog(status=SessionLog.START)
+    self._write_event(resumed_step + 1, session_log=purge)
 
   def __enter__(self) -> "MetricWriter":
     return self
 
-  def __exit__(self, *error: object) -> None:
-    if self._is_writer:
-      self._file.close()
-      self._events.close()
-
-  def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-    """Logs values under "train", "evaluation" or "evaluation_raw"."""
+  def __exit__(self, kind: object, *error: object) -> None:
     if not self._is_writer:
       return
-    record = {"step": step, "kind": kind, **values}
-    self._file.write(json.dumps(record) + "\n")
+    for file in (self._file, self._events):
+      try:
+        file.close()
+      except OSError:
+        if kind is None:
+          raise
+
+  def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+    """Logs values under "train", "evaluation" or "evaluation_raw".
+
+    JSON has null for what is not finite.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    if not self._is_writer:
+      return
+    finite = {k: x if math.isfinite(x) else None for k, x in values.items()}
+    record = {"step": step, "kind": kind, **finite}
+    self._file.write(json.dumps(record, allow_nan=False) + "\n")
     self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(f"{kind}/{name}", value, step)
+    scalars = [
+      Summary.Value(tag=f"{kind}/{name}", simple_value=value)
+      for name, value in values.items()
+    ]
+    self._write_event(step, summary=Summary(value=scalars))
+
+  def _write_event(self, step: int, **content: Any) -> None:
+    self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+    self._events.flush()
 
 
-def _drop_records_after(path: pathlib.Path, step: int) -> None:
-  kept = []
-  for line in path.read_text().splitlines(keepends=True):
-    if not line.endswith("\n") or json.loads(line)["step"] > step:
-      break
-    kept.append(line)
-  partial = path.with_suffix(".tmp")
-  partial.write_text("".join(kept))
-  os.replace(partial, path)
+def _drop_records_after(
+  path: pathlib.Path, step: int, is_evaluated: bool
+) -> None:
+  """Keeps the records up to a step, and what is damaged in another file."""
+  kept, damaged = [], []
+  # A last line without an end was cut off, and will be logged again.
+  for line in path.read_bytes().split(b"\n")[:-1]:
+    record = _parse_record(line)
+    if record is None:
+      damaged.append(line + b"\n")
+    elif record["step"] < step or (
+      record["step"] == step and (is_evaluated or record["kind"] == "train")
+    ):
+      kept.append(json.dumps(record) + "\n")
+  if damaged:
+    aside = path.with_name(f"{path.name}.damaged")
+    with aside.open("ab") as file:
+      file.writelines(damaged)
+    print(
+      f"{path}: {len(damaged)} damaged lines were moved to {aside}",
+      file=sys.stderr,
+    )
+  write_whole(path, "".join(kept))
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+  """A record; None for what is none."""
+  try:
+    # Earlier versions wrote NaN and Infinity, which JSON does not have.
+    record = json.loads(line, parse_constant=lambda _: None)
+    if type(record["step"]) is int and isinstance(record["kind"], str):
+      return record
+  except (KeyError, RecursionError, TypeError, ValueError):
+    pass
+  return None
 
 
 class Stopwatch:
@@ -116,7 +181,10 @@ def slow_data_warning(share: float, data: DataConfig) -> str:
 
 
 class Progress:
-  """A bar where someone watches, else a line for each logged window."""
+  """A bar where someone watches, else a line for each logged window.
+
+  A terminal that was closed takes no lines; the run goes on without.
+  """
 
   def __init__(self, *, step: int, steps: int, epoch_steps: int):
     """Starts at `step` of `steps`."""
@@ -132,7 +200,8 @@ class Progress:
   def advance(self) -> None:
     """One more step was dispatched."""
     if self._bar is not None:
-      self._bar.update()
+      with suppress(OSError):
+        self._bar.update()
 
   def show(self, step: int, metrics: dict[str, float]) -> None:
     """Shows the means of a window and its speed."""
@@ -142,7 +211,8 @@ class Progress:
       f"  data wait {100 * metrics['data_wait']:.0f}%"
     )
     if self._bar is not None:
-      self._bar.set_postfix_str(line)
+      with suppress(OSError):
+        self._bar.set_postfix_str(line)
       return
     first, since = self._start
     seconds = (time.perf_counter() - since) * (self._steps - step)
@@ -155,10 +225,12 @@ class Progress:
   def say(self, line: str) -> None:
     """Prints a line, above the bar where there is one."""
     if self._is_shown:
-      tqdm.tqdm.write(line, file=sys.stderr)
-      sys.stderr.flush()
+      with suppress(OSError):
+        tqdm.tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
 
   def close(self) -> None:
     """Ends the bar."""
     if self._bar is not None:
-      self._bar.close()
+      with suppress(OSError):
+        self._bar.close()

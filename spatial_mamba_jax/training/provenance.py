@@ -1,6 +1,7 @@
 """With what something was trained or measured."""
 
 import importlib.metadata
+import os
 import pathlib
 import subprocess
 from collections.abc import Sequence
@@ -25,14 +26,34 @@ def is_installed(package: str) -> bool:
 
 
 def commit() -> str | None:
-  """The source's git commit, where it is a checkout."""
+  """The commit of this project's checkout; None where it is installed.
+
+  It ends in "-dirty" where tracked files were changed.
+  """
+  root = pathlib.Path(__file__).parents[2]
+  # A repository may lie around an installed package, or have copies of it.
+  if not (root / ".git").exists() or _git(root, "ls-files", __file__) is None:
+    return None
+  return _git(
+    root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
+  )
+
+
+def _git(root: pathlib.Path, *arguments: str) -> str | None:
+  """What git prints about a checkout; None where that is nothing."""
+  # Variables of a hook that calls this would name another repository.
+  environment = {k: x for k, x in os.environ.items() if k[:4] != "GIT_"}
   try:
-    return subprocess.run(
-      ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      check=True,
-      text=True,
-    ).stdout.strip()
+    return (
+      subprocess.run(
+        ("git", *arguments),
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        check=True,
+        text=True,
+      ).stdout.strip()
+      or None
+    )
   except (OSError, subprocess.CalledProcessError):
     return None

@@ -1,0 +1,139 @@
+"""The directories that checkpoints are, without what is in their arrays."""
+
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+
+from spatial_mamba_jax.errors import one_line
+from spatial_mamba_jax.training.config import TrainingError
+from spatial_mamba_jax.training.digests import (
+  add_digest,
+  find_damage,
+  write_whole,
+)
+
+# In the names of what orbax has not finished.
+_PARTIAL = ".orbax-checkpoint-tmp"
+_METRICS = "metrics/metrics"
+_REMOVED = ".removed"
+_DAMAGED = ".damaged"
+
+
+class CheckpointFiles:
+  """A directory of checkpoints, each a directory named by its step.
+
+  Attributes:
+    root: the directory.
+  """
+
+  def __init__(self, root: pathlib.Path):
+    """The directory need not be there."""
+    self.root = root
+
+  def path(self, step: int, name: str = "") -> pathlib.Path:
+    """The checkpoint of a step, or a file of it."""
+    return self.root / str(step) / name
+
+  def steps(self) -> list[int]:
+    """The steps of all checkpoints, in rising order."""
+    if not self.root.is_dir():
+      return []
+    names = (x.name for x in self.root.iterdir() if x.is_dir())
+    return sorted(int(name) for name in names if is_step(name))
+
+  def score(self, step: int) -> float | None:
+    """The top-1 of a checkpoint; None where it was not evaluated."""
+    try:
+      return float(json.loads(self.path(step, _METRICS).read_text())["top1"])
+    except (KeyError, OSError, TypeError, ValueError):
+      return None
+
+  def by_score(self) -> list[int]:
+    """The steps from the best top-1 down, then those without, newest first."""
+    scores = {step: self.score(step) for step in self.steps()}
+    return sorted(
+      scores,
+      key=lambda step: (scores[step] is not None, scores[step] or 0.0, step),
+      reverse=True,
+    )
+
+  def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds what an evaluation found to a checkpoint, "top1" among it."""
+    path = self.path(step, _METRICS)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(metrics))
+    add_digest(self.path(step), _METRICS)
+
+  def first_whole(self, steps: Sequence[int]) -> int | None:
+    """The first of the steps whose checkpoint is undamaged.
+
+    One line on standard error says which were passed over, and why.
+
+    Returns:
+      The step; None where there are no steps.
+
+    Raises:
+      TrainingError: all of them are damaged.
+    """
+    damaged = []
+    for step in steps:
+      damage = self._damage(step)
+      if damage is None:
+        if damaged:
+          line = f"passing over {'; '.join(damaged)}: taking step {step}"
+          print(one_line(f"{self.root}: {line}"), file=sys.stderr)
+        return step
+      damaged.append(f"step {step}, which {damage}")
+    if damaged:
+      raise TrainingError(
+        f"{self.root} has no checkpoint that can be used: {'; '.join(damaged)};"
+        f" remove {self.root} to start anew"
+      )
+    return None
+
+  def set_aside_after(self, step: int) -> None:
+    """Renames newer checkpoints, so that their steps can be saved again."""
+    for newer in self.steps():
+      if newer > step:
+        path = self.path(newer)
+        path.rename(_unused(path.with_name(path.name + _DAMAGED)))
+
+  def clear_partial(self, step: int | None = None) -> None:
+    """Removes what was left half written or half removed, of any step."""
+    for path in self.root.glob(f"{'' if step is None else step}*"):
+      if _PARTIAL in path.name or path.name.endswith(_REMOVED):
+        shutil.rmtree(path, ignore_errors=True)
+
+  def prune(self, keep_last: int) -> None:
+    """Removes all but the newest and the best."""
+    steps = self.steps()
+    best = [step for step in self.by_score() if self.score(step) is not None]
+    for step in set(steps) - {*steps[-keep_last:], *best[:1]}:
+      # Renamed, so that half of one is never taken for a checkpoint.
+      path = self.path(step)
+      path = path.rename(path.with_name(path.name + _REMOVED))
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _damage(self, step: int) -> str | None:
+    damage = find_damage(self.path(step))
+    if damage:
+      return f"is damaged ({damage})"
+    if not self.path(step, "ema").is_dir():
+      return "is none of this project's"
+    return None
+
+
+def is_step(name: str) -> bool:
+  """Whether a directory of this name is a checkpoint."""
+  return name.isascii() and name.isdecimal() and name == str(int(name))
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+  """The path, numbered where it is taken."""
+  unused, count = path, 1
+  while unused.exists():
+    count += 1
+    unused = path.with_name(f"{path.name}.{count}")
+  return unused

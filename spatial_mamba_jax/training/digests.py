@@ -1,0 +1,71 @@
+"""Digests of a checkpoint's files, so that damage is seen before it is used."""
+
+import hashlib
+import json
+import os
+import pathlib
+
+DIGESTS = "digests.json"
+# Orbax writes this one again when it renames a finished checkpoint.
+_LEFT_OUT = (DIGESTS, "_CHECKPOINT_METADATA")
+
+
+def write_digests(directory: pathlib.Path) -> None:
+  """Writes `digests.json`, the SHA-256 of every file below a directory.
+
+  Raises:
+    OSError: a file cannot be read, or the digests cannot be written.
+  """
+  digests = {
+    path.relative_to(directory).as_posix(): _digest(path)
+    for path in sorted(directory.rglob("*"))
+    if path.is_file() and path.name not in _LEFT_OUT
+  }
+  write_whole(directory / DIGESTS, json.dumps(digests, indent=1))
+
+
+def add_digest(directory: pathlib.Path, name: str) -> None:
+  """Adds the digest of one more file to those that are there."""
+  path = directory / DIGESTS
+  digests = json.loads(path.read_text()) if path.exists() else {}
+  digests[name] = _digest(directory / name)
+  write_whole(path, json.dumps(digests, indent=1))
+
+
+def find_damage(directory: pathlib.Path) -> str | None:
+  """What is wrong with the files below a directory; None if nothing is.
+
+  A directory without `digests.json`, as earlier versions wrote it, has nothing
+  to be compared with.
+  """
+  path = directory / DIGESTS
+  if not path.exists():
+    return None
+  try:
+    digests = dict(json.loads(path.read_text()))
+  except (OSError, TypeError, ValueError):
+    return f"{DIGESTS} cannot be read"
+  for name, digest in digests.items():
+    try:
+      if _digest(directory / name) != digest:
+        return f"{name} is not what was saved"
+    except FileNotFoundError:
+      return f"{name} is missing"
+    except OSError as error:
+      return f"{name} cannot be read ({error.strerror})"
+  return None
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Replaces a file by a new one, or leaves it as it was."""
+  partial = path.with_name(f"{path.name}.partial")
+  try:
+    partial.write_text(text)
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
