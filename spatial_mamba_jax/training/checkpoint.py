@@ -1,7 +1,9 @@
 """Checkpoints: the newest few and the best, written while training goes on."""
 
 import math
+import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -259,12 +261,11 @@ class Checkpoints:
       self._saving = None
       self._files.clear_partial(step)
       newest = self.steps()[-1:]
-      there = (
-        f"the newest is of step {newest[0]}" if newest else "there is none"
-      )
       raise SaveError(
-        f"the checkpoint of step {step} cannot be saved in {self._files.root}"
-        f" ({_cause(error)}); {there}: mend it, and the same command resumes"
+        f"the checkpoint of step {step} cannot be saved in {self._files.root}:"
+        f" {_cause(error)}; the newest there is"
+        f" {f'of step {newest[0]}' if newest else 'none'}; once it can be"
+        " written, the same command resumes"
       ) from error
 
   def _restore(self, step: int, **items: Any) -> Any:
@@ -355,8 +356,13 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
 
 
 def _cause(error: Exception) -> str:
-  """The beginning of a message of orbax or TensorStore, which may be long."""
+  """What the operating system says, or how a long message begins."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   text = one_line(error)
+  # TensorStore's: [os_error_code='28'], earlier [OS error 28: ...].
+  if number := re.search(r"os.error\D{0,8}(\d+)", text, re.IGNORECASE):
+    return os.strerror(int(number[1]))
   return text if len(text) <= 200 else f"{text[:197]}..."
 
 

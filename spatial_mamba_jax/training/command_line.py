@@ -4,6 +4,8 @@ import logging
 import os
 import pathlib
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -35,8 +37,7 @@ def run(main: Callable[[], None]) -> int:
   """
   name = pathlib.Path(sys.argv[0]).name
   end_on_signals(name)
-  # What reaches the log of orbax and grain is raised as well.
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  _silence_background()
 
   def command():
     _parse()
@@ -105,3 +106,19 @@ def _use_compilation_cache() -> None:
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     cache = home.expanduser() / "spatial_mamba_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _silence_background() -> None:
+  """Leaves the telling of a failure to the main thread, which it reaches."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+  hook = sys.unraisablehook
+
+  def of_main_thread(unraisable):
+    # Callbacks of TensorStore come in threads of its own: after a failed save,
+    # hundreds of them.
+    if threading.current_thread() is threading.main_thread():
+      hook(unraisable)
+
+  sys.unraisablehook = of_main_thread

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -244,6 +245,7 @@ class _Run:
       # Kernels are split over the mesh in force.
       stack.enter_context(jax.set_mesh(self.mesh))
       self.stopping = stack.enter_context(stop_signals())
+      state = self._finish_log(state, step)
       evaluation = None if is_evaluated else self._evaluate(state, step)
       return self._loop(state, step, batches) or evaluation
 
@@ -307,17 +309,39 @@ class _Run:
       self.progress.advance()
       self.checkpoints.check()
       stopped_by = stop_requested(self.stopping, step)
-      if step % self.config.log_every == 0 or step == self.steps:
-        state = self._log(state, step, stopwatch)
       is_evaluated = self._is_evaluation_step(step)
-      if is_evaluated or stopped_by or self._is_checkpoint_due(step):
+      is_halting = is_evaluated or stopped_by is not None
+      if is_halting or self._is_checkpoint_due(step):
+        self._check_finite(state)
         with stopwatch.paused():
           self._save(state)
-          if stopped_by:
-            self._stop(step, stopped_by)
-          if is_evaluated:
-            evaluation = self._evaluate(state, step)
+          if is_halting:
+            self.checkpoints.wait()
+      if self._is_logged(step):
+        state = self._log(state, step, stopwatch)
+      if stopped_by:
+        self._stop(step, stopped_by)
+      if is_evaluated:
+        with stopwatch.paused():
+          evaluation = self._evaluate(state, step)
     return evaluation
+
+  def _is_logged(self, step: int) -> bool:
+    return step % self.config.log_every == 0 or step == self.steps
+
+  def _finish_log(self, state: TrainState, step: int) -> TrainState:
+    """Logs what a run was killed before it could, between saving and logging.
+
+    How fast those steps were is not known.
+    """
+    if not self._is_logged(step):
+      return state
+    if self.writer.last_step < step and state.window["steps"]:
+      metrics = self._read_window(state, step)
+      del metrics["images"]
+      unknown = {"images_per_second": math.nan, "data_wait": math.nan}
+      self.writer.write(step, "train", metrics | unknown)
+    return dataclasses.replace(state, window=self.empty_window())
 
   def _log(
     self, state: TrainState, step: int, stopwatch: Stopwatch
@@ -334,13 +358,11 @@ class _Run:
     return dataclasses.replace(state, window=self.empty_window())
 
   def _save(self, state: TrainState) -> None:
-    self._check_finite(state)
     self.lock.check()
     self.checkpoints.save(state, self.experiment)
     self.saved_at = time.monotonic()
 
   def _stop(self, step: int, stopped_by: signal.Signals) -> NoReturn:
-    self.checkpoints.wait()
     raise StoppedError(
       f"stopped by {stopped_by.name} after step {step}, which is saved;"
       " the same command resumes",

@@ -29,6 +29,9 @@ class MetricWriter:
   Both have a record once it is written, whatever becomes of the process. A
   resumed run drops what was logged after its checkpoint, so that the file ends
   up as if nothing had happened. Of several processes the first one writes.
+
+  Attributes:
+    last_step: of the last window of steps that was logged before.
   """
 
   def __init__(
@@ -45,12 +48,15 @@ class MetricWriter:
     Raises:
       OSError: a file cannot be written.
     """
+    self.last_step = 0
     self._is_writer = jax.process_index() == 0
     if not self._is_writer:
       return
     path = workdir / "metrics.jsonl"
     if path.exists():
-      _drop_records_after(path, resumed_step, is_evaluated)
+      kept = _drop_records_after(path, resumed_step, is_evaluated)
+      steps = (x["step"] for x in kept if x["kind"] == "train")
+      self.last_step = max(steps, default=0)
     self._file = path.open("a")
     directory = workdir / "tensorboard"
     directory.mkdir(exist_ok=True)
@@ -102,8 +108,8 @@ class MetricWriter:
 
 def _drop_records_after(
   path: pathlib.Path, step: int, is_evaluated: bool
-) -> None:
-  """Keeps the records up to a step, and what is damaged in another file."""
+) -> list[dict[str, Any]]:
+  """Keeps and returns the records up to a step; moves the damaged elsewhere."""
   kept, damaged = [], []
   # A last line without an end was cut off, and will be logged again.
   for line in path.read_bytes().split(b"\n")[:-1]:
@@ -113,7 +119,7 @@ def _drop_records_after(
     elif record["step"] < step or (
       record["step"] == step and (is_evaluated or record["kind"] == "train")
     ):
-      kept.append(json.dumps(record) + "\n")
+      kept.append(record)
   if damaged:
     aside = path.with_name(f"{path.name}.damaged")
     with aside.open("ab") as file:
@@ -122,7 +128,8 @@ def _drop_records_after(
       f"{path}: {len(damaged)} damaged lines were moved to {aside}",
       file=sys.stderr,
     )
-  write_whole(path, "".join(kept))
+  write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+  return kept
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
