@@ -25,6 +25,8 @@ from spatial_mamba_jax.training.state import TrainState, Weights
 # weights hardly compress, and damaged metadata can ask for any amount.
 _MOST_EXPANSION = 100
 _ALWAYS_ALLOWED = 2**26
+# Of parameters and statistics.
+_TYPES = (jnp.float32, jnp.float64, jnp.int32)
 
 
 class SaveError(TrainingError):
@@ -76,7 +78,13 @@ class Checkpoints:
         # Evaluation reads the weights alone of it.
         state=ocp.PyTreeCheckpointHandler(),
         experiment=ocp.JsonCheckpointHandler(),
-      )
+        metrics=ocp.JsonCheckpointHandler(),
+      ),
+      # Otherwise, where a directory cannot be made, threads wait for it for
+      # minutes, and the process for them.
+      async_options=ocp.options.AsyncOptions(
+        create_directories_asynchronously=False
+      ),
     )
 
   def __enter__(self) -> "Checkpoints":
@@ -317,7 +325,7 @@ class Checkpoints:
     stored = sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
     size = 0
     for leaf in jax.tree.leaves(saved):
-      if not jnp.issubdtype(leaf.dtype, jnp.number):
+      if leaf.dtype not in _TYPES:
         raise TrainingError(f"{path} has an array of type {leaf.dtype}")
       chunk = getattr(leaf.storage, "chunk_shape", None) or ()
       elements = max(math.prod(leaf.shape), math.prod(chunk))

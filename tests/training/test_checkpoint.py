@@ -1,11 +1,36 @@
-"""Which checkpoints are kept."""
+"""Which checkpoints are kept, and what becomes of damaged ones."""
+
+import gc
+import json
+import os
+import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import optax
+import orbax.checkpoint as ocp
+import pytest
 
-from spatial_mamba_jax.training.checkpoint import Checkpoints, open_checkpoint
+from spatial_mamba_jax.training.checkpoint import (
+  Checkpoints,
+  SaveError,
+  open_checkpoint,
+)
+from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.evaluation import Evaluation
 from spatial_mamba_jax.training.state import Weights, initial_state
+
+# Of the callbacks that a failed save or restore leaves behind.
+pytestmark = [
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+  pytest.mark.filterwarnings("ignore:coroutine .* was never awaited"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _collect():
+  yield
+  gc.collect()  # Here, so that no other test is blamed for them.
 
 
 def state_after(step):
@@ -15,20 +40,47 @@ def state_after(step):
   return state.replace(step=jnp.asarray(step), ema=ema)
 
 
+def evaluation(top1):
+  return Evaluation(
+    top1, 1.0, loss=1.0, ece=0.1, images=9, undecided=0, unreadable=0
+  )
+
+
+def save(directory, scores, **options):
+  with Checkpoints(directory, **options) as checkpoints:
+    for step, top1 in scores.items():
+      checkpoints.save(state_after(step), {"seed": step})
+      if top1 is not None:
+        checkpoints.add_evaluation(step, evaluation(top1))
+
+
+def save_and_wait(checkpoints, step):
+  checkpoints.save(state_after(step), {"seed": step})
+  checkpoints.wait()
+
+
+def assert_restored(checkpoints, step):
+  assert checkpoints.experiment(step) == {"seed": step}
+  state = checkpoints.restore_state(step, state_after(0))
+  np.testing.assert_array_equal(state.ema.params["w"], np.full(3, step + 0.5))
+  np.testing.assert_array_equal(
+    state.weights.params["w"], np.full(3, float(step))
+  )
+
+
 def test_the_best_outlives_a_restart(tmp_path):
-  for steps in ({1: 0.5, 2: 0.9, 3: 0.7}, {4: 0.8, 5: 0.6, 6: None}):
-    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
-      for step, top1 in steps.items():
-        evaluation = None
-        if top1 is not None:
-          evaluation = Evaluation(
-            top1, 1.0, loss=1.0, ece=0.1, images=9, undecided=0, unreadable=0
-          )
-        checkpoints.save(state_after(step), {}, evaluation)
+  for scores in ({1: 0.5, 2: 0.9, 3: 0.7}, {4: 0.8, 5: 0.6, 6: None}):
+    save(tmp_path, scores, keep_last=2)
   with Checkpoints(tmp_path, create=False) as checkpoints:
     assert checkpoints.steps() == [2, 5, 6]
-    assert checkpoints.best_step() == 2
-    assert checkpoints.latest_step() == 6
+    assert checkpoints.best() == 2
+    assert checkpoints.newest() == 6
+    assert [checkpoints.is_evaluated(x) for x in (2, 5, 6)] == [
+      True,
+      True,
+      False,
+    ]
+    assert_restored(checkpoints, 6)
   like = state_after(0).ema
   for path, step in ((tmp_path, 2), (tmp_path / "5", 5)):
     with open_checkpoint(path) as (checkpoints, found):
@@ -37,3 +89,178 @@ def test_the_best_outlives_a_restart(tmp_path):
     assert weights.keys() == {"ema", "raw"}
     assert weights["raw"].params["w"][0] == step
     assert weights["ema"].params["w"][0] == step + 0.5
+
+
+def remove(path):
+  path.unlink()
+
+
+def empty(path):
+  path.write_bytes(b"")
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """Checkpoints of steps 1 to 3, of which the last is the best."""
+  directory = tmp_path_factory.mktemp("saved")
+  save(directory, {1: 0.1, 2: 0.2, 3: 0.3}, keep_last=3)
+  return directory
+
+
+@pytest.mark.parametrize("damage", [remove, empty, cut, flip])
+def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, capsys, damage):
+  """Whichever of its files is damaged; those before it are left."""
+  files = [
+    x.relative_to(saved) for x in (saved / "3").rglob("*") if x.is_file()
+  ]
+  # What orbax writes last, and nothing is read of.
+  unread = ("3/_CHECKPOINT_METADATA", "3/commit_success.txt")
+  assert len(files) > 15
+  for i, file in enumerate(files):
+    copy = shutil.copytree(saved, tmp_path / str(i))
+    damage(copy / file)
+    with Checkpoints(copy) as checkpoints:
+      if str(file) in unread or (file.name, damage) == ("digests.json", remove):
+        assert checkpoints.newest() == 3
+        assert_restored(checkpoints, 3)
+        continue
+      assert checkpoints.best() == checkpoints.newest() == 2, file
+      assert checkpoints.steps() == [1, 2]
+    for line in capsys.readouterr().err.splitlines():
+      assert "passing over step 3, which is damaged (" in line
+      assert line.endswith(": taking step 2")
+    assert (copy / "3.damaged").is_dir()
+  with Checkpoints(copy) as checkpoints:  # The step can be saved again.
+    save_and_wait(checkpoints, 3)
+    assert_restored(checkpoints, checkpoints.newest())
+
+
+@pytest.mark.parametrize("item", ["ema", "state", "experiment"])
+def test_a_lost_item_is_damage(saved, tmp_path, item):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  shutil.rmtree(copy / "3" / item)
+  with Checkpoints(copy) as checkpoints:
+    assert checkpoints.newest() == 2
+
+
+def test_half_of_one_and_foreign_ones(saved, tmp_path, capsys):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  shutil.copytree(copy / "3", copy / "4.orbax-checkpoint-tmp")
+  shutil.copytree(copy / "3", copy / "1.removed")
+  (copy / "notes").mkdir()
+  (copy / "7").mkdir()
+  (copy / "7" / "model.bin").write_bytes(b"0")
+  (copy / "8").write_text("a file")
+  with Checkpoints(copy) as checkpoints:
+    assert checkpoints.newest() == 3
+    assert checkpoints.steps() == [1, 2, 3]
+  assert capsys.readouterr().err == (
+    f"{copy}: passing over step 7, which is none of this project's:"
+    " taking step 3\n"
+  )
+  assert sorted(x.name for x in copy.iterdir()) == (
+    ["1", "2", "3", "7.damaged", "8", "notes"]
+  )
+
+
+def test_where_none_is_left_a_line_says_what_to_remove(saved, tmp_path):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  for step in (1, 2, 3):
+    cut(copy / str(step) / "state" / "manifest.ocdbt")
+  with (
+    Checkpoints(copy) as checkpoints,
+    pytest.raises(TrainingError, match=r"step 3.*step 2.*step 1.*; remove "),
+  ):
+    checkpoints.newest()
+  with pytest.raises(TrainingError, match="no checkpoint that can be used"):
+    open_checkpoint(copy / "2").__enter__()
+
+
+def test_checkpoints_of_before_have_no_digests(saved, tmp_path):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  (copy / "3" / "digests.json").unlink()
+  with Checkpoints(copy) as checkpoints:
+    assert checkpoints.newest() == 3
+    assert_restored(checkpoints, 3)
+    remove(copy / "3" / "state" / "manifest.ocdbt")
+    with pytest.raises(TrainingError, match=r"3 is damaged \(.*: remove it"):
+      checkpoints.restore_state(3, state_after(0))
+
+
+def test_a_save_that_fails_costs_nothing_else(tmp_path):
+  directory, aside = tmp_path / "checkpoints", tmp_path / "aside"
+  with Checkpoints(directory) as checkpoints:
+    checkpoints.save(state_after(1), {"seed": 1})
+    checkpoints.wait()
+    os.rename(directory, aside)
+    directory.write_text("in the way")
+    with pytest.raises(SaveError, match="step 2 cannot be saved in"):
+      save_and_wait(checkpoints, 2)
+    directory.unlink()
+    os.rename(aside, directory)
+    save_and_wait(checkpoints, 3)
+    assert checkpoints.steps() == [1, 3]
+    assert_restored(checkpoints, checkpoints.newest())
+
+
+@pytest.mark.parametrize("is_told_by", ["check", "save", "add", "exit"])
+def test_a_failure_in_the_background_is_told(tmp_path, monkeypatch, is_told_by):
+  def fail(directory):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(
+    "spatial_mamba_jax.training.checkpoint.write_digests", fail
+  )
+  told = pytest.raises(
+    SaveError,
+    match=r"step 1 cannot be saved in .*: No space left on device; the newest",
+  )
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state_after(1), {})
+  with told:
+    match is_told_by:
+      case "check":
+        while True:  # As a run does after each step.
+          checkpoints.check()
+      case "save":
+        checkpoints.save(state_after(2), {})
+      case "add":
+        checkpoints.add_evaluation(1, evaluation(0.5))
+      case "exit":
+        checkpoints.__exit__(None, None, None)
+  assert checkpoints.steps() == []
+  monkeypatch.undo()
+  save_and_wait(checkpoints, 2)
+  assert_restored(checkpoints, 2)
+
+
+def test_arrays_larger_than_their_files_are_refused(tmp_path):
+  weights = {
+    "params": {"head.kernel": np.zeros((4, 3), np.float32)},
+    "stats": {},
+  }
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(tmp_path / "7" / "ema", args=ocp.args.PyTreeSave(weights))
+  path = tmp_path / "7" / "ema" / "params.head.kernel" / ".zarray"
+  metadata = json.loads(path.read_text())
+  with open_checkpoint(tmp_path) as (checkpoints, step):
+    for change, message in (
+      ({"shape": [30_000, 30_000]}, "claims to hold arrays of 3600000000"),
+      ({"chunks": [30_000, 30_000]}, "claims to hold arrays of 3600000000"),
+      ({"dtype": "<c8"}, "of type complex64"),
+      ({"dtype": "|S100"}, "is damaged"),
+    ):
+      path.write_text(json.dumps({**metadata, **change}))
+      with pytest.raises(TrainingError, match=message):
+        checkpoints.restore_weights(step)
