@@ -394,14 +394,19 @@ def _escape(text: str) -> str:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-  """A record, or None where the line holds none."""
+  """A record, or None where the line holds none.
+
+  A null is a value that was not finite.
+  """
   try:
     record = json.loads(line)
-  except ValueError:
+  except (RecursionError, ValueError):
     return None
   if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
     return None
-  return record if type(record.get("step")) is int else None
+  if type(record.get("step")) is not int:
+    return None
+  return {k: math.nan if x is None else x for k, x in record.items()}
 
 
 def _number(value: Any) -> float | None:

@@ -112,7 +112,7 @@ def test_every_logged_value_is_drawn(tmp_path, capsys):
       train(20, loss=1.0, accuracy=0.75),
       evaluation(20, 0.9),
       evaluation(20, 0.5, "evaluation_raw"),
-      train(30, loss=float("nan")),
+      train(30, loss=None),
       evaluation(30, 0.8),
       evaluation(30, 0.4, "evaluation_raw"),
     ],

@@ -1,14 +1,18 @@
 """What is logged after a checkpoint is logged anew by the resumed run."""
 
+import io
 import json
 import struct
+import sys
 import time
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.training.metrics import (
   MetricWriter,
+  Progress,
   Stopwatch,
   slow_data_warning,
 )
@@ -75,3 +79,102 @@ def test_slow_data_says_what_to_raise():
   warning = slow_data_warning(0.34, DataConfig(num_workers=3))
   assert "waits for data 34% of the time" in warning
   assert "raise config.data.num_workers (now 3;" in warning
+
+
+RECORDS = [
+  '{"step": 10, "kind": "train", "loss": 1.0}\n',
+  '{"step": 20, "kind": "train", "loss": 0.5}\n',
+  '{"step": 20, "kind": "evaluation", "loss": 0.7}\n',
+]
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    b"garbage\n",
+    b"{}\n",
+    b"[1]\n",
+    b"7\n",
+    b'{"step": true, "kind": "train"}\n',
+    b'{"step": "10", "kind": "train"}\n',
+    b'{"step": 10}\n',
+    b"\xff\xfe\x00\n",
+    bytes(40) + b"\n",
+    b"[" * 100_000 + b"\n",
+    b"\n",
+  ],
+)
+@pytest.mark.parametrize("place", range(4))
+def test_a_damaged_line_is_kept_aside(tmp_path, capsys, damage, place):
+  path = tmp_path / "metrics.jsonl"
+  lines = [line.encode() for line in RECORDS]
+  path.write_bytes(b"".join([*lines[:place], damage, *lines[place:]]))
+  with MetricWriter(tmp_path, resumed_step=20) as writer:
+    assert writer.last_step == 20
+  assert path.read_text() == "".join(RECORDS)
+  aside = tmp_path / "metrics.jsonl.damaged"
+  assert aside.read_bytes() == damage
+  assert capsys.readouterr().err == (
+    f"{path}: 1 damaged lines were moved to {aside}\n"
+  )
+
+
+def test_an_evaluation_that_was_cut_off_is_logged_again(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("".join(RECORDS) + '{"step": 20, "kind": "evalu')
+  with MetricWriter(tmp_path, resumed_step=20, is_evaluated=False):
+    assert path.read_text() == "".join(RECORDS[:2])
+
+
+def strict(constant):
+  raise ValueError(f"{constant} is not JSON")
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  # As earlier versions wrote it.
+  path.write_text('{"step": 1, "kind": "train", "loss": NaN}\n')
+  with MetricWriter(tmp_path, resumed_step=1) as writer:
+    writer.write(2, "train", {"loss": float("nan"), "rate": float("-inf")})
+  records = [
+    json.loads(line, parse_constant=strict)
+    for line in path.read_text().splitlines()
+  ]
+  assert records == [
+    {"step": 1, "kind": "train", "loss": None},
+    {"step": 2, "kind": "train", "loss": None, "rate": None},
+  ]
+
+
+def test_what_is_written_survives_a_kill(tmp_path):
+  """Both files have it at once, and not when the writer is closed."""
+  with MetricWriter(tmp_path, resumed_step=0) as writer:
+    writer.write(3, "train", {"loss": 0.25})
+    assert '"step": 3' in (tmp_path / "metrics.jsonl").read_text()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    event = read_events(path)[-1]
+    assert event.summary.value[0].simple_value == 0.25
+
+
+def closed(*_):
+  raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("is_tty", [False, True])
+def test_a_closed_terminal_does_not_end_a_run(monkeypatch, is_tty):
+  monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+  terminal.isatty = lambda: is_tty
+  progress = Progress(step=0, steps=9, epoch_steps=3)
+  terminal.write = terminal.flush = closed
+  progress.advance()
+  progress.show(
+    1,
+    {
+      "loss": 1.0,
+      "accuracy": 0.5,
+      "images_per_second": 1.0,
+      "data_wait": 0.0,
+    },
+  )
+  progress.say("a line")
+  progress.close()

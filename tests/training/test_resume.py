@@ -7,6 +7,8 @@ import time
 import numpy as np
 import pytest
 
+from spatial_mamba_jax.training.workdir import WorkdirLock
+
 
 @pytest.fixture(scope="module")
 def whole(make_experiment, tmp_path_factory):
@@ -19,8 +21,9 @@ def whole(make_experiment, tmp_path_factory):
 
 
 def finish(experiment, workdir):
-  status, _, err = experiment.run("train.py", f"--workdir={workdir}")
-  assert status == 0, err
+  outcome = experiment.run("train.py", f"--workdir={workdir}")
+  assert outcome[0] == 0, outcome
+  return outcome
 
 
 def assert_same_run(experiment, workdir, whole):
@@ -63,22 +66,31 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
   for condition in (
     lambda: logged(2),
     lambda: is_saving(3),
-    lambda: is_saved(9),
+    lambda: is_saved(9),  # Before it is logged, and evaluated.
     lambda: logged(14),
+    lambda: logged(18),  # While it is evaluated.
   ):
     process = experiment.start("train.py", f"--workdir={workdir}")
     wait_for(condition, process)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-  # What SIGKILL can leave behind in the log: half a line.
+  assert is_saved(18)
+  # What SIGKILL can leave behind in the log: half a line. What a disk can do to
+  # the rest: a block of zeros, and a checkpoint whose file is cut off.
   with log.open("a") as file:
-    file.write('{"step": 1')
-  finish(experiment, workdir)
+    file.write("\0\0\0\n" + '{"step": 1')
+  (checkpoints / "18" / "state" / "manifest.ocdbt").write_bytes(b"")
+  _, _, err = finish(experiment, workdir)
+  first, second, *_ = err.splitlines()
+  assert first.startswith(f"{checkpoints}: passing over step 18, which is")
+  assert second.endswith(f"1 damaged lines were moved to {log}.damaged")
   assert_same_run(experiment, workdir, whole)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+)
 def test_a_signal_saves_first(experiment, tmp_path, whole, stop):
   workdir = tmp_path / "run"
   process = experiment.start("train.py", f"--workdir={workdir}")
@@ -93,6 +105,35 @@ def test_a_signal_saves_first(experiment, tmp_path, whole, stop):
   assert (workdir / "checkpoints" / step).is_dir()
   finish(experiment, workdir)
   assert_same_run(experiment, workdir, whole)
+
+
+def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
+  """Each after four steps, beside those of epochs, three steps each."""
+  workdir = tmp_path / "run"
+  flags = (f"--workdir={workdir}", "--config.evaluate_every=8")
+  process = experiment.start(
+    "train.py", *flags, "--config.checkpoint_every=4 steps"
+  )
+  wait_for((workdir / "checkpoints" / "12").exists, process)
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  # A run that holds the directory is the only one that writes there.
+  with WorkdirLock(workdir):
+    status, _, err = experiment.run("train.py", *flags)
+  assert status == 2
+  (line,) = err.splitlines()
+  assert f"{workdir} is in use by the run of " in line
+  status, _, err = experiment.run("train.py", *flags)
+  assert status == 0, err
+  resumed_after = int(err.splitlines()[0].split("after step ")[1])
+  assert resumed_after >= 12
+  assert resumed_after % 4 == 0
+  records = experiment.records(workdir)
+  assert [r for r in records if r["kind"] == "train"] == [
+    r for r in whole[0] if r["kind"] == "train"
+  ]
+  assert records[-2:] == whole[0][-2:]
 
 
 def test_a_contradicting_config_is_refused(experiment, tmp_path):

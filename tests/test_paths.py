@@ -1,0 +1,44 @@
+"""Paths that a user names."""
+
+import os
+import pathlib
+import pwd
+
+import pytest
+
+from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.paths import local_path
+
+
+def test_a_path_becomes_absolute(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  for path, expected in (
+    ("runs/a", tmp_path / "runs" / "a"),
+    (pathlib.Path("runs"), tmp_path / "runs"),
+    ("~/runs", tmp_path / "home" / "runs"),
+    ("/data/../runs", pathlib.Path("/data/../runs")),
+    ("gs", tmp_path / "gs"),
+    ("a:b", tmp_path / "a:b"),
+  ):
+    assert local_path(path) == expected
+
+
+@pytest.mark.parametrize(
+  "url", ["gs://bucket/run", "s3://bucket", "file:///data", "hdfs://a/b"]
+)
+def test_a_url_is_refused(url):
+  for path in (url, pathlib.Path(url)):
+    with pytest.raises(UserError, match="is a URL"):
+      local_path(path)
+
+
+def test_no_home_directory_is_a_mistake(monkeypatch):
+  def unknown(uid):
+    raise KeyError(uid)
+
+  monkeypatch.delenv("HOME")
+  monkeypatch.setattr(pwd, "getpwuid", unknown)
+  with pytest.raises(UserError, match="home directory"):
+    local_path("~/runs")
+  assert local_path("runs") == pathlib.Path(os.getcwd(), "runs")

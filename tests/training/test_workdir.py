@@ -1,0 +1,135 @@
+"""One run holds a working directory at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from spatial_mamba_jax.training import workdir as module
+from spatial_mamba_jax.training.config import TrainingError
+from spatial_mamba_jax.training.workdir import WorkdirLock
+
+HOLDER = """
+import pathlib, sys, time
+from spatial_mamba_jax.training.workdir import WorkdirLock
+with WorkdirLock(pathlib.Path(sys.argv[1])):
+  print("held", flush=True)
+  time.sleep(600)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
+  holder = subprocess.Popen(
+    (sys.executable, "-c", HOLDER, tmp_path),
+    stdout=subprocess.PIPE,
+    text=True,
+    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+  )
+  try:
+    assert holder.stdout.readline() == "held\n"
+    with (
+      pytest.raises(
+        TrainingError,
+        match=f"is in use by the run of {os.uname().nodename}, process"
+        f" {holder.pid}: ",
+      ),
+      WorkdirLock(tmp_path),
+    ):
+      pass
+  finally:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+  for _ in range(2):  # Free at once after a kill, and after an orderly end.
+    with WorkdirLock(tmp_path) as lock:
+      lock.check()
+
+
+@pytest.fixture
+def other_host(tmp_path, monkeypatch):
+  """The lock of a run on another machine, and its file."""
+  monkeypatch.setattr(module, "_SILENCE", 2.0)
+  path = tmp_path / "lock"
+  holder = {"host": "node7", "pid": 12, "machine": "another", "since": 0}
+  path.write_text(json.dumps(holder))
+  return path
+
+
+def test_another_host_that_is_long_silent_is_dead(other_host, capsys):
+  os.utime(other_host, (0, 0))
+  with WorkdirLock(other_host.parent) as lock:
+    lock.check()
+  assert not capsys.readouterr().err
+
+
+def test_another_host_is_waited_for(other_host, capsys):
+  with WorkdirLock(other_host.parent) as lock:
+    lock.check()
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "for a sign of life of the run of node7, process 12" in line
+
+
+def test_another_host_that_lives_is_not_disturbed(other_host):
+  ended = threading.Event()
+
+  def beat():
+    while not ended.wait(0.1):
+      os.utime(other_host)
+
+  thread = threading.Thread(target=beat)
+  thread.start()
+  try:
+    with (
+      pytest.raises(TrainingError, match="in use by the run of node7"),
+      WorkdirLock(other_host.parent),
+    ):
+      pass
+  finally:
+    ended.set()
+    thread.join()
+  assert json.loads(other_host.read_text())["host"] == "node7"
+
+
+def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
+  monkeypatch.setattr(module, "_BEAT", 0.01)
+  path = tmp_path / "lock"
+  with WorkdirLock(tmp_path):
+    os.utime(path, (0, 0))
+    until = time.monotonic() + 60
+    while path.stat().st_mtime == 0:
+      assert time.monotonic() < until
+      time.sleep(0.01)
+
+
+def test_a_lock_that_was_lost_is_noticed(tmp_path):
+  with WorkdirLock(tmp_path) as lock:
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({"host": "node7", "pid": 12}))
+    with pytest.raises(TrainingError, match="taken over by the run of node7"):
+      lock.check()
+    path.unlink()
+    with pytest.raises(TrainingError, match="lock was removed while"):
+      lock.check()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\0" * 9])
+def test_a_damaged_lock_of_nobody_is_taken(tmp_path, content):
+  (tmp_path / "lock").write_text(content)
+  with WorkdirLock(tmp_path) as lock:
+    lock.check()
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+  (tmp_path / "file").write_text("")
+  (tmp_path / "run" / "lock").mkdir(parents=True)
+  for path in (tmp_path / "file" / "run", tmp_path / "run"):
+    with (
+      pytest.raises(TrainingError, match=f"cannot write to {path}"),
+      WorkdirLock(path),
+    ):
+      pass
