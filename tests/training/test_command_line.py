@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 
 import pytest
 
@@ -25,6 +26,9 @@ import pytest
     (["--config=no/such/file.py"], "no/such/file.py"),
     (["extra"], "'extra' is no flag"),
     (["--workdir="], "--workdir=DIR is needed"),
+    (["--workdir=gs://bucket/run"], "gs://bucket/run is a URL"),
+    (["--workdir=train.py/run"], "cannot write to"),
+    (["--config.checkpoint_every=5 days"], '"500 steps", "10 minutes"'),
     (["--config.data.test_crop_ratio=1.2"], "test_crop_ratio must be within"),
   ],
 )
@@ -125,3 +129,31 @@ def test_evaluation_at_another_resolution_and_crop(experiment, tmp_path):
     assert (status, out) == (2, "")
     (line,) = err.splitlines()
     assert message in line
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(experiment, tmp_path):
+  """A limit of file sizes stands for it: saves fail, and the log does not."""
+  workdir = tmp_path / "run"
+  flag = f"--workdir={workdir}"
+  status, _, err = experiment.run("train.py", flag, "--config.epochs=2")
+  assert status == 0, err
+  (workdir / "checkpoints" / "6").rename(tmp_path / "6")
+  process = experiment.start(
+    "train.py",
+    flag,
+    "--config.epochs=2",
+    JAX_ENABLE_COMPILATION_CACHE="false",
+  )
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (8192, 8192))
+  _, err = process.communicate()
+  assert process.returncode == 1, err
+  told = [line for line in err.splitlines() if not line.startswith("step ")]
+  assert told == [
+    f"resuming {workdir} after step 3",
+    f"train.py: the checkpoint of step 6 cannot be saved in"
+    f" {workdir / 'checkpoints'}: File too large; the newest there is of step"
+    " 3; once it can be written, the same command resumes",
+  ]
+  status, _, err = experiment.run("train.py", flag, "--config.epochs=2")
+  assert status == 0, err
+  assert err.startswith(f"resuming {workdir} after step 3\n")
