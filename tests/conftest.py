@@ -1,6 +1,7 @@
 """Settings of every test, golden numbers, and a small tree of images."""
 
 import functools
+import gc
 import importlib.util
 import os
 import pathlib
@@ -15,6 +16,14 @@ if jax.__version_info__ >= (0, 12):
   os.environ.setdefault("PJRT_NPROC", "8")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs():
+  """Keeps a worker's memory to what the tests of one file compile."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @functools.cache

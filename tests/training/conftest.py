@@ -40,10 +40,15 @@ def get_config():
 """
 
 
+# Seconds. It guards against hangs, and not against a busy machine.
+PATIENCE = 1800
+
+
 class Experiment:
   """Runs of the scripts with one small config."""
 
   def __init__(self, directory, cache):
+    self._started = []
     self.path = directory / "experiment.py"
     self.path.write_text(EXPERIMENT)
     self._environment = {
@@ -57,7 +62,7 @@ class Experiment:
     flags = os.environ.get("XLA_FLAGS", "")
     several = f"--xla_force_host_platform_device_count={devices}"
     environment["XLA_FLAGS"] = f"{flags} {several}"
-    return subprocess.Popen(
+    process = subprocess.Popen(
       (sys.executable, script, f"--config={self.path}", *arguments),
       cwd=ROOT,
       env={**self._environment, **environment},
@@ -65,11 +70,19 @@ class Experiment:
       stderr=subprocess.PIPE,
       text=True,
     )
+    self._started.append(process)
+    return process
+
+  def end(self):
+    """Ends what was started, where a test that failed has left it."""
+    for process in self._started:
+      with process:
+        process.kill()
 
   def run(self, script, *arguments, **options):
     """(status, standard output, standard error)."""
     process = self.start(script, *arguments, **options)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
   @staticmethod
@@ -104,9 +117,19 @@ def make_experiment(tmp_path_factory):
   if "PYTEST_XDIST_WORKER" in os.environ:
     cache = cache.parent  # What one worker compiled serves the others.
   cache /= "compiled"
-  return lambda directory: Experiment(directory, cache)
+  made = []
+
+  def make(directory):
+    made.append(Experiment(directory, cache))
+    return made[-1]
+
+  yield make
+  for experiment in made:
+    experiment.end()
 
 
 @pytest.fixture
 def experiment(make_experiment, tmp_path):
-  return make_experiment(tmp_path)
+  experiment = make_experiment(tmp_path)
+  yield experiment
+  experiment.end()

@@ -39,7 +39,7 @@ def start_two(experiment, script, *arguments):
 
 
 def finish(processes):
-  outcomes = [process.communicate(timeout=300) for process in processes]
+  outcomes = [process.communicate(timeout=1800) for process in processes]
   return [process.returncode for process in processes], [
     err for _, err in outcomes
   ]
@@ -109,7 +109,7 @@ def test_two_processes_evaluate_as_one(experiment, image_tree, tmp_path):
   processes = start_two(
     experiment, "eval.py", *arguments, "--json", f"--output_dir={together}"
   )
-  outcomes = [process.communicate(timeout=300) for process in processes]
+  outcomes = [process.communicate(timeout=1800) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outcomes
   # One of them prints, and for both; the other lines are XLA's.
   (line,) = [

@@ -37,7 +37,7 @@ def assert_same_run(experiment, workdir, whole):
 
 def wait_for(condition, process):
   """Waits until the condition holds or the process has ended."""
-  until = time.monotonic() + 240
+  until = time.monotonic() + 1800  # It guards against hangs alone.
   while process.poll() is None and not condition():
     assert time.monotonic() < until
     time.sleep(0.001)
