@@ -156,7 +156,7 @@ class Checkpoints:
       SaveError: this checkpoint, or the one before, could not be written.
     """
     self._save(
-      int(state.step),
+      int(jax.device_get(state.step)),
       ema=ocp.args.StandardSave(state.ema),
       state=ocp.args.PyTreeSave(_without_ema(state)),
       experiment=ocp.args.JsonSave(experiment),

@@ -73,6 +73,8 @@ from spatial_mamba_jax.training.workdir import WorkdirLock
 # Enough that the device never waits for the host. Were there no end to it, the
 # host would take batches as fast as they come, and always wait for more.
 _STEPS_IN_FLIGHT = 2
+# Whose versions a run is described with.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 class NonFiniteError(Exception):
@@ -231,7 +233,7 @@ class _Run:
       if step >= self.steps and is_evaluated:
         print(f"{workdir}: all {self.steps} steps are done already")
         return None
-      _describe_run(config, workdir, self.epoch_steps)
+      self._describe()
       self.writer = stack.enter_context(
         MetricWriter(workdir, resumed_step=step, is_evaluated=is_evaluated)
       )
@@ -248,6 +250,20 @@ class _Run:
       state = self._finish_log(state, step)
       evaluation = None if is_evaluated else self._evaluate(state, step)
       return self._loop(state, step, batches) or evaluation
+
+  def _describe(self) -> None:
+    """Leaves a description beside the checkpoints."""
+    if jax.process_index():
+      return
+    description = {
+      "config": to_dict(self.config),
+      "epoch_steps": self.epoch_steps,
+      "versions": provenance.versions(_PACKAGES),
+      "commit": provenance.commit(),
+      "devices": [device.device_kind for device in jax.devices()],
+    }
+    text = json.dumps(description, indent=2, allow_nan=False)
+    write_whole(self.workdir / "run.json", text + "\n")
 
   def _first_step(self) -> int:
     """The step of the checkpoint to go on from; 0 where there is none."""
@@ -336,7 +352,8 @@ class _Run:
     """
     if not self._is_logged(step):
       return state
-    if self.writer.last_step < step and state.window["steps"]:
+    is_empty = not jax.device_get(state.window["steps"])
+    if self.writer.last_step < step and not is_empty:
       metrics = self._read_window(state, step)
       del metrics["images"]
       unknown = {"images_per_second": math.nan, "data_wait": math.nan}
@@ -426,7 +443,7 @@ class _Run:
     }
 
   def _check_finite(self, state: TrainState) -> None:
-    bad_step = int(state.bad_step)
+    bad_step = int(jax.device_get(state.bad_step))
     if bad_step >= 0:
       raise NonFiniteError(
         f"the loss or the gradient of step {bad_step} is not finite; the"
@@ -463,21 +480,3 @@ def open_checked_source(config: TrainConfig, split: str) -> Source:
       f" --config.model.num_classes={source.num_classes}"
     )
   return source
-
-
-def _describe_run(
-  config: TrainConfig, workdir: pathlib.Path, epoch_steps: int
-) -> None:
-  """Leaves a description beside the checkpoints."""
-  if jax.process_index():
-    return
-  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-  description = {
-    "config": to_dict(config),
-    "epoch_steps": epoch_steps,
-    "versions": provenance.versions(packages),
-    "commit": provenance.commit(),
-    "devices": [device.device_kind for device in jax.devices()],
-  }
-  text = json.dumps(description, indent=2, allow_nan=False)
-  write_whole(workdir / "run.json", text + "\n")
