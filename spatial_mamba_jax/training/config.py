@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.errors import UserError
@@ -111,7 +111,8 @@ class MixingConfig:
   cutmix_alpha: float = 1.0
 
 
-class Interval(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Interval:
   """A time: so many "steps" or "minutes"."""
 
   count: int
@@ -186,12 +187,11 @@ class TrainConfig:
     if not self.checkpoint_every:
       return None
     match = _INTERVAL.fullmatch(self.checkpoint_every)
-    _require(
-      match is not None,
-      self,
-      "checkpoint_every",
-      '"500 steps", "10 minutes" or empty',
-    )
+    if match is None:
+      raise TrainingError(
+        'config.checkpoint_every must be "500 steps", "10 minutes" or empty,'
+        f" got {self.checkpoint_every!r}"
+      )
     return Interval(int(match[1]), f"{match[2] or 'step'}s")
 
   def validate(self) -> None:

@@ -13,8 +13,13 @@ from typing import Any
 import jax
 import tqdm
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import (
+  Event,  # pyright: ignore[reportAttributeAccessIssue]
+  SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from tensorboardX.proto.summary_pb2 import (
+  Summary,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.training.digests import write_whole
