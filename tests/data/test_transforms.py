@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFile
 
 from spatial_mamba_jax.data import DataConfig, transforms
 
@@ -130,7 +130,7 @@ class TestSimplejpeg:
 
   def test_it_is_what_decodes(self, monkeypatch):
     encoded = encode(photo(8, 8), "JPEG")
-    monkeypatch.setattr(Image, "open", None)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     assert transforms.decode_image(encoded, "simplejpeg").size == (8, 8)
 
   def test_other_formats_are_left_to_pillow(self):
