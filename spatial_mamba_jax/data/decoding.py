@@ -2,6 +2,8 @@
 
 import functools
 import io
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +85,18 @@ def decode_image(
     image.load()  # Converting would copy it.
     return image
   return image.convert("RGB")
+
+
+def read_image(path: pathlib.Path) -> bytes:
+  """Reads an image file.
+
+  Raises:
+    OSError: if it cannot be read.
+    ValueError: if it is larger than `MAX_BYTES`.
+  """
+  with path.open("rb") as file:
+    _check_memory(os.fstat(file.fileno()).st_size)
+    return file.read()
 
 
 def check_size(width: int, height: int, pixel: int = _PIXEL) -> None:
