@@ -14,8 +14,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 # resized to, each by itself. What would take more is unreadable. Pillow itself
 # refuses more than 178,956,970 pixels.
 MAX_BYTES = 2**30
-# Bytes that Pillow takes for a pixel and for a row, and those that scaling takes
-# for a pixel of 32 bits.
+# Bytes of a pixel and of a row in Pillow, and of a pixel of 32 bits while it is
+# scaled.
 _PIXEL, _ROW, _SCALED = 4, 8, 16
 
 # Pillow's formats that are read -> suffixes of their files, in lower case.
@@ -190,5 +190,5 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
   lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
   transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
   converted = ImageCms.applyTransform(image, transform)
-  assert converted is not None  # It is only where the image is changed in place.
+  assert converted is not None  # As it would be after a change in place.
   return converted

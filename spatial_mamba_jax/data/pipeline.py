@@ -243,7 +243,6 @@ class Batches:
         f"{named}{', ...' if count > 5 else ''}"
       )
 
-
   def _report_lost_class(self, index: int) -> None:
     labels = getattr(self._source, "labels", None)  # Of an image folder.
     if labels is None:

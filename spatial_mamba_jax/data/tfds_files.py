@@ -143,7 +143,7 @@ def _check_shard(path: pathlib.Path, length: int) -> None:
     )
     count = reader.num_records()
     reader.close()
-  except Exception as error:  # Of array_record, RuntimeError with or without why.
+  except Exception as error:  # array_record's are RuntimeErrors, some empty.
     raise DamageError(path, error if str(error) else "it is cut") from error
   if count != length:
     raise DamageError(
@@ -178,7 +178,9 @@ def read_contents(directory: pathlib.Path) -> Contents:
     raise DamageError(path, "it is no FeaturesDict")
   if _of_class(by_name.get("image"), tfds.features.Image, "image") is None:
     raise DamageError(path, "it has no feature image of the class Image")
-  label = _of_class(by_name.get("label"), tfds.features.ClassLabel, "classLabel")
+  label = _of_class(
+    by_name.get("label"), tfds.features.ClassLabel, "classLabel"
+  )
   if label is None:
     raise DamageError(path, "it has no feature label of the class ClassLabel")
   num_classes = _count(label.get("numClasses"))
