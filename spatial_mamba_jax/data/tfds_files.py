@@ -96,6 +96,8 @@ def read_shards(directory: pathlib.Path, split: str) -> list[Shard]:
   ):
     raise DamageError(path, "its splits have no names")
   by_name = {part["name"]: part for part in splits}
+  if len(by_name) < len(splits):
+    raise DamageError(path, "two splits have the same name")
   if split not in by_name:
     raise DataError(
       f"{directory} has no {split} split, only {', '.join(by_name) or 'none'}"
@@ -158,17 +160,18 @@ def read_contents(directory: pathlib.Path) -> Contents:
     directory: `DATA_DIR/NAME/VERSION`.
 
   Raises:
-    DataError: if it names a class that is not one of TFDS' features.
-    DamageError: if it, or the file of the classes' names, is damaged.
+    DamageError: if it, or the file of the classes' names, is damaged, or if it
+      names a class that is not one of TFDS' features.
   """
   path = directory / "features.json"
   features = _read_json(path)
   try:
     for class_name in _class_names(features):
       if class_name not in _feature_classes():
-        raise DataError(
-          f"{path} names the class {one_line(class_name)}, which is not one of "
-          "TensorFlow Datasets' features: code that comes with data is not run"
+        raise DamageError(
+          path,
+          f"it names the class {class_name}, which is not one of TensorFlow "
+          "Datasets' features, and code that comes with data is not run",
         )
   except RecursionError as error:
     raise DamageError(path, error) from error
