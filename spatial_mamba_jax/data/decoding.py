@@ -39,9 +39,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
-def decode_image(
-  encoded: bytes | np.ndarray, decoder: str = "pillow"
-) -> Image.Image:
+def decode_image(encoded: Any, decoder: str = "pillow") -> Image.Image:
   """Decodes an image file to RGB.
 
   Transparency is dropped and the EXIF orientation is not applied, as in the
@@ -56,8 +54,9 @@ def decode_image(
       simplejpeg refuses.
 
   Raises:
-    Exception: whatever the decoder makes of a broken file, and ValueError for
-      one that would take more than `MAX_BYTES`.
+    Exception: whatever the decoder makes of a broken file; TypeError for what is
+      neither bytes nor an array, and ValueError for what would take more than
+      `MAX_BYTES`.
   """
   if isinstance(encoded, np.ndarray):
     return _from_pixels(encoded)
