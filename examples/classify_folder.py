@@ -57,38 +57,36 @@ def classify(model: smj.SpatialMamba, files: list[str], size: int):
 def main() -> None:
   """Classifies as the command line says."""
   parser = argparse.ArgumentParser(description="Classifies images to a CSV.")
-  parser.add_argument("folder")
-  parser.add_argument("out")
-  parser.add_argument("--checkpoint")
+  for name in ("folder", "out", "--checkpoint"):
+    parser.add_argument(name)
   parser.add_argument("--image_size", type=int, default=224)
   options = parser.parse_args()
-  data.DataConfig(image_size=options.image_size).validate()
+  size = options.image_size
+  data.DataConfig(image_size=size).validate()
   folder = paths.local_path(options.folder, "folder")
   files = image_folder.list_images(folder)[0] if folder.is_dir() else []
   if not files:
-    known = " ".join(image_folder.EXTENSIONS)
-    raise errors.UserError(f"{folder} has no images: {known}")
+    raise errors.UserError(f"{folder} has no images")
   model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
   if options.checkpoint:
     checkpoint = paths.local_path(options.checkpoint, "--checkpoint")
     model = load_model(checkpoint.absolute())
   if not isinstance(model, smj.SpatialMamba):
-    raise errors.UserError(
-      f"{options.checkpoint} is a backbone, and has no classes"
-    )
+    raise errors.UserError(f"{options.checkpoint} has no classes")
+  out = paths.local_path(options.out, "out")
   # Bytes that are no UTF-8 stay as they are in the paths.
-  with paths.local_path(options.out, "out").open(
-    "a", newline="", encoding="utf-8", errors="surrogateescape"
-  ) as file:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # One run at a time.
-    if file.seekable():
+  text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+  with out.open("a", **text) as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.UserError(f"another run is writing {out}") from None
+    if out.is_file():
       file.truncate(0)
     table = csv.writer(file)
     table.writerow(("path", "class", "probability", "error"))
     for start in tqdm(range(0, len(files), BATCH_SIZE)):
-      rows = classify(
-        model, files[start : start + BATCH_SIZE], options.image_size
-      )
+      rows = classify(model, files[start : start + BATCH_SIZE], size)
       table.writerows(rows)
       file.flush()  # Whatever comes, these are kept.
       for path, *_, error in rows:
