@@ -75,8 +75,7 @@ def main() -> None:
     raise errors.UserError(f"{options.checkpoint} has no classes")
   out = paths.local_path(options.out, "out")
   # Bytes that are no UTF-8 stay as they are in the paths.
-  text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-  with out.open("a", **text) as file:
+  with out.open("a", -1, "utf-8", "surrogateescape", newline="") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

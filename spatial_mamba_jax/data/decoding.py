@@ -54,9 +54,9 @@ def decode_image(encoded: Any, decoder: str = "pillow") -> Image.Image:
       simplejpeg refuses.
 
   Raises:
-    Exception: whatever the decoder makes of a broken file; TypeError for what is
-      neither bytes nor an array, and ValueError for what would take more than
-      `MAX_BYTES`.
+    Exception: whatever the decoder makes of a broken file; TypeError for what
+      is neither bytes nor an array, and ValueError for what would take more
+      than `MAX_BYTES`.
   """
   if isinstance(encoded, np.ndarray):
     return _from_pixels(encoded)

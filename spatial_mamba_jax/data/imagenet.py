@@ -57,7 +57,7 @@ with registered.skip_registration():
 
     def _generate_examples(
       self, images: image_folder.ImageFolder
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
       for index in range(len(images)):
         # Bytes, because names may be in any encoding.
         file_name = os.fsencode(images.path(index).name)

@@ -4,13 +4,8 @@ import dataclasses
 import itertools
 import logging
 import math
-import multiprocessing
 import operator
-import os
-import signal
 import sys
-import threading
-import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,7 +15,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from spatial_mamba_jax.data import transforms
+from spatial_mamba_jax.data import transforms, workers
 from spatial_mamba_jax.data.config import DataConfig, DataError
 from spatial_mamba_jax.data.sources import Source
 from spatial_mamba_jax.errors import one_line
@@ -146,7 +141,7 @@ class Batches:
     self._source = source
     self._config = config
     self._unreadable: dict[int, str] = {}
-    _ignore_pillow_warnings()
+    workers.ignore_pillow_warnings()
     batches = dataset.to_iter_dataset(
       grain.ReadOptions(
         num_threads=config.num_threads, prefetch_buffer_size=config.prefetch
@@ -160,7 +155,7 @@ class Batches:
           num_workers=config.num_workers,
           per_worker_buffer_size=config.prefetch,
         ),
-        worker_init_fn=_start_worker,
+        worker_init_fn=workers.start,
       )
     self._iterator = iter(batches)
     self._batches = itertools.islice(self._iterator, num_batches)
@@ -330,10 +325,11 @@ def _make_example(
 ) -> _Made:
   try:
     record = source[index]
-    label, num_classes = record.get("label"), source.num_classes
-    if not _is_label(label, num_classes):
+    given, num_classes = record.get("label"), source.num_classes
+    label = _as_label(given, num_classes)
+    if label is None:
       reason = (
-        f"its label is {label!r}, but labels of {num_classes} classes are "
+        f"its label is {given!r}, but labels of {num_classes} classes are "
         f"integers from 0 to {num_classes - 1}"
       )
       return _nothing(config, _MISLABELLED, reason)
@@ -355,11 +351,13 @@ def _as_arrays(made: _Made) -> dict[str, Any]:
   return {"image": made.pixels, "label": np.int32(made.label)}
 
 
-def _is_label(label: Any, num_classes: int) -> bool:
+def _as_label(label: Any, num_classes: int) -> int | None:
+  """The label as an int; None where it is none of the classes."""
   try:
-    return 0 <= operator.index(label) < num_classes
+    number = operator.index(label)
   except TypeError:
-    return False
+    return None
+  return number if 0 <= number < num_classes else None
 
 
 def _as_numbers(index: int, made: _Made) -> dict[str, Any]:
@@ -373,34 +371,3 @@ def _as_numbers(index: int, made: _Made) -> dict[str, Any]:
 
 def _decode_reason(reason: np.ndarray) -> str:
   return reason.tobytes().decode(errors="ignore").rstrip()
-
-
-def _ignore_pillow_warnings() -> None:
-  """Odd metadata and the like must not fail where warnings are errors."""
-  warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def _start_worker(worker_index: int, worker_count: int) -> None:
-  """Prepares a worker process; grain passes arguments it does not need."""
-  del worker_index, worker_count
-  _ignore_pillow_warnings()
-  # The accelerator belongs to the main process. If jax was imported on the way
-  # here, it has read its variable already, but started no backend.
-  os.environ["CUDA_VISIBLE_DEVICES"] = ""
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  import jax
-
-  jax.config.update("jax_platforms", "cpu")
-  # Signals reach the whole process group; it is for the main process to decide
-  # what they mean, perhaps to save first, and then to end its workers.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """Without this a worker would outlive a main process that was killed."""
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  parent.join()
-  os._exit(1)

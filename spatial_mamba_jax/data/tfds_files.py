@@ -15,7 +15,7 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_data_source
 
 from spatial_mamba_jax.data.config import DataError
 from spatial_mamba_jax.errors import one_line
@@ -138,7 +138,7 @@ def _check_shard(path: pathlib.Path, length: int) -> None:
     # array_record itself opens a directory, and says little of other damage.
     with path.open("rb"):
       pass
-    reader = array_record_module.ArrayRecordReader(
+    reader = array_record_data_source.array_record_module.ArrayRecordReader(
       os.fsencode(path),
       options="readahead_buffer_size:0",
       file_reader_buffer_size=2**15,
@@ -283,5 +283,6 @@ def _count(value: Any) -> int | None:
   """A count as protobuf writes it in JSON, as digits in a string mostly."""
   if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
     return int(value)
-  is_count = isinstance(value, int) and not isinstance(value, bool)
-  return value if is_count and 0 <= value < 2**63 else None
+  if not isinstance(value, int) or isinstance(value, bool):
+    return None
+  return value if 0 <= value < 2**63 else None

@@ -87,7 +87,9 @@ class _Examples:
   def __init__(
     self, shards: list[tfds_files.Shard], contents: tfds_files.Contents
   ):
-    self._records = array_record_data_source.ArrayRecordDataSource(shards)
+    # Any: a path is annotated as text, but may be bytes.
+    paths: Any = shards
+    self._records = array_record_data_source.ArrayRecordDataSource(paths)
     features: dict[str, tfds.features.FeatureConnector] = {
       "image": tfds.features.Image(),
       "label": tfds.features.ClassLabel(num_classes=len(contents.classes)),
@@ -100,10 +102,12 @@ class _Examples:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    # TFDS would decode the image with TensorFlow.
-    return self._features.deserialize_example_np(
+    # TFDS would decode the image with TensorFlow. Any: its annotations are
+    # wider than what it does.
+    example: Any = self._features.deserialize_example_np(
       self._records[index], decoders={"image": tfds.decode.SkipDecoding()}
     )
+    return example
 
 
 def _decode(example: dict[str, Any]) -> dict[str, Any]:

@@ -70,20 +70,20 @@ def transform_for_evaluation(
   return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-class _Weights(NamedTuple):
-  """Which pixels along an axis make each new one, and how much.
+class _Taps(NamedTuple):
+  """Which pixels along an axis make each new one, and how much of it.
 
   Attributes:
-    index: [size, taps], of the old pixels.
-    weight: [size, taps], times 2 to the power of `_WEIGHT_BITS`.
+    pixel: [size, 5], indices of old pixels.
+    weight: [size, 5], times 2 to the power of `_WEIGHT_BITS`.
   """
 
-  index: np.ndarray
+  pixel: np.ndarray
   weight: np.ndarray
 
 
-def _enlarge(old: int, new: int, first: int, size: int) -> _Weights:
-  """Pillow's bicubic weights (`precompute_coeffs` in its Resample.c) of a part.
+def _enlarge(old: int, new: int, first: int, size: int) -> _Taps:
+  """Pillow's bicubic taps (`precompute_coeffs` in its Resample.c) of a part.
 
   Args:
     old: pixels along the axis.
@@ -94,40 +94,38 @@ def _enlarge(old: int, new: int, first: int, size: int) -> _Weights:
   centre = (np.arange(first, first + size)[:, None] + 0.5) * (old / new)
   start = np.maximum((centre - 2 + 0.5).astype(int), 0)
   end = np.minimum((centre + 2 + 0.5).astype(int), old)
-  index = start + np.arange(5)
-  x = np.abs(index - centre + 0.5)
+  pixel = start + np.arange(5)
+  x = np.abs(pixel - centre + 0.5)
   weight = np.where(
     x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
   )
-  weight = np.where((x < 2) & (index < end), weight, 0.0)
+  weight = np.where((x < 2) & (pixel < end), weight, 0.0)
   # Added in order, as Pillow does it.
   weight /= np.add.accumulate(weight, axis=1)[:, -1:]
   scaled = weight * (1 << _WEIGHT_BITS)
   rounded = (scaled + np.copysign(0.5, scaled)).astype(int)
-  return _Weights(np.minimum(index, old - 1), rounded)
+  return _Taps(np.minimum(pixel, old - 1), rounded)
 
 
-def _resample(
-  image: Image.Image, columns: _Weights, rows: _Weights
-) -> np.ndarray:
+def _resample(image: Image.Image, columns: _Taps, rows: _Taps) -> np.ndarray:
   """A part of the enlarged image as Pillow gives it: uint8 [H, W, 3]."""
-  left, top = columns.index.min(), rows.index.min()
-  box = (left, top, columns.index.max() + 1, rows.index.max() + 1)
-  pixels = np.asarray(image.crop(tuple(map(int, box))))
+  left, right = int(columns.pixel.min()), int(columns.pixel.max()) + 1
+  top, bottom = int(rows.pixel.min()), int(rows.pixel.max()) + 1
+  pixels = np.asarray(image.crop((left, top, right, bottom)))
   # Columns first, and rounded, as Pillow does it.
-  pixels = _weigh(pixels, columns.index - left, columns.weight)
-  turned = _weigh(pixels.swapaxes(0, 1), rows.index - top, rows.weight)
+  pixels = _weigh(pixels, columns.pixel - left, columns.weight)
+  turned = _weigh(pixels.swapaxes(0, 1), rows.pixel - top, rows.weight)
   return turned.swapaxes(0, 1)
 
 
 def _weigh(
-  pixels: np.ndarray, index: np.ndarray, weight: np.ndarray
+  pixels: np.ndarray, places: np.ndarray, weight: np.ndarray
 ) -> np.ndarray:
-  """[A, B, 3] to [A, size, 3], both uint8."""
+  """[A, B, 3] to [A, size, 3], both uint8; places are along B."""
   half = 1 << (_WEIGHT_BITS - 1)
-  total = np.full((len(pixels), len(index), 3), half, np.int64)
-  for taps in range(index.shape[1]):
-    total += pixels[:, index[:, taps]] * weight[:, taps, None]
+  total = np.full((len(pixels), len(places), 3), half, np.int64)
+  for tap in range(places.shape[1]):
+    total += pixels[:, places[:, tap]] * weight[:, tap, None]
   return (total >> _WEIGHT_BITS).clip(0, 255).astype(np.uint8)
 
 
