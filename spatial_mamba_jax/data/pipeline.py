@@ -226,8 +226,8 @@ class Batches:
 
   def _report_unreadable(self, index: int, name: str, reason: str) -> None:
     self._unreadable[index] = self._source.name(index)
-    logging.warning("Unreadable image %s: %s", name, reason)
-    self._report_lost_class(index)
+    lost = self._lost_class(index)
+    logging.warning("Unreadable image %s: %s%s", name, reason, lost)
     count, total = len(self._unreadable), len(self._source)
     tolerated = self._config.max_unreadable_share
     if count > tolerated * total:
@@ -238,15 +238,17 @@ class Batches:
         f"{named}{', ...' if count > 5 else ''}"
       )
 
-  def _report_lost_class(self, index: int) -> None:
+  def _lost_class(self, index: int) -> str:
+    """Says so where the image was the last of its class."""
     labels = getattr(self._source, "labels", None)  # Of an image folder.
     if labels is None:
-      return
+      return ""
     label = labels[index]
     unreadable = labels[list(self._unreadable)] == label
-    if unreadable.sum() == (labels == label).sum():
-      name = one_line(self._source.classes[label])
-      logging.warning("Class %s has no readable image", name)
+    if unreadable.sum() < (labels == label).sum():
+      return ""
+    name = one_line(self._source.classes[label])
+    return f"; class {name} has no readable image"
 
 
 class _Made(NamedTuple):
