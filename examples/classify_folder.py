@@ -9,7 +9,9 @@ wrong with the file. Without a checkpoint the weights are random.
 
 import argparse
 import csv
+import fcntl
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,8 @@ from flax import nnx
 from tqdm import tqdm
 
 import spatial_mamba_jax as smj
-from spatial_mamba_jax.data import (
-  IMAGENET_MEAN,
-  IMAGENET_STD,
-  DataConfig,
-  transforms,
-)
-from spatial_mamba_jax.data.image_folder import EXTENSIONS
+from spatial_mamba_jax import data, errors
+from spatial_mamba_jax.data import decoding, image_folder, paths, transforms
 from spatial_mamba_jax.training.weights import load_model
 
 BATCH_SIZE = 8
@@ -33,64 +30,69 @@ BATCH_SIZE = 8
 @nnx.jit
 def probabilities(model: smj.SpatialMamba, pixels: jax.Array) -> jax.Array:
   """[B, H, W, 3] bytes to [B, K]."""
-  mean, std = jnp.array(IMAGENET_MEAN), jnp.array(IMAGENET_STD)
+  mean, std = jnp.array(data.IMAGENET_MEAN), jnp.array(data.IMAGENET_STD)
   return jax.nn.softmax(model((pixels / 255 - mean) / std))
 
 
-def classify(
-  model: smj.SpatialMamba, paths: list[pathlib.Path], config: DataConfig
-) -> list[tuple]:
+def classify(model: smj.SpatialMamba, files: list[str], size: int):
   """(path, class, probability, error) of each, up to a batch of them."""
   # As many each time, so that one program serves all.
-  pixels = np.zeros((BATCH_SIZE, config.image_size, config.image_size, 3))
-  errors = {}
-  for i, path in enumerate(paths):
+  pixels = np.zeros((BATCH_SIZE, size, size, 3), np.uint8)
+  config, wrong = data.DataConfig(image_size=size), {}
+  for i, path in enumerate(files):
     try:
-      image = transforms.decode_image(path.read_bytes())
+      image = decoding.decode_image(decoding.read_image(pathlib.Path(path)))
       pixels[i] = transforms.transform_for_evaluation(image, config)
     except Exception as error:  # Decoders raise whatever they like.
-      errors[path] = f"unreadable: {error}"
-  scores = np.asarray(probabilities(model, jnp.asarray(pixels, jnp.uint8)))
+      wrong[path] = f"unreadable: {errors.one_line(error)}"
+  scores = np.asarray(probabilities(model, jnp.asarray(pixels)))
   return [
-    (path, "", "", errors[path])
-    if path in errors
+    (path, "", "", wrong[path])
+    if path in wrong
     else (path, score.argmax(), f"{score.max():.4f}", "")
-    for path, score in zip(paths, scores, strict=False)
+    for path, score in zip(files, scores, strict=False)
   ]
 
 
 def main() -> None:
   """Classifies as the command line says."""
   parser = argparse.ArgumentParser(description="Classifies images to a CSV.")
-  parser.add_argument("folder", type=pathlib.Path)
-  parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--checkpoint", type=pathlib.Path)
+  for name in ("folder", "out", "--checkpoint"):
+    parser.add_argument(name)
   parser.add_argument("--image_size", type=int, default=224)
   options = parser.parse_args()
-  files = sorted(options.folder.rglob("*"))
-  paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
-  if not paths:
-    parser.error(f"{options.folder} has no images: {' '.join(EXTENSIONS)}")
+  size = options.image_size
+  data.DataConfig(image_size=size).validate()
+  folder = paths.local_path(options.folder, "folder")
+  files = image_folder.list_images(folder)[0] if folder.is_dir() else []
+  if not files:
+    raise errors.UserError(f"{folder} has no images")
   model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
   if options.checkpoint:
-    try:
-      model = load_model(options.checkpoint)
-    except ValueError as error:
-      parser.error(str(error))
+    checkpoint = paths.local_path(options.checkpoint, "--checkpoint")
+    model = load_model(checkpoint.absolute())
   if not isinstance(model, smj.SpatialMamba):
-    parser.error(f"{options.checkpoint} is a backbone, and has no classes")
-  config = DataConfig(image_size=options.image_size)
-  with options.out.open("w", newline="") as file, tqdm(total=len(paths)) as bar:
+    raise errors.UserError(f"{options.checkpoint} has no classes")
+  out = paths.local_path(options.out, "out")
+  # Bytes that are no UTF-8 stay as they are in the paths.
+  with out.open("a", -1, "utf-8", "surrogateescape", newline="") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.UserError(f"another run is writing {out}") from None
+    if out.is_file():
+      file.truncate(0)
     table = csv.writer(file)
     table.writerow(("path", "class", "probability", "error"))
-    for start in range(0, len(paths), BATCH_SIZE):
-      rows = classify(model, paths[start : start + BATCH_SIZE], config)
+    for start in tqdm(range(0, len(files), BATCH_SIZE)):
+      rows = classify(model, files[start : start + BATCH_SIZE], size)
       table.writerows(rows)
-      bar.update(len(rows))
+      file.flush()  # Whatever comes, these are kept.
       for path, *_, error in rows:
         if error:
-          bar.write(f"{path}: {error}")
+          tqdm.write(f"{errors.one_line(path)}: {error}")
 
 
 if __name__ == "__main__":
-  main()
+  if status := errors.run_command("classify_folder", main):
+    sys.exit(status)

@@ -1,13 +1,17 @@
 """Every example runs as its docstring says, on a smaller model."""
 
 import csv
+import fcntl
+import os
 import pathlib
 import runpy
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
+from spatial_mamba_jax.data import decoding
 from spatial_mamba_jax.models import config as models
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -85,6 +89,76 @@ def test_classify_folder_with_nothing_to_do(run, tmp_path, capsys):
   with pytest.raises(SystemExit):
     run("classify_folder.py", tmp_path / "nowhere", tmp_path / "out.csv")
   assert "nowhere has no images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("folder", "out", "flags", "expected"),
+  [
+    ("notes.txt", "out.csv", (), "notes.txt has no images"),
+    ("~nobody-of-that-name", "out.csv", (), "there is no home directory"),
+    ("gs://bucket", "out.csv", (), "directory of this machine"),
+    ("images", "nowhere/out.csv", (), "No such file or directory"),
+    ("images", "images", (), "Is a directory"),
+    ("images", "out.csv", ("--checkpoint=nowhere",), "nowhere"),
+    ("images", "out.csv", ("--image_size=0",), "image_size must be at least 1"),
+  ],
+)
+def test_classify_folder_tells_mistakes_in_one_line(
+  run, tmp_path, monkeypatch, capsys, folder, out, flags, expected
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "x.png").write_bytes(b"no image")
+  (tmp_path / "notes.txt").touch()
+  (tmp_path / "out.csv").write_text("rows of an earlier run")
+  with pytest.raises(SystemExit) as caught:
+    run("classify_folder.py", folder, out, "--image_size=16", *flags)
+  assert caught.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith("classify_folder: ")
+  assert error.count("\n") == 1
+  assert expected in error
+  assert (tmp_path / "out.csv").read_text() == "rows of an earlier run"
+
+
+def test_classify_folder_keeps_rows_and_names(
+  run, tmp_path, monkeypatch, capsys
+):
+  """Relative paths, names that are no UTF-8, and an end half way."""
+  monkeypatch.chdir(tmp_path)
+  names = [b"%02d.png" % i for i in range(8)] + [b"caf\xe9.png", b"z.png"]
+  (tmp_path / "images" / ".hidden").mkdir(parents=True)
+  for name in (*names, b".hidden/x.png"):
+    path = os.path.join(os.fsencode(tmp_path), b"images", name)
+    with open(path, "wb") as file:
+      Image.new("RGB", (20, 20)).save(file, "PNG")
+  (tmp_path / "images" / "loop").symlink_to(".")
+
+  def paths() -> list[bytes]:
+    lines = (tmp_path / "out.csv").read_bytes().splitlines()[1:]
+    return [line.split(b",")[0] for line in lines]
+
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for _ in range(2):
+    run("classify_folder.py", "images", "~/out.csv", "--image_size=16")
+    assert paths() == [b"images/" + name for name in names]
+  with (tmp_path / "out.csv").open("r+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    with pytest.raises(SystemExit):
+      run("classify_folder.py", "images", "out.csv", "--image_size=16")
+  assert "another run is writing out.csv" in capsys.readouterr().err
+  assert len(paths()) == 10
+
+  def read(path, read=decoding.read_image):
+    if path.name == "z.png":
+      raise KeyboardInterrupt
+    return read(path)
+
+  monkeypatch.setattr(decoding, "read_image", read)
+  with pytest.raises(SystemExit) as caught:
+    run("classify_folder.py", "images", "out.csv", "--image_size=16")
+  assert caught.value.code == 130
+  assert paths() == [b"images/" + name for name in names[:8]]
 
 
 def test_kernels_only():

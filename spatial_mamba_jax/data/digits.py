@@ -1,6 +1,7 @@
 """The 1,797 handwritten 8x8 digits that come with scikit-learn."""
 
 import io
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +77,11 @@ def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
   """Opens the digits, after writing them where they are not there yet."""
   data_dir = tfds_source.data_directory(config.data_dir)
   directory = data_dir / "digits" / str(Digits.VERSION)
-  if not tfds_source.is_prepared(directory):
+  if not os.path.lexists(directory):
     tfds_source.prepare(Digits(data_dir=data_dir))
-  return tfds_source.TfdsSource(directory, split, in_memory=True)
+  return tfds_source.TfdsSource(
+    directory,
+    split,
+    remedy=f"remove {directory}, and it is prepared anew",
+    in_memory=True,
+  )

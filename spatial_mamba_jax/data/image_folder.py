@@ -1,48 +1,90 @@
 """A tree of image files, one directory for each class."""
 
+import collections
+import logging
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from spatial_mamba_jax.data import decoding
 from spatial_mamba_jax.data.config import DataConfig, DataError
+from spatial_mamba_jax.data.paths import local_path
+from spatial_mamba_jax.errors import one_line
 
-EXTENSIONS = (
-  ".bmp",
-  ".jpeg",
-  ".jpg",
-  ".pgm",
-  ".png",
-  ".ppm",
-  ".tif",
-  ".tiff",
-  ".webp",
-)
+# Suffixes of the files that are read, in lower case.
+EXTENSIONS = tuple(sorted(sum(decoding.FORMATS.values(), ())))
 _DIRECTORIES = {"train": ("train",), "validation": ("val", "validation")}
+# Names of directories that hold no images of a class, in lower case: what file
+# systems, network storage and archives keep for themselves. Names that begin
+# with a dot are left out as well.
+_SYSTEM_DIRECTORIES = frozenset(
+  (
+    "#recycle", "#snapshot", "$recycle.bin", "@__thumb", "@eadir",
+    "@recently-snapshot", "@recycle", "@synoeastream", "@tmp", "__macosx",
+    "__pycache__", "lost+found", "network trash folder", "recycled", "recycler",
+    "system volume information", "temporary items", "thevolumesettingsfolder",
+    "~snapshot",
+  )
+)  # fmt: skip
+# Names in a message.
+_NAMED = 5
 
 
 class ImageFolder:
   """`ROOT/<class>/**/<image>`, as torchvision's ImageFolder reads it.
 
   Labels count the sorted class names; within a class files are sorted by path.
+  Hidden files and directories are left out, and so are the directories of file
+  systems and network storage (`@eaDir`, `lost+found`, ...). Links are followed,
+  but no directory is walked twice within a class.
 
   Attributes:
     classes: the class names, by label.
   """
 
   def __init__(self, root: pathlib.Path, extensions: tuple[str, ...]):
-    """Lists the files; `extensions` are those of images, in lower case."""
+    """Lists the files; `extensions` are those of images, in lower case.
+
+    Logs which classes have no images, and what files were passed over.
+    """
     self.root = root
     self.classes = list_classes(root)
     names, labels = [], []
+    passed_over: collections.Counter[str] = collections.Counter()
     for label, class_name in enumerate(self.classes):
-      found = sorted(_list_images(root, class_name, extensions))
-      names += [os.fsencode(name) for name in found]
+      directory = root / class_name
+      found, others = list_images(directory, extensions)
+      prefix = len(str(directory)) - len(class_name)
+      names += [os.fsencode(path[prefix:]) for path in found]
       labels += [label] * len(found)
+      passed_over += others
     # Two arrays rather than a million objects, for the workers' pickled copies.
     self._names = np.array(names, dtype=np.bytes_)
     self.labels = np.array(labels, dtype=np.int32)
+    self._say_what_is_missing(passed_over)
+
+  def _say_what_is_missing(self, passed_over: collections.Counter[str]) -> None:
+    counts = np.bincount(self.labels, minlength=len(self.classes))
+    empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
+    if empty and len(self):
+      logging.warning(
+        "%s: no images of %d of %d classes: %s",
+        one_line(self.root),
+        len(empty),
+        len(self.classes),
+        _shortened(empty),
+      )
+    if passed_over:
+      logging.warning(
+        "%s: files passed over for their suffix: %s",
+        one_line(self.root),
+        _shortened(
+          [f"{n} {suffix}" for suffix, n in passed_over.most_common()]
+        ),
+      )
 
   @property
   def num_classes(self) -> int:
@@ -54,7 +96,7 @@ class ImageFolder:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     return {
-      "image": self.path(index).read_bytes(),
+      "image": decoding.read_image(self.path(index)),
       "label": int(self.labels[index]),
     }
 
@@ -72,7 +114,7 @@ def list_classes(root: pathlib.Path) -> list[str]:
   return sorted(
     entry.name
     for entry in os.scandir(root)
-    if entry.is_dir() and not entry.name.startswith(".")
+    if _is_directory(entry) and not _is_left_out(entry.name)
   )
 
 
@@ -94,7 +136,7 @@ def find_splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
       raise DataError(
         f"{splits['train']} and {splits['validation']} must have the same "
         f"class directories, but {len(differing)} are in one of them only: "
-        f"{', '.join(differing[:5])}"
+        f"{_shortened(differing)}"
       )
   return splits
 
@@ -106,6 +148,7 @@ def open_tree(
 
   Raises:
     DataError: if the split is missing or empty, or the splits' classes differ.
+    OSError: if a directory cannot be read.
   """
   splits = find_splits(root)
   if split not in splits:
@@ -124,17 +167,83 @@ def open_split(config: DataConfig, split: str) -> ImageFolder:
   """Opens one split of the tree in `config.data_dir`."""
   if not config.data_dir:
     raise DataError("data.data_dir must name the root of the image_folder")
-  return open_tree(pathlib.Path(config.data_dir).expanduser(), split)
+  return open_tree(local_path(config.data_dir, "data.data_dir"), split)
 
 
-def _list_images(
-  root: pathlib.Path, class_name: str, extensions: tuple[str, ...]
-) -> list[str]:
-  """Paths relative to `root`; strings, because there may be a million."""
-  prefix = len(os.path.join(root, ""))
-  return [
-    os.path.join(directory, name)[prefix:]
-    for directory, _, names in os.walk(root / class_name, followlinks=True)
-    for name in names
-    if name.lower().endswith(extensions) and not name.startswith(".")
-  ]
+def list_images(
+  root: pathlib.Path, extensions: tuple[str, ...] = EXTENSIONS
+) -> tuple[list[str], collections.Counter[str]]:
+  """The image files anywhere in a directory.
+
+  Args:
+    root: the directory.
+    extensions: the images' suffixes, in lower case.
+
+  Returns:
+    The sorted paths, which begin with `root` (strings, because there may be a
+    million); and how many other files there are of each suffix.
+
+  Raises:
+    OSError: if a directory cannot be read.
+  """
+  images = []
+  others: collections.Counter[str] = collections.Counter()
+  for entry in _walk(root):
+    if entry.name.lower().endswith(extensions):
+      images.append(entry.path)
+    else:
+      suffix = os.path.splitext(entry.name)[1].lower()
+      others[suffix or "without a suffix"] += 1
+  return sorted(images), others
+
+
+def _walk(root: pathlib.Path) -> Iterator[os.DirEntry[str]]:
+  """The files that are not hidden; every directory once, real ones first."""
+  # A link to what lies above would bring in the other classes.
+  seen = {
+    _identity(above)
+    for path in (os.path.abspath(root), os.path.realpath(root))
+    for above in pathlib.Path(path).parents
+  }
+  directories, links = [str(root)], []
+  while directories or links:
+    directory = directories.pop() if directories else links.pop(0)
+    identity = _identity(directory)
+    if identity in seen:
+      continue
+    seen.add(identity)
+    with os.scandir(directory) as entries:
+      for entry in sorted(entries, key=lambda entry: entry.name):
+        if _is_directory(entry):
+          if not _is_left_out(entry.name):
+            (links if entry.is_symlink() else directories).append(entry.path)
+        elif not entry.name.startswith(".") and _may_be_read(entry):
+          yield entry
+
+
+def _identity(directory: str | pathlib.Path) -> tuple[int, int]:
+  status = os.stat(directory)
+  return status.st_dev, status.st_ino
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError:  # A link to itself, for one.
+    return False
+
+
+def _may_be_read(entry: os.DirEntry[str]) -> bool:
+  """Devices and pipes have no end; a link to nothing is an unreadable image."""
+  if entry.is_symlink():
+    return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+  return entry.is_file()
+
+
+def _is_left_out(directory: str) -> bool:
+  return directory.startswith(".") or directory.lower() in _SYSTEM_DIRECTORIES
+
+
+def _shortened(names: list[str]) -> str:
+  shown = ", ".join(map(one_line, names[:_NAMED]))
+  return f"{shown}, ..." if len(names) > _NAMED else shown

@@ -1,5 +1,6 @@
 """ImageNet-1k as TensorFlow Datasets lays it out, without TensorFlow."""
 
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from tensorflow_datasets.core import registered
 
 from spatial_mamba_jax.data import image_folder, tfds_source
 from spatial_mamba_jax.data.config import DataConfig, DataError
+from spatial_mamba_jax.errors import one_line
 
 NAME = "imagenet2012"
 VERSION = "5.1.0"
@@ -55,9 +57,10 @@ with registered.skip_registration():
 
     def _generate_examples(
       self, images: image_folder.ImageFolder
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
       for index in range(len(images)):
-        file_name = images.path(index).name
+        # Bytes, because names may be in any encoding.
+        file_name = os.fsencode(images.path(index).name)
         yield file_name, {**images[index], "file_name": file_name}
 
 
@@ -69,13 +72,18 @@ def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
   """
   data_dir = tfds_source.data_directory(config.data_dir)
   directory = data_dir / NAME / VERSION
-  if not tfds_source.is_prepared(directory):
+  command = (
+    "python -m spatial_mamba_jax.data.prepare_imagenet --image_folder=DIR "
+    f"--data_dir={data_dir}"
+  )
+  if not os.path.lexists(directory):
     raise DataError(
       f"{NAME} {VERSION} is not prepared in {data_dir}: set data.data_dir, or "
-      "run python -m spatial_mamba_jax.data.prepare_imagenet "
-      f"--image_folder=DIR --data_dir={data_dir}"
+      f"run {command}"
     )
-  return tfds_source.TfdsSource(directory, split)
+  return tfds_source.TfdsSource(
+    directory, split, remedy=f"remove {directory} and run {command}"
+  )
 
 
 def prepare(root: pathlib.Path, data_dir: str) -> pathlib.Path:
@@ -92,7 +100,7 @@ def prepare(root: pathlib.Path, data_dir: str) -> pathlib.Path:
     DataError: if the tree is not so, or the data set is there already.
   """
   directory = tfds_source.data_directory(data_dir) / NAME / VERSION
-  if directory.exists():
+  if os.path.lexists(directory):
     raise DataError(f"{directory} exists: remove it to prepare it anew")
   splits = {
     split: image_folder.open_tree(root, split, EXTENSIONS)
@@ -100,6 +108,7 @@ def prepare(root: pathlib.Path, data_dir: str) -> pathlib.Path:
   }
   for images in splits.values():
     _check_names_differ(images)
+    _check_class_names(images)
   tfds_source.prepare(Imagenet2012(splits, data_dir=directory.parent.parent))
   return directory
 
@@ -115,3 +124,19 @@ def _check_names_differ(images: image_folder.ImageFolder) -> None:
         "names are unique: read this tree with data.name=image_folder"
       )
     seen.add(file_name)
+
+
+def _check_class_names(images: image_folder.ImageFolder) -> None:
+  """TFDS keeps them as lines of text."""
+  for name in images.classes:
+    try:
+      name.encode()
+    except UnicodeEncodeError:
+      is_line = False
+    else:
+      is_line = name.splitlines() == [name.strip()]
+    if not is_line:
+      raise DataError(
+        f"the directory {one_line(images.root / name)} cannot be a class: its "
+        "name is no line of UTF-8"
+      )

@@ -4,28 +4,30 @@ import dataclasses
 import itertools
 import logging
 import math
-import multiprocessing
-import os
-import signal
+import operator
 import sys
-import threading
-import warnings
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
+from PIL import Image
 
-from spatial_mamba_jax.data import transforms
+from spatial_mamba_jax.data import transforms, workers
 from spatial_mamba_jax.data.config import DataConfig, DataError
 from spatial_mamba_jax.data.sources import Source
+from spatial_mamba_jax.errors import one_line
 
 Batch = dict[str, np.ndarray]
 
-# With the default tolerance of one in a thousand, ten in a row do not happen.
-_REPLACEMENTS = 10
-_READABLE = -1
+# Where half of the images are unreadable, a hundred in a row do not happen.
+_REPLACEMENTS = 100
+# What can be wrong with a record. It travels through the pipeline as numbers,
+# the reason as UTF-8: an exception would end its worker.
+_GOOD, _UNREADABLE, _IRREPLACEABLE, _MISLABELLED = range(4)
+_REASON_BYTES = 240
 
 
 def train_batches(
@@ -139,7 +141,7 @@ class Batches:
     self._source = source
     self._config = config
     self._unreadable: dict[int, str] = {}
-    _ignore_pillow_warnings()
+    workers.ignore_pillow_warnings()
     batches = dataset.to_iter_dataset(
       grain.ReadOptions(
         num_threads=config.num_threads, prefetch_buffer_size=config.prefetch
@@ -153,7 +155,7 @@ class Batches:
           num_workers=config.num_workers,
           per_worker_buffer_size=config.prefetch,
         ),
-        worker_init_fn=_start_worker,
+        worker_init_fn=workers.start,
       )
     self._iterator = iter(batches)
     self._batches = itertools.islice(self._iterator, num_batches)
@@ -178,14 +180,28 @@ class Batches:
     """Returns the next batch.
 
     Raises:
-      DataError: if more images are unreadable than the settings tolerate.
+      DataError: if more images are unreadable than the settings tolerate, or
+        a label is not one of the source's classes.
     """
     # Copies, because workers hand over shared memory that must be released.
-    batch = {name: np.array(a) for name, a in next(self._batches).items()}
-    for index in batch.pop("unreadable"):
-      if index != _READABLE and index not in self._unreadable:
-        self._report_unreadable(int(index))
+    batch = {name: np.array(a) for name, a in self._next().items()}
+    wrong, record, reason = (
+      batch.pop(name) for name in ("wrong", "record", "reason")
+    )
+    for i in np.flatnonzero(wrong):
+      self._report(int(wrong[i]), int(record[i]), _decode_reason(reason[i]))
     return batch
+
+  def _next(self) -> Batch:
+    try:
+      return next(self._batches)
+    except RuntimeError as error:
+      if "Worker process was terminated" not in str(error):
+        raise
+      raise DataError(
+        f"{one_line(error)} If memory ran out: fewer data.num_workers, or a "
+        "smaller data.prefetch"
+      ) from error
 
   @property
   def unreadable(self) -> tuple[str, ...]:
@@ -196,28 +212,52 @@ class Batches:
     """Ends the threads and processes."""
     self._iterator.close()
 
-  def _report_unreadable(self, index: int) -> None:
-    name = self._source.name(index)
-    self._unreadable[index] = name
-    logging.warning("Unreadable image %s: %s", name, self._reason(index))
+  def _report(self, wrong: int, index: int, reason: str) -> None:
+    name = one_line(self._source.name(index))
+    if wrong == _MISLABELLED:
+      raise DataError(f"{name}: {reason}")
+    if index not in self._unreadable:
+      self._report_unreadable(index, name, reason)
+    if wrong == _IRREPLACEABLE:
+      raise DataError(
+        f"{name} is unreadable, and so were {_REPLACEMENTS} images drawn in "
+        f"its place: {reason}"
+      )
+
+  def _report_unreadable(self, index: int, name: str, reason: str) -> None:
+    self._unreadable[index] = self._source.name(index)
+    lost = self._lost_class(index)
+    logging.warning("Unreadable image %s: %s%s", name, reason, lost)
     count, total = len(self._unreadable), len(self._source)
     tolerated = self._config.max_unreadable_share
     if count > tolerated * total:
-      named = ", ".join(list(self._unreadable.values())[:5])
+      named = ", ".join(map(one_line, [*self._unreadable.values()][:5]))
       raise DataError(
         f"{count} of {total} images are unreadable, more than "
         f"data.max_unreadable_share={tolerated} allows: "
         f"{named}{', ...' if count > 5 else ''}"
       )
 
-  def _reason(self, index: int) -> str:
-    # Read again, because only numbers travel through the pipeline.
-    try:
-      encoded = self._source[index]["image"]
-      transforms.decode_image(encoded, self._config.decoder)
-    except Exception as error:
-      return str(error) or type(error).__name__
-    return "it was readable at the second attempt"
+  def _lost_class(self, index: int) -> str:
+    """Says so where the image was the last of its class."""
+    labels = getattr(self._source, "labels", None)  # Of an image folder.
+    if labels is None:
+      return ""
+    label = labels[index]
+    unreadable = labels[list(self._unreadable)] == label
+    if unreadable.sum() < (labels == label).sum():
+      return ""
+    name = one_line(self._source.classes[label])
+    return f"; class {name} has no readable image"
+
+
+class _Made(NamedTuple):
+  """What became of a record: its pixels and label, or what is wrong with it."""
+
+  pixels: np.ndarray
+  label: int
+  wrong: int = _GOOD
+  reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,26 +268,28 @@ class _TrainingExample:
   config: DataConfig
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    decoder = self.config.decoder
-    example = _read(self.source, index, decoder)
-    unreadable = index if example is None else _READABLE
-    for _ in range(_REPLACEMENTS):
-      if example is not None:
-        break
-      index = int(rng.integers(len(self.source)))
-      example = _read(self.source, index, decoder)
-    if example is None:
-      raise DataError(
-        f"{self.source.name(unreadable)} is unreadable, and so were "
-        f"{_REPLACEMENTS} images drawn in its place"
+    def make(place: int) -> _Made:
+      return _make_example(
+        self.source,
+        self.config,
+        place,
+        lambda image: transforms.transform_for_training(
+          image, self.config, rng
+        ),
       )
-    image, label = example
-    pixels = transforms.transform_for_training(image, self.config, rng)
-    return {
-      "image": pixels,
-      "label": np.int32(label),
-      "unreadable": np.int64(unreadable),
-    }
+
+    first = made = make(index)
+    place = index
+    for _ in range(_REPLACEMENTS):
+      if made.wrong != _UNREADABLE:
+        break
+      place = int(rng.integers(len(self.source)))
+      made = make(place)
+    if made.wrong == _UNREADABLE:
+      first = first._replace(wrong=_IRREPLACEABLE)
+    elif made.wrong == _MISLABELLED:
+      index, first = place, made
+    return _as_arrays(made) | _as_numbers(index, first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,62 +301,75 @@ class _EvaluationExample:
 
   def __call__(self, index: int) -> dict[str, Any]:
     is_padding = index >= len(self.source)
-    decoder = self.config.decoder
-    example = None if is_padding else _read(self.source, index, decoder)
-    if example is None:
-      size = self.config.image_size
-      pixels, label = np.zeros((size, size, 3), np.uint8), 0
-    else:
-      image, label = example
-      pixels = transforms.transform_for_evaluation(image, self.config)
-    is_unreadable = example is None and not is_padding
+    made = (
+      _nothing(self.config)
+      if is_padding
+      else _make_example(
+        self.source,
+        self.config,
+        index,
+        lambda image: transforms.transform_for_evaluation(image, self.config),
+      )
+    )
     return {
-      "image": pixels,
-      "label": np.int32(label),
+      **_as_arrays(made),
       "index": np.int32(index),
-      "mask": np.bool_(example is not None),
-      "unreadable": np.int64(index if is_unreadable else _READABLE),
+      "mask": np.bool_(not is_padding and made.wrong == _GOOD),
+      **_as_numbers(index, made),
     }
 
 
-def _read(source: Source, index: int, decoder: str) -> tuple[Any, int] | None:
-  """The RGB image and its label, or None where they cannot be had."""
+def _make_example(
+  source: Source,
+  config: DataConfig,
+  index: int,
+  transform: Callable[[Image.Image], np.ndarray],
+) -> _Made:
   try:
-    example = source[index]
-    image = transforms.decode_image(example["image"], decoder)
-    return image, example["label"]
-  except Exception:
+    record = source[index]
+    given, num_classes = record.get("label"), source.num_classes
+    label = _as_label(given, num_classes)
+    if label is None:
+      reason = (
+        f"its label is {given!r}, but labels of {num_classes} classes are "
+        f"integers from 0 to {num_classes - 1}"
+      )
+      return _nothing(config, _MISLABELLED, reason)
+    image = transforms.decode_image(record["image"], config.decoder)
+    return _Made(transform(image), label)
+  except Exception as error:
     # Broken files make decoders raise nearly anything, among it OSError,
-    # SyntaxError, struct.error and DecompressionBombError.
+    # SyntaxError, struct.error, MemoryError and DecompressionBombError.
+    return _nothing(config, _UNREADABLE, one_line(error))
+
+
+def _nothing(config: DataConfig, wrong: int = _GOOD, reason: str = "") -> _Made:
+  """What stands for an image that is not there."""
+  size = config.image_size
+  return _Made(np.zeros((size, size, 3), np.uint8), 0, wrong, reason)
+
+
+def _as_arrays(made: _Made) -> dict[str, Any]:
+  return {"image": made.pixels, "label": np.int32(made.label)}
+
+
+def _as_label(label: Any, num_classes: int) -> int | None:
+  """The label as an int; None where it is none of the classes."""
+  try:
+    number = operator.index(label)
+  except TypeError:
     return None
+  return number if 0 <= number < num_classes else None
 
 
-def _ignore_pillow_warnings() -> None:
-  """Odd metadata and the like must not fail where warnings are errors."""
-  warnings.filterwarnings("ignore", module=r"PIL\.")
+def _as_numbers(index: int, made: _Made) -> dict[str, Any]:
+  reason = one_line(made.reason).encode()[:_REASON_BYTES]
+  return {
+    "wrong": np.int32(made.wrong),
+    "record": np.int64(index),
+    "reason": np.frombuffer(reason.ljust(_REASON_BYTES), np.uint8),
+  }
 
 
-def _start_worker(worker_index: int, worker_count: int) -> None:
-  """Prepares a worker process; grain passes arguments it does not need."""
-  del worker_index, worker_count
-  _ignore_pillow_warnings()
-  # The accelerator belongs to the main process. If jax was imported on the way
-  # here, it has read its variable already, but started no backend.
-  os.environ["CUDA_VISIBLE_DEVICES"] = ""
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  import jax
-
-  jax.config.update("jax_platforms", "cpu")
-  # Signals reach the whole process group; it is for the main process to decide
-  # what they mean, perhaps to save first, and then to end its workers.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """Without this a worker would outlive a main process that was killed."""
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  parent.join()
-  os._exit(1)
+def _decode_reason(reason: np.ndarray) -> str:
+  return reason.tobytes().decode(errors="ignore").rstrip()

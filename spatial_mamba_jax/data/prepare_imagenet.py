@@ -9,21 +9,21 @@ It needs as much free space as the tree, but neither TensorFlow nor a network.
 """
 
 import argparse
-import pathlib
 import sys
 
-from spatial_mamba_jax.data import imagenet
-from spatial_mamba_jax.data.config import DataError
+from spatial_mamba_jax.errors import run_command
+
+_NAME = "python -m spatial_mamba_jax.data.prepare_imagenet"
 
 
 def main(arguments: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   parser = argparse.ArgumentParser(
-    description="Turns a tree of ImageNet files into the TFDS data set."
+    prog=_NAME,
+    description="Turns a tree of ImageNet files into the TFDS data set.",
   )
   parser.add_argument(
     "--image_folder",
-    type=pathlib.Path,
     required=True,
     help="directory with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
   )
@@ -34,13 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
     "~/tensorflow_datasets)",
   )
   options = parser.parse_args(arguments)
-  try:
-    directory = imagenet.prepare(options.image_folder, options.data_dir)
-  except DataError as error:
-    print(f"prepare_imagenet: {error}", file=sys.stderr)
-    return 2
-  print(f"prepared {directory}")
-  return 0
+  return run_command(
+    "prepare_imagenet", lambda: _prepare(options.image_folder, options.data_dir)
+  )
+
+
+def _prepare(image_folder: str, data_dir: str) -> None:
+  # Imported here, so that a missing package is told in one line.
+  from spatial_mamba_jax.data import imagenet
+  from spatial_mamba_jax.data.paths import local_path
+
+  root = local_path(image_folder, "--image_folder")
+  print(f"prepared {imagenet.prepare(root, data_dir)}")
 
 
 if __name__ == "__main__":

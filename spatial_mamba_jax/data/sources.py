@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from spatial_mamba_jax.data.config import SPLITS, DataConfig, DataError
+from spatial_mamba_jax.errors import one_line
 
 
 @runtime_checkable
@@ -63,4 +64,7 @@ def open_source(config: DataConfig, split: str) -> Source:
       from spatial_mamba_jax.data import image_folder as module
     case _:
       from spatial_mamba_jax.data import synthetic as module
-  return module.open_split(config, split)
+  try:
+    return module.open_split(config, split)
+  except OSError as error:
+    raise DataError(f"cannot open {config.name}: {one_line(error)}") from error

@@ -2,69 +2,74 @@
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
 
-from spatial_mamba_jax.data import transforms
+from spatial_mamba_jax.data import tfds_files, transforms
 from spatial_mamba_jax.data.config import DataError
+from spatial_mamba_jax.data.paths import local_path
+from spatial_mamba_jax.errors import one_line
 
 
 def data_directory(data_dir: str) -> pathlib.Path:
-  """The TFDS directory: the configured one, or TFDS's own default."""
-  default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-  return pathlib.Path(data_dir or default).expanduser()
+  """The TFDS directory: the configured one, or TFDS's own default.
 
-
-def is_prepared(directory: pathlib.Path) -> bool:
-  """Whether a data set's version directory is complete."""
-  return (directory / "dataset_info.json").is_file()
+  Raises:
+    DataError: if it is not on this machine, or there is no home directory.
+  """
+  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  return local_path(data_dir or default, "data.data_dir")
 
 
 class TfdsSource:
   """One split of a prepared data set with image, label and file_name."""
 
   def __init__(
-    self, directory: pathlib.Path, split: str, *, in_memory: bool = False
+    self,
+    directory: pathlib.Path,
+    split: str,
+    *,
+    remedy: str,
+    in_memory: bool = False,
   ):
     """Opens `DATA_DIR/NAME/VERSION`, whatever class had prepared it.
 
     Args:
       directory: the data set's version directory.
       split: which part of it.
+      remedy: what to do where it is damaged.
       in_memory: read and decode everything now. Where images are tiny, this
         is most of the work.
 
     Raises:
-      DataError: if the split is absent or cannot be read in random order.
+      DataError: if the split is absent, is damaged or cannot be read in random
+        order.
     """
-    # Any: the annotations of TFDS are narrower than what it does.
-    builder: Any = tfds.builder_from_directory(directory)
-    file_format = builder.info.file_format
-    if file_format is None or file_format.value != "array_record":
-      raise DataError(
-        f"{directory} is stored as {file_format and file_format.value}, which "
-        "cannot be read in random order: it needs file_format=array_record"
-      )
-    if split not in builder.info.splits:
-      raise DataError(
-        f"{directory} has no {split} split, "
-        f"only {', '.join(builder.info.splits) or 'none'}"
-      )
-    self.classes: list[str] = builder.info.features["label"].names
-    self.num_classes: int = builder.info.features["label"].num_classes
+    try:
+      shards = tfds_files.read_shards(directory, split)
+      contents = tfds_files.read_contents(directory)
+    except tfds_files.DamageError as error:
+      raise DataError(f"{error}: {remedy}") from error
+    self.classes = contents.classes
+    self.num_classes = len(self.classes)
     self._split = split
-    # The image stays encoded: TFDS would decode it with TensorFlow.
-    examples = builder.as_data_source(
-      split, decoders={"image": tfds.decode.SkipDecoding()}
-    )
-    self._examples = [*map(_decode, examples)] if in_memory else examples
+    self._examples = examples = _Examples(shards, contents)
+    if in_memory:
+      try:
+        self._examples = [_decode(examples[i]) for i in range(len(examples))]
+      except Exception as error:  # Whatever reading and decoding make of it.
+        raise DataError(
+          f"{directory} has a damaged record ({one_line(error)}): {remedy}"
+        ) from error
 
   def __len__(self) -> int:
     return len(self._examples)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> Mapping[str, Any]:
     return self._examples[index]
 
   def name(self, index: int) -> str:
@@ -74,6 +79,35 @@ class TfdsSource:
     except Exception:  # The record is damaged, so that only its place is known.
       return f"{self._split}[{index}]"
     return f"{self._split}/{file_name}"
+
+
+class _Examples:
+  """Records as dictionaries; the image stays a file in bytes."""
+
+  def __init__(
+    self, shards: list[tfds_files.Shard], contents: tfds_files.Contents
+  ):
+    # Any: a path is annotated as text, but may be bytes.
+    paths: Any = shards
+    self._records = array_record_data_source.ArrayRecordDataSource(paths)
+    features: dict[str, tfds.features.FeatureConnector] = {
+      "image": tfds.features.Image(),
+      "label": tfds.features.ClassLabel(num_classes=len(contents.classes)),
+    }
+    if contents.has_file_name:
+      features["file_name"] = tfds.features.Text()
+    self._features = tfds.features.FeaturesDict(features)
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    # TFDS would decode the image with TensorFlow. Any: its annotations are
+    # wider than what it does.
+    example: Any = self._features.deserialize_example_np(
+      self._records[index], decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    return example
 
 
 def _decode(example: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +126,10 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder) -> None:
   """
   try:
     builder.download_and_prepare(file_format="array_record")
-  except OSError as error:
-    if not is_prepared(pathlib.Path(builder.data_dir)):
-      raise DataError(f"cannot prepare {builder.data_dir}: {error}") from error
+  except Exception as error:
+    # A full disk is OSError, RuntimeError or ValueError, as TFDS, array_record
+    # and protobuf have it.
+    directory = pathlib.Path(builder.data_dir)
+    if not (directory / "dataset_info.json").is_file():
+      message = f"cannot prepare {directory}: {one_line(error)}"
+      raise DataError(message) from error

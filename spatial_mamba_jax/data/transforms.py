@@ -5,65 +5,30 @@ and so is this, so that the same file gives the same pixels. Randomness comes
 from the generator that is passed in, and from nowhere else.
 """
 
-import io
 import math
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from spatial_mamba_jax.data.config import DataConfig
+from spatial_mamba_jax.data.decoding import check_size, decode_image
 from spatial_mamba_jax.data.randaugment import randaugment
 
+__all__ = [
+  "decode_image",
+  "random_resized_crop",
+  "sample_crop",
+  "transform_for_evaluation",
+  "transform_for_training",
+]
+
 _CROP_ATTEMPTS = 10
-_JPEG = b"\xff\xd8\xff"
-# Without this list a broken file would be tried on every plugin of Pillow,
-# some of which start other programs.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-
-
-def decode_image(
-  encoded: bytes | np.ndarray, decoder: str = "pillow"
-) -> Image.Image:
-  """Decodes an image file to RGB.
-
-  Transparency is dropped and the EXIF orientation is not applied, as in the
-  recipe's loader.
-
-  Args:
-    encoded: the file's bytes; or pixels, uint8 [H, W, 3], which only change
-      their type.
-    decoder: of JPEG files in RGB or grey; all else is Pillow's.
-
-  Raises:
-    Exception: whatever the decoder makes of a broken file.
-  """
-  if isinstance(encoded, np.ndarray):
-    return Image.fromarray(encoded)
-  if not encoded:
-    raise ValueError("empty file")
-  if decoder == "simplejpeg" and encoded.startswith(_JPEG):
-    pixels = _decode_by_simplejpeg(encoded)
-    if pixels is not None:
-      return Image.fromarray(pixels)
-  try:
-    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
-  except UnidentifiedImageError:
-    raise ValueError("not an image of a known format") from None
-  if image.mode.startswith("I"):
-    # 16-bit greyscale, of which Pillow would turn all but black to white.
-    high_byte = np.asarray(image) >> 8
-    image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
-  return image.convert("RGB")
-
-
-def _decode_by_simplejpeg(encoded: bytes) -> np.ndarray | None:
-  """RGB pixels, or None for the colour spaces that only Pillow converts."""
-  import simplejpeg  # An extra.
-
-  colourspace = simplejpeg.decode_jpeg_header(encoded, strict=False)[2]
-  if colourspace not in ("YCbCr", "RGB", "Gray"):
-    return None
-  return simplejpeg.decode_jpeg(encoded)
+# Pixels of an enlarged image up to which Pillow makes the whole of it, although
+# only its centre is kept.
+_WHOLE_PIXELS = 2**24
+# Bits after the point of the weights with which Pillow resizes.
+_WEIGHT_BITS = 22
 
 
 def transform_for_training(
@@ -95,9 +60,80 @@ def transform_for_evaluation(
     width, height = short, int(short * height / width)
   else:
     width, height = int(short * width / height), short
-  image = image.resize((width, height), Image.Resampling.BICUBIC)
   left, top = round((width - size) / 2), round((height - size) / 2)
+  # All of a thin image would take more memory than there is.
+  if width * height > max(_WHOLE_PIXELS, image.width * image.height):
+    columns = _enlarge(image.width, width, left, size)
+    rows = _enlarge(image.height, height, top, size)
+    return _resample(image, columns, rows)
+  image = _resize(image, (width, height))
   return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+class _Taps(NamedTuple):
+  """Which pixels along an axis make each new one, and how much of it.
+
+  Attributes:
+    pixel: [size, 5], indices of old pixels.
+    weight: [size, 5], times 2 to the power of `_WEIGHT_BITS`.
+  """
+
+  pixel: np.ndarray
+  weight: np.ndarray
+
+
+def _enlarge(old: int, new: int, first: int, size: int) -> _Taps:
+  """Pillow's bicubic taps (`precompute_coeffs` in its Resample.c) of a part.
+
+  Args:
+    old: pixels along the axis.
+    new: pixels after resizing, no fewer.
+    first: the part's first new pixel.
+    size: new pixels in the part.
+  """
+  centre = (np.arange(first, first + size)[:, None] + 0.5) * (old / new)
+  start = np.maximum((centre - 2 + 0.5).astype(int), 0)
+  end = np.minimum((centre + 2 + 0.5).astype(int), old)
+  pixel = start + np.arange(5)
+  x = np.abs(pixel - centre + 0.5)
+  weight = np.where(
+    x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+  )
+  weight = np.where((x < 2) & (pixel < end), weight, 0.0)
+  # Added in order, as Pillow does it.
+  weight /= np.add.accumulate(weight, axis=1)[:, -1:]
+  scaled = weight * (1 << _WEIGHT_BITS)
+  rounded = (scaled + np.copysign(0.5, scaled)).astype(int)
+  return _Taps(np.minimum(pixel, old - 1), rounded)
+
+
+def _resample(image: Image.Image, columns: _Taps, rows: _Taps) -> np.ndarray:
+  """A part of the enlarged image as Pillow gives it: uint8 [H, W, 3]."""
+  left, right = int(columns.pixel.min()), int(columns.pixel.max()) + 1
+  top, bottom = int(rows.pixel.min()), int(rows.pixel.max()) + 1
+  pixels = np.asarray(image.crop((left, top, right, bottom)))
+  # Columns first, and rounded, as Pillow does it.
+  pixels = _weigh(pixels, columns.pixel - left, columns.weight)
+  turned = _weigh(pixels.swapaxes(0, 1), rows.pixel - top, rows.weight)
+  return turned.swapaxes(0, 1)
+
+
+def _weigh(
+  pixels: np.ndarray, places: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+  """[A, B, 3] to [A, size, 3], both uint8; places are along B."""
+  half = 1 << (_WEIGHT_BITS - 1)
+  total = np.full((len(pixels), len(places), 3), half, np.int64)
+  for tap in range(places.shape[1]):
+    total += pixels[:, places[:, tap]] * weight[:, tap, None]
+  return (total >> _WEIGHT_BITS).clip(0, 255).astype(np.uint8)
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+  # Pillow resizes rows first, so that in between there are new rows of the old
+  # number.
+  check_size(size[0], max(image.height, size[1]))
+  return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def random_resized_crop(
@@ -108,9 +144,7 @@ def random_resized_crop(
     *image.size, scale=config.crop_scale, ratio=config.crop_ratio, rng=rng
   )
   # Not resize(box=...): that would let pixels outside the crop bleed in.
-  return image.crop(box).resize(
-    (config.image_size, config.image_size), Image.Resampling.BICUBIC
-  )
+  return _resize(image.crop(box), (config.image_size, config.image_size))
 
 
 def sample_crop(

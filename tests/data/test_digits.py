@@ -66,3 +66,26 @@ def test_a_directory_that_cannot_be_written(tmp_path):
   (tmp_path / "digits").write_text("a file in the way")
   with pytest.raises(DataError, match=r"cannot prepare .*1.0.0"):
     open_source(DataConfig(data_dir=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize(
+  ("data_dir", "expected"),
+  [
+    ("gs://bucket", "must be a directory of this machine"),
+    ("/proc/nowhere", r"cannot prepare /proc/nowhere/digits/1\.0\.0: .*proc"),
+    ("/" + "x" * 300, "File name too long"),
+    ("/tmp\0", "must be a path"),
+    ("~nobody-of-that-name", "there is no home directory for ~nobody"),
+  ],
+)
+def test_directories_that_there_cannot_be(data_dir, expected):
+  with pytest.raises(DataError, match=expected) as caught:
+    open_source(DataConfig(data_dir=data_dir), "train")
+  assert "\n" not in str(caught.value)
+
+
+def test_no_home_directory(monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", "")
+  monkeypatch.setattr("os.path.expanduser", lambda path: path)
+  with pytest.raises(DataError, match=r"no home directory .*data\.data_dir$"):
+    open_source(DataConfig(), "train")

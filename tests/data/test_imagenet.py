@@ -1,6 +1,9 @@
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -167,6 +170,81 @@ class TestTreesThatAreRefused:
     for directory in tree.glob("train/*"):
       next(directory.iterdir()).rename(directory / "1.JPEG")
     self.refuse(tree, tmp_path, capsys, "are called 1.JPEG")
+
+  def test_class_names_that_are_no_lines(self, tree, tmp_path, capsys):
+    for name in ("two\nlines", " space", os.fsdecode(b"caf\xe9")):
+      for split in ("train", "val"):
+        (tree / split / name).mkdir()
+      self.refuse(tree, tmp_path, capsys, "cannot be a class: its name is no")
+      for split in ("train", "val"):
+        (tree / split / name).rmdir()
+
+  def test_trees_that_are_no_directories(self, tree, tmp_path, capsys):
+    self.refuse(tree / ("x" * 300), tmp_path, capsys, "File name too long")
+    self.refuse("gs://bucket", tmp_path, capsys, "directory of this machine")
+    self.refuse("~nobody-of-that-name", tmp_path, capsys, "no home directory")
+
+
+class TestTargetsThatCannotBeWritten:
+  def refuse(self, tree, data_dir, capsys, message):
+    assert prepare(tree, data_dir) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert message in last
+    assert "prepare_imagenet: " in last
+
+  def test_paths(self, tree, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    self.refuse(tree, file, capsys, "Not a directory")
+    self.refuse(tree, file / "x", capsys, "Not a directory")
+    self.refuse(tree, tmp_path / ("x" * 300), capsys, "File name too long")
+    self.refuse(tree, "s3://bucket", capsys, "directory of this machine")
+
+  def test_no_home_directory(self, tree, monkeypatch, capsys):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", "~")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    self.refuse(tree, "", capsys, "there is no home directory for ~")
+
+  def test_a_disk_that_is_full_half_way(self, tree, tmp_path):
+    """Stands in for it: no file may be larger than some records."""
+    code = (
+      "import resource, signal, sys\n"
+      "from spatial_mamba_jax.data.prepare_imagenet import main\n"
+      "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+      "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+      "sys.exit(main(sys.argv[1:]))\n"
+    )
+    data_dir = tmp_path / "tfds"
+    arguments = (f"--image_folder={tree}", f"--data_dir={data_dir}")
+    result = subprocess.run(
+      (sys.executable, "-c", code, *arguments), capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    *_, last = result.stderr.splitlines()
+    assert "prepare_imagenet: cannot prepare" in last
+    assert not [path for path in data_dir.rglob("*") if path.is_file()]
+    assert prepare(tree, data_dir) == 0
+
+
+def test_usage_shows_the_command(capsys):
+  with pytest.raises(SystemExit):
+    main(["--help"])
+  usage = capsys.readouterr().out
+  assert "usage: python -m spatial_mamba_jax.data.prepare_imagenet " in usage
+
+
+def test_names_may_be_in_any_encoding(tree, tmp_path):
+  names = (b"caf\xe9.JPEG", "caf\N{EURO SIGN}.JPEG".encode())
+  image = next(tree.glob("train/n01440764/*"))
+  for name in names:
+    shutil.copy(image, os.fsencode(image.parent) + b"/" + name)
+  assert prepare(tree, tmp_path / "tfds") == 0
+  source = open_source(config_for(tmp_path / "tfds"), "train")
+  found = {os.fsencode(source.name(i)) for i in range(len(source))}
+  assert {b"train/" + name for name in names} < found
+  assert len(found) == 14
 
 
 def test_a_failed_run_leaves_nothing_behind(tree, tmp_path, capsys):

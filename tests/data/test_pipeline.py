@@ -384,7 +384,8 @@ class TestWorkers:
       next(batches), next(batches)
       workers = multiprocessing.active_children()
       for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+          os.kill(worker.pid, number)
       for _ in range(4 * config.num_workers * config.prefetch):
         next(batches)
       assert all(worker.is_alive() for worker in workers)

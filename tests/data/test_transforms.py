@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFile
 
 from spatial_mamba_jax.data import DataConfig, transforms
 
@@ -130,7 +130,7 @@ class TestSimplejpeg:
 
   def test_it_is_what_decodes(self, monkeypatch):
     encoded = encode(photo(8, 8), "JPEG")
-    monkeypatch.setattr(Image, "open", None)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     assert transforms.decode_image(encoded, "simplejpeg").size == (8, 8)
 
   def test_other_formats_are_left_to_pillow(self):
@@ -288,3 +288,41 @@ class TestEvaluationTransform:
       transforms.transform_for_evaluation(Image.fromarray(pixels), config),
       pixels,
     )
+
+  # Pillow makes the whole of the enlarged image, and then crops it.
+  @pytest.mark.parametrize("ratio", [1.0, 0.875, 0.4])
+  def test_only_what_is_kept_of_thin_images(self, monkeypatch, ratio):
+    rng = np.random.default_rng(0)
+    for width, height, size in (
+      *((1, 400, 24), (400, 1, 24), (2, 301, 33), (301, 2, 33), (3, 7, 40)),
+      *((7, 3, 40), (5, 5, 31), (1, 1, 9), (16, 999, 17), (999, 16, 17)),
+    ):
+      pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+      image = Image.fromarray(pixels)
+      config = DataConfig(image_size=size, test_crop_ratio=ratio)
+      monkeypatch.setattr(transforms, "_WHOLE_PIXELS", 2**24)
+      expected = transforms.transform_for_evaluation(image, config)
+      monkeypatch.setattr(transforms, "_WHOLE_PIXELS", 0)
+      actual = transforms.transform_for_evaluation(image, config)
+      np.testing.assert_array_equal(actual, expected)
+
+  @pytest.mark.parametrize("size", [(1, 5_000_000), (5_000_000, 1)])
+  def test_the_thinnest_images(self, size):
+    # Its middle is red, and would be 256 x 1,280,000,000 pixels large.
+    image = Image.new("RGB", size)
+    middle = [side // 2 for side in size]
+    box = [*(m - 2 for m in middle), *(m + 2 for m in middle)]
+    image.paste((255, 0, 0), (max(box[0], 0), max(box[1], 0), *box[2:]))
+    pixels = transforms.transform_for_evaluation(image, DataConfig())
+    assert pixels.shape == (224, 224, 3)
+    assert (pixels == (255, 0, 0)).all()
+
+
+def test_resizing_has_a_bound():
+  # An image of 8 MB of which all is a crop: its rows, resized, would be 8 GB.
+  image = Image.new("RGB", (1, 2_000_000))
+  config = DataConfig(
+    image_size=1000, crop_scale=(1.0, 1.0), crop_ratio=(1e-7, 1e-6)
+  )
+  with pytest.raises(ValueError, match="bytes of memory, more than"):
+    transforms.transform_for_training(image, config, np.random.default_rng(0))

@@ -1,0 +1,288 @@
+"""The files in which TensorFlow Datasets keeps a data set, each checked.
+
+TFDS itself would import whatever module `features.json` names, which may be a
+file that came with the data. So the files are read here, and nothing in them is
+imported.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
+
+from spatial_mamba_jax.data.config import DataError
+from spatial_mamba_jax.errors import one_line
+
+# Classes that a data set may have: each has a name in memory.
+MAX_CLASSES = 10**6
+# Bytes of a JSON file or a list of names; those of ImageNet have under 100 kB.
+_MAX_BYTES = 2**26
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+# Keys under which TFDS looks for the name of a class.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+_READERS = 16
+
+
+class DamageError(Exception):
+  """A file is missing, or is not what TFDS writes; says which, and why."""
+
+  def __init__(self, path: pathlib.Path, why: object):
+    if isinstance(why, OSError):
+      why = why.strerror or why  # Without the path.
+    super().__init__(f"{path} is damaged ({one_line(why)})")
+
+
+class Shard(NamedTuple):
+  """A file of records, as array_record's data source wants it told.
+
+  Attributes:
+    filename: its path.
+    skip: records left out at the beginning.
+    take: records after these.
+    examples_in_shard: records that it has.
+  """
+
+  filename: bytes
+  skip: int
+  take: int
+  examples_in_shard: int
+
+
+class Contents(NamedTuple):
+  """What a data set's features are.
+
+  Attributes:
+    classes: names by label; numbers where they have no others.
+    has_file_name: whether records have a `file_name`.
+  """
+
+  classes: list[str]
+  has_file_name: bool
+
+
+def read_shards(directory: pathlib.Path, split: str) -> list[Shard]:
+  """The shards of a split, which have as many records as they should.
+
+  Args:
+    directory: `DATA_DIR/NAME/VERSION`.
+    split: which part of the data set.
+
+  Raises:
+    DataError: if there is no such split, or no random access to it.
+    DamageError: if `dataset_info.json` or a shard is damaged.
+  """
+  path = directory / "dataset_info.json"
+  info = _read_json(path)
+  file_format = info.get("fileFormat")
+  if not isinstance(file_format, str):
+    raise DamageError(path, "it has no fileFormat")
+  if file_format != "array_record":
+    raise DataError(
+      f"{directory} is stored as {one_line(file_format)}, which cannot be read "
+      "in random order: it needs file_format=array_record"
+    )
+  name, splits = info.get("name"), info.get("splits", [])
+  if not _is_name(name):
+    raise DamageError(path, "it has no name")
+  if not isinstance(splits, list) or not all(
+    isinstance(part, dict) and _is_name(part.get("name")) for part in splits
+  ):
+    raise DamageError(path, "its splits have no names")
+  by_name = {part["name"]: part for part in splits}
+  if len(by_name) < len(splits):
+    raise DamageError(path, "two splits have the same name")
+  if split not in by_name:
+    raise DataError(
+      f"{directory} has no {split} split, only {', '.join(by_name) or 'none'}"
+    )
+  lengths = _read_lengths(path, by_name[split])
+  prefix = f"{name}-{split}.array_record"
+  paths = [
+    directory / f"{prefix}-{i:05d}-of-{len(lengths):05d}"
+    for i in range(len(lengths))
+  ]
+  with futures.ThreadPoolExecutor(_READERS) as executor:
+    # One after another, so that the first is named that is wrong.
+    for _ in executor.map(_check_shard, paths, lengths):
+      pass
+  return [
+    Shard(os.fsencode(path), 0, length, length)
+    for path, length in zip(paths, lengths, strict=True)
+  ]
+
+
+def _read_lengths(path: pathlib.Path, split: dict[str, Any]) -> list[int]:
+  name = split["name"]
+  if split.get("filepathTemplate") not in (None, "", _TEMPLATE):
+    raise DamageError(path, f"filepathTemplate of {name} is not {_TEMPLATE}")
+  if _count(split.get("numBytes", 0)) is None:
+    raise DamageError(path, f"numBytes of {name} is no count")
+  lengths = split.get("shardLengths")
+  if not isinstance(lengths, list) or not lengths:
+    raise DamageError(path, f"{name} has no shardLengths")
+  counts = [_count(length) for length in lengths]
+  if None in counts or not any(counts):
+    raise DamageError(path, f"shardLengths of {name} are no counts")
+  return [count for count in counts if count is not None]
+
+
+def _check_shard(path: pathlib.Path, length: int) -> None:
+  try:
+    # array_record itself opens a directory, and says little of other damage.
+    with path.open("rb"):
+      pass
+    reader = array_record_data_source.array_record_module.ArrayRecordReader(
+      os.fsencode(path),
+      options="readahead_buffer_size:0",
+      file_reader_buffer_size=2**15,
+    )
+    count = reader.num_records()
+    reader.close()
+  except Exception as error:  # array_record's are RuntimeErrors, some empty.
+    raise DamageError(path, error if str(error) else "it is cut") from error
+  if count != length:
+    raise DamageError(
+      path, f"it has {count} records, {length} by dataset_info.json"
+    )
+
+
+def read_contents(directory: pathlib.Path) -> Contents:
+  """What `features.json` says of an image classification data set.
+
+  Args:
+    directory: `DATA_DIR/NAME/VERSION`.
+
+  Raises:
+    DamageError: if it, or the file of the classes' names, is damaged, or if it
+      names a class that is not one of TFDS' features.
+  """
+  path = directory / "features.json"
+  features = _read_json(path)
+  try:
+    for class_name in _class_names(features):
+      if class_name not in _feature_classes():
+        raise DamageError(
+          path,
+          f"it names the class {class_name}, which is not one of TensorFlow "
+          "Datasets' features, and code that comes with data is not run",
+        )
+  except RecursionError as error:
+    raise DamageError(path, error) from error
+  parts = _of_class(features, tfds.features.FeaturesDict, "featuresDict")
+  by_name = None if parts is None else parts.get("features")
+  if not isinstance(by_name, dict):
+    raise DamageError(path, "it is no FeaturesDict")
+  if _of_class(by_name.get("image"), tfds.features.Image, "image") is None:
+    raise DamageError(path, "it has no feature image of the class Image")
+  label = _of_class(
+    by_name.get("label"), tfds.features.ClassLabel, "classLabel"
+  )
+  if label is None:
+    raise DamageError(path, "it has no feature label of the class ClassLabel")
+  num_classes = _count(label.get("numClasses"))
+  if not num_classes or num_classes > MAX_CLASSES:
+    raise DamageError(path, f"numClasses is not from 1 to {MAX_CLASSES}")
+  file_name = _of_class(by_name.get("file_name"), tfds.features.Text, "text")
+  return Contents(
+    _read_class_names(directory / "label.labels.txt", num_classes),
+    file_name is not None,
+  )
+
+
+def _read_class_names(path: pathlib.Path, num_classes: int) -> list[str]:
+  if not os.path.lexists(path):
+    return [str(label) for label in range(num_classes)]
+  lines = (line.strip() for line in _read_text(path).split("\n"))
+  names = [line for line in lines if line]
+  if len(names) != num_classes or len(set(names)) != num_classes:
+    raise DamageError(
+      path,
+      f"{len(set(names))} names in {len(names)} lines, but {num_classes} "
+      "classes in features.json",
+    )
+  return names
+
+
+def _of_class(feature: Any, of: type, key: str) -> dict[str, Any] | None:
+  """What describes a feature, if it is of that class."""
+  if not isinstance(feature, dict):
+    return None
+  class_name, content = feature.get("pythonClassName"), feature.get(key)
+  if not isinstance(class_name, str) or not isinstance(content, dict):
+    return None
+  return content if _feature_classes().get(class_name) is of else None
+
+
+@functools.cache
+def _feature_classes() -> dict[str, type]:
+  """TFDS' own features, by the names that TFDS knows them by."""
+  return {
+    name: feature
+    for feature in vars(tfds.features).values()
+    if isinstance(feature, type)
+    and issubclass(feature, tfds.features.FeatureConnector)
+    for name in (
+      f"{feature.__module__}.{feature.__name__}",
+      *vars(feature).get("ALIASES", ()),
+    )
+  }
+
+
+def _class_names(value: Any) -> Iterator[str]:
+  """All names of classes at any depth, in JSON within strings as well."""
+  if isinstance(value, dict):
+    for key, item in value.items():
+      if key in _CLASS_KEYS and isinstance(item, str):
+        yield item
+      else:
+        yield from _class_names(item)
+  elif isinstance(value, list):
+    for item in value:
+      yield from _class_names(item)
+  elif isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+    try:
+      inner = json.loads(value)
+    except ValueError:
+      return
+    yield from _class_names(inner)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(_read_text(path))
+  except (ValueError, RecursionError) as error:
+    raise DamageError(path, error) from error
+  if not isinstance(value, dict):
+    raise DamageError(path, "it is no JSON object")
+  return value
+
+
+def _read_text(path: pathlib.Path) -> str:
+  try:
+    with path.open("rb") as file:
+      content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+      raise DamageError(path, f"it has more than {_MAX_BYTES:,} bytes")
+    return content.decode()
+  except (OSError, UnicodeDecodeError) as error:
+    raise DamageError(path, error) from error
+
+
+def _is_name(value: Any) -> bool:
+  return isinstance(value, str) and re.fullmatch(r"[\w.\-]+", value) is not None
+
+
+def _count(value: Any) -> int | None:
+  """A count as protobuf writes it in JSON, as digits in a string mostly."""
+  if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+    return int(value)
+  if not isinstance(value, int) or isinstance(value, bool):
+    return None
+  return value if 0 <= value < 2**63 else None
