@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax import data, errors
-from spatial_mamba_jax.data import decoding, image_folder, paths, transforms
+from spatial_mamba_jax.data import decoding, image_folder, transforms
+from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.weights import load_model
 
 BATCH_SIZE = 8
@@ -63,17 +64,16 @@ def main() -> None:
   options = parser.parse_args()
   size = options.image_size
   data.DataConfig(image_size=size).validate()
-  folder = paths.local_path(options.folder, "folder")
+  folder = local_path(options.folder, "folder")
   files = image_folder.list_images(folder)[0] if folder.is_dir() else []
   if not files:
     raise errors.UserError(f"{folder} has no images")
   model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
   if options.checkpoint:
-    checkpoint = paths.local_path(options.checkpoint, "--checkpoint")
-    model = load_model(checkpoint.absolute())
+    model = load_model(local_path(options.checkpoint, "--checkpoint"))
   if not isinstance(model, smj.SpatialMamba):
     raise errors.UserError(f"{options.checkpoint} has no classes")
-  out = paths.local_path(options.out, "out")
+  out = local_path(options.out, "out")
   # Bytes that are no UTF-8 stay as they are in the paths.
   with out.open("a", -1, "utf-8", "surrogateescape", newline="") as file:
     try:

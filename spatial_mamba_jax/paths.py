@@ -1,4 +1,4 @@
-"""Paths that a user names."""
+"""Paths as people write them."""
 
 import os
 import pathlib
@@ -10,19 +10,30 @@ from spatial_mamba_jax.errors import UserError
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
-def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
-  """A path as an absolute one, with `~` expanded.
+def local_path(
+  path: str | os.PathLike[str], field: str = "the path"
+) -> pathlib.Path:
+  """A path on this machine as an absolute one, its `~` expanded.
+
+  Args:
+    path: as the user wrote it.
+    field: the setting it is the value of, for the message.
 
   Raises:
-    UserError: the path is a URL, or `~` stands for no directory.
+    UserError: it is a URL, is no path, or has a `~` but there is no such home
+      directory.
   """
   text = os.fspath(path)
   if _URL.match(text):
     raise UserError(
-      f"{text} is a URL, and only paths of this machine are served: mount the"
-      " bucket (gcsfuse, mountpoint-s3), and name the directory"
+      f"{field} must be a directory of this machine, got {text}: copy it here,"
+      " or mount it"
     )
+  if "\0" in text:
+    raise UserError(f"{field} must be a path, got {text!r}")
   try:
     return pathlib.Path(text).expanduser().absolute()
-  except RuntimeError as error:
-    raise UserError(f"{text}: {error}") from error
+  except RuntimeError:
+    raise UserError(
+      f"there is no home directory for {text}: set {field}"
+    ) from None

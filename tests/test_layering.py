@@ -13,9 +13,11 @@ PACKAGE = "spatial_mamba_jax"
 ALLOWED = {
   "kernels": {"kernels"},
   "models": {"errors", "kernels", "models"},
-  "convert": {"errors", "kernels", "models", "convert"},
-  "data": {"errors", "data"},
-  "training": {"errors", "kernels", "models", "convert", "data", "training"},
+  "convert": {"errors", "paths", "kernels", "models", "convert"},
+  "data": {"errors", "paths", "data"},
+  "training": {
+    *("errors", "paths", "kernels", "models", "convert", "data", "training")
+  },
 }
 
 

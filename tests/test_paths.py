@@ -29,7 +29,7 @@ def test_a_path_becomes_absolute(monkeypatch, tmp_path):
 )
 def test_a_url_is_refused(url):
   for path in (url, pathlib.Path(url)):
-    with pytest.raises(UserError, match="is a URL"):
+    with pytest.raises(UserError, match="a directory of this machine, got"):
       local_path(path)
 
 
@@ -39,6 +39,6 @@ def test_no_home_directory_is_a_mistake(monkeypatch):
 
   monkeypatch.delenv("HOME")
   monkeypatch.setattr(pwd, "getpwuid", unknown)
-  with pytest.raises(UserError, match="home directory"):
-    local_path("~/runs")
+  with pytest.raises(UserError, match="no home directory for ~/runs: set dir"):
+    local_path("~/runs", "dir")
   assert local_path("runs") == pathlib.Path(os.getcwd(), "runs")

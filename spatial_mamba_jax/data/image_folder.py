@@ -11,8 +11,8 @@ import numpy as np
 
 from spatial_mamba_jax.data import decoding
 from spatial_mamba_jax.data.config import DataConfig, DataError
-from spatial_mamba_jax.data.paths import local_path
 from spatial_mamba_jax.errors import one_line
+from spatial_mamba_jax.paths import local_path
 
 # Suffixes of the files that are read, in lower case.
 EXTENSIONS = tuple(sorted(sum(decoding.FORMATS.values(), ())))
@@ -167,7 +167,7 @@ def open_split(config: DataConfig, split: str) -> ImageFolder:
   """Opens one split of the tree in `config.data_dir`."""
   if not config.data_dir:
     raise DataError("data.data_dir must name the root of the image_folder")
-  return open_tree(local_path(config.data_dir, "data.data_dir"), split)
+  return open_tree(local_path(config.data_dir, "config.data.data_dir"), split)
 
 
 def list_images(

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepare(image_folder: str, data_dir: str) -> None:
   # Imported here, so that a missing package is told in one line.
   from spatial_mamba_jax.data import imagenet
-  from spatial_mamba_jax.data.paths import local_path
+  from spatial_mamba_jax.paths import local_path
 
   root = local_path(image_folder, "--image_folder")
   print(f"prepared {imagenet.prepare(root, data_dir)}")

@@ -11,8 +11,8 @@ from array_record.python import array_record_data_source
 
 from spatial_mamba_jax.data import tfds_files, transforms
 from spatial_mamba_jax.data.config import DataError
-from spatial_mamba_jax.data.paths import local_path
 from spatial_mamba_jax.errors import one_line
+from spatial_mamba_jax.paths import local_path
 
 
 def data_directory(data_dir: str) -> pathlib.Path:
@@ -22,7 +22,7 @@ def data_directory(data_dir: str) -> pathlib.Path:
     DataError: if it is not on this machine, or there is no home directory.
   """
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return local_path(data_dir or default, "data.data_dir")
+  return local_path(data_dir or default, "config.data.data_dir")
 
 
 class TfdsSource:

@@ -72,7 +72,7 @@ def workdir() -> pathlib.Path:
   """The working directory as an absolute path."""
   if not WORKDIR.value:
     raise TrainingError("--workdir=DIR is needed: where the run is kept")
-  path = local_path(WORKDIR.value)
+  path = local_path(WORKDIR.value, "--workdir")
   if path.exists() and not path.is_dir():
     raise TrainingError(f"--workdir={WORKDIR.value} is not a directory")
   return path

@@ -104,7 +104,7 @@ def train(
     NonFiniteError: the run diverged; its last checkpoint is from before.
   """
   config.validate()
-  return _Run(config, local_path(workdir)).run()
+  return _Run(config, local_path(workdir, "workdir")).run()
 
 
 def evaluate_checkpoint(
@@ -129,7 +129,11 @@ def evaluate_checkpoint(
       what `path` holds.
   """
   config.validate()
-  write = _prediction_writer(local_path(output_dir)) if output_dir else None
+  write = (
+    _prediction_writer(local_path(output_dir, "output_dir"))
+    if output_dir
+    else None
+  )
   mesh = make_mesh()
   check_batch_sizes(config, mesh)
   source = open_checked_source(config, "validation")
@@ -298,7 +302,7 @@ class _Run:
     if not config.init_from:
       return state
     weights, said = start_from(
-      local_path(config.init_from),
+      local_path(config.init_from, "config.init_from"),
       config.model.build(),
       state.weights,
     )

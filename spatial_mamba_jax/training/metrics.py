@@ -62,7 +62,8 @@ class MetricWriter:
       kept = _drop_records_after(path, resumed_step, is_evaluated)
       steps = (x["step"] for x in kept if x["kind"] == "train")
       self.last_step = max(steps, default=0)
-    self._file = path.open("a")
+    # Opened at the first record: a run that ends before leaves no empty log.
+    self._path, self._file = path, None
     directory = workdir / "tensorboard"
     directory.mkdir(exist_ok=True)
     # Not SummaryWriter, whose thread would hold events back.
@@ -81,7 +82,8 @@ class MetricWriter:
       return
     for file in (self._file, self._events):
       try:
-        file.close()
+        if file is not None:
+          file.close()
       except OSError:
         if kind is None:
           raise
@@ -98,6 +100,8 @@ class MetricWriter:
       return
     finite = {k: x if math.isfinite(x) else None for k, x in values.items()}
     record = {"step": step, "kind": kind, **finite}
+    if self._file is None:
+      self._file = self._path.open("a")
     self._file.write(json.dumps(record, allow_nan=False) + "\n")
     self._file.flush()
     scalars = [

@@ -6,6 +6,7 @@ import pytest
 from sklearn import datasets
 
 from spatial_mamba_jax.data import DataConfig, DataError, open_source
+from spatial_mamba_jax.errors import UserError
 
 # Opens the digits as a training run would, and names modules it should not use.
 RUN = """
@@ -79,7 +80,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
   ],
 )
 def test_directories_that_there_cannot_be(data_dir, expected):
-  with pytest.raises(DataError, match=expected) as caught:
+  with pytest.raises(UserError, match=expected) as caught:
     open_source(DataConfig(data_dir=data_dir), "train")
   assert "\n" not in str(caught.value)
 
@@ -87,5 +88,5 @@ def test_directories_that_there_cannot_be(data_dir, expected):
 def test_no_home_directory(monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", "")
   monkeypatch.setattr("os.path.expanduser", lambda path: path)
-  with pytest.raises(DataError, match=r"no home directory .*data\.data_dir$"):
+  with pytest.raises(UserError, match=r"no home directory .*data\.data_dir$"):
     open_source(DataConfig(), "train")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from spatial_mamba_jax.data import DataConfig, DataError, open_source
+from spatial_mamba_jax.errors import UserError
 
 
 def open_tree(root, split="train"):
@@ -243,7 +244,7 @@ class TestErrors:
     ],
   )
   def test_no_path_of_this_machine(self, data_dir, expected):
-    with pytest.raises(DataError, match=expected) as caught:
+    with pytest.raises(UserError, match=expected) as caught:
       open_tree(data_dir)
     assert "\n" not in str(caught.value)
 

@@ -26,7 +26,10 @@ import pytest
     (["--config=no/such/file.py"], "no/such/file.py"),
     (["extra"], "'extra' is no flag"),
     (["--workdir="], "--workdir=DIR is needed"),
-    (["--workdir=gs://bucket/run"], "gs://bucket/run is a URL"),
+    (
+      ["--workdir=gs://bucket/run"],
+      "a directory of this machine, got gs://bucket/run",
+    ),
     (["--workdir=train.py/run"], "cannot write to"),
     (["--config.checkpoint_every=5 days"], '"500 steps", "10 minutes"'),
     (["--config.data.test_crop_ratio=1.2"], "test_crop_ratio must be within"),
