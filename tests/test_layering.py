@@ -12,10 +12,12 @@ PACKAGE = "spatial_mamba_jax"
 # Layer -> what of the project it may import.
 ALLOWED = {
   "kernels": {"kernels"},
-  "models": {"errors", "kernels", "models"},
+  "models": {"errors", "fields", "kernels", "models"},
   "convert": {"errors", "kernels", "models", "convert"},
-  "data": {"errors", "data"},
-  "training": {"errors", "kernels", "models", "convert", "data", "training"},
+  "data": {"errors", "fields", "data"},
+  "training": {
+    *("errors", "fields", "kernels", "models", "convert", "data", "training"),
+  },
 }
 
 
