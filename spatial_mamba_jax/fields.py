@@ -162,13 +162,20 @@ def check_fields(
       raise mistake(f"{prefix}{name} must be {what}, got {show(value)}")
     if isinstance(value, Section):
       value.validate(prefix + name)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+      check_fields(value, prefix + name, mistake)
 
 
-def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
   """The end of a message about a name that is none of `names`."""
-  if near := difflib.get_close_matches(name, names, 1, 0.5):
-    return f"; did you mean {prefix}{near[0]}?"
+  if near := nearest(name, names):
+    return f"; did you mean {near}?"
   return f"; choose from {', '.join(names)}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """Which of the names was meant; empty where none is like it."""
+  return next(iter(difflib.get_close_matches(name, names, 1, 0.5)), "")
 
 
 def show(value: Any) -> str:

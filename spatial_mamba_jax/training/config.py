@@ -27,6 +27,8 @@ from spatial_mamba_jax.models import ModelConfig, list_models
 from spatial_mamba_jax.models.config import (
   DTYPES,
   IMPLEMENTATIONS,
+  MAX_CLASSES,
+  MAX_STATES,
   get_model_config,
 )
 
@@ -67,9 +69,9 @@ class ModelSection(Section):
   mistake = TrainingError
 
   name: str = choice("spatial_mamba_micro", among=list_models)
-  num_classes: int = 10
-  d_state: int = 1
-  drop_path_rate: float = 0.0
+  num_classes: int = number(10, least=1, most=MAX_CLASSES)
+  d_state: int = number(1, least=1, most=MAX_STATES)
+  drop_path_rate: float = number(0.0, least=0, below=1)
   dtype: str = choice("float32", among=DTYPES)
   implementation: str = choice("", among=("", *IMPLEMENTATIONS))
   remat: bool | None = None

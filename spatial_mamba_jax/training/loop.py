@@ -68,6 +68,8 @@ _STEPS_IN_FLIGHT = 2
 class NonFiniteError(Exception):
   """The loss or the gradient was not finite."""
 
+  status = 1  # The exit status of a command that it ends.
+
 
 def train(config: TrainConfig, workdir: pathlib.Path) -> Evaluation | None:
   """Trains, resuming where `workdir` holds a checkpoint.

@@ -14,6 +14,8 @@ class StoppedError(Exception):
   def __init__(self, message: str, stopped_by: signal.Signals):
     super().__init__(message)
     self.signal = stopped_by
+    # The exit status of a command that it ends, as a shell has it.
+    self.status = 128 + stopped_by
 
 
 @contextmanager
