@@ -1,8 +1,8 @@
 """Evaluates: `python eval.py --config=configs/digits.py --workdir=runs/digits`.
 
 Prints top-1, top-5, loss and calibration error on the validation images, of the
-weights' moving average ("ema") and of the weights ("raw") in the best
-checkpoint of a working directory, or in what `--checkpoint` names: one checkpoint
+weights' moving average ("ema") and of the weights ("raw") in the best of a
+working directory's checkpoints, or in what `--checkpoint` names: a checkpoint
 (`runs/digits/checkpoints/300`), PyTorch's `.pth`, a `.safetensors`, or a
 directory of `smj.save_pretrained`.
 """
@@ -52,8 +52,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  # Ctrl-C while packages are imported: there is nothing to save or to say.
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Silent while importing.
   # No sooner, because workers import this file, and packages may be missing.
   from spatial_mamba_jax.errors import run_command
 

@@ -21,8 +21,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  # Ctrl-C while packages are imported: there is nothing to save or to say.
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Silent while importing.
   # No sooner, because workers import this file, and packages may be missing.
   from spatial_mamba_jax.errors import run_command
 

@@ -10,7 +10,6 @@ or the names of `choice`. One without either is bounded by the machine alone.
 
 import dataclasses
 import difflib
-import math
 import os
 import types
 import typing
@@ -64,7 +63,7 @@ def number(
       return next(filter(None, map(requirement, value)), "")
     if not isinstance(value, int | float):
       return ""  # None, where the annotation has it.
-    if math.isnan(value):
+    if value != value:
       return "a number"
     if above is not None and value <= above:
       return f"above {above}"

@@ -30,7 +30,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Share the work with the processes on other hosts."
 )
-_HELP = re.compile("--?(h|help|helpfull|helpshort)")
+_HELP = re.compile(r"--?(h|help\w*)(=.*)?")
 
 
 class _ConfigParser(flags.ArgumentParser):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+import inspect
 import os
 import pathlib
 import re
@@ -18,6 +20,7 @@ from spatial_mamba_jax.training.config import TrainConfig, TrainingError
 
 # The module that a config file becomes: its dataclasses look themselves up.
 _MODULE = "spatial_mamba_jax_config_file"
+_LONGEST = 400  # Characters of an exception's message.
 
 
 def load_config(file: str) -> TrainConfig:
@@ -38,10 +41,10 @@ def load_config(file: str) -> TrainConfig:
   module.__file__ = str(path)
   sys.modules[_MODULE] = module
   try:
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    exec(compile(_source(path), str(path), "exec"), module.__dict__)
     get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-      raise TrainingError("has no function get_config()")
+    if not callable(get_config) or inspect.iscoroutinefunction(get_config):
+      raise TrainingError("it has no plain function get_config()")
     config = get_config(*argument)
     if not isinstance(config, TrainConfig):
       raise TrainingError(
@@ -54,6 +57,21 @@ def load_config(file: str) -> TrainConfig:
   except BaseException as error:
     where = ":".join(map(str, (path, *_line(error, module))))
     raise TrainingError(f"{where}: {_reason(error)}") from error
+
+
+def _source(path: pathlib.Path) -> str:
+  """The text of a file; a SyntaxError where it is none."""
+  encoded = path.read_bytes()
+  try:
+    text = importlib.util.decode_source(encoded)
+    end, reason = text.find("\0"), "a NUL byte is no text"
+  except (SyntaxError, UnicodeDecodeError) as error:
+    # The former is of the first lines, which can name an encoding.
+    end, reason = getattr(error, "start", 0), f"{error}; write it in UTF-8"
+  if end < 0:
+    return text
+  line = encoded.count(b"\n", 0, end) + 1
+  raise SyntaxError(reason, (str(path), line, None, None))
 
 
 def _line(error: BaseException, module: types.ModuleType) -> list[int]:
@@ -79,9 +97,9 @@ def _reason(error: BaseException) -> str:
   except Exception:  # Its own str() fails.
     text = ""
   name = type(error).__name__
-  if isinstance(error, UserError):
-    return text
-  return f"{name}: {text}" if text and text != name else name
+  if not isinstance(error, UserError) and text != name:
+    text = f"{name}: {text}" if text else name
+  return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
