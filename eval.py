@@ -7,14 +7,12 @@ working directory's checkpoints, or in what `--checkpoint` names: a checkpoint
 directory of `smj.save_pretrained`.
 """
 
-import json
 import signal
 import sys
 
 
 def main() -> int:
   """Evaluates as the flags say; returns the exit status."""
-  import jax
   from absl import flags
 
   from spatial_mamba_jax.training import command_line
@@ -40,20 +38,23 @@ def main() -> int:
     if crop_ratio.value is not None:
       config.data.test_crop_ratio = crop_ratio.value
     evaluations = evaluate_checkpoint(config, path, command_line.path(output))
-    if jax.process_index():
-      return
-    if as_json.value:
-      print(json.dumps({k: v.to_json() for k, v in evaluations.items()}))
-    else:
-      for name, evaluation in evaluations.items():
-        print(f"{name}  {evaluation}")
+    command_line.tell(evaluations, as_json=as_json.value)
 
   return command_line.run(evaluate, __doc__)
 
 
 if __name__ == "__main__":
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Silent while importing.
+  # Ctrl-C ends at once where there is nothing to save: a KeyboardInterrupt is
+  # a traceback while packages are imported, and lost where JAX frees memory.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   # No sooner, because workers import this file, and packages may be missing.
-  from spatial_mamba_jax.errors import run_command
+  try:
+    from spatial_mamba_jax.errors import run_command
+  except ModuleNotFoundError as error:
+    print(
+      f'eval.py: {error.name} is missing: pip install ".[train]"',
+      file=sys.stderr,
+    )
+    sys.exit(2)
 
   sys.exit(run_command("eval.py", main))

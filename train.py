@@ -21,8 +21,17 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Silent while importing.
+  # Ctrl-C ends at once where there is nothing to save: a KeyboardInterrupt is
+  # a traceback while packages are imported, and lost where JAX frees memory.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   # No sooner, because workers import this file, and packages may be missing.
-  from spatial_mamba_jax.errors import run_command
+  try:
+    from spatial_mamba_jax.errors import run_command
+  except ModuleNotFoundError as error:
+    print(
+      f'train.py: {error.name} is missing: pip install ".[train]"',
+      file=sys.stderr,
+    )
+    sys.exit(2)
 
   sys.exit(run_command("train.py", main))

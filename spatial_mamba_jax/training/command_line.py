@@ -1,12 +1,13 @@
 """What `train.py` and `eval.py` share: flags in, exit status out."""
 
+import json
 import os
 import pathlib
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from absl import flags
@@ -16,6 +17,7 @@ from spatial_mamba_jax.errors import UserError, one_line, run_command
 from spatial_mamba_jax.fields import nearest, show
 from spatial_mamba_jax.training import config_file
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
+from spatial_mamba_jax.training.evaluation import Evaluation
 from spatial_mamba_jax.training.loop import NonFiniteError
 from spatial_mamba_jax.training.sharding import initialize_distributed
 from spatial_mamba_jax.training.stopping import StoppedError
@@ -89,6 +91,17 @@ def workdir() -> pathlib.Path:
   if path.exists() and not path.is_dir():
     raise TrainingError(f"--workdir={WORKDIR.value} is not a directory")
   return path
+
+
+def tell(evaluations: Mapping[str, Evaluation], *, as_json: bool) -> None:
+  """Prints evaluations, a line each, or all as one line of JSON."""
+  if jax.process_index():
+    return
+  if as_json:
+    print(json.dumps({k: v.to_json() for k, v in evaluations.items()}))
+  else:
+    for name, evaluation in evaluations.items():
+      print(f"{name}  {evaluation}")
 
 
 def _command() -> str:
