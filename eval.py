@@ -44,8 +44,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  # Ctrl-C ends at once where there is nothing to save: a KeyboardInterrupt is
-  # a traceback while packages are imported, and lost where JAX frees memory.
+  # Ctrl-C ends at once, without a traceback, until there is a run to save.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
   # No sooner, because workers import this file, and packages may be missing.
   try:

@@ -24,6 +24,9 @@ FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 FLOAT32_TINY = 2.0**-126
 # Largest float32 below 1; what is closer to 1 is rounded to it.
 FLOAT32_BELOW_1 = 1 - 2.0**-24
+# Weights of losses, decays and the like: far more than any is, and a product of
+# some of them is finite in float32.
+MAX_WEIGHT = 10**6
 # Largest int32, in which steps, labels and indices are counted.
 INT32_MAX = 2**31 - 1
 
@@ -71,8 +74,11 @@ def number(
       return f"at least {least}"
     if below is not None and value >= below:
       return f"below {below}"
-    if most is not None and value > most:
-      return f"at most {most}"
+    if most is not None and value != most:
+      # Where infinity is accepted, what only rounds to it is not.
+      largest_finite = min(most, FLOAT32_MAX)
+      if value > largest_finite:
+        return f"at most {largest_finite}"
     return ""
 
   return _field(default, requirement)

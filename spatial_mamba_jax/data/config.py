@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 
 from spatial_mamba_jax.errors import UserError
-from spatial_mamba_jax.fields import Section, choice, number
+from spatial_mamba_jax.fields import MAX_WEIGHT, Section, choice, number
 
 SOURCE_NAMES = ("digits", "imagenet2012", "image_folder", "synthetic")
 SPLITS = ("train", "validation")
@@ -84,7 +84,7 @@ class DataConfig(Section):
   flip_probability: float = number(0.5, least=0, most=1)
   randaugment_operations: int = number(2, least=0, most=MAX_OPERATIONS)
   randaugment_magnitude: float = number(9.0, least=0, most=MAX_MAGNITUDE)
-  randaugment_std: float = number(0.5, least=0)
+  randaugment_std: float = number(0.5, least=0, most=MAX_WEIGHT)
   test_crop_ratio: float = number(224 / 256, least=MIN_TEST_CROP_RATIO, most=1)
   num_workers: int = number(0, least=0, most=MAX_WORKERS)
   num_threads: int = number(2, least=1, most=MAX_WORKERS)

@@ -93,6 +93,13 @@ def workdir() -> pathlib.Path:
   return path
 
 
+def path(flag: flags.FlagHolder[str | None]) -> pathlib.Path | None:
+  """A flag's value as an absolute path; None where it is not given."""
+  if not flag.value:
+    return None
+  return pathlib.Path(os.path.expanduser(flag.value)).absolute()
+
+
 def tell(evaluations: Mapping[str, Evaluation], *, as_json: bool) -> None:
   """Prints evaluations, a line each, or all as one line of JSON."""
   if jax.process_index():
@@ -119,13 +126,6 @@ def _flags_help() -> Iterator[str]:
 def _arguments() -> list[str]:
   """Those of the command line and of its --flagfile."""
   return flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
-
-
-def path(flag: flags.FlagHolder[str | None]) -> pathlib.Path | None:
-  """A flag's value as an absolute path; None where it is not given."""
-  if not flag.value:
-    return None
-  return pathlib.Path(os.path.expanduser(flag.value)).absolute()
 
 
 def _parse() -> None:

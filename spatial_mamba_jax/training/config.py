@@ -19,6 +19,7 @@ from spatial_mamba_jax.fields import (
   FLOAT32_MAX,
   FLOAT32_TINY,
   INT32_MAX,
+  MAX_WEIGHT,
   Section,
   choice,
   number,
@@ -125,10 +126,10 @@ class OptimizerConfig(Section):
   min_learning_rate: float = number(5e-6, least=FLOAT32_TINY)
   reference_batch_size: int = number(512, least=1, most=MAX_BATCH)
   warmup_epochs: int = number(20, least=0, most=MAX_EPOCHS)
-  weight_decay: float = number(0.05, least=0)
+  weight_decay: float = number(0.05, least=0, most=MAX_WEIGHT)
   beta1: float = number(0.9, least=0, most=FLOAT32_BELOW_1)
   beta2: float = number(0.999, least=0, most=FLOAT32_BELOW_1)
-  epsilon: float = number(1e-8, least=FLOAT32_TINY)
+  epsilon: float = number(1e-8, least=FLOAT32_TINY, most=MAX_WEIGHT)
   clip_norm: float = number(5.0, least=FLOAT32_TINY, most=math.inf)
   layer_decay: float = number(1.0, above=0, most=1)
 
@@ -148,8 +149,8 @@ class MixingConfig(Section):
 
   probability: float = number(1.0, least=0, most=1)
   cutmix_probability: float = number(0.5, least=0, most=1)
-  mixup_alpha: float = number(0.8, least=FLOAT32_TINY)
-  cutmix_alpha: float = number(1.0, least=FLOAT32_TINY)
+  mixup_alpha: float = number(0.8, least=FLOAT32_TINY, most=MAX_WEIGHT)
+  cutmix_alpha: float = number(1.0, least=FLOAT32_TINY, most=MAX_WEIGHT)
 
 
 @dataclasses.dataclass
@@ -197,7 +198,7 @@ class TrainConfig(Section):
   erasing_probability: float = number(0.25, least=0, most=1)
   label_smoothing: float = number(0.1, least=0, below=1)
   ema_decay: float = number(0.9999, least=0, most=FLOAT32_BELOW_1)
-  mesa_weight: float = number(0.0, least=0)
+  mesa_weight: float = number(0.0, least=0, most=MAX_WEIGHT)
   mesa_start: float = number(0.25, least=0, most=1)
   init_from: str = ""
   linear_probe: bool = False

@@ -99,6 +99,10 @@ def _reason(error: BaseException) -> str:
   name = type(error).__name__
   if not isinstance(error, UserError) and text != name:
     text = f"{name}: {text}" if text else name
+  if match := re.search(r"unexpected keyword argument '(\w+)'", text):
+    names = [path.rpartition(".")[2] for path in _paths(TrainConfig())]
+    if near := nearest(match[1], names):
+      text += f"; did you mean {near}?"
   return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
