@@ -165,6 +165,8 @@ def check_fields(
       what = requirement(value)
     if what:
       raise mistake(f"{prefix}{name} must be {what}, got {show(value)}")
+  for name in fields:
+    value = getattr(instance, name)
     if isinstance(value, Section):
       value.validate(prefix + name)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
