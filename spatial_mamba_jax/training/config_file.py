@@ -61,7 +61,7 @@ def load_config(file: str) -> TrainConfig:
 
 def _source(path: pathlib.Path) -> str:
   """The text of a file; a SyntaxError where it is none."""
-  encoded = path.read_bytes()
+  encoded, text = path.read_bytes(), ""
   try:
     text = importlib.util.decode_source(encoded)
     end, reason = text.find("\0"), "a NUL byte is no text"
