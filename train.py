@@ -1,19 +1,37 @@
 """Trains: `python train.py --config=configs/digits.py --workdir=runs/digits`.
 
-Every field of the config can be overridden (`--config.epochs=10`). A run that
-was stopped is resumed by the same command.
+Every field of the config can be overridden (`--config.epochs=10`,
+`--config.optimizer.learning_rate=1e-3`); `spatial_mamba_jax/training/config.py`
+and `spatial_mamba_jax/data/config.py` explain them. A run that was stopped is
+resumed by the same command.
 """
 
+import signal
 import sys
 
-from spatial_mamba_jax.training import command_line
-from spatial_mamba_jax.training.loop import train
 
+def main() -> int:
+  """Trains as the flags say; returns the exit status."""
+  from spatial_mamba_jax.training import command_line
+  from spatial_mamba_jax.training.loop import train
 
-def main() -> None:
-  """Trains as the flags say."""
-  train(command_line.config(), command_line.workdir())
+  command_line.own_process()
+  return command_line.run(
+    lambda: train(command_line.config(), command_line.workdir()), __doc__
+  )
 
 
 if __name__ == "__main__":
-  sys.exit(command_line.run(main))
+  # Ctrl-C ends it without a traceback while packages are imported.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  # No sooner, because workers import this file, and packages may be missing.
+  try:
+    from spatial_mamba_jax.errors import run_command
+  except ModuleNotFoundError as error:
+    sys.stderr.write(
+      f'train.py: {error.name} is missing: pip install ".[train]"\n'
+    )
+    sys.exit(2)
+
+  sys.exit(run_command("train.py", main))

@@ -19,10 +19,12 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from spatial_mamba_jax.errors import run_command
+
+if TYPE_CHECKING:
+  import matplotlib.figure
 
 # Of Okabe and Ito's colours, which also the colour-blind tell apart.
 _TRAIN, _EMA, _RAW = "#0072B2", "#D55E00", "#009E73"
@@ -177,8 +179,12 @@ def read_run(workdir: pathlib.Path) -> Run:
   return Run(name, whole, description, notes)
 
 
-def draw(run: Run) -> Figure:
+def draw(run: Run) -> "matplotlib.figure.Figure":
   """The panels for which there are records, one above the other."""
+  # Here, because it may be missing, which is then said in one line.
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
+
   panels = [
     panel
     for panel in _PANELS
@@ -456,13 +462,12 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument(
     "workdir", type=pathlib.Path, help="the --workdir of train.py"
   )
-  try:
-    paths = write_report(parser.parse_args(arguments).workdir)
-  except (OSError, ValueError) as error:
-    print(f"report: {error}", file=sys.stderr)
-    return 2
-  print(*paths, sep="\n")
-  return 0
+  workdir = parser.parse_args(arguments).workdir
+  return run_command(
+    "report",
+    lambda: print(*write_report(workdir), sep="\n"),
+    (OSError, ValueError),
+  )
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ PACKAGE = "spatial_mamba_jax"
 # Layer -> what of the project it may import.
 ALLOWED = {
   "kernels": {"kernels"},
-  "models": {"errors", "kernels", "models"},
-  "convert": {"errors", "paths", "kernels", "models", "convert"},
-  "data": {"errors", "paths", "data"},
+  "models": {"errors", "fields", "kernels", "models"},
+  "convert": {"errors", "fields", "paths", "kernels", "models", "convert"},
+  "data": {"errors", "fields", "paths", "data"},
   "training": {
-    *("errors", "paths", "kernels", "models", "convert", "data", "training")
+    *("errors", "fields", "paths", "kernels", "models", "convert"),
+    *("data", "training"),
   },
 }
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 import importlib.util
-import math
 
 from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.fields import MAX_WEIGHT, Section, choice, number
 
 SOURCE_NAMES = ("digits", "imagenet2012", "image_folder", "synthetic")
 SPLITS = ("train", "validation")
@@ -14,13 +14,30 @@ MAX_MAGNITUDE = 10.0  # Of RandAugment.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Pixels of a side: an image of them takes 0.8 GB, and a scan over its tokens
+# counts them in int32.
+MAX_IMAGE_SIZE = 2**14
+# Smallest share of the shorter side that evaluation takes: the resized image
+# then has 256 times the pixels of the crop.
+MIN_TEST_CROP_RATIO = 1 / 16
+# Greatest width / height of a crop; an image of 224 pixels has no narrower one.
+MAX_CROP_RATIO = 2.0**8
+# Operations of RandAugment on an image, one after another; papers have 1 to 10.
+MAX_OPERATIONS = 100
+# Processes that read, and threads in each: more than the cores of any host.
+MAX_WORKERS = 2**10
+# Batches kept ready in a process.
+MAX_PREFETCH = 2**16
+# Images of a split, so that an int32 also counts those that pad an evaluation.
+MAX_IMAGES = 2**30
+
 
 class DataError(UserError):
   """A mistake in the data or its settings, told in one line."""
 
 
 @dataclasses.dataclass
-class DataConfig:
+class DataConfig(Section):
   """Where images come from and how they become batches.
 
   The defaults are the authors' ImageNet recipe, on the embedded digits; what it
@@ -54,82 +71,53 @@ class DataConfig:
     synthetic_classes: number of classes of `synthetic`.
   """
 
-  name: str = "digits"
-  data_dir: str = ""
-  decoder: str = "pillow"
-  image_size: int = 224
-  crop_scale: tuple[float, float] = (0.08, 1.0)
-  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-  flip_probability: float = 0.5
-  randaugment_operations: int = 2
-  randaugment_magnitude: float = 9.0
-  randaugment_std: float = 0.5
-  test_crop_ratio: float = 224 / 256
-  num_workers: int = 0
-  num_threads: int = 2
-  prefetch: int = 4
-  max_unreadable_share: float = 0.001
-  synthetic_images: int = 1024
-  synthetic_classes: int = 1000
+  mistake = DataError
 
-  def validate(self) -> None:
+  name: str = choice("digits", among=SOURCE_NAMES)
+  data_dir: str = ""
+  decoder: str = choice("pillow", among=DECODERS)
+  image_size: int = number(224, least=1, most=MAX_IMAGE_SIZE)
+  crop_scale: tuple[float, float] = number((0.08, 1.0), above=0, most=1)
+  crop_ratio: tuple[float, float] = number(
+    (3 / 4, 4 / 3), least=1 / MAX_CROP_RATIO, most=MAX_CROP_RATIO
+  )
+  flip_probability: float = number(0.5, least=0, most=1)
+  randaugment_operations: int = number(2, least=0, most=MAX_OPERATIONS)
+  randaugment_magnitude: float = number(9.0, least=0, most=MAX_MAGNITUDE)
+  randaugment_std: float = number(0.5, least=0, most=MAX_WEIGHT)
+  test_crop_ratio: float = number(224 / 256, least=MIN_TEST_CROP_RATIO, most=1)
+  num_workers: int = number(0, least=0, most=MAX_WORKERS)
+  num_threads: int = number(2, least=1, most=MAX_WORKERS)
+  prefetch: int = number(4, least=1, most=MAX_PREFETCH)
+  max_unreadable_share: float = number(0.001, least=0, below=1)
+  synthetic_images: int = number(1024, least=1, most=MAX_IMAGES)
+  synthetic_classes: int = number(1000, least=1)
+
+  def validate(self, path: str = "config.data") -> None:
     """Checks every value.
 
     Raises:
       DataError: naming the first field whose value makes no sense.
     """
-    for field, accepted, requirement in (
-      ("name", self.name in SOURCE_NAMES, f"one of {', '.join(SOURCE_NAMES)}"),
-      ("decoder", self.decoder in DECODERS, f"one of {', '.join(DECODERS)}"),
-      ("image_size", self.image_size >= 1, "at least 1"),
-      (
-        "crop_scale",
-        _is_range(self.crop_scale) and self.crop_scale[1] <= 1,
-        "(low, high) with 0 < low <= high <= 1",
-      ),
-      (
-        "crop_ratio",
-        _is_range(self.crop_ratio),
-        "(low, high) with 0 < low <= high",
-      ),
-      ("flip_probability", 0 <= self.flip_probability <= 1, "within [0, 1]"),
-      (
-        "randaugment_operations",
-        self.randaugment_operations >= 0,
-        "at least 0",
-      ),
-      (
-        "randaugment_magnitude",
-        0 <= self.randaugment_magnitude <= MAX_MAGNITUDE,
-        f"within [0, {MAX_MAGNITUDE:.0f}]",
-      ),
-      ("randaugment_std", 0 <= self.randaugment_std < math.inf, "at least 0"),
-      ("test_crop_ratio", 0 < self.test_crop_ratio <= 1, "within (0, 1]"),
-      ("num_workers", self.num_workers >= 0, "at least 0"),
-      ("num_threads", self.num_threads >= 1, "at least 1"),
-      (
-        "prefetch",
-        self.prefetch >= self.num_threads,
-        f"at least num_threads={self.num_threads}",
-      ),
-      (
-        "max_unreadable_share",
-        0 <= self.max_unreadable_share < 1,
-        "within [0, 1)",
-      ),
-      ("synthetic_images", self.synthetic_images >= 1, "at least 1"),
-      ("synthetic_classes", self.synthetic_classes >= 1, "at least 1"),
-    ):
-      if not accepted:
-        raise DataError(
-          f"data.{field} must be {requirement}, got {getattr(self, field)!r}"
-        )
-    if self.decoder != "pillow" and not importlib.util.find_spec(self.decoder):
+    super().validate(path)
+    for field in ("crop_scale", "crop_ratio"):
+      low, high = getattr(self, field)
+      self.require(low <= high, path, field, "(low, high) with low <= high")
+    self.require(
+      self.prefetch >= self.num_threads,
+      path,
+      "prefetch",
+      f"at least num_threads={self.num_threads}",
+    )
+    if self.decoder != "pillow" and not _is_installed(self.decoder):
       raise DataError(
-        f"data.decoder={self.decoder} is not installed: pip install"
+        f"{path}.decoder={self.decoder} is not installed: pip install"
         f" {self.decoder}, or leave it to pillow"
       )
 
 
-def _is_range(bounds: tuple[float, ...]) -> bool:
-  return len(bounds) == 2 and 0 < bounds[0] <= bounds[1]
+def _is_installed(package: str) -> bool:
+  try:
+    return importlib.util.find_spec(package) is not None
+  except ValueError:  # What stands for it was put there by hand.
+    return False

@@ -166,7 +166,7 @@ def open_tree(
 def open_split(config: DataConfig, split: str) -> ImageFolder:
   """Opens one split of the tree in `config.data_dir`."""
   if not config.data_dir:
-    raise DataError("data.data_dir must name the root of the image_folder")
+    raise DataError("config.data.data_dir must name the image_folder's root")
   return open_tree(local_path(config.data_dir, "config.data.data_dir"), split)
 
 

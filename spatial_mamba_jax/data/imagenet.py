@@ -78,8 +78,8 @@ def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
   )
   if not os.path.lexists(directory):
     raise DataError(
-      f"{NAME} {VERSION} is not prepared in {data_dir}: set data.data_dir, or "
-      f"run {command}"
+      f"{NAME} {VERSION} is not prepared in {data_dir}: set "
+      f"config.data.data_dir, or run {command}"
     )
   return tfds_source.TfdsSource(
     directory, split, remedy=f"remove {directory} and run {command}"
@@ -121,7 +121,7 @@ def _check_names_differ(images: image_folder.ImageFolder) -> None:
     if file_name in seen:
       raise DataError(
         f"two files in {images.root} are called {file_name}, but in ImageNet "
-        "names are unique: read this tree with data.name=image_folder"
+        "names are unique: read this tree with config.data.name=image_folder"
       )
     seen.add(file_name)
 

@@ -199,7 +199,7 @@ class Batches:
       if "Worker process was terminated" not in str(error):
         raise
       raise DataError(
-        f"{one_line(error)} If memory ran out: fewer data.num_workers, or a "
+        f"{one_line(error)} If memory ran out: fewer config.data.num_workers, or a "
         "smaller data.prefetch"
       ) from error
 
@@ -234,7 +234,7 @@ class Batches:
       named = ", ".join(map(one_line, [*self._unreadable.values()][:5]))
       raise DataError(
         f"{count} of {total} images are unreadable, more than "
-        f"data.max_unreadable_share={tolerated} allows: "
+        f"config.data.max_unreadable_share={tolerated} allows: "
         f"{named}{', ...' if count > 5 else ''}"
       )
 

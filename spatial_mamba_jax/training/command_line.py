@@ -1,69 +1,108 @@
 """What `train.py` and `eval.py` share: flags in, exit status out."""
 
+import json
 import logging
 import os
 import pathlib
+import re
 import sys
+import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from spatial_mamba_jax.errors import UserError, run_command
+from spatial_mamba_jax.errors import UserError, one_line, run_command
+from spatial_mamba_jax.fields import nearest, show
 from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.training import config_file
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
+from spatial_mamba_jax.training.evaluation import Evaluation
 from spatial_mamba_jax.training.loop import NonFiniteError
 from spatial_mamba_jax.training.sharding import initialize_distributed
 from spatial_mamba_jax.training.stopping import StoppedError, end_on_signals
 
 CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "The experiment: a file with get_config()."
+  "config",
+  None,
+  "The experiment: a file with get_config(). Each --config.FIELD=VALUE"
+  " overrides a field.",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Share the work with the processes on other hosts."
 )
+_HELP = re.compile(r"--?(h|help\w*)(=.*)?")
 
 
-def run(main: Callable[[], None]) -> int:
+class _ConfigParser(flags.ArgumentParser):
+  """Runs the config file, and says in one line what is wrong with it."""
+
+  def parse(self, argument: str) -> TrainConfig:
+    self.config = config_file.load_config(argument)
+    config_file.check_overrides(self.config, _arguments())
+    return self.config
+
+
+_PARSER = flags.FLAGS["config"].parser = _ConfigParser()
+
+
+def own_process() -> None:
+  """Readies the process of a script, which is all that runs in it.
+
+  A signal to stop ends it at once, unless a run saves first. What goes wrong in
+  a background thread is told by the main one, which it reaches.
+  """
+  end_on_signals(_command())
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+  hook = sys.unraisablehook
+
+  def of_main_thread(unraisable):
+    # Callbacks of TensorStore come in threads of its own: after a failed save,
+    # hundreds of them.
+    if threading.current_thread() is threading.main_thread():
+      hook(unraisable)
+
+  sys.unraisablehook = of_main_thread
+
+
+def run(main: Callable[[], object], usage: str | None = None) -> int:
   """Parses the flags and calls `main`; a user's mistake becomes one line.
+
+  Args:
+    main: the command.
+    usage: what `--help` prints, above the flags.
 
   Returns:
     The exit status: 0, 1 for a run that diverged, 2 for a mistake, 128 more
     than the signal for a run stopped by one (143 for SIGTERM, 130 for Ctrl-C).
   """
-  name = pathlib.Path(sys.argv[0]).name
-  end_on_signals(name)
-  _silence_background()
+  if any(map(_HELP.fullmatch, sys.argv[1:])):
+    print(usage or "", *_flags_help(), sep="\n")
+    return 0
+  return run_command(
+    _command(),
+    lambda: _run(main),
+    (UserError, OSError, NonFiniteError, StoppedError),
+  )
 
-  def command():
-    _parse()
-    _use_compilation_cache()
-    if _DISTRIBUTED.value:
-      initialize_distributed()
-    main()
 
-  mistakes = (UserError, OSError, NonFiniteError, StoppedError)
-  return run_command(name, command, mistakes)
+def _run(main: Callable[[], object]) -> None:
+  _parse()
+  _use_compilation_cache()
+  if _DISTRIBUTED.value:
+    initialize_distributed()
+  main()
 
 
 def config() -> TrainConfig:
   """The experiment, overrides applied and checked."""
-  try:
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    if path and not pathlib.Path(path).is_file():
-      raise TrainingError(f"--config={path} is no file")
-    experiment = CONFIG.value
-  except (AttributeError, OSError) as error:
-    raise TrainingError(f"--config: {_one_line(error)}") from error
-  if not isinstance(experiment, TrainConfig):
-    raise TrainingError(
-      "--config=FILE is needed, a file whose get_config() returns a"
-      " TrainConfig, e.g. configs/digits.py"
-    )
+  experiment = CONFIG.value
   experiment.validate()
   return experiment
 
@@ -78,47 +117,96 @@ def workdir() -> pathlib.Path:
   return path
 
 
+def path(flag: flags.FlagHolder[str | None]) -> pathlib.Path | None:
+  """A flag's value as an absolute path; None where it is not given."""
+  return local_path(flag.value, f"--{flag.name}") if flag.value else None
+
+
+def tell(evaluations: Mapping[str, Evaluation], *, as_json: bool) -> None:
+  """Prints evaluations, a line each, or all as one line of JSON."""
+  if jax.process_index():
+    return
+  if as_json:
+    print(json.dumps({k: v.to_json() for k, v in evaluations.items()}))
+  else:
+    for name, evaluation in evaluations.items():
+      print(f"{name}  {evaluation}")
+
+
+def _command() -> str:
+  return pathlib.Path(sys.argv[0]).name
+
+
+def _flags_help() -> Iterator[str]:
+  """A line for each flag of this file and of the main script."""
+  defined = flags.FLAGS.flags_by_module_dict()
+  for module in (__name__, sys.argv[0]):
+    for flag in defined.get(module, ()):
+      yield f"  --{flag.name:<12}  {flag.help}"
+
+
+def _arguments() -> list[str]:
+  """Those of the command line and of its --flagfile."""
+  return flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+
+
 def _parse() -> None:
+  """Parses the flags; raises a UserError for the first wrong one."""
   try:
+    names = [argument.split("=")[0] for argument in _arguments()]
+    files = sum(name in ("-config", "--config") for name in names)
+    if files != 1:
+      what = "is given more than once" if files else "is needed"
+      raise TrainingError(
+        f"--config=FILE {what}; usage: python {_command()} --config=FILE"
+        " --workdir=DIR [--config.FIELD=VALUE ...], or --help"
+      )
     rest = flags.FLAGS(sys.argv)
-  except (
-    flags.Error,
-    AttributeError,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-  ) as error:
-    raise TrainingError(_one_line(error)) from error
+  except UserError:
+    raise
+  except flags.UnrecognizedFlagError as error:
+    near = nearest(error.flagname, flags.FLAGS)
+    what = f"did you mean --{near}?" if near else "--help lists the flags"
+    raise TrainingError(f"--{error.flagname}: no such flag; {what}") from error
+  except flags.IllegalFlagValueError as error:
+    raise _of_value(error) from error
+  # Such as a MemoryError for a value of a thousand brackets.
+  except Exception as error:
+    raise TrainingError(one_line(error)) from error
   if rest[1:]:
     raise TrainingError(f"{rest[1]!r} is no flag; flags look like --name=value")
 
 
-def _one_line(error: Exception) -> str:
-  # A KeyError's str() is the repr of its message.
-  message = error.args[0] if isinstance(error, KeyError) else error
-  return " ".join(str(message).split())
+def _of_value(error: flags.IllegalFlagValueError) -> UserError:
+  """What is wrong with a flag's value, in the words of the config."""
+  reason = error.__context__
+  if isinstance(reason, UserError):
+    return reason
+  text = str(error).removesuffix(f": {reason}")
+  if match := re.match(r"flag --config\.([^=]*)=", text):
+    what = config_file.expected(_PARSER.config, match[1])
+    value = text[match.end() :]
+    return TrainingError(f"config.{match[1]} must be {what}, got {show(value)}")
+  return TrainingError(str(error))
 
 
 def _use_compilation_cache() -> None:
   """A second run of the same program need not compile it again."""
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    cache = home.expanduser() / "spatial_mamba_jax" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def _silence_background() -> None:
-  """Leaves the telling of a failure to the main thread, which it reaches."""
-  for name in ("absl", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-  hook = sys.unraisablehook
-
-  def of_main_thread(unraisable):
-    # Callbacks of TensorStore come in threads of its own: after a failed save,
-    # hundreds of them.
-    if threading.current_thread() is threading.main_thread():
-      hook(unraisable)
-
-  sys.unraisablehook = of_main_thread
+  # JAX goes on without an entry that it cannot read or write.
+  warnings.filterwarnings(
+    "ignore", message="Error (reading|writing) persistent compilation cache"
+  )
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  cache = pathlib.Path(home, "spatial_mamba_jax", "compiled").absolute()
+  try:
+    if home.startswith("~"):
+      raise FileNotFoundError("there is no home directory")
+    cache.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=cache).close()
+  except OSError as error:
+    said = f"{_command()}: compiled programs are not kept: {one_line(error)}"
+    print(said, file=sys.stderr)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -7,13 +7,45 @@ fields are overridden on the command line, e.g. `--config.epochs=10`.
 import dataclasses
 import json
 import math
+import os
 import re
 from typing import Any
 
+import jax
+
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.errors import UserError
-from spatial_mamba_jax.models import ModelConfig
-from spatial_mamba_jax.models.config import get_model_config
+from spatial_mamba_jax.fields import (
+  FLOAT32_BELOW_1,
+  FLOAT32_MAX,
+  FLOAT32_TINY,
+  INT32_MAX,
+  MAX_WEIGHT,
+  Section,
+  choice,
+  number,
+  show,
+)
+from spatial_mamba_jax.models import ModelConfig, list_models
+from spatial_mamba_jax.models.config import (
+  DTYPES,
+  IMPLEMENTATIONS,
+  MAX_CLASSES,
+  MAX_STATES,
+  get_model_config,
+)
+
+# Images a step: 16 times the largest batch that ImageNet was trained with.
+MAX_BATCH = 2**20
+# Passes over the images, and epochs between evaluations.
+MAX_EPOCHS = 10**6
+# Steps that a logged line averages over: it sums in float32, which counts no
+# further by ones.
+MAX_LOG_EVERY = 2**24
+# Checkpoints kept: each is a directory, read when a run begins.
+MAX_KEPT = 10**4
+# Least memory of a process that reads images: that of Python and its packages.
+_WORKER_BYTES = 2**26
 
 
 class TrainingError(UserError):
@@ -21,7 +53,7 @@ class TrainingError(UserError):
 
 
 @dataclasses.dataclass
-class ModelSection:
+class ModelSection(Section):
   """The model; see `spatial_mamba_jax.models.ModelConfig`.
 
   Attributes:
@@ -29,22 +61,30 @@ class ModelSection:
     num_classes: classes of the dataset.
     d_state: states a channel.
     drop_path_rate: stochastic depth of the last block.
-    dtype: precision of activations, "float32" or "bfloat16".
+    dtype: precision of activations, "float32" or "bfloat16"; also "float16",
+      and "float64" where JAX_ENABLE_X64=1 is in the environment.
     implementation: of the structure-aware SSM; empty for the platform's best.
       "sequential" and "associative" are without kernels for the rest, too.
     remat: whether most of a block is made again in the backward pass, with half
       of the memory, instead of being kept; None: unless on a GPU.
   """
 
-  name: str = "spatial_mamba_micro"
-  num_classes: int = 10
-  d_state: int = 1
-  drop_path_rate: float = 0.0
-  dtype: str = "float32"
-  implementation: str = ""
+  mistake = TrainingError
+
+  name: str = choice("spatial_mamba_micro", among=list_models)
+  num_classes: int = number(10, least=1, most=MAX_CLASSES)
+  d_state: int = number(1, least=1, most=MAX_STATES)
+  drop_path_rate: float = number(0.0, least=0, below=1)
+  dtype: str = choice("float32", among=DTYPES)
+  implementation: str = choice("", among=("", *IMPLEMENTATIONS))
   remat: bool | None = None
 
-  def build(self) -> ModelConfig:
+  def validate(self, path: str = "config.model") -> None:
+    """Checks every value, as the architecture does."""
+    super().validate(path)
+    self.build(path)
+
+  def build(self, path: str = "config.model") -> ModelConfig:
     """The architecture.
 
     Raises:
@@ -54,12 +94,12 @@ class ModelSection:
     fields["implementation"] = self.implementation or None
     try:
       return get_model_config(fields.pop("name"), **fields)
-    except (TypeError, ValueError) as error:
-      raise TrainingError(f"config.model: {error}") from error
+    except ValueError as error:  # It begins with the field's name.
+      raise TrainingError(f"{path}.{error}") from error
 
 
 @dataclasses.dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
   """AdamW with linear warm-up and a cosine, as the authors run it.
 
   The three learning rates are those of a batch of `reference_batch_size`
@@ -75,27 +115,29 @@ class OptimizerConfig:
     beta1: decay of the mean of gradients.
     beta2: decay of the mean of squared gradients.
     epsilon: added to the root of the latter.
-    clip_norm: largest global norm of the gradients.
+    clip_norm: largest global norm of the gradients; inf for any.
     layer_decay: the learning rate of a layer as a share of the next one's, from
       the head down to the stem (layer-wise learning-rate decay, for
       fine-tuning; arXiv 2106.08254 takes 0.65).
   """
 
-  learning_rate: float = 5e-4
-  warmup_learning_rate: float = 5e-7
-  min_learning_rate: float = 5e-6
-  reference_batch_size: int = 512
-  warmup_epochs: int = 20
-  weight_decay: float = 0.05
-  beta1: float = 0.9
-  beta2: float = 0.999
-  epsilon: float = 1e-8
-  clip_norm: float = 5.0
-  layer_decay: float = 1.0
+  mistake = TrainingError
+
+  learning_rate: float = number(5e-4, least=FLOAT32_TINY)
+  warmup_learning_rate: float = number(5e-7, least=FLOAT32_TINY)
+  min_learning_rate: float = number(5e-6, least=FLOAT32_TINY)
+  reference_batch_size: int = number(512, least=1, most=MAX_BATCH)
+  warmup_epochs: int = number(20, least=0, most=MAX_EPOCHS)
+  weight_decay: float = number(0.05, least=0, most=MAX_WEIGHT)
+  beta1: float = number(0.9, least=0, most=FLOAT32_BELOW_1)
+  beta2: float = number(0.999, least=0, most=FLOAT32_BELOW_1)
+  epsilon: float = number(1e-8, least=FLOAT32_TINY, most=MAX_WEIGHT)
+  clip_norm: float = number(5.0, least=FLOAT32_TINY, most=math.inf)
+  layer_decay: float = number(1.0, above=0, most=1)
 
 
 @dataclasses.dataclass
-class MixingConfig:
+class MixingConfig(Section):
   """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899) of a batch.
 
   Attributes:
@@ -105,10 +147,12 @@ class MixingConfig:
     cutmix_alpha: the same of cutmix, for the area that stays.
   """
 
-  probability: float = 1.0
-  cutmix_probability: float = 0.5
-  mixup_alpha: float = 0.8
-  cutmix_alpha: float = 1.0
+  mistake = TrainingError
+
+  probability: float = number(1.0, least=0, most=1)
+  cutmix_probability: float = number(0.5, least=0, most=1)
+  mixup_alpha: float = number(0.8, least=FLOAT32_TINY, most=MAX_WEIGHT)
+  cutmix_alpha: float = number(1.0, least=FLOAT32_TINY, most=MAX_WEIGHT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +167,7 @@ _INTERVAL = re.compile(r"\s*([1-9][0-9]{0,8})\s*(step|minute)?s?\s*")
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(Section):
   """One experiment.
 
   Attributes:
@@ -155,28 +199,30 @@ class TrainConfig:
     keep_last: newest checkpoints kept, beside the best.
   """
 
+  mistake = TrainingError
+
   model: ModelSection = dataclasses.field(default_factory=ModelSection)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
   mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
-  batch_size: int = 1024
-  accumulation_steps: int = 1
-  epochs: int = 300
-  erasing_probability: float = 0.25
-  label_smoothing: float = 0.1
-  ema_decay: float = 0.9999
-  mesa_weight: float = 0.0
-  mesa_start: float = 0.25
+  batch_size: int = number(1024, least=1, most=MAX_BATCH)
+  accumulation_steps: int = number(1, least=1)
+  epochs: int = number(300, least=1, most=MAX_EPOCHS)
+  erasing_probability: float = number(0.25, least=0, most=1)
+  label_smoothing: float = number(0.1, least=0, below=1)
+  ema_decay: float = number(0.9999, least=0, most=FLOAT32_BELOW_1)
+  mesa_weight: float = number(0.0, least=0, most=MAX_WEIGHT)
+  mesa_start: float = number(0.25, least=0, most=1)
   init_from: str = ""
   linear_probe: bool = False
-  seed: int = 0
-  evaluation_batch_size: int = 512
-  evaluate_every: int = 1
+  seed: int = number(0, least=0, below=2**32)
+  evaluation_batch_size: int = number(512, least=1, most=MAX_BATCH)
+  evaluate_every: int = number(1, least=1, most=MAX_EPOCHS)
   checkpoint_every: str = "10 minutes"
-  log_every: int = 50
-  keep_last: int = 2
+  log_every: int = number(50, least=1, most=MAX_LOG_EVERY)
+  keep_last: int = number(2, least=1, most=MAX_KEPT)
 
   def checkpoint_interval(self) -> Interval | None:
     """What `checkpoint_every` says.
@@ -190,75 +236,76 @@ class TrainConfig:
     if match is None:
       raise TrainingError(
         'config.checkpoint_every must be "500 steps", "10 minutes" or empty,'
-        f" got {self.checkpoint_every!r}"
+        f" got {show(self.checkpoint_every)}"
       )
     return Interval(int(match[1]), f"{match[2] or 'step'}s")
 
-  def validate(self) -> None:
+  def validate(self, path: str = "config") -> None:
     """Checks every value.
 
     Raises:
       TrainingError, DataError: naming the first field that makes no sense.
     """
-    self.model.build()
-    self.data.validate()
+    super().validate(path)
     self.checkpoint_interval()
-    for field in (
-      "batch_size", "accumulation_steps", "epochs", "evaluation_batch_size",
-      "evaluate_every", "log_every", "keep_last",
-    ):  # fmt: skip
-      _require(getattr(self, field) >= 1, self, field, "at least 1")
-    _require(
+    self.require(
       self.batch_size % self.accumulation_steps == 0,
-      self,
+      path,
       "batch_size",
       f"a multiple of accumulation_steps={self.accumulation_steps}",
     )
-    mixing = self.mixing
-    for section, field in (
-      (self, "erasing_probability"),
-      (mixing, "probability"),
-      (mixing, "cutmix_probability"),
-    ):
-      _require(0 <= getattr(section, field) <= 1, section, field, "in [0, 1]")
-    for field in ("mixup_alpha", "cutmix_alpha"):
-      _require(0 < getattr(mixing, field) < math.inf, mixing, field, "above 0")
-    for field in ("label_smoothing", "ema_decay"):
-      _require(0 <= getattr(self, field) < 1, self, field, "in [0, 1)")
-    _require(0 <= self.seed < 2**32, self, "seed", "in [0, 2**32)")
-    _require(0 <= self.mesa_start <= 1, self, "mesa_start", "in [0, 1]")
-    _require(self.mesa_weight >= 0, self, "mesa_weight", "0 or more")
     optimizer = self.optimizer
-    for field in (
-      "learning_rate", "warmup_learning_rate", "min_learning_rate",
-      "reference_batch_size", "epsilon", "clip_norm",
-    ):  # fmt: skip
-      _require(getattr(optimizer, field) > 0, optimizer, field, "above 0")
-    _require(
-      0 <= optimizer.warmup_epochs < self.epochs,
-      optimizer,
+    optimizer.require(
+      optimizer.warmup_epochs < self.epochs,
+      f"{path}.optimizer",
       "warmup_epochs",
-      f"at least 0 and below epochs={self.epochs}",
+      f"below epochs={self.epochs}",
     )
-    _require(
-      optimizer.weight_decay >= 0, optimizer, "weight_decay", "0 or more"
-    )
-    _require(
-      0 < optimizer.layer_decay <= 1, optimizer, "layer_decay", "in (0, 1]"
-    )
-    for field in ("beta1", "beta2"):
-      _require(
-        0 <= getattr(optimizer, field) < 1, optimizer, field, "in [0, 1)"
+    scale = self.batch_size / optimizer.reference_batch_size
+    for field in ("learning_rate", "warmup_learning_rate", "min_learning_rate"):
+      optimizer.require(
+        getattr(optimizer, field) * scale <= FLOAT32_MAX,
+        f"{path}.optimizer",
+        field,
+        "finite once scaled by batch_size / reference_batch_size",
+      )
+    self._require_memory(path)
+
+  def _require_memory(self, path: str) -> None:
+    """Raises where the pictures that are kept ready exceed this host."""
+    hosts = jax.process_count() if jax.distributed.is_initialized() else 1
+    images = max(self.batch_size, self.evaluation_batch_size) / hosts
+    batches = self.data.prefetch * images * 3 * self.data.image_size**2
+    needed = batches + self.data.num_workers * _WORKER_BYTES
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+      raise TrainingError(
+        f"{path} asks for {needed / 2**30:,.0f} GiB of memory for images, and"
+        f" this host has {there / 2**30:,.0f} GiB: lower batch_size,"
+        " evaluation_batch_size, data.image_size, data.prefetch or"
+        " data.num_workers"
       )
 
+  def count_steps(self, training_images: int) -> tuple[int, int]:
+    """Steps an epoch, and of the whole run.
 
-def _require(accepted: bool, section: Any, field: str, what: str) -> None:
-  if not accepted:
-    sections = {OptimizerConfig: ".optimizer", MixingConfig: ".mixing"}
-    path = "config" + sections.get(type(section), "")
-    raise TrainingError(
-      f"{path}.{field} must be {what}, got {getattr(section, field)!r}"
-    )
+    Raises:
+      TrainingError: there is no whole batch, or an int32 cannot count the
+        steps.
+    """
+    epoch_steps = training_images // self.batch_size
+    if not epoch_steps:
+      raise TrainingError(
+        f"config.batch_size={self.batch_size} is larger than the"
+        f" {training_images} training images"
+      )
+    steps = self.epochs * epoch_steps
+    if steps > INT32_MAX:
+      raise TrainingError(
+        f"config.epochs={self.epochs} of {epoch_steps} steps are more than the"
+        f" {INT32_MAX} that a run can count"
+      )
+    return epoch_steps, steps
 
 
 # What changes neither the parameters nor what they are trained on.

@@ -80,7 +80,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 class NonFiniteError(Exception):
   """The loss or the gradient was not finite."""
 
-  status = 1
+  status = 1  # The exit status of a command that it ends.
 
 
 def train(
@@ -185,13 +185,7 @@ class _Run:
     check_batch_sizes(config, self.mesh)
     self.train_source = open_checked_source(config, "train")
     self.eval_source = open_checked_source(config, "validation")
-    self.epoch_steps = len(self.train_source) // config.batch_size
-    if not self.epoch_steps:
-      raise TrainingError(
-        f"config.batch_size={config.batch_size} is larger than the"
-        f" {len(self.train_source)} training images"
-      )
-    self.steps = config.epochs * self.epoch_steps
+    self.epoch_steps, self.steps = config.count_steps(len(self.train_source))
     self.experiment = {
       **to_dict(config),
       "training_images": len(self.train_source),

@@ -21,6 +21,7 @@ class StoppedError(Exception):
 
   def __init__(self, message: str, stopped_by: signal.Signals):
     super().__init__(message)
+    # The exit status of a command that it ends, as a shell has it.
     self.status = 128 + stopped_by
 
 

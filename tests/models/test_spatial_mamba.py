@@ -410,10 +410,10 @@ def test_draws_to_compile_do_not_grow_with_the_blocks():
   [
     ({"dims": (16, 32)}, "dims and depths must name the same stages"),
     ({"dims": (15, 32, 64, 128)}, "must be even"),
-    ({"d_state": 0}, "must be 1 or more"),
-    ({"drop_path_rate": 1.0}, r"must be in \[0, 1\)"),
-    ({"dtype": "int32"}, "must be floating point"),
-    ({"num_class": 3}, "'num_class' is no field of a model"),
+    ({"d_state": 0}, "d_state must be at least 1, got 0"),
+    ({"drop_path_rate": 1.0}, "drop_path_rate must be below 1, got 1.0"),
+    ({"dtype": "int32"}, "dtype must be one of bfloat16, float16, float32"),
+    ({"num_class": 3}, "'num_class' is no field .* did you mean num_classes"),
   ],
 )
 def test_a_wrong_field_is_named(overrides, message):
