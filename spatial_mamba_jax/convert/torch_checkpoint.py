@@ -11,20 +11,29 @@ make it reserve gigabytes (the index of a memo entry) or overflow the stack of
 its process (the hash of a deeply nested key).
 """
 
+import io
 import math
 import os
 import pickletools
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from spatial_mamba_jax.convert.messages import listed
 
 # How the format before PyTorch 1.6 begins, after the number of its protocol.
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 # A training checkpoint of the base model has some 200,000.
 _MAX_OPCODES = 1_000_000
+# Bytes of what is read before it is known what it claims: the list of records,
+# and the pickle.
+_MAX_INDEX = 2**26
+# Bytes of all tensors that are read of a file: those of `safetensors_file.MAX_NUMBERS`
+# numbers in double precision.
+_MAX_BYTES = 2**33
 _DTYPES = {
   "torch.DoubleStorage": np.float64,
   "torch.FloatStorage": np.float32,
@@ -54,9 +63,9 @@ def read_torch_checkpoint(
 
   Args:
     path: the file, of PyTorch 1.6 or newer.
-    key: which of the file's dictionaries, e.g. "model_ema" or "state_dict".
-      A file that is itself a dictionary of tensors has no such keys, and is
-      read as it is.
+    key: which of the file's dictionaries, e.g. "model_ema" or "state_dict", or
+      "state.model" for one inside another. A file that is itself a dictionary
+      of tensors has no such keys, and is read as it is.
 
   Returns:
     {tensor name: read-only array}. Tensors that share memory in PyTorch share
@@ -65,26 +74,50 @@ def read_torch_checkpoint(
   Raises:
     OSError: the file cannot be opened.
     ValueError: it is damaged, of another format, has no such key, or what the
-      key names are not tensors.
+      key names are not tensors, or more than 8 GiB of them.
   """
-  return read_first(path, (key,))[1]
+  return read_first(path, (key,)).tensors
+
+
+class Selected(NamedTuple):
+  """One dictionary of a file.
+
+  Attributes:
+    key: its key, None for a file that is itself a dictionary of tensors.
+    others: the keys of the file's other dictionaries of tensors.
+    tensors: {name: array}.
+  """
+
+  key: str | None
+  others: tuple[str, ...]
+  tensors: dict[str, np.ndarray]
 
 
 def read_first(
-  path: str | os.PathLike[str], keys: Sequence[str]
-) -> tuple[str | None, dict[str, np.ndarray]]:
+  path: str | os.PathLike[str], keys: Sequence[str], *, or_only: bool = False
+) -> Selected:
   """The first of the keys that is there, and its tensors.
 
-  The key is None for a file without keys. Otherwise as
-  `read_torch_checkpoint`.
+  Args:
+    path: as of `read_torch_checkpoint`, which says the rest, too.
+    keys: in order of preference.
+    or_only: whether, where there is none of them, the only dictionary of
+      tensors is taken, whatever its key.
   """
-  with open(path, "rb") as file:
+  with _File(path) as file:
     try:
       archive = _Archive(file)
-      key, entries = _select(_unpickle(archive.record("data.pkl")), keys)
-      return key, {name: _array(name, x, archive) for name, x in entries}
+      contents = _unpickle(archive.record("data.pkl"))
+      key, others, entries = _select(contents, keys, or_only)
+      file.allowed = archive.allowed = _MAX_BYTES
+      tensors = {name: _array(name, x, archive) for name, x in entries.items()}
+      return Selected(key, others, tensors)
     except _FormatError as error:
       raise ValueError(f"{os.fspath(path)}: {error}") from error
+    except MemoryError as error:
+      raise ValueError(
+        f"{os.fspath(path)} needs more memory than there is"
+      ) from error
     except Exception as error:
       # Whatever the parser trips over, the file is what is wrong.
       raise ValueError(
@@ -136,10 +169,34 @@ class _Tensor(NamedTuple):
   stride: tuple[int, ...]
 
 
-class _Archive:
-  """The records of a zip file as `torch.save` lays them out."""
+class _File(io.BufferedReader):
+  """A file whose claims cost no more memory than is allowed at a time.
 
-  def __init__(self, file: BinaryIO):
+  Attributes:
+    allowed: bytes.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    super().__init__(io.FileIO(path))
+    self.allowed = _MAX_INDEX
+
+  def read(self, size: int | None = -1) -> bytes:
+    if size is not None and size > self.allowed:
+      raise _FormatError(
+        f"asks for {size:,} bytes at once, of which {self.allowed:,} are"
+        " allowed"
+      )
+    return super().read(size)
+
+
+class _Archive:
+  """The records of a zip file as `torch.save` lays them out.
+
+  Attributes:
+    allowed: bytes of records that may still be read.
+  """
+
+  def __init__(self, file: _File):
     if _LEGACY_MAGIC in file.read(32):
       raise _FormatError(
         "is in the format of PyTorch before 1.6, which runs code to be read:"
@@ -151,6 +208,7 @@ class _Archive:
       )
     self._zip = zipfile.ZipFile(file)
     self._records: dict[str, bytes] = {}
+    self.allowed = _MAX_INDEX
     infos = self._zip.infolist()
     names = [info.filename for info in infos]
     roots = [name for name in names if name.endswith("/data.pkl")]
@@ -172,40 +230,85 @@ class _Archive:
       if order != b"little":
         raise _FormatError(f"has the byte order {_short(order)}, not 'little'")
 
+  def size(self, name: str) -> int:
+    """The bytes of a record, which is not read."""
+    return self._info(name).file_size
+
   def record(self, name: str) -> bytes:
-    """The bytes of a record, whose checksum must fit."""
+    """A record, whose checksum must fit."""
     if name not in self._records:
-      try:
-        info = self._zip.getinfo(self._root + name)
-      except KeyError:
-        raise _FormatError(f"lacks its record {_short(name)}") from None
+      info = self._info(name)
+      self.allowed -= info.file_size
+      if self.allowed < 0:
+        raise _FormatError(
+          f"has larger records than are read: {_short(name)} is of"
+          f" {info.file_size:,} bytes"
+        )
       data = self._zip.read(info)
       if len(data) != info.file_size:
         raise _FormatError(f"has half of its record {_short(name)}")
       self._records[name] = data
     return self._records[name]
 
+  def _info(self, name: str) -> zipfile.ZipInfo:
+    try:
+      return self._zip.getinfo(self._root + name)
+    except KeyError:
+      raise _FormatError(f"lacks its record {_short(name)}") from None
+
 
 def _select(
-  value: Any, keys: Sequence[str]
-) -> tuple[str | None, list[tuple[str, Any]]]:
-  """The entries of the first of `keys`, or of a file without keys."""
+  value: Any, keys: Sequence[str], or_only: bool
+) -> tuple[str | None, tuple[str, ...], dict[str, Any]]:
+  """As `Selected`, before tensors are read."""
   if not isinstance(value, _Dictionary):
     raise _FormatError(
       f"holds {_describe(value)}, not a dictionary of tensors: save a"
       " model's state_dict()"
     )
   entries = _entries(value)
-  for key in keys:
-    if isinstance(entries.get(key), _Dictionary):
-      return key, list(_entries(entries[key]).items())
+  named = [key for key, x in entries.items() if _has_tensors(x)]
+  found = {key: x for key in keys if (x := _inside(entries, key)) is not None}
+  # An empty one is taken where there is nothing better.
+  first = next((key for key, x in found.items() if _has_tensors(x)), None)
+  if first is None:
+    first = next(iter(found), None)
+  if first is None and or_only and len(named) == 1:
+    (first,) = named
+    found[first] = entries[first]
+  if first is not None:
+    others = tuple(key for key in named if key != first)
+    return first, others, _entries(found[first])
   kinds = {type(x) for x in entries.values()}
   if _Tensor in kinds and _Dictionary not in kinds:
-    return None, list(entries.items())
-  there = ", ".join(map(_short, list(entries)[:12])) or "none"
+    return None, (), entries
   raise _FormatError(
-    f"has no dictionary {' or '.join(map(_short, keys))}; its keys are {there}"
+    f"has no dictionary {' or '.join(map(_short, keys))}; its keys are"
+    f" {', '.join(map(_short, list(entries)[:12])) or 'none'}"
     + ", ..." * (len(entries) > 12)
+    + "".join(
+      f"; {_short(key)} is {_describe(entries[key])}, no dictionary: save its"
+      " state_dict()"
+      for key in keys
+      if isinstance(entries.get(key), _Inert | _Global)
+    )
+    + f"; --key takes one of {listed(named)}" * bool(or_only and named)
+  )
+
+
+def _inside(entries: dict[str, Any], key: str) -> _Dictionary | None:
+  """The dictionary of a key, or of "outer.inner" keys."""
+  if isinstance(found := entries.get(key), _Dictionary):
+    return found
+  outer, _, inner = key.partition(".")
+  if inner and isinstance(found := entries.get(outer), _Dictionary):
+    return _inside(_entries(found), inner)
+  return None
+
+
+def _has_tensors(value: Any) -> bool:
+  return isinstance(value, _Dictionary) and any(
+    isinstance(x, _Tensor) for _, x in value.pairs
   )
 
 
@@ -224,14 +327,15 @@ def _array(name: str, value: Any, archive: _Archive) -> np.ndarray:
       f"{_short(name)} is of type {_short(value.dtype)}, which is not read"
     )
   itemsize = np.dtype(dtype).itemsize
-  data = archive.record(f"data/{storage.record}")
+  record = f"data/{storage.record}"
+  size = archive.size(record)
   is_untyped = storage.kind == "torch.storage.UntypedStorage"
-  if len(data) != storage.elements * (1 if is_untyped else itemsize):
+  if size != storage.elements * (1 if is_untyped else itemsize):
     raise _FormatError(
-      f"the record of {_short(name)} has {len(data)} bytes, which are not"
+      f"the record of {_short(name)} has {size} bytes, which are not"
       f" {_short(storage.elements)} elements"
     )
-  if _end(value) * itemsize > len(data):
+  if _end(value) * itemsize > size:
     raise _FormatError(
       f"{_short(name)} reaches beyond its storage: offset"
       f" {value.offset}, size {value.size}, stride {value.stride} of"
@@ -242,7 +346,7 @@ def _array(name: str, value: Any, archive: _Archive) -> np.ndarray:
   return np.ndarray(
     value.size,
     dtype,
-    buffer=data,
+    buffer=archive.record(record),
     offset=value.offset * itemsize,
     strides=[
       # An axis of one element may claim any stride.
@@ -406,6 +510,7 @@ def _rebuild_tensor(storage, offset, size, stride, *rest):
 # What is called, each by a function of this file. A Parameter is its tensor.
 _CALLS: dict[str, Callable[..., Any]] = {
   "collections.OrderedDict": lambda: _Dictionary([]),
+  "collections.defaultdict": lambda *_: _Dictionary([]),
   "torch._utils._rebuild_tensor": _rebuild_tensor,
   "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
   "torch._utils._rebuild_tensor_v3": _rebuild_tensor,

@@ -214,7 +214,8 @@ def test_tensors_that_overlap_are_not_blown_up(small, write_archive, tmp_path):
   path = tmp_path / "x.pth"
   path.write_bytes(b"")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(files, "read_first", lambda *_: ("model", tensors))
+    found = files.Selected("model", (), tensors)
+    patch.setattr(files, "read_first", lambda *_, **__: found)
     with pytest.raises(ValueError, match="tensors that overlap"):
       files.read_file(path)
 
@@ -281,7 +282,7 @@ def test_overrides_that_keep_the_weights(small, tmp_path):
     ({"num_classes": 4}, "config.json has num_classes 4"),
     ({"mlp_ratio": 2.0}, r"misshapen \(layers.0.blocks.0.mlp.fc1.bias"),
     ({"out_indices": [0]}, r"1 missing \(outnorm0|missing \(outnorm0"),
-    ({"depth": [1]}, "unexpected keyword argument 'depth'"),
+    ({"depth": [1]}, "unknown field depth: choose from dims"),
     ({"dims": "wide"}, "config.json is of no Spatial-Mamba"),
     ({"num_classes": "many"}, "config.json is of no Spatial-Mamba"),
     ({"dtype": "float31"}, "config.json is of no Spatial-Mamba: .*float31"),
