@@ -187,7 +187,9 @@ def _shape(
     )
   shape = state_dict[name].shape
   if len(shape) != ndim or 0 in shape:
-    raise ValueError(f"{name} is {list(shape)} instead of {ndim} axes")
+    raise ValueError(
+      f"{name} is {list(shape)} instead of {ndim} axes, none of them empty"
+    )
   return shape
 
 

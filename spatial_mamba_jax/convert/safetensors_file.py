@@ -178,6 +178,7 @@ def _entry(name: str, entry: Any) -> tuple[Any, tuple[int, ...], list[int]]:
     )
   if len(shape) > _MAX_AXES or not all(map(_is_size, shape)):
     raise ValueError(f"{short(name)} has no shape: {short(shape[:9])}")
+  check_numbers(math.prod(filter(None, shape)))  # NumPy counts no zeros, too.
   if len(ends) != 2 or not all(map(_is_size, ends)):
     raise ValueError(f"{short(name)} has no offsets: {short(ends[:3])}")
   return _DTYPES[dtype], tuple(shape), ends
