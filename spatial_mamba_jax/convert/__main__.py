@@ -77,8 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     help="take what is below this key of SRC, e.g. model or state.model",
   )
   options = parser.parse_args(arguments)
-  # Orbax warns of what is so on purpose.
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  # Orbax warns of what is so on purpose, and logs what it raises as well.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
 
   def run():
     said = convert(options.src, options.dst, raw=options.raw, key=options.key)
@@ -170,12 +170,28 @@ def _write(model: Trunk, dst: pathlib.Path) -> None:
     from spatial_mamba_jax.training.checkpoint import Checkpoints
     from spatial_mamba_jax.training.state import PureModel
 
+    tensors = with_head_bias(to_torch(model))
     classifier = abstract_model(model.config)
     assert isinstance(classifier, SpatialMamba)
-    from_torch(classifier, with_head_bias(to_torch(model)))
-    with written_whole(dst) as part, Checkpoints(part.parent) as checkpoints:
-      checkpoints.save_weights(int(dst.name), PureModel.weights_of(classifier))
-      checkpoints.wait()
+    from_torch(classifier, tensors)
+    with written_whole(dst) as part:
+      _check_room(part, sum(x.nbytes for x in tensors.values()))
+      with Checkpoints(part.parent) as checkpoints:
+        weights = PureModel.weights_of(classifier)
+        checkpoints.save_weights(int(dst.name), weights)
+        checkpoints.wait()
+
+
+def _check_room(path: pathlib.Path, size: int) -> None:
+  """Raises an OSError if the disk does not take a file of some bytes.
+
+  Orbax finds out in threads that fill the terminal with tracebacks.
+  """
+  try:
+    with path.open("wb") as file:
+      file.writelines(bytes(2**20) for _ in range(size // 2**20 + 1))
+  finally:
+    path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -125,14 +125,16 @@ def read_file(
   if key is not None:
     prefix = key.removeprefix(found.key or "").removeprefix(".")
   try:
+    inner = unwrapped(_below(found.tensors, prefix), raw=raw)
+    tensors = inner.tensors.values()
     # Of tensors that overlap, a few bytes become any number when copied.
-    if sum(x.nbytes for x in found.tensors.values()) > path.stat().st_size:
+    if sum(x.nbytes for x in tensors) > path.stat().st_size:
       raise ValueError("it has tensors that overlap")
-    check_numbers(sum(x.size for x in found.tensors.values()))
-    below = _below(found.tensors, prefix)
-    inner = unwrapped(below, raw=raw)
+    check_numbers(sum(x.size for x in tensors))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  stem = "" if found.key is None else f"{found.key}."
+  others = (f"{stem}{x}".removesuffix(".") for x in inner.others)
   beside = [
     x for x in found.tensors if prefix and not x.startswith(f"{prefix}.")
   ]
@@ -141,7 +143,7 @@ def read_file(
     key or found.key,
     (*inner.left_out, *beside),
     inner.prefixes,
-    (*found.others, *inner.others),
+    (*found.others, *others),
     any(map(is_average, (key or found.key or "", *inner.prefixes))),
   )
 
@@ -208,8 +210,11 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
       part = pathlib.Path(directory) / path.name
       yield part
       part.rename(path)
-  except BaseException:
+  except BaseException as error:
     for parent in absent:
       with suppress(OSError):  # Others may have put something there.
         parent.rmdir()
+    # A full disk is told without a name.
+    if isinstance(error, OSError) and error.errno and not error.filename:
+      raise OSError(error.errno, error.strerror, str(path)) from error
     raise

@@ -18,6 +18,8 @@ _WRAPPERS = re.compile(
 )
 # Every Spatial-Mamba has tensors of this name, and hardly anything else has.
 _ANCHOR = "layers.0.blocks.0.self_attention."
+# In one file: every name is compared with the prefixes of all.
+_MAX_MODELS = 16
 _AVERAGE = re.compile(r"(^|[._])(ema|average|averaged|avg|swa)([._]|$)")
 
 
@@ -27,7 +29,7 @@ class Unwrapped(NamedTuple):
   Attributes:
     tensors: {name in the model: array}.
     prefixes: what stood before its names, e.g. ("module.", "backbone.").
-    others: the prefixes of other models in the file.
+    others: the prefixes of other models, as they are in the file.
     left_out: the names of the tensors that are not the model's.
   """
 
@@ -55,7 +57,8 @@ def unwrapped(
     raw: whether a moving average is not preferred.
 
   Raises:
-    ValueError: two tensors have one name but for wrappers.
+    ValueError: two tensors have one name but for wrappers, or there are too
+      many models.
   """
   wrappers: dict[str, None] = {}
   names: dict[str, str] = {}
@@ -68,13 +71,20 @@ def unwrapped(
         " wrappers: save the weights of one model"
       )
     names[plain] = name
-  prefixes = dict.fromkeys(x[:at] for x in names if (at := _anchor(x)) >= 0)
+  prefixes = {
+    plain[:at]: name.removesuffix(plain[at:])
+    for plain, name in names.items()
+    if (at := _anchor(plain)) >= 0
+  }
+  if len(prefixes) > _MAX_MODELS:
+    raise ValueError(
+      f"it has {len(prefixes):,} models, of which {_MAX_MODELS} are allowed"
+    )
   prefix = min(
     prefixes, key=lambda x: (is_average(x) == raw, len(x)), default=""
   )
   # "" is a prefix of all others.
-  others = tuple(x for x in prefixes if x != prefix)
-  apart = tuple(x for x in others if x.startswith(prefix))
+  apart = tuple(x for x in prefixes if x != prefix and x.startswith(prefix))
   tensors, left_out = {}, []
   for plain, name in names.items():
     is_its = plain.startswith(prefix) and not plain.startswith(apart)
@@ -82,6 +92,7 @@ def unwrapped(
       tensors[plain.removeprefix(prefix)] = state_dict[name]
     else:
       left_out.append(name)
+  others = tuple(name for x, name in prefixes.items() if x != prefix and name)
   return Unwrapped(
     tensors, (*wrappers, *[prefix] * bool(prefix)), others, tuple(left_out)
   )

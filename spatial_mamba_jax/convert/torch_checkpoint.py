@@ -18,7 +18,6 @@ from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.torch_pickle import (
   Dictionary,
   FormatError,
-  Global,
   Inert,
   Tensor,
   describe,
@@ -244,10 +243,10 @@ def _select(
     f" {', '.join(map(shown, list(entries)[:12])) or 'none'}"
     + ", ..." * (len(entries) > 12)
     + "".join(
-      f"; {shown(key)} is {describe(entries[key])}, no dictionary: save its"
-      " state_dict()"
+      f"; {shown(key)} is {describe(entries[key])}, no dictionary"
+      + ": save its state_dict()" * isinstance(entries[key], Inert)
       for key in keys
-      if isinstance(entries.get(key), Inert | Global)
+      if key in entries
     )
     + f"; --key takes one of {listed(named)}" * bool(or_only and named)
   )

@@ -20,6 +20,7 @@ The mean and deviation are ImageNet's; `jax.jit(model.call)` compiles once.
 import errno
 import os
 import pathlib
+from contextlib import suppress
 
 import jax
 from flax import nnx
@@ -119,10 +120,13 @@ def _with_no_kernels(model: Trunk) -> Trunk:
 
 def _replace(path: pathlib.Path, content: bytearray | None) -> None:
   """Leaves the old file, or the whole new one; with None, only tries to."""
-  partial = path.with_name(path.name + ".partial")
+  partial = path.with_name(f".{path.name[:50]}.partial")
   try:
     partial.write_bytes(content or b"")
     if content is not None:
       partial.replace(path)
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, str(path)) from error
   finally:
-    partial.unlink(missing_ok=True)
+    with suppress(OSError):
+      partial.unlink()
