@@ -82,13 +82,17 @@ def start_from(
   }
   head = tensors.get("head.weight")
   own = []
-  if head is not None and head.shape[:1] == (config.num_classes,):
+  # One that is no matrix is refused below.
+  fits = head is not None and (
+    head.ndim != 2 or len(head) == config.num_classes
+  )
+  if fits:
     said = f"starting from {path}, head included"
   else:
-    classes = "none" if head is None else f"{head.shape[:1][0]} classes"
+    classes = "none" if head is None else f"{len(head)} classes"
     said = f"starting from {path} with a head drawn at random: it has {classes}"
     own += ["head.kernel", "head.bias"]
-  if not {"norm.weight", "norm.bias"} & tensors.keys():
+  if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
     own += ["norm.scale", "norm.bias"]
   tensors |= torch_tensors({name: fresh.params[name] for name in own})
   return _fitted(path, tensors, config, fresh), said + _beside(found)
