@@ -95,6 +95,7 @@ def test_what_a_checkpoint_without_a_head_has(tmp_path):
   expected = smj.convert.to_torch(smj.SpatialMamba(config, rngs=nnx.Rngs(7)))
   expected["norm.weight"] = np.arange(2, 6, dtype=np.float32)
   expected["norm.bias"] = np.arange(1, 5, dtype=np.float32)
+  expected["head.bias"] = np.arange(1, 4, dtype=np.float32)
   counts = {x for x in expected if x.endswith("num_batches_tracked")}
   for lacks, words in (
     (HEAD, "drawn at random: it has none"),
@@ -113,12 +114,9 @@ def test_what_a_checkpoint_without_a_head_has(tmp_path):
     assert "left out 1 tensors (neck.weight)" in said
     found = tensors_of(weights, config)
     drawn = lacks - counts
-    if lacks == {"head.bias"}:
-      assert_equal_but(set(), found, expected)  # Both are zeros.
-    else:
-      assert_equal_but(drawn, found, expected)
-      for name in drawn:
-        np.testing.assert_array_equal(found[name], own[name])
+    assert_equal_but(drawn, found, expected)
+    for name in drawn:  # A head's bias starts at 0, and is so if it has none.
+      np.testing.assert_array_equal(found[name], own[name])
 
 
 def test_a_head_without_its_norm_is_refused(pretrained, tmp_path):
