@@ -1,5 +1,8 @@
 """Exported models in processes that have JAX and not this project."""
 
+import errno
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -150,10 +153,15 @@ def checkpoints(tmp_path, monkeypatch):
   return directory, model
 
 
-def test_the_command(checkpoints, tmp_path, capsys):
+def test_the_command(checkpoints, tmp_path, monkeypatch, capsys):
   directory, model = checkpoints
-  out = tmp_path / "model.stablehlo"
-  assert main([str(directory), str(out), "--image_size=16x8"]) == 0
+  out = tmp_path / "home" / "model.stablehlo"
+  out.parent.mkdir()
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(out.parent))
+  relative = str(directory.relative_to(tmp_path))
+  assert main([relative, "~/model.stablehlo", "--image_size=16x8"]) == 0
+  assert list(out.parent.iterdir()) == [out]
   printed = capsys.readouterr().out
   assert (
     "normalised images float32[b,16,8,3] to float32[b,3], for cpu" in printed
@@ -173,15 +181,63 @@ def test_the_command(checkpoints, tmp_path, capsys):
     ("run/checkpoints/3", "x", "does not exist"),
     ("run/checkpoints", "no/such/x", "No such file or directory"),
     ("run/checkpoints", "run", "Is a directory"),
+    ("run/checkpoints", "pipe", "is no file, and is left as it is"),
+    ("run/checkpoints", "x" * 300, "File name too long"),
+    ("run/checkpoints", "run/x/y", "Not a directory"),
+    ("s3://bucket/run", "x", "is remote"),
   ],
 )
 def test_a_mistake_is_one_line(
-  checkpoints, tmp_path, capsys, checkpoint, out, message
+  checkpoints, tmp_path, monkeypatch, capsys, checkpoint, out, message
 ):
-  assert main([str(tmp_path / checkpoint), str(tmp_path / out)]) == 2
+  monkeypatch.chdir(tmp_path)
+  os.mkfifo("pipe")
+  (tmp_path / "run" / "x").touch()
+  before = sorted(tmp_path.iterdir())
+  assert main([checkpoint, out]) == 2
+  assert sorted(tmp_path.iterdir()) == before
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("export: ")
   assert message in line
+
+
+def test_what_is_known_is_told_before_a_model_is_traced(
+  tmp_path, monkeypatch, capsys
+):
+  def trace(*arguments, **options):
+    raise AssertionError("traced")
+
+  monkeypatch.setattr(export, "export", trace)
+  model = create()
+  smj.save_pretrained(model, tmp_path / "model")
+  with pytest.raises(FileNotFoundError, match="no/such/x"):
+    smj.export_model(model, tmp_path / "no/such/x")
+  with monkeypatch.context() as patch:
+    patch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(ImportError, match="flatbuffers is missing: pip"):
+      smj.export_model(model, tmp_path / "x")
+    # Nor is a checkpoint read.
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == 'export: flatbuffers is missing: pip install ".[export]"'
+  assert [x.name for x in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "old"
+  path.write_text("old")
+  write = pathlib.Path.write_bytes
+
+  def fill(self, content):
+    write(self, content[:100])
+    if content:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", fill)
+  with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+    smj.export_model(create(), path, image_size=16)
+  assert path.read_text() == "old"
+  assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("size", ["0", "x", "3x", "1x2x3", "-4", "all"])

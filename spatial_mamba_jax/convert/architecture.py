@@ -1,14 +1,19 @@
 """Which model a state dict is of, as far as its tensors tell."""
 
+import dataclasses
 import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.layers import linear
+from spatial_mamba_jax.models.norms import BatchNorm
 from spatial_mamba_jax.models.spatial_mamba import (
   SpatialMamba,
   SpatialMambaBackbone,
@@ -16,6 +21,8 @@ from spatial_mamba_jax.models.spatial_mamba import (
 )
 
 _BLOCK = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,4})\.")
+# Of all stages. The base model has 32; each takes a millisecond to make.
+_MAX_BLOCKS = 1000
 
 
 def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
@@ -36,49 +43,86 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
     for match in map(_BLOCK.match, state_dict)
     if match
   }
+  if len(blocks) > _MAX_BLOCKS:
+    raise ValueError(
+      f"a Spatial-Mamba of {len(blocks):,} blocks is not read: {_MAX_BLOCKS:,}"
+      " are allowed"
+    )
   depths = {
     stage: len(list(group))
     for stage, group in itertools.groupby(sorted(blocks), lambda x: x[0])
   }
   stages = range(max(depths, default=0) + 1)
-  first = "layers.{}.blocks.0."
   dims = tuple(
-    _shape(state_dict, first.format(i) + "ln_1.weight", 1)[0] for i in stages
+    _shape(state_dict, _first(i) + "ln_1.weight", 1)[0] for i in stages
   )
-  inner, d_state = _shape(
-    state_dict, first.format(0) + "self_attention.A_logs", 2
-  )
+  inner, d_state = _shape(state_dict, _first(0) + "self_attention.A_logs", 2)
+  expand = inner // dims[0]
+  for i, dim in enumerate(dims):
+    _check_channels(state_dict, i, dim, expand)
   hidden = [
-    _shape(state_dict, first.format(i) + "mlp.fc1.weight", 2)[0] for i in stages
+    _shape(state_dict, _first(i) + "mlp.fc1.weight", 2)[0] for i in stages
   ]
   num_classes = ModelConfig.num_classes
   if not _out_indices(state_dict):
+    if "head.weight" not in state_dict:
+      raise ValueError(
+        "these tensors are a classifier's without its head (head.weight), or a"
+        " backbone's without its norms (outnorm0.weight, ...): a run can start"
+        " from them, by config.init_from of train.py"
+      )
     num_classes = _shape(state_dict, "head.weight", 2)[0]
-  return ModelConfig(
-    dims=dims,
-    depths=tuple(depths[i] for i in stages),
-    num_classes=num_classes,
-    d_state=d_state,
-    expand=inner // dims[0],
-    mlp_ratio=_mlp_ratio(dims, hidden),
-  )
+  try:
+    return ModelConfig(
+      dims=dims,
+      depths=tuple(depths[i] for i in stages),
+      num_classes=num_classes,
+      d_state=d_state,
+      expand=expand,
+      mlp_ratio=_mlp_ratio(dims, hidden),
+    )
+  except ValueError as error:
+    raise ValueError(
+      f"these are no weights of a Spatial-Mamba: {error}"
+    ) from error
 
 
 def abstract_model(
-  config: ModelConfig, out_indices: Sequence[int] = ()
+  config: ModelConfig,
+  out_indices: Sequence[int] = (),
+  *,
+  head_bias: bool = True,
 ) -> Trunk:
   """A model of shapes alone, which `from_torch` fills.
 
   A backbone where it has `out_indices`, else a classifier.
   """
+  # Blocks of a stage are alike, and take longer to trace than to copy.
+  single = dataclasses.replace(config, depths=(1,) * len(config.depths))
 
   def create():
     rngs = nnx.Rngs(0)
     if out_indices:
-      return SpatialMambaBackbone(config, out_indices=out_indices, rngs=rngs)
-    return SpatialMamba(config, rngs=rngs)
+      return SpatialMambaBackbone(single, out_indices=out_indices, rngs=rngs)
+    model = SpatialMamba(single, rngs=rngs)
+    if not head_bias:
+      model.head = linear(
+        config.dims[-1],
+        config.num_classes,
+        use_bias=False,
+        dtype=config.param_dtype,
+        rngs=rngs,
+      )
+    return model
 
-  return nnx.eval_shape(create)
+  model = nnx.eval_shape(create)
+  model.config = config
+  for stage, depth in zip(model.stages, config.depths, strict=True):
+    stage.blocks = nnx.List([nnx.clone(stage.blocks[0]) for _ in range(depth)])
+  for _, module in nnx.iter_graph(model):
+    if isinstance(module, BatchNorm):  # Files may lack it.
+      module.num_batches.set_value(jnp.zeros((), jnp.int32))
+  return model
 
 
 def infer_model(state_dict: Mapping[str, np.ndarray]) -> Trunk:
@@ -87,7 +131,24 @@ def infer_model(state_dict: Mapping[str, np.ndarray]) -> Trunk:
   Raises:
     ValueError: as `infer_config`.
   """
-  return abstract_model(infer_config(state_dict), _out_indices(state_dict))
+  config = infer_config(state_dict)
+  out_indices = _out_indices(state_dict)
+  stages = len(config.dims)
+  if any(i >= stages for i in out_indices):
+    raise ValueError(
+      f"outnorm{out_indices[-1]} belongs to no stage: there are {stages}"
+    )
+  return abstract_model(
+    config, out_indices, head_bias="head.bias" in state_dict
+  )
+
+
+def with_head_bias(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The same classifier, whose head has a bias if it had none."""
+  head = state_dict.get("head.weight")
+  if head is None or "head.bias" in state_dict:
+    return state_dict
+  return {**state_dict, "head.bias": np.zeros(head.shape[:1], head.dtype)}
 
 
 def _out_indices(state_dict: Mapping[str, np.ndarray]) -> list[int]:
@@ -95,19 +156,40 @@ def _out_indices(state_dict: Mapping[str, np.ndarray]) -> list[int]:
   return sorted(int(name[1]) for name in names if name)
 
 
+def _first(stage: int) -> str:
+  """What the names of a stage's first block begin with."""
+  return f"layers.{stage}.blocks.0."
+
+
+def _check_channels(
+  state_dict: Mapping[str, np.ndarray], stage: int, dim: int, expand: int
+) -> None:
+  """Whether a matrix is as wide as a stage claims to be.
+
+  A vector alone claims a million channels in four megabytes.
+  """
+  name = _first(stage) + "self_attention.in_proj.weight"
+  shape = _shape(state_dict, name, 2)
+  if shape != (2 * expand * dim, dim):
+    raise ValueError(
+      f"{name} is {list(shape)} instead of {[2 * expand * dim, dim]}"
+    )
+
+
 def _shape(
   state_dict: Mapping[str, np.ndarray], name: str, ndim: int
 ) -> tuple[int, ...]:
   """Of a tensor that every Spatial-Mamba has."""
   if name not in state_dict:
-    there = ", ".join(list(state_dict)[:3]) or "none"
     raise ValueError(
       f"these are no weights of a Spatial-Mamba: {name} is missing among"
-      f" {len(state_dict)} tensors ({there}, ...)"
+      f" {len(state_dict)} tensors ({listed(state_dict) or 'none'})"
     )
   shape = state_dict[name].shape
   if len(shape) != ndim or 0 in shape:
-    raise ValueError(f"{name} is {list(shape)} instead of {ndim} axes")
+    raise ValueError(
+      f"{name} is {list(shape)} instead of {ndim} axes, none of them empty"
+    )
   return shape
 
 

@@ -12,7 +12,14 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.models.spatial_mamba import Trunk
+
+# What tools of PyTorch leave among the weights: thop's profile of each module,
+# and how often torch.optim.swa_utils has averaged.
+COUNTERS = ("total_ops", "total_params", "n_averaged")
+# BatchNorm's count of its updates, which no result depends on.
+_UPDATES = "num_batches_tracked"
 
 # Our path -> the authors', applied one after the other.
 _NAMES = (
@@ -72,6 +79,9 @@ class Mismatch(NamedTuple):
   Attributes:
     missing: tensors that the model has and the state dict lacks.
     unexpected: tensors that the state dict has and the model lacks.
+
+  Some differences are never errors: that `num_batches_tracked` is missing, and
+  that there are counters of thop or of PyTorch's averages.
   """
 
   missing: tuple[str, ...]
@@ -121,43 +131,67 @@ def from_torch(
     What was missing and unexpected.
 
   Raises:
-    ValueError: tensors are missing or unexpected (where strict) or misshapen
-      (always). The model is then unchanged.
+    ValueError: tensors are missing or unexpected (where strict), misshapen or
+      no real numbers (always). The model is then unchanged.
   """
-  unexpected = dict.fromkeys(state_dict)
-  missing, misshapen, updates = [], [], []
+  mismatch = check_tensors(model, state_dict, strict=strict)
   for path, variable in _variables(model):
     names = _torch_names(path)
-    for name in names:
-      unexpected.pop(name, None)
-    absent = [name for name in names if name not in state_dict]
-    missing += absent
-    if absent:
-      continue
-    layout = _layout(path, variable.ndim)
-    tensors = [np.asarray(state_dict[name]) for name in names]
-    wanted = layout.to_torch(np.empty(variable.shape))
-    wrong = [
-      f"{name} is {list(tensor.shape)} instead of {list(like.shape)}"
-      for name, tensor, like in zip(names, tensors, wanted, strict=True)
-      if tensor.shape != like.shape
-    ]
-    misshapen += wrong
-    if not wrong:
-      updates.append((variable, layout.from_torch(tensors)))
-  mismatch = Mismatch(tuple(missing), tuple(unexpected))
-  _check(mismatch if strict else Mismatch((), ()), misshapen)
-  for variable, array in updates:
-    variable.set_value(jnp.asarray(array, variable.dtype))
+    if all(name in state_dict for name in names):
+      tensors = [np.asarray(state_dict[name]) for name in names]
+      array = _layout(path, variable.ndim).from_torch(tensors)
+      # A copy, or the model would change with the caller's array.
+      variable.set_value(jnp.array(array, variable.dtype))
   return mismatch
 
 
+def check_tensors(
+  model: Trunk, state_dict: Mapping[str, np.ndarray], *, strict: bool = True
+) -> Mismatch:
+  """What `from_torch` checks, of names, shapes and types; none is read."""
+  unexpected = dict.fromkeys(state_dict)
+  missing, unfit = [], []
+  for path, variable in _variables(model):
+    names = _torch_names(path)
+    # Without memory, as a shape from a file can be huge.
+    like = np.broadcast_to(np.float32(0), variable.shape)
+    wanted = _layout(path, variable.ndim).to_torch(like)
+    for name, x in zip(names, wanted, strict=True):
+      if name not in state_dict:
+        missing.append(name)
+        continue
+      unexpected.pop(name, None)
+      tensor = np.asarray(state_dict[name])
+      if tensor.shape != x.shape:
+        unfit.append(
+          f"{name} is {list(tensor.shape)} instead of {list(x.shape)}"
+        )
+      elif not _is_real(tensor.dtype):
+        unfit.append(f"{name} is {tensor.dtype}")
+  mismatch = Mismatch(tuple(missing), tuple(unexpected))
+  _check(mismatch if strict else Mismatch((), ()), unfit)
+  return mismatch
+
+
+def is_counter(name: str) -> bool:
+  """Whether a tensor is one of `COUNTERS`, of whatever module."""
+  return name.rpartition(".")[2] in COUNTERS
+
+
+def _is_real(dtype: np.dtype) -> bool:
+  # NumPy does not know ml_dtypes' as numbers.
+  kinds = (jnp.floating, jnp.integer, jnp.bool_)
+  return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
 def _check(mismatch: Mismatch, misshapen: Sequence[str]) -> None:
+  missing = [x for x in mismatch.missing if not x.endswith(_UPDATES)]
+  unexpected = [x for x in mismatch.unexpected if not is_counter(x)]
   problems = [
-    f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    f"{len(names)} {kind} ({listed(names)})"
     for kind, names in (
-      ("missing", mismatch.missing),
-      ("unexpected", mismatch.unexpected),
+      ("missing", missing),
+      ("unexpected", unexpected),
       ("misshapen", misshapen),
     )
     if names

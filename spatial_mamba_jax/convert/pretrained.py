@@ -1,12 +1,11 @@
 """Models as directories in the layout of the Hugging Face hub."""
 
 import dataclasses
-import json
 import os
-import pathlib
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from spatial_mamba_jax.convert.architecture import (
   abstract_model,
@@ -14,15 +13,31 @@ from spatial_mamba_jax.convert.architecture import (
 )
 from spatial_mamba_jax.convert.files import (
   SAFETENSORS,
-  read_safetensors,
-  write_safetensors,
+  local_path,
   written_whole,
 )
-from spatial_mamba_jax.convert.names import from_torch, to_torch
+from spatial_mamba_jax.convert.names import (
+  check_tensors,
+  from_torch,
+  to_torch,
+)
+from spatial_mamba_jax.convert.pretrained_config import (
+  CONFIG,
+  config_text,
+  read_config,
+)
+from spatial_mamba_jax.convert.safetensors_file import (
+  import_safetensors,
+  read_safetensors,
+  write_safetensors,
+)
 from spatial_mamba_jax.models.config import ModelConfig
-from spatial_mamba_jax.models.spatial_mamba import SpatialMambaBackbone, Trunk
+from spatial_mamba_jax.models.spatial_mamba import (
+  SpatialMamba,
+  SpatialMambaBackbone,
+  Trunk,
+)
 
-_CONFIG = "config.json"
 # What changes neither the weights nor their shapes.
 _OVERRIDES = ("drop_path_rate", "dtype", "implementation")
 
@@ -73,18 +88,32 @@ def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
 
   Args:
     model: from `create_model`, `create_backbone` or `from_pretrained`.
+      Its head may have been replaced by an `nnx.Linear` of other classes.
     path: a directory that is new or empty. It appears whole or not at all.
 
   Raises:
     FileExistsError: `path` exists, and is no empty directory.
+    OSError: `path` cannot be written.
+    ValueError: a part of the model has been replaced by one that the directory
+      cannot describe.
     ImportError: safetensors is missing.
   """
+  import_safetensors()
+  config, out_indices = _described(model)
   tensors = to_torch(model)
-  with written_whole(pathlib.Path(path)) as part:
+  like = abstract_model(config, out_indices, head_bias="head.bias" in tensors)
+  try:
+    check_tensors(like, tensors)
+  except ValueError as error:
+    raise ValueError(
+      f"a changed model cannot be described by {CONFIG}: {error}"
+    ) from error
+  with written_whole(local_path(path)) as part:
     part.mkdir()
-    (part / _CONFIG).write_text(json.dumps(_config_of(model), indent=2) + "\n")
+    text = config_text(config, out_indices, type(model).__name__)
+    (part / CONFIG).write_text(text)
     write_safetensors(part / SAFETENSORS, tensors)
-    (part / "README.md").write_text(_card(model))
+    (part / "README.md").write_text(_card(config, out_indices, tensors))
 
 
 def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
@@ -104,62 +133,46 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
     OSError: there is no such directory, or it lacks a file.
     ValueError: a file is damaged, the two do not fit each other, or an
       override is wrong.
-    ImportError: safetensors is missing.
   """
   for name in overrides:
     if name not in _OVERRIDES:
       raise ValueError(
         f"{name!r} cannot be overridden: choose from {', '.join(_OVERRIDES)}"
       )
-  path = pathlib.Path(path)
+  path = local_path(path)
   if not path.is_dir():
     raise FileNotFoundError(
       f"{path} is no directory: download one first, e.g. with hf download"
     )
-  config, out_indices = _read_config(path / _CONFIG, overrides)
+  config, out_indices = read_config(path / CONFIG, overrides)
   tensors = read_safetensors(path / SAFETENSORS)
   try:
     _check_config(config, infer_config(tensors))
-    model = abstract_model(config, out_indices)
+    model = abstract_model(
+      config, out_indices, head_bias="head.bias" in tensors
+    )
     from_torch(model, tensors)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   return model
 
 
-def _config_of(model: Trunk) -> dict[str, Any]:
-  config = dataclasses.asdict(model.config)
-  del config["implementation"]  # What is best depends on the device.
-  config["dtype"] = jnp.dtype(model.config.dtype).name
+def _described(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
+  """The architecture as it now is, and a backbone's out_indices."""
   if isinstance(model, SpatialMambaBackbone):
-    del config["num_classes"]
-    config["out_indices"] = sorted(map(int, model.norms))
-  return {
-    "architectures": [type(model).__name__],
-    "model_type": "spatial_mamba",
-    **config,
-  }
-
-
-def _read_config(
-  path: pathlib.Path, overrides: dict[str, Any]
-) -> tuple[ModelConfig, tuple[int, ...]]:
-  """The architecture, and the stages whose features a backbone returns."""
-  try:
-    config = json.loads(path.read_text())
-    if config.pop("model_type") != "spatial_mamba":
-      raise ValueError("its model_type is not spatial_mamba")
-    config.pop("architectures", None)
-    for key in ("dims", "depths", "out_indices"):
-      config[key] = tuple(map(int, config.get(key, ())))
-    out_indices = config.pop("out_indices")
-    config.update(overrides)
-    config["dtype"] = jnp.dtype(config.get("dtype", "float32"))
-    return ModelConfig(**config), out_indices
-  except KeyError as error:
-    raise ValueError(f"{path} has no {error}") from error
-  except (AttributeError, TypeError, ValueError) as error:
-    raise ValueError(f"{path} is of no Spatial-Mamba: {error}") from error
+    return model.config, tuple(sorted(map(int, model.norms)))
+  if not isinstance(model, SpatialMamba):
+    raise ValueError(
+      f"a {type(model).__name__} is none of create_model's or create_backbone's"
+    )
+  head = model.head
+  if type(head) is not nnx.Linear:
+    raise ValueError(
+      f"model.head is a {type(head).__name__}, which {CONFIG} cannot describe:"
+      f" make it an nnx.Linear({model.config.dims[-1]}, num_classes)"
+    )
+  classes = head.kernel.shape[-1]
+  return dataclasses.replace(model.config, num_classes=classes), ()
 
 
 def _check_config(config: ModelConfig, inferred: ModelConfig) -> None:
@@ -167,22 +180,24 @@ def _check_config(config: ModelConfig, inferred: ModelConfig) -> None:
     said, found = getattr(config, field), getattr(inferred, field)
     if said != found:
       raise ValueError(
-        f"{_CONFIG} has {field} {said}, and {SAFETENSORS} has {found}"
+        f"{CONFIG} has {field} {said}, and {SAFETENSORS} has {found}"
       )
 
 
-def _card(model: Trunk) -> str:
-  config = model.config
-  is_backbone = isinstance(model, SpatialMambaBackbone)
+def _card(
+  config: ModelConfig,
+  out_indices: tuple[int, ...],
+  tensors: dict[str, np.ndarray],
+) -> str:
   statistics = ("running_mean", "running_var", "num_batches_tracked")
   return _CARD.format(
-    task="image-feature-extraction" if is_backbone else "image-classification",
-    kind="backbone" if is_backbone else "classifier",
-    result="features" if is_backbone else "logits",
-    classes="" if is_backbone else f", {config.num_classes} classes",
+    task="image-feature-extraction" if out_indices else "image-classification",
+    kind="backbone" if out_indices else "classifier",
+    result="features" if out_indices else "logits",
+    classes="" if out_indices else f", {config.num_classes} classes",
     parameters=sum(
       tensor.size
-      for name, tensor in to_torch(model).items()
+      for name, tensor in tensors.items()
       if not name.endswith(statistics)
     ),
     dims=config.dims,

@@ -17,13 +17,16 @@ Whoever has jax and flatbuffers runs the file, on images in RGB:
 The mean and deviation are ImageNet's; `jax.jit(model.call)` compiles once.
 """
 
+import errno
 import os
 import pathlib
+from contextlib import suppress
 
 import jax
 from flax import nnx
 from jax import export
 
+from spatial_mamba_jax.convert.files import local_path
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.models.ssm import StructureAwareSSM
 
@@ -61,16 +64,38 @@ def export_model(
     ImportError: flatbuffers is not installed.
     OSError: the file cannot be written.
   """
+  path = local_path(path)
   if not model.deterministic:
     raise ValueError("export is for inference: call model.eval() first")
   shape = export.symbolic_shape(f"b, {_height_and_width(image_size)}, 3")
   images = jax.ShapeDtypeStruct(shape, model.config.param_dtype)
+  check_destination(path)
   program = _with_no_kernels(model)
   exported = export.export(
     jax.jit(lambda images: program(images)), platforms=PLATFORMS
   )(images)
-  _replace(pathlib.Path(path), exported.serialize())
+  _replace(path, exported.serialize())
   return exported
+
+
+def check_destination(path: pathlib.Path) -> None:
+  """Raises what is already known to be wrong before a model is traced.
+
+  Raises:
+    ImportError: flatbuffers is not installed.
+    OSError: no file can be written there.
+  """
+  try:
+    import flatbuffers  # noqa: F401
+  except ImportError as error:
+    raise ImportError(
+      'flatbuffers is missing: pip install ".[export]"'
+    ) from error
+  if path.is_dir():
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+  if path.exists() and not path.is_file():
+    raise OSError(f"{path} is no file, and is left as it is")
+  _replace(path, None)
 
 
 def _height_and_width(image_size: int | tuple[int, int] | None) -> str:
@@ -93,11 +118,15 @@ def _with_no_kernels(model: Trunk) -> Trunk:
   return model
 
 
-def _replace(path: pathlib.Path, content: bytearray) -> None:
-  """Leaves the old file, or the whole new one."""
-  partial = path.with_name(path.name + ".partial")
+def _replace(path: pathlib.Path, content: bytearray | None) -> None:
+  """Leaves the old file, or the whole new one; with None, only tries to."""
+  partial = path.with_name(f".{path.name[:50]}.partial")
   try:
-    partial.write_bytes(content)
-    partial.replace(path)
+    partial.write_bytes(content or b"")
+    if content is not None:
+      partial.replace(path)
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, str(path)) from error
   finally:
-    partial.unlink(missing_ok=True)
+    with suppress(OSError):
+      partial.unlink()

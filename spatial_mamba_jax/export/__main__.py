@@ -10,28 +10,33 @@ import argparse
 import pathlib
 import sys
 
-from spatial_mamba_jax.export import export_model
+from spatial_mamba_jax.convert.files import local_path
+from spatial_mamba_jax.errors import one_line, run_command
+from spatial_mamba_jax.export import check_destination, export_model
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 
 
 def main(arguments: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   options = _parse(arguments)
-  try:
-    exported = export_model(
-      _load(options.checkpoint), options.out, image_size=options.image_size
-    )
-  except (ImportError, OSError, ValueError) as error:
-    print(f"export: {error}", file=sys.stderr)
-    return 2
+  mistakes = (ValueError, OSError, ImportError, MemoryError)
+  return run_command("export", lambda: _export(options), mistakes)
+
+
+def _export(options: argparse.Namespace) -> None:
+  out = local_path(options.out)
+  check_destination(out)  # Before the checkpoint is read.
+  model = _load(options.checkpoint)
+  exported = export_model(model, out, image_size=options.image_size)
   (images,), results = exported.in_avals, exported.out_avals
   print(
-    f"wrote {options.out}, {options.out.stat().st_size / 2**20:.1f} MiB:"
-    f" normalised images {images.str_short()} to"
-    f" {', '.join(x.str_short() for x in results)},"
-    f" for {', '.join(exported.platforms)}"
+    one_line(
+      f"wrote {out}, {out.stat().st_size / 2**20:.1f} MiB:"
+      f" normalised images {images.str_short()} to"
+      f" {', '.join(x.str_short() for x in results)},"
+      f" for {', '.join(exported.platforms)}"
+    )
   )
-  return 0
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

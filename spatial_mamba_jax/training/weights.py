@@ -6,9 +6,23 @@ from typing import cast
 import jax
 import numpy as np
 
-from spatial_mamba_jax.convert.architecture import abstract_model, infer_model
-from spatial_mamba_jax.convert.files import Found, is_of_weights, read_file
-from spatial_mamba_jax.convert.names import from_torch, torch_tensors
+from spatial_mamba_jax.convert.architecture import (
+  abstract_model,
+  infer_model,
+  with_head_bias,
+)
+from spatial_mamba_jax.convert.files import (
+  Found,
+  is_of_weights,
+  local_path,
+  read_file,
+)
+from spatial_mamba_jax.convert.messages import listed
+from spatial_mamba_jax.convert.names import (
+  from_torch,
+  is_counter,
+  torch_tensors,
+)
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.training.checkpoint import open_checkpoint
@@ -23,7 +37,7 @@ def load_weights(
 
   Args:
     path: a checkpoint as `open_checkpoint` takes it, or a file or directory as
-      `convert.files.read_file` takes it.
+      `convert.files.read_file` takes it; relative or with "~", too.
     config: the architecture that they must fit.
     like: its shapes, on the shardings wanted.
 
@@ -34,11 +48,12 @@ def load_weights(
   Raises:
     TrainingError: there are no weights, or they are of another model.
   """
+  path = _local(path)
   if not is_of_weights(path):
     with open_checkpoint(path) as (checkpoints, step):
       return checkpoints.restore_weights(step, like)
   found = read_weights(path)
-  name = "ema" if found.key == "model_ema" else "raw"
+  name = "ema" if found.is_average else "raw"
   return {name: _fitted(path, found.state_dict, config, like)}
 
 
@@ -51,7 +66,7 @@ def start_from(
     path: as `load_weights` takes it; of a run, the moving average is taken.
     config: the architecture that they must fit, except for the head.
     fresh: random weights of it. The head is theirs where `path` has none or one
-      of another number of classes.
+      of another number of classes; the norm before it where `path` has none.
 
   Returns:
     The weights, where `fresh` lives, and in words what became of the head.
@@ -59,23 +74,34 @@ def start_from(
   Raises:
     TrainingError: there are no weights, or they are of another model.
   """
+  found = read_weights(path)
   tensors = {
     name: tensor
-    for name, tensor in read_weights(path).state_dict.items()
+    for name, tensor in found.state_dict.items()
     if not name.startswith("outnorm")  # A backbone's, for dense tasks.
   }
   head = tensors.get("head.weight")
-  if head is not None and len(head) == config.num_classes:
+  own = []
+  # One that is no matrix is refused below.
+  fits = head is not None and (
+    head.ndim != 2 or len(head) == config.num_classes
+  )
+  if fits:
     said = f"starting from {path}, head included"
   else:
-    said = f"starting from {path} with a head drawn at random: it has " + (
-      "none" if head is None else f"{len(head)} classes"
-    )
-    own = ["head.kernel", "head.bias"]
-    if head is None:
-      own += ["norm.scale", "norm.bias"]
-    tensors |= torch_tensors({name: fresh.params[name] for name in own})
-  return _fitted(path, tensors, config, fresh), said
+    classes = "none" if head is None else f"{len(head)} classes"
+    said = f"starting from {path} with a head drawn at random: it has {classes}"
+    own += ["head.kernel", "head.bias"]
+  if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
+    own += ["norm.scale", "norm.bias"]
+  tensors |= torch_tensors({name: fresh.params[name] for name in own})
+  return _fitted(path, tensors, config, fresh), said + _beside(found)
+
+
+def _beside(found: Found) -> str:
+  """What `start_from` did not take of a file, in words."""
+  names = [x for x in found.left_out if not is_counter(x)]
+  return f"; left out {len(names)} tensors ({listed(names)})" * bool(names)
 
 
 def _fitted(
@@ -87,7 +113,7 @@ def _fitted(
   """Tensors as the weights of a model, placed like others."""
   model = abstract_model(config)
   try:
-    from_torch(model, state_dict)
+    from_torch(model, with_head_bias(state_dict))
   except ValueError as error:
     raise TrainingError(
       f"{path} holds another model than config.model asks for: {error}"
@@ -121,6 +147,7 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
   Raises:
     TrainingError: there are no weights.
   """
+  path = _local(path)
   if not is_of_weights(path):
     return read_checkpoint(path, raw=raw)
   try:
@@ -141,6 +168,13 @@ def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
   if name not in weights:
     raise TrainingError(f"{path} holds one set of weights alone")
   return Found(torch_tensors(unstacked(weights[name])), f"step {step}")
+
+
+def _local(path: pathlib.Path) -> pathlib.Path:
+  try:
+    return local_path(path)
+  except ValueError as error:
+    raise TrainingError(str(error)) from error
 
 
 def _placed_like(

@@ -1,12 +1,12 @@
 """Weights from any file to any file, and models as directories."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +18,17 @@ from spatial_mamba_jax.convert.__main__ import convert, main
 from spatial_mamba_jax.convert.architecture import infer_config, infer_model
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run_python(*arguments):
+  return subprocess.run(
+    (sys.executable, *map(str, arguments)),
+    cwd=ROOT,
+    capture_output=True,
+    check=False,
+    text=True,
+    env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "JAX_PLATFORMS": "cpu"},
+  )
 
 
 def assert_same_weights(model, expected):
@@ -175,7 +186,49 @@ def test_sources_that_are_none(tmp_path, capsys):
     error = capsys.readouterr().err
     assert name in error
     assert len(error.splitlines()) == 1, error
+  # A pipe would be waited for.
+  os.mkfifo(tmp_path / "pipe")
+  assert main([str(tmp_path / "pipe"), str(tmp_path / "out")]) == 2
+  assert "pipe is no file" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line(small, tmp_path):
+  smj.save_pretrained(small, tmp_path / "model")
+  # A limit on the size of files stands for the disk.
+  script = """
+import resource, sys
+sys.dont_write_bytecode = True  # Or half of it would be written.
+from spatial_mamba_jax.convert.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+source, *names = sys.argv[1:]
+sys.exit(sum(main([source, name]) != 2 for name in names))
+"""
+  names = [tmp_path / "new" / x for x in ("out", "x.safetensors", "run/0")]
+  result = run_python("-c", script, tmp_path / "model", *names)
+  assert result.returncode == 0
+  lines = result.stderr.splitlines()
+  assert len(lines) == len(names)
+  for line, name in zip(lines, names, strict=True):
+    assert line.startswith("convert: ")
+    assert "too large" in line
+    assert str(name.parent) in line
+  assert [x.name for x in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_have_the_users_permissions(small, tmp_path):
+  before = os.umask(0o027)
+  try:
+    smj.save_pretrained(small, tmp_path / "new" / "model")
+    convert(tmp_path / "new" / "model", tmp_path / "new" / "x.safetensors")
+    convert(tmp_path / "new" / "model", tmp_path / "new" / "run" / "0")
+  finally:
+    os.umask(before)
+  paths = list((tmp_path / "new").rglob("*"))
+  assert len(paths) > 6
+  for path in (tmp_path / "new", *paths):
+    wanted = 0o750 if path.is_dir() else 0o640
+    assert path.stat().st_mode & 0o777 == wanted, path
 
 
 def test_a_detector_gives_its_backbone(
@@ -214,7 +267,8 @@ def test_tensors_that_overlap_are_not_blown_up(small, write_archive, tmp_path):
   path = tmp_path / "x.pth"
   path.write_bytes(b"")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(files, "read_first", lambda *_: ("model", tensors))
+    found = files.Selected("model", (), tensors)
+    patch.setattr(files, "read_first", lambda *_, **__: found)
     with pytest.raises(ValueError, match="tensors that overlap"):
       files.read_file(path)
 
@@ -232,83 +286,6 @@ def test_half_precision_files_are_read(small, tmp_path):
     for name, x in smj.convert.to_torch(model).items():
       expected = tensors[name].astype(dtype if x.ndim else x.dtype)
       np.testing.assert_array_equal(x, expected.astype(x.dtype), strict=True)
-
-
-def test_a_directory_and_back(small, tmp_path):
-  (tmp_path / "empty").mkdir()
-  for path in (tmp_path / "new", tmp_path / "empty"):
-    smj.save_pretrained(small, path)
-    names = sorted(x.name for x in path.iterdir())
-    assert names == ["README.md", "config.json", "model.safetensors"]
-  model = smj.from_pretrained(str(tmp_path / "new"))
-  assert isinstance(model, smj.SpatialMamba)
-  assert model.config == small.config
-  assert_same_weights(model, small)
-  with safetensors.safe_open(
-    tmp_path / "new" / "model.safetensors", "numpy"
-  ) as file:
-    assert file.metadata() == {"format": "pt"}
-  card = (tmp_path / "new" / "README.md").read_text()
-  front = card.split("---\n")[1]
-  assert card.startswith("---\n")
-  assert "pipeline_tag: image-classification\n" in front
-  assert "library_name: spatial-mamba-jax\n" in front
-  with pytest.raises(FileExistsError, match="is left as it is"):
-    smj.save_pretrained(small, tmp_path / "new")
-
-
-def test_overrides_that_keep_the_weights(small, tmp_path):
-  smj.save_pretrained(small, tmp_path / "x")
-  model = smj.from_pretrained(
-    tmp_path / "x",
-    dtype="bfloat16",
-    drop_path_rate=0.5,
-    implementation="sequential",
-  )
-  assert model.config.dtype == jnp.bfloat16
-  assert model.config.implementation == "sequential"
-  assert model.config.drop_path_rates[1] == (0.25, 0.5)
-  assert_same_weights(model, small)
-  with pytest.raises(ValueError, match="'num_classes' cannot be overridden"):
-    smj.from_pretrained(tmp_path / "x", num_classes=5)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"dims": [4, 8]}, r"dims \(4, 8\), and model.safetensors has \(4, 4\)"),
-    ({"depths": [1, 10**9]}, "config.json has depths"),
-    ({"num_classes": 4}, "config.json has num_classes 4"),
-    ({"mlp_ratio": 2.0}, r"misshapen \(layers.0.blocks.0.mlp.fc1.bias"),
-    ({"out_indices": [0]}, r"1 missing \(outnorm0|missing \(outnorm0"),
-    ({"depth": [1]}, "unexpected keyword argument 'depth'"),
-    ({"dims": "wide"}, "config.json is of no Spatial-Mamba"),
-    ({"num_classes": "many"}, "config.json is of no Spatial-Mamba"),
-    ({"dtype": "float31"}, "config.json is of no Spatial-Mamba: .*float31"),
-    ({"model_type": "vit"}, "model_type is not spatial_mamba"),
-  ],
-)
-def test_directories_that_contradict_themselves(
-  small, tmp_path, change, message
-):
-  smj.save_pretrained(small, tmp_path / "x")
-  config = json.loads((tmp_path / "x" / "config.json").read_text())
-  (tmp_path / "x" / "config.json").write_text(json.dumps({**config, **change}))
-  with pytest.raises(ValueError, match=message):
-    smj.from_pretrained(tmp_path / "x")
-
-
-def test_directories_that_are_none(small, tmp_path):
-  with pytest.raises(FileNotFoundError, match="is no directory: download"):
-    smj.from_pretrained("someone/spatial-mamba-tiny")
-  smj.save_pretrained(small, tmp_path / "x")
-  for content in ("{", "[]", "{}", "\x00"):
-    (tmp_path / "x" / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json"):
-      smj.from_pretrained(tmp_path / "x")
-  (tmp_path / "x" / "config.json").unlink()
-  with pytest.raises(FileNotFoundError, match=r"config\.json"):
-    smj.from_pretrained(tmp_path / "x")
 
 
 def test_cut_off_safetensors(small, tmp_path):
@@ -331,13 +308,8 @@ def test_without_safetensors(small, tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_says_what_it_takes():
-  result = subprocess.run(
-    (sys.executable, "-m", "spatial_mamba_jax.convert", "--help"),
-    cwd=ROOT,
-    capture_output=True,
-    check=True,
-    text=True,
-    env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "JAX_PLATFORMS": "cpu"},
-  )
-  for word in (".safetensors", ".pth", "config.json", "checkpoints/0", "--raw"):
+  result = run_python("-m", "spatial_mamba_jax.convert", "--help")
+  assert result.returncode == 0
+  words = (".safetensors", ".pth", "config.json", "checkpoints/0", "--raw")
+  for word in (*words, "--key"):
     assert word in result.stdout

@@ -3,6 +3,7 @@
 import copy
 import pathlib
 import pickle
+import struct
 import sys
 import time
 import tracemalloc
@@ -214,6 +215,11 @@ def test_a_tensor_is_read(read):
     ("16 bytes, which are not a huge number elements", {"storage": 2**70}),
     ("16 bytes, which are not 4 elements", {"kind": "DoubleStorage"}),
     ("'torch.ComplexFloatStorage'", {"kind": "ComplexFloatStorage"}),
+    (
+      "'x' is of type 'torch.ComplexFloatStorage'",
+      {"kind": "ComplexFloatStorage"},
+    ),
+    ("'x' is of type 'torch.float8_e5m2'", {"kind": "float8_e5m2"}),
     ("'torch.load', which is not read", {"kind": "load"}),
   ],
 )
@@ -335,6 +341,34 @@ def test_a_zip_bomb_is_refused(tmp_path):
   bomb = [("x/data/0", bytes(10_000_000))]
   path = archive(tmp_path / "x.pth", bomb, zipfile.ZIP_DEFLATED)
   with pytest.raises(ValueError, match="is compressed"):
+    read_torch_checkpoint(path)
+
+
+def test_holes_are_not_read(tmp_path):
+  """A record, a pickle and a directory of 64 GiB that take no disk."""
+  path, hole = tmp_path / "x.pth", 2**36
+  for name in ("x/data/0", "x/data.pkl"):
+    with zipfile.ZipFile(path, "w") as file:
+      if name == "x/data/0":
+        file.writestr("x/data.pkl", tensor(storage=hole // 4))
+      file.writestr(name, b"")
+      info = file.filelist[-1]
+      info.file_size = info.compress_size = hole
+      file.start_dir = file.fp.tell() + hole
+      file._didModify = True
+    assert path.stat().st_size > hole
+    with pytest.raises(ValueError, match="has larger records than are"):
+      read_torch_checkpoint(path)
+  end = struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, hole, 0)
+  end += struct.pack("<4sLQL", b"PK\6\7", 0, hole, 1)
+  end += struct.pack(
+    "<4s4H2LH", b"PK\5\6", *[2**16 - 1] * 4, *[2**32 - 1] * 2, 0
+  )
+  with path.open("wb") as file:
+    file.truncate(hole)
+    file.seek(hole)
+    file.write(end)
+  with pytest.raises(ValueError, match="asks for 68,719,476,736 bytes at once"):
     read_torch_checkpoint(path)
 
 

@@ -1,5 +1,7 @@
 """Weights of any kind where training and evaluation read them."""
 
+import pathlib
+
 import jax
 import numpy as np
 import optax
@@ -19,6 +21,7 @@ from spatial_mamba_jax.training.config import (
 )
 from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
 from spatial_mamba_jax.training.state import PureModel, initial_state
+from spatial_mamba_jax.training.weights import load_model
 
 
 @pytest.fixture
@@ -96,6 +99,18 @@ def test_a_run_gives_its_average_or_its_weights(small, tmp_path):
     found = smj.convert.to_torch(smj.from_pretrained(tmp_path / str(raw)))
     for name, x in expected.items():
       np.testing.assert_array_equal(found[name], factor * x)
+
+
+def test_a_run_is_found_from_where_one_is(
+  sources, small, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  expected = smj.convert.to_torch(small)
+  for path in ("run", "run/checkpoints/0", "~/run/checkpoints"):
+    found = smj.convert.to_torch(load_model(pathlib.Path(path)))
+    for name, x in expected.items():
+      np.testing.assert_array_equal(found[name], x)
 
 
 def test_weights_alone_have_no_raw_ones(sources, tmp_path):

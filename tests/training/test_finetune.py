@@ -6,6 +6,7 @@ import runpy
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 import spatial_mamba_jax as smj
@@ -14,7 +15,12 @@ from spatial_mamba_jax.models import config as models
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
 from spatial_mamba_jax.training.state import PureModel
-from spatial_mamba_jax.training.weights import read_weights, start_from
+from spatial_mamba_jax.training.weights import (
+  load_model,
+  load_weights,
+  read_weights,
+  start_from,
+)
 
 HEAD = {"head.weight", "head.bias"}
 NORM = {"norm.weight", "norm.bias"}
@@ -79,6 +85,68 @@ def test_a_backbone_has_no_head(tmp_path):
   assert_equal_but(outnorms, found, expected)
   for name in HEAD | NORM:
     np.testing.assert_array_equal(found[name], own[name])
+
+
+def test_what_a_checkpoint_without_a_head_has(tmp_path):
+  """Its last norm is kept; drawn are what it lacks and no more."""
+  config = config_of(3)
+  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  own = tensors_of(fresh, config)
+  expected = smj.convert.to_torch(smj.SpatialMamba(config, rngs=nnx.Rngs(7)))
+  expected["norm.weight"] = np.arange(2, 6, dtype=np.float32)
+  expected["norm.bias"] = np.arange(1, 5, dtype=np.float32)
+  expected["head.bias"] = np.arange(1, 4, dtype=np.float32)
+  counts = {x for x in expected if x.endswith("num_batches_tracked")}
+  for lacks, words in (
+    (HEAD, "drawn at random: it has none"),
+    (HEAD | NORM | counts, "drawn at random: it has none"),
+    ({"head.bias"}, "head included"),
+  ):
+    tensors = {
+      f"model.{name}": x for name, x in expected.items() if name not in lacks
+    }
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(
+      tensors | {"neck.weight": np.zeros(1, np.float32)}, path
+    )
+    weights, said = start_from(path, config, fresh)
+    assert words in said
+    assert "left out 1 tensors (neck.weight)" in said
+    found = tensors_of(weights, config)
+    drawn = lacks - counts
+    assert_equal_but(drawn, found, expected)
+    for name in drawn:  # A head's bias starts at 0, and is so if it has none.
+      np.testing.assert_array_equal(found[name], own[name])
+
+
+def test_a_head_without_its_norm_is_refused(pretrained, tmp_path):
+  tensors = read_weights(pretrained).state_dict
+  path = tmp_path / "x.safetensors"
+  safetensors.numpy.save_file(
+    {name: x for name, x in tensors.items() if name not in NORM}, path
+  )
+  config = config_of(5)
+  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  with pytest.raises(TrainingError, match=r"2 missing \(norm\."):
+    start_from(path, config, fresh)
+
+
+def test_paths_from_here_and_from_home(pretrained, monkeypatch):
+  config = config_of(5)
+  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  expected = read_weights(pretrained).state_dict
+  monkeypatch.chdir(pretrained.parent)
+  monkeypatch.setenv("HOME", str(pretrained.parent))
+  for name in (pretrained.name, f"~/{pretrained.name}"):
+    path = pathlib.Path(name)
+    assert_equal_but(set(), read_weights(path).state_dict, expected)
+    assert_equal_but(set(), smj.convert.to_torch(load_model(path)), expected)
+    weights, _ = start_from(path, config, fresh)
+    assert_equal_but(set(), tensors_of(weights, config), expected)
+    (weights,) = load_weights(path, config, fresh).values()
+    assert_equal_but(set(), tensors_of(weights, config), expected)
+  with pytest.raises(TrainingError, match="is remote"):
+    read_weights(pathlib.Path("gs://bucket/run"))
 
 
 def test_another_model_is_refused(pretrained, tmp_path):

@@ -1,0 +1,34 @@
+"""JSON from files of unknown origin."""
+
+import json
+from typing import Any
+
+from spatial_mamba_jax.convert.messages import short
+
+
+def parse_json(text: bytes) -> Any:
+  """What JSON says.
+
+  Raises:
+    ValueError: it is no JSON, in an encoding that is not Unicode, nested too
+      deeply, or has two values of one key, or a number that JSON has not.
+  """
+  try:
+    return json.loads(
+      text, object_pairs_hook=_dictionary, parse_constant=_constant
+    )
+  except RecursionError as error:
+    raise ValueError("it is nested too deeply") from error
+
+
+def _dictionary(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  dictionary = dict(pairs)
+  if len(dictionary) < len(pairs):
+    seen = set()
+    twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+    raise ValueError(f"it has two values of {short(twice)}")
+  return dictionary
+
+
+def _constant(name: str) -> Any:
+  raise ValueError(f"{name} is no number of JSON")
