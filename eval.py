@@ -25,7 +25,7 @@ def main() -> int:
     "resolution", None, "Height and width of the images.", lower_bound=1
   )
   crop_ratio = flags.DEFINE_float(
-    "crop_ratio", None, "Share of the shorter side that the central crop takes."
+    "crop_ratio", None, "Share of the shorter side in the central crop."
   )
   as_json = flags.DEFINE_bool("json", False, "Print one line of JSON.")
 
@@ -56,5 +56,4 @@ if __name__ == "__main__":
       f'eval.py: {error.name} is missing: pip install ".[train]"\n'
     )
     sys.exit(2)
-
   sys.exit(run_command("eval.py", main))

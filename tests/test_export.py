@@ -148,8 +148,8 @@ def checkpoints(tmp_path, monkeypatch):
       evaluation = Evaluation(
         top1, 1.0, loss=1.0, ece=0.1, images=8, undecided=0, unreadable=0
       )
-      manager.save(state, to_dict(config), evaluation)
-    manager.wait()
+      manager.save(state, to_dict(config))
+      manager.add_evaluation(step, evaluation)
   return directory, model
 
 
@@ -184,7 +184,7 @@ def test_the_command(checkpoints, tmp_path, monkeypatch, capsys):
     ("run/checkpoints", "pipe", "is no file, and is left as it is"),
     ("run/checkpoints", "x" * 300, "File name too long"),
     ("run/checkpoints", "run/x/y", "Not a directory"),
-    ("s3://bucket/run", "x", "is remote"),
+    ("s3://bucket/run", "x", "of this machine"),
   ],
 )
 def test_a_mistake_is_one_line(

@@ -36,7 +36,6 @@ from spatial_mamba_jax.convert.architecture import (
 from spatial_mamba_jax.convert.files import (
   Found,
   is_of_weights,
-  local_path,
   read_file,
   written_whole,
 )
@@ -48,6 +47,7 @@ from spatial_mamba_jax.convert.safetensors_file import (
 )
 from spatial_mamba_jax.errors import one_line, run_command
 from spatial_mamba_jax.models.spatial_mamba import SpatialMamba, Trunk
+from spatial_mamba_jax.paths import local_path
 
 # What may be wrong with paths, files and packages, and with what files claim.
 MISTAKES = (ValueError, OSError, ImportError, MemoryError)

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -74,19 +73,6 @@ class Found(NamedTuple):
         f" ({listed(self.left_out)})"
       )
     return words
-
-
-def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
-  """The absolute path, "~" expanded.
-
-  Raises:
-    ValueError: it is no path of this machine's.
-  """
-  path = os.path.expanduser(os.fspath(path))
-  # pathlib makes one slash of two.
-  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
-    raise ValueError(f"{path} is remote: copy it to or from a local path")
-  return pathlib.Path(path).absolute()
 
 
 def is_of_weights(path: pathlib.Path) -> bool:

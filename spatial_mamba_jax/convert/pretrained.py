@@ -13,7 +13,6 @@ from spatial_mamba_jax.convert.architecture import (
 )
 from spatial_mamba_jax.convert.files import (
   SAFETENSORS,
-  local_path,
   written_whole,
 )
 from spatial_mamba_jax.convert.names import (
@@ -37,6 +36,7 @@ from spatial_mamba_jax.models.spatial_mamba import (
   SpatialMambaBackbone,
   Trunk,
 )
+from spatial_mamba_jax.paths import local_path
 
 # What changes neither the weights nor their shapes.
 _OVERRIDES = ("drop_path_rate", "dtype", "implementation")

@@ -199,8 +199,8 @@ class Batches:
       if "Worker process was terminated" not in str(error):
         raise
       raise DataError(
-        f"{one_line(error)} If memory ran out: fewer config.data.num_workers, or a "
-        "smaller data.prefetch"
+        f"{one_line(error)} If memory ran out: fewer config.data.num_workers,"
+        " or a smaller config.data.prefetch"
       ) from error
 
   @property

@@ -26,9 +26,9 @@ import jax
 from flax import nnx
 from jax import export
 
-from spatial_mamba_jax.convert.files import local_path
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.models.ssm import StructureAwareSSM
+from spatial_mamba_jax.paths import local_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

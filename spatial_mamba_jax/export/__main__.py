@@ -10,10 +10,10 @@ import argparse
 import pathlib
 import sys
 
-from spatial_mamba_jax.convert.files import local_path
 from spatial_mamba_jax.errors import one_line, run_command
 from spatial_mamba_jax.export import check_destination, export_model
 from spatial_mamba_jax.models.spatial_mamba import Trunk
+from spatial_mamba_jax.paths import local_path
 
 
 def main(arguments: list[str] | None = None) -> int:

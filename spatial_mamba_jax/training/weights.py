@@ -14,7 +14,6 @@ from spatial_mamba_jax.convert.architecture import (
 from spatial_mamba_jax.convert.files import (
   Found,
   is_of_weights,
-  local_path,
   read_file,
 )
 from spatial_mamba_jax.convert.messages import listed
@@ -25,6 +24,7 @@ from spatial_mamba_jax.convert.names import (
 )
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 from spatial_mamba_jax.models.spatial_mamba import Trunk
+from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.checkpoint import open_checkpoint
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.state import PureModel, Weights, unstacked
