@@ -1,5 +1,6 @@
 """Mistakes of a user, each told in one line."""
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
@@ -72,5 +73,6 @@ def run_command(
     message, status = "interrupted", 128 + signal.SIGINT
   except mistakes as error:
     message, status = one_line(error), getattr(error, "status", 2)
-  print(f"{name}: {message}", file=sys.stderr)
+  with contextlib.suppress(OSError):  # A terminal may have been closed.
+    print(f"{name}: {message}", file=sys.stderr)
   return status

@@ -94,7 +94,7 @@ RATIO = "mlp_ratio must be a number over 0, up to 1000, not "
 RATE = "drop_path_rate must be a number of 0 or more, below 1, not "
 WRONG = [
   ({"dims": [4, 8]}, "dims (4, 8), and model.safetensors has (4, 4)"),
-  ({"depths": [1, 10**9]}, "config.json has depths"),
+  ({"depths": [1, 10**9]}, "depths must be at most 1024"),
   ({"num_classes": 4}, "config.json has num_classes 4"),
   ({"mlp_ratio": 2.0}, "misshapen (layers.0.blocks.0.mlp.fc1.bias"),
   ({"out_indices": [0]}, "missing (outnorm0"),

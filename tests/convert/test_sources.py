@@ -270,5 +270,5 @@ def test_relative_paths_and_home(small, tmp_path, monkeypatch, capsys):
   capsys.readouterr()
   for paths in (("gs://bucket/x", "d"), ("a", "s3://bucket/x")):
     assert main(list(paths)) == 2
-    assert "is remote" in capsys.readouterr().err
+    assert "of this machine" in capsys.readouterr().err
   assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "home", "run"]
