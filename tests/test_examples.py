@@ -138,15 +138,18 @@ def test_classify_folder_keeps_rows_and_names(
     lines = (tmp_path / "out.csv").read_bytes().splitlines()[1:]
     return [line.split(b",")[0] for line in lines]
 
+  folder = os.fsencode(tmp_path / "images") + b"/"
   monkeypatch.setenv("HOME", str(tmp_path))
   for _ in range(2):
     run("classify_folder.py", "images", "~/out.csv", "--image_size=16")
-    assert paths() == [b"images/" + name for name in names]
+    assert paths() == [folder + name for name in names]
   with (tmp_path / "out.csv").open("r+") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     with pytest.raises(SystemExit):
       run("classify_folder.py", "images", "out.csv", "--image_size=16")
-  assert "another run is writing out.csv" in capsys.readouterr().err
+  assert (
+    f"another run is writing {tmp_path / 'out.csv'}" in capsys.readouterr().err
+  )
   assert len(paths()) == 10
 
   def read(path, read=decoding.read_image):
@@ -158,7 +161,7 @@ def test_classify_folder_keeps_rows_and_names(
   with pytest.raises(SystemExit) as caught:
     run("classify_folder.py", "images", "out.csv", "--image_size=16")
   assert caught.value.code == 130
-  assert paths() == [b"images/" + name for name in names[:8]]
+  assert paths() == [folder + name for name in names[:8]]
 
 
 def test_kernels_only():

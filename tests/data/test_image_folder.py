@@ -193,7 +193,9 @@ class TestLinks:
 
 class TestErrors:
   def test_no_directory_given(self):
-    with pytest.raises(DataError, match=r"data\.data_dir must name the root"):
+    with pytest.raises(
+      DataError, match=r"data\.data_dir must name the image_folder's root"
+    ):
       open_tree("")
 
   @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ class TestErrors:
     [
       ("gs://bucket/tree", "must be a directory of this machine"),
       ("file:///tree", "must be a directory of this machine"),
-      ("/tree\0", "must be a path"),
+      ("/tree\0", "must be a text"),
       ("/" + "x" * 300, "File name too long"),
       ("~nobody-of-that-name/tree", "there is no home directory for ~nobody"),
     ],

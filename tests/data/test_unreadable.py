@@ -101,15 +101,16 @@ def test_transforms_count_as_reading(tmp_path, caplog, num_workers):
     directory = tmp_path / split / "a"
     directory.mkdir(parents=True, exist_ok=True)
     Image.fromarray(GREY).save(directory / f"{place}.png")
-  # Decoded in 8 MB, but a crop's rows would take 8 GB before it is resized.
+  # Decoded in 256 MiB, but the rows of a crop take more than 1 GiB once they
+  # have the width of an example.
   for split in ("train", "val"):
-    Image.new("L", (1, 2_000_000)).save(tmp_path / split / "a" / "thin.png")
+    Image.new("L", (512, 2**17)).save(tmp_path / split / "a" / "thin.png")
   config = DataConfig(
     name="image_folder",
     data_dir=str(tmp_path),
-    image_size=1000,
+    image_size=2100,
     crop_scale=(1.0, 1.0),
-    crop_ratio=(1e-7, 1e-6),
+    crop_ratio=(1 / 256, 1 / 256),
     randaugment_operations=0,
     max_unreadable_share=0.2,
     num_workers=num_workers,
