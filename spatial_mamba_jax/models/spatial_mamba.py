@@ -284,7 +284,7 @@ class Trunk(nnx.Module):
     )
     self.deterministic = True
 
-  def stage_features(
+  def _stage_features(
     self, images: ArrayLike, rngs: nnx.Rngs | None
   ) -> Iterator[Float[Array, "B H W C"]]:
     """The tokens that leave each stage, before they are downsampled."""
@@ -339,7 +339,7 @@ class SpatialMamba(Trunk):
     Raises:
       ValueError: `images` has another shape or type, or `rngs` is missing.
     """
-    *_, x = self.stage_features(images, rngs)
+    *_, x = self._stage_features(images, rngs)
     return self.head(jnp.mean(self.norm(x), axis=(1, 2)))
 
 
@@ -385,7 +385,7 @@ class SpatialMambaBackbone(Trunk):
     """
     return [
       self.norms[str(i)](x)
-      for i, x in enumerate(self.stage_features(images, rngs))
+      for i, x in enumerate(self._stage_features(images, rngs))
       if str(i) in self.norms
     ]
 
