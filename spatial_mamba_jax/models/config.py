@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from spatial_mamba_kernels.by_platform import PLATFORMS
+from spatial_mamba_kernels.shapes import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class ModelConfig:
   @property
   def param_dtype(self) -> jnp.dtype:
     """float32, or float64 where `dtype` is."""
-    return jnp.promote_types(self.dtype, jnp.float32)
+    return at_least_float32(self.dtype)
 
   @property
   def implementation_of_rest(self) -> str | None:

@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jax.extend.backend import get_default_device
 from jax.typing import ArrayLike
 from spatial_mamba_kernels.activations import relu
+from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.config import ModelConfig, get_model_config
@@ -50,12 +51,12 @@ class ConvNorm(nnx.Module):
       return self.norm(self.conv(x))
     scale, bias = self.norm.affine()
     conv = nnx.clone(self.conv)
-    conv.kernel[...] *= scale
+    conv.kernel[...] *= with_rank_of(conv.kernel, scale)
     if conv.bias is not None:
       conv.bias[...] = conv.bias * scale + bias
       return conv(x)
     y = conv(x)
-    return y + bias.astype(y.dtype)
+    return y + with_rank_of(y, bias.astype(y.dtype))
 
 
 class Stem(nnx.Module):

@@ -13,7 +13,7 @@ import numpy as np
 
 from spatial_mamba_kernels import stencil
 from spatial_mamba_kernels.by_platform import keep
-from spatial_mamba_kernels.shapes import state_dtype
+from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float, Size
 
 DILATIONS = (1, 3, 5)
@@ -163,7 +163,7 @@ def merge_weights(
   for tap, places in enumerate(taps.values()):
     for place in places:
       has[tap][place] = 1
-  return jnp.sum(has * kernels, axis=(1, 2, 3))
+  return jnp.sum(has * with_rank_of(has, kernels), axis=(1, 2, 3))
 
 
 def _reach(taps):
