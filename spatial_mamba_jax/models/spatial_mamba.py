@@ -20,6 +20,7 @@ from jax.extend.backend import get_default_device
 from jax.typing import ArrayLike
 from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.shapes import with_rank_of
+from spatial_mamba_kernels.sharding import check_only_batch_is_split
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.config import ModelConfig, get_model_config
@@ -443,4 +444,5 @@ def check_images(images: ArrayLike) -> Array:
     raise ValueError(
       f"images must be floating point and normalised, not {array.dtype}"
     )
+  check_only_batch_is_split(array)
   return array

@@ -160,9 +160,7 @@ def cutmix_box(
     half = (size * side).astype(int) // 2
     return _inside(centre - half, centre + half, size)
 
-  mask = (
-    interval(row_key, height)[:, None] & interval(column_key, width)[None]
-  )
+  mask = interval(row_key, height)[:, None] & interval(column_key, width)[None]
   mask = mask.astype(float)
   return mask, 1 - jnp.mean(mask)
 

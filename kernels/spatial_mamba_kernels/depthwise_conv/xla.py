@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 
 from spatial_mamba_kernels import stencil
 from spatial_mamba_kernels.activations import silu
-from spatial_mamba_kernels.shapes import with_rank_of, state_dtype
+from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
+from spatial_mamba_kernels.sharding import check_only_batch_is_split
 from spatial_mamba_kernels.typing import Array, Float
 
 _TAPS = tuple((row, column) for row in range(3) for column in range(3))
@@ -21,6 +22,7 @@ def convolve(
   x: Float[Array, "B H W D"], kernel: Float[Array, "3 3 D"], stride: int
 ) -> Float[Array, "B Ho Wo D"]:
   """See `depthwise_conv`."""
+  check_only_batch_is_split(x)
   return jax.lax.platform_dependent(
     x,
     kernel,

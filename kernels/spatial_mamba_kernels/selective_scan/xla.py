@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from spatial_mamba_kernels.by_platform import Arrays, keep
-from spatial_mamba_kernels.shapes import with_rank_of, state_dtype
+from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 
