@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 def check_shapes(op: str, arguments: Mapping[str, tuple[ArrayLike, str]]):
@@ -53,4 +54,20 @@ def state_dtype(*arrays: Array) -> jnp.dtype:
   Half precision would overflow: fusion kernels of ones, as at initialisation,
   amplify a state 27 times.
   """
-  return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+  with jax.numpy_dtype_promotion("standard"):
+    return at_least_float32(jnp.result_type(*arrays))
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+  """float32, or float64 for float64; also if JAX forbids promotion."""
+  with jax.numpy_dtype_promotion("standard"):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def with_rank_of(like: ArrayLike, numbers: ArrayLike) -> Array:
+  """`numbers` with axes of one before their own, of the rank of `like`.
+
+  JAX adds these axes by itself, unless `jax_numpy_rank_promotion` forbids it.
+  The program is the same.
+  """
+  return jax.lax.broadcast_to_rank(numbers, jnp.ndim(like))

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
+from spatial_mamba_kernels.typing import Array
+
 BATCH_AXES = ("replica", "data", "fsdp")
 CHANNEL_AXES = ("model", "tensor")
 
@@ -45,7 +47,7 @@ def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
     if name not in BATCH_AXES + CHANNEL_AXES or kind != AxisType.Auto:
       raise NotImplementedError(
         f"a kernel cannot be split over the {kind} mesh axis {name!r}: it knows"
-        f" automatic axes called {', '.join(BATCH_AXES + CHANNEL_AXES)}"
+        f" axes of AxisType.Auto called {', '.join(BATCH_AXES + CHANNEL_AXES)}"
       )
   if not kinds:
     return {}
@@ -62,6 +64,23 @@ def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
         f" {shards} for its {kind}, not {size}"
       )
   return axes
+
+
+def check_only_batch_is_split(x: Array) -> None:
+  """Raises where explicit mesh axes split more of images than their batch.
+
+  Args:
+    x: [B, ...].
+
+  Raises:
+    NotImplementedError: they split rows, columns or channels.
+  """
+  if any(axis is not None for axis in jax.typeof(x).sharding.spec[1:]):
+    raise NotImplementedError(
+      "images can be split over explicit mesh axes by their batch alone, not"
+      f" as {jax.typeof(x)}: make the mesh with"
+      " axis_types=(AxisType.Auto, ...), or reshard the images"
+    )
 
 
 def share_of_device(batch: int, channels: int) -> tuple[int, int]:

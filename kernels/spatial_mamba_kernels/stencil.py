@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float, Size
 
 Offsets = Sequence[tuple[int, int]]
@@ -61,7 +62,8 @@ def correlate(
   )
   for weight, offset in zip(weights, offsets, strict=True):
     window = _window(padded, offset, height, width, stride)
-    product = weight * window.astype(weights.dtype)
+    window = window.astype(weights.dtype)
+    product = with_rank_of(window, weight) * window
     total = product if total is None else total + product
   assert total is not None
   # Rounds nothing. On a CPU a reduction that follows (a LayerNorm, a cotangent)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from spatial_mamba_kernels.by_platform import PLATFORMS
 from spatial_mamba_kernels.implementation import Implementation
+from spatial_mamba_kernels.shapes import at_least_float32
 
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import (
@@ -105,7 +106,7 @@ class ModelConfig:
   @property
   def param_dtype(self) -> jnp.dtype:
     """float32, or float64 where `dtype` is."""
-    return jnp.promote_types(self.dtype, jnp.float32)
+    return at_least_float32(self.dtype)
 
   @property
   def implementation_of_rest(self) -> str | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
 from jax.typing import DTypeLike
+from spatial_mamba_kernels.shapes import at_least_float32, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 # The authors truncate theirs at +-2 absolute, a hundred deviations away.
@@ -44,7 +45,7 @@ class DepthwiseConv(nnx.Module):
     dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
-    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    param_dtype = at_least_float32(dtype)
     init = uniform_fan_in(9)
     self.kernel = nnx.Param(init(rngs.params(), (3, 3, features), param_dtype))
     self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
@@ -77,7 +78,7 @@ class DepthwiseConv(nnx.Module):
       stride=self.stride,
       implementation=self.implementation,
     )
-    return y + self.bias.astype(y.dtype)
+    return y + with_rank_of(y, self.bias.astype(y.dtype))
 
 
 class Mlp(nnx.Module):
@@ -139,7 +140,7 @@ def linear(
     kernel_init=kernel_init,
     bias_init=bias_init,
     dtype=dtype,
-    param_dtype=jnp.promote_types(dtype, jnp.float32),
+    param_dtype=at_least_float32(dtype),
     rngs=rngs,
   )
 
@@ -172,7 +173,7 @@ def conv3x3(
     use_bias=False,
     kernel_init=uniform_fan_in(9 * features_in),
     dtype=dtype,
-    param_dtype=jnp.promote_types(dtype, jnp.float32),
+    param_dtype=at_least_float32(dtype),
     rngs=rngs,
   )
 

@@ -11,6 +11,7 @@ import spatial_mamba_kernels as smk
 from flax import nnx
 from jax.typing import DTypeLike
 from spatial_mamba_kernels.layer_norm.xla import EPSILON, normalize
+from spatial_mamba_kernels.shapes import at_least_float32, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 
@@ -24,7 +25,7 @@ class BatchNorm(nnx.Module):
 
   def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     del rngs  # Nothing here is random.
-    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    param_dtype = at_least_float32(dtype)
     self.scale = nnx.Param(jnp.ones(features, param_dtype))
     self.bias = nnx.Param(jnp.zeros(features, param_dtype))
     self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype))
@@ -37,7 +38,7 @@ class BatchNorm(nnx.Module):
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     if self.use_running_average:
       scale, bias = self.affine()
-      y = x * scale + bias
+      y = x.astype(scale.dtype) * with_rank_of(x, scale) + with_rank_of(x, bias)
     else:
       y, mean, var = normalize(
         x, self.scale[...], self.bias[...], axes=(0, 1, 2)
@@ -76,7 +77,7 @@ class LayerNorm(nnx.Module):
     rngs: nnx.Rngs,
   ):
     del rngs  # Nothing here is random.
-    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    param_dtype = at_least_float32(dtype)
     self.scale = nnx.Param(jnp.ones(features, param_dtype))
     self.bias = nnx.Param(jnp.zeros(features, param_dtype))
     self.dtype = dtype

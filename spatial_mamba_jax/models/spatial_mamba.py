@@ -19,6 +19,8 @@ from jax.core import Tracer
 from jax.extend.backend import get_default_device
 from jax.typing import ArrayLike
 from spatial_mamba_kernels.activations import relu
+from spatial_mamba_kernels.shapes import with_rank_of
+from spatial_mamba_kernels.sharding import check_only_batch_is_split
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.config import ModelConfig, get_model_config
@@ -50,12 +52,12 @@ class ConvNorm(nnx.Module):
       return self.norm(self.conv(x))
     scale, bias = self.norm.affine()
     conv = nnx.clone(self.conv)
-    conv.kernel[...] *= scale
+    conv.kernel[...] *= with_rank_of(conv.kernel, scale)
     if conv.bias is not None:
       conv.bias[...] = conv.bias * scale + bias
       return conv(x)
     y = conv(x)
-    return y + bias.astype(y.dtype)
+    return y + with_rank_of(y, bias.astype(y.dtype))
 
 
 class Stem(nnx.Module):
@@ -284,7 +286,7 @@ class Trunk(nnx.Module):
     )
     self.deterministic = True
 
-  def stage_features(
+  def _stage_features(
     self, images: ArrayLike, rngs: nnx.Rngs | None
   ) -> Iterator[Float[Array, "B H W C"]]:
     """The tokens that leave each stage, before they are downsampled."""
@@ -339,7 +341,7 @@ class SpatialMamba(Trunk):
     Raises:
       ValueError: `images` has another shape or type, or `rngs` is missing.
     """
-    *_, x = self.stage_features(images, rngs)
+    *_, x = self._stage_features(images, rngs)
     return self.head(jnp.mean(self.norm(x), axis=(1, 2)))
 
 
@@ -385,7 +387,7 @@ class SpatialMambaBackbone(Trunk):
     """
     return [
       self.norms[str(i)](x)
-      for i, x in enumerate(self.stage_features(images, rngs))
+      for i, x in enumerate(self._stage_features(images, rngs))
       if str(i) in self.norms
     ]
 
@@ -442,4 +444,5 @@ def check_images(images: ArrayLike) -> Array:
     raise ValueError(
       f"images must be floating point and normalised, not {array.dtype}"
     )
+  check_only_batch_is_split(array)
   return array

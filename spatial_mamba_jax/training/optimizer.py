@@ -1,8 +1,10 @@
 """AdamW with the authors' decay groups and schedule."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -31,6 +33,7 @@ def authors_schedule(
   )
   curve = optax.join_schedules((warmup, cosine), (warmup_steps,))
 
+  @_with_promotion
   def schedule(step):
     return curve(jnp.maximum(step - 1, 0))
 
@@ -89,8 +92,22 @@ def make_optimizer(
   )
   return optax.GradientTransformation(
     lambda params: chain.init({name: params[name] for name in decays}),
-    chain.update,
+    _with_promotion(chain.update),
   )
+
+
+def _with_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, where JAX is not told to forbid promotion of types.
+
+  Optax needs it: it takes a float to the power of a count of steps.
+  """
+
+  @functools.wraps(function)
+  def with_promotion(*args, **kwargs):
+    with jax.numpy_dtype_promotion("standard"):
+      return function(*args, **kwargs)
+
+  return with_promotion
 
 
 def _scale_layers(

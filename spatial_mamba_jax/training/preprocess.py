@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float, Int
 
 from spatial_mamba_jax.data import IMAGENET_MEAN, IMAGENET_STD
@@ -52,7 +53,8 @@ def normalise(images: Array) -> Float[Array, "B H W 3"]:
   """Bytes to floats with ImageNet's mean 0 and deviation 1."""
   mean = 255 * jnp.asarray(IMAGENET_MEAN, jnp.float32)
   std = 255 * jnp.asarray(IMAGENET_STD, jnp.float32)
-  return (images.astype(jnp.float32) - mean) / std
+  images = images.astype(jnp.float32)
+  return (images - with_rank_of(images, mean)) / with_rank_of(images, std)
 
 
 def random_erasing(
@@ -132,7 +134,7 @@ def mix(
   is_mixed = jax.random.bernoulli(mixed_key, config.probability)
   # The share of its own that each pixel keeps.
   kept = jnp.where(is_cutmix, 1 - box_mask, lam)
-  kept = jnp.where(is_mixed, kept, 1).astype(images.dtype)[:, :, None]
+  kept = jnp.where(is_mixed, kept, 1).astype(images.dtype)[None, :, :, None]
   lam = jnp.where(is_mixed, jnp.where(is_cutmix, box_lam, lam), 1)
   mixed = kept * images + (1 - kept) * images[::-1]
   lam = lam.astype(target.dtype)
@@ -158,7 +160,7 @@ def cutmix_box(
     half = (size * side).astype(int) // 2
     return _inside(centre - half, centre + half, size)
 
-  mask = interval(row_key, height)[:, None] & interval(column_key, width)
+  mask = interval(row_key, height)[:, None] & interval(column_key, width)[None]
   mask = mask.astype(float)
   return mask, 1 - jnp.mean(mask)
 
@@ -182,5 +184,6 @@ def _beta_quantiles(alpha: float) -> np.ndarray:
 
 def _inside(low: Int[Array, "*B"], high: Int[Array, "*B"], size: int) -> Array:
   """Whether low <= place < high for the places 0..size - 1."""
-  places = jnp.arange(size)
-  return (low[..., None] <= places) & (places < high[..., None])
+  low, high = low[..., None], high[..., None]
+  places = with_rank_of(low, jnp.arange(size))
+  return (low <= places) & (places < high)

@@ -220,7 +220,7 @@ def relu_operator(stride: int) -> Operator:
   def convolve(arrays: Arrays, *, implementation: str | None) -> Any:
     del implementation
     x, bias, kernel = arrays
-    return xla.convolve(relu(x + bias.astype(x.dtype)), kernel, stride)
+    return xla.convolve(relu(xla.biased(x, bias)), kernel, stride)
 
   return Operator(
     "relu_depthwise_conv",

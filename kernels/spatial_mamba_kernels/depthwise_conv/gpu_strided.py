@@ -72,7 +72,7 @@ def _run_forward(arrays, *, save, stride):
   """The convolution on one device; there is nothing to save."""
   del save
   x, bias, weights = arrays
-  rectified = relu(x + bias.astype(x.dtype))
+  rectified = relu(xla.biased(x, bias))
   return (xla.shifted(rectified, weights, stride=stride),)
 
 

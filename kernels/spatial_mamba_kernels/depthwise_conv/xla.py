@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 
 from spatial_mamba_kernels import stencil
 from spatial_mamba_kernels.activations import silu
-from spatial_mamba_kernels.shapes import state_dtype
+from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
+from spatial_mamba_kernels.sharding import check_only_batch_is_split
 from spatial_mamba_kernels.typing import Array, Float
 
 _TAPS = tuple((row, column) for row in range(3) for column in range(3))
@@ -21,6 +22,7 @@ def convolve(
   x: Float[Array, "B H W D"], kernel: Float[Array, "3 3 D"], stride: int
 ) -> Float[Array, "B Ho Wo D"]:
   """See `depthwise_conv`."""
+  check_only_batch_is_split(x)
   return jax.lax.platform_dependent(
     x,
     kernel,
@@ -57,14 +59,15 @@ def residual(
   x: Array, kernel: Array, bias: Array, *, convolve: Callable[..., Array]
 ) -> Array:
   """See `residual_depthwise_conv`."""
-  return (x + _biased(convolve(x, kernel), bias)).astype(x.dtype)
+  y = biased(convolve(x, kernel), bias)
+  return (x.astype(y.dtype) + y).astype(x.dtype)
 
 
 def activated(
   x: Array, kernel: Array, bias: Array, *, convolve: Callable[..., Array]
 ) -> Array:
   """See `silu_depthwise_conv`."""
-  return silu(_biased(convolve(x, kernel), bias)).astype(x.dtype)
+  return silu(biased(convolve(x, kernel), bias)).astype(x.dtype)
 
 
 def projected(
@@ -85,8 +88,9 @@ def project(y: Array, projection: Array) -> Array:
   return y @ projection.astype(y.dtype)
 
 
-def _biased(y, bias):
-  return y + bias.astype(y.dtype)
+def biased(y: Array, bias: Array) -> Array:
+  """Y + bias, in the dtype of `y`."""
+  return y + with_rank_of(y, bias.astype(y.dtype))
 
 
 def grouped(x: Array, kernel: Array, *, stride: int) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from spatial_mamba_kernels.activations import silu
 from spatial_mamba_kernels.drop_path import drop_path
+from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 EPSILON = 1e-5
@@ -64,6 +65,7 @@ def _normalized(x, scale, bias, axes, *, in_one_pass):
   else:
     var = jnp.mean(jnp.square(centred), axes)
   rstd = jax.lax.rsqrt(var + EPSILON)
+  scale, bias = with_rank_of(y, scale), with_rank_of(y, bias)
   y = centred * (jnp.expand_dims(rstd, axes) * scale) + bias
   return (y, mean, var), rstd
 
@@ -89,7 +91,7 @@ def _backward(axes, residuals, cotangents):
     for statistic in jax.lax.optimization_barrier(statistics)
   )
   normalized = (x.astype(g.dtype) - mean) * rstd
-  scaled = g * scale
+  scaled = g * with_rank_of(g, scale)
   dscale, dbias = (jnp.sum(x, (0, 1, 2)) for x in (g * normalized, g))
   if axes == (0, 1, 2):
     # The same sums, of a batch's channels.

@@ -3,6 +3,7 @@
 from spatial_mamba_kernels.activations import gelu
 from spatial_mamba_kernels.by_platform import keep
 from spatial_mamba_kernels.drop_path import drop_path
+from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 
@@ -21,4 +22,5 @@ def mlp(
 
 
 def _linear(x, weights, bias):
-  return x @ weights.astype(x.dtype) + bias.astype(x.dtype)
+  y = x @ weights.astype(x.dtype)
+  return y + with_rank_of(y, bias.astype(x.dtype))

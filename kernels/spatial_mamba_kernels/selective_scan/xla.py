@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from spatial_mamba_kernels.by_platform import Arrays, keep
-from spatial_mamba_kernels.shapes import state_dtype
+from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 
@@ -32,8 +32,9 @@ def states(
 def _discretise(u, delta, A, B, delta_bias):
   dtype = state_dtype(u, delta, A, B)
   u, delta, A, B = (x.astype(dtype) for x in (u, delta, A, B))
-  dt = softplus(delta + delta_bias.astype(dtype))
-  decay = jnp.exp(dt[:, :, None] * A.T)
+  dt = softplus(delta + with_rank_of(delta, delta_bias.astype(dtype)))
+  dt_of_states = dt[:, :, None]
+  decay = jnp.exp(dt_of_states * with_rank_of(dt_of_states, A.T))
   return decay, _outer(dt * u, B)
 
 

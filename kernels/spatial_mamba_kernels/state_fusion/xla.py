@@ -13,7 +13,8 @@ import numpy as np
 
 from spatial_mamba_kernels import stencil
 from spatial_mamba_kernels.by_platform import keep
-from spatial_mamba_kernels.shapes import state_dtype
+from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
+from spatial_mamba_kernels.sharding import check_only_batch_is_split
 from spatial_mamba_kernels.typing import Array, Float, Size
 
 DILATIONS = (1, 3, 5)
@@ -42,6 +43,7 @@ def _fuse(
   kernels: Float[Array, "M 3 3 D"],
   dilations: tuple[int, ...],
 ) -> Float[Array, "B H W *N D"]:
+  check_only_batch_is_split(h)
   return jax.lax.platform_dependent(
     h,
     kernels,
@@ -163,7 +165,7 @@ def merge_weights(
   for tap, places in enumerate(taps.values()):
     for place in places:
       has[tap][place] = 1
-  return jnp.sum(has * kernels, axis=(1, 2, 3))
+  return jnp.sum(has * with_rank_of(has, kernels), axis=(1, 2, 3))
 
 
 def _reach(taps):
@@ -175,7 +177,16 @@ def _spatial_padding(x, by):
 
 
 def _replicate(x, by):
-  return jnp.pad(x, _spatial_padding(x, by), mode="edge")
+  # `jnp.pad` also slices the axes that it adds nothing to, which JAX cannot do
+  # where these are split over a mesh of explicit axes.
+  for axis in (1, 2):
+    first, last = (
+      jax.lax.slice_in_dim(x, start, start + 1, axis=axis)
+      for start in (0, x.shape[axis] - 1)
+    )
+    before, after = (jnp.repeat(edge, by, axis) for edge in (first, last))
+    x = jax.lax.concatenate((before, x, after), axis)
+  return x
 
 
 def _zero_pad(x, by):

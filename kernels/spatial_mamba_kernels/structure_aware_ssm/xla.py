@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from spatial_mamba_kernels.selective_scan import xla as scan
+from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.state_fusion import xla as fusion
 from spatial_mamba_kernels.typing import Array, Float
 
@@ -37,7 +38,7 @@ def structure_aware_ssm(
   states = states.reshape(batch, height, width, *states.shape[2:])
   fused = fusion.fuse(states, kernels, alpha, fusion.DILATIONS)
   C, D, image = (x.astype(fused.dtype) for x in (C, D, u))
-  return (_observe(C, fused) + D * image).astype(u.dtype)
+  return (_observe(C, fused) + with_rank_of(image, D) * image).astype(u.dtype)
 
 
 def _observe(C: Array, states: Array) -> Array:
