@@ -52,7 +52,7 @@ class ConvNorm(nnx.Module):
       return self.norm(self.conv(x))
     scale, bias = self.norm.affine()
     conv = nnx.clone(self.conv)
-    conv.kernel[...] *= with_rank_of(conv.kernel, scale)
+    conv.kernel[...] *= with_rank_of(conv.kernel[...], scale)
     if conv.bias is not None:
       conv.bias[...] = conv.bias * scale + bias
       return conv(x)
