@@ -432,11 +432,14 @@ class _Run:
   def _read_window(self, state: TrainState, step: int) -> dict[str, float]:
     self._check_finite(state)
     sums = {k: float(v) for k, v in jax.device_get(state.window).items()}
+    # Optax computes with Python's numbers, which JAX may be told to refuse.
+    with jax.transfer_guard("allow"):
+      learning_rate = float(jnp.asarray(self.schedule(step - 1)))
     return {
       "loss": sums["loss"] / sums["steps"],
       "accuracy": sums["correct"] / sums["images"],
       "grad_norm": sums["grad_norm"] / sums["steps"],
-      "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
+      "learning_rate": learning_rate,
       "images": sums["images"],
     }
 

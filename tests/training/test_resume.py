@@ -124,7 +124,14 @@ def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
   assert status == 2
   (line,) = err.splitlines()
   assert f"{workdir} is in use by the run of " in line
-  status, _, err = experiment.run("train.py", *flags)
+  # Nor does it matter what else JAX is told to refuse.
+  status, _, err = experiment.run(
+    "train.py",
+    *flags,
+    JAX_TRANSFER_GUARD="disallow",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+  )
   assert status == 0, err
   resumed_after = int(err.splitlines()[0].split("after step ")[1])
   assert resumed_after >= 12
