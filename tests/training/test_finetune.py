@@ -145,7 +145,7 @@ def test_paths_from_here_and_from_home(pretrained, monkeypatch):
     assert_equal_but(set(), tensors_of(weights, config), expected)
     (weights,) = load_weights(path, config, fresh).values()
     assert_equal_but(set(), tensors_of(weights, config), expected)
-  with pytest.raises(TrainingError, match="is remote"):
+  with pytest.raises(TrainingError, match="of this machine"):
     read_weights(pathlib.Path("gs://bucket/run"))
 
 
