@@ -44,6 +44,12 @@ def one_line(message: object) -> str:
   )
 
 
+def say(line: str) -> None:
+  """Prints a line on standard error, which may have been closed."""
+  with contextlib.suppress(OSError):
+    print(one_line(line), file=sys.stderr, flush=True)
+
+
 def run_command(
   name: str,
   command: Callable[[], int | None],
@@ -73,6 +79,5 @@ def run_command(
     message, status = "interrupted", 128 + signal.SIGINT
   except mistakes as error:
     message, status = one_line(error), getattr(error, "status", 2)
-  with contextlib.suppress(OSError):  # A terminal may have been closed.
-    print(f"{name}: {message}", file=sys.stderr)
+  say(f"{name}: {message}")
   return status

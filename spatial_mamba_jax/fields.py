@@ -48,9 +48,9 @@ def number(
   Args:
     default: the field's default; required where it has none.
     least: smallest accepted value.
-    above: greatest value below all that are accepted.
+    above: exclusive lower bound.
     most: largest accepted value.
-    below: smallest value above all that are accepted.
+    below: exclusive upper bound.
 
   A bound that is not given is that of int32, or of finite float32 where the
   default is a float.

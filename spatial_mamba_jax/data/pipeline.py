@@ -150,6 +150,7 @@ class Batches:
     if config.num_workers:
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads flags to start workers.
+      workers.start_tracker()
       batches = batches.mp_prefetch(
         grain.MultiprocessingOptions(
           num_workers=config.num_workers,

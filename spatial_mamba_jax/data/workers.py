@@ -5,11 +5,29 @@ import os
 import signal
 import threading
 import warnings
+from multiprocessing import resource_tracker
 
 
 def ignore_pillow_warnings() -> None:
   """Odd metadata and the like must not fail where warnings are errors."""
   warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def start_tracker() -> None:
+  """Starts the process that tracks the workers' shared memory.
+
+  It ignores the signals that are for the main process. Of those to a process
+  group, Python has it ignore SIGINT and SIGTERM alone.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    return
+  before = {
+    number: signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGHUP, signal.SIGUSR1)
+  }
+  resource_tracker.ensure_running()
+  for number, handler in before.items():
+    signal.signal(number, handler)
 
 
 def start(worker_index: int, worker_count: int) -> None:

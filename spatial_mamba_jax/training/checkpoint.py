@@ -29,6 +29,10 @@ _ALWAYS_ALLOWED = 2**26
 _TYPES = (jnp.float32, jnp.float64, jnp.int32)
 
 
+class RemovedError(TrainingError):
+  """A checkpoint was removed by its run before it could be read."""
+
+
 class SaveError(TrainingError):
   """A checkpoint could not be saved; those before it are as they were."""
 
@@ -70,8 +74,11 @@ class Checkpoints:
     self._saving: int | None = None
     self._is_first = jax.process_index() == 0
     if create and self._is_first:
-      directory.mkdir(parents=True, exist_ok=True)
-      self._files.clear_partial()
+      try:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._files.clear_partial()
+      except OSError as error:
+        raise TrainingError(f"cannot write to {directory}: {error}") from error
     self._checkpointer = ocp.AsyncCheckpointer(
       _Handler(
         ema=ocp.StandardCheckpointHandler(),
@@ -107,9 +114,9 @@ class Checkpoints:
     return from_first_process(lambda: self._files.score(step) is not None)
 
   def newest(self) -> int | None:
-    """The step of the newest undamaged checkpoint, to be resumed from.
+    """The step of the newest undamaged checkpoint.
 
-    The damaged ones after it are renamed; one line names them.
+    One line on standard error names those that were passed over.
 
     Returns:
       The step, the same in every process; None where there is no checkpoint.
@@ -117,14 +124,13 @@ class Checkpoints:
     Raises:
       TrainingError: all are damaged.
     """
+    return from_first_process(
+      lambda: self._files.first_whole(self.steps()[::-1])
+    )
 
-    def choose():
-      step = self._files.first_whole(self.steps()[::-1])
-      if step is not None:
-        self._files.set_aside_after(step)
-      return step
-
-    return from_first_process(choose)
+  def set_aside_after(self, step: int) -> None:
+    """Renames newer checkpoints, so that their steps can be saved again."""
+    from_first_process(lambda: self._files.set_aside_after(step))
 
   def best(self, among: Sequence[int] | None = None) -> int | None:
     """The step of the highest top-1; the newest where none was evaluated.
@@ -132,7 +138,7 @@ class Checkpoints:
     Args:
       among: the steps to choose from; None for all.
 
-    Returns, Raises: as `newest`, but nothing is renamed.
+    Returns, Raises: as `newest`.
     """
     return from_first_process(
       lambda: self._files.first_whole(
@@ -223,7 +229,12 @@ class Checkpoints:
       ema=ocp.args.StandardRestore(like.ema),
       state=_restore_like(_without_ema(like)),
     )
-    return TrainState(ema=items["ema"], **items["state"])
+    state = TrainState(ema=items["ema"], **items["state"])
+    if (found := int(jax.device_get(state.step))) != step:
+      raise TrainingError(
+        f"{self._files.path(step)} holds step {found}: remove it"
+      )
+    return state
 
   def restore_weights(
     self, step: int, like: Weights | None = None
@@ -239,9 +250,7 @@ class Checkpoints:
       TrainingError: the checkpoint is of another model, or damaged.
     """
     if like is None:
-      saved = self._shapes(step)
-      self._check_size(step, saved)
-      like = _on_one_device(saved)
+      like = _on_one_device(self._shapes(step))
     else:
       self._check_model(step, like)
     items: dict[str, Any] = {"ema": ocp.args.StandardRestore(like)}
@@ -255,7 +264,7 @@ class Checkpoints:
 
   def _save(self, step: int, **items: Any) -> None:
     self.wait()
-    if step in self.steps():
+    if from_first_process(lambda: step in self.steps()):
       return
     self._saving = step
     with self._failures_told(step):
@@ -289,6 +298,10 @@ class Checkpoints:
     except UserError:
       raise
     except Exception as error:
+      if not self._files.path(step).is_dir():
+        raise RemovedError(
+          f"{self._files.path(step)} was removed meanwhile: try again"
+        ) from error
       # Orbax and TensorStore raise nearly anything of damaged files.
       raise TrainingError(
         f"{self._files.path(step)} is damaged ({_cause(error)}): remove it to"
@@ -303,7 +316,10 @@ class Checkpoints:
         raise TrainingError(
           f"{self._files.path(step)} is no checkpoint of this project"
         )
-      return items["ema"].tree
+      shapes = items["ema"].tree
+      self._check_size(step, shapes)
+      _on_one_device(shapes)  # Raises where it is another tree.
+      return shapes
 
   def _check_model(self, step: int, like: Weights) -> None:
     saved, wanted = _named_shapes(self._shapes(step)), _named_shapes(like)
@@ -359,7 +375,7 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
   with Checkpoints(directory, create=False) as checkpoints:
     step = checkpoints.best([int(path.name)] if is_one else None)
     if step is None:
-      raise TrainingError(f"{path} holds no complete checkpoint")
+      raise RemovedError(f"{path} holds no complete checkpoint")
     yield checkpoints, step
 
 

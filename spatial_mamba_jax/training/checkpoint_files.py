@@ -1,12 +1,12 @@
 """The directories that checkpoints are, without what is in their arrays."""
 
+import contextlib
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Sequence
 
-from spatial_mamba_jax.errors import one_line
+from spatial_mamba_jax.errors import say
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import (
   add_digest,
@@ -47,7 +47,7 @@ class CheckpointFiles:
     """The top-1 of a checkpoint; None where it was not evaluated."""
     try:
       return float(json.loads(self.path(step, _METRICS).read_text())["top1"])
-    except (KeyError, OSError, TypeError, ValueError):
+    except (KeyError, OSError, RecursionError, TypeError, ValueError):
       return None
 
   def by_score(self) -> list[int]:
@@ -77,19 +77,27 @@ class CheckpointFiles:
     Raises:
       TrainingError: all of them are damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     for step in steps:
       damage = self._damage(step)
+      if not self.path(step).is_dir():
+        continue  # Its run has removed it meanwhile.
       if damage is None:
         if damaged:
           line = f"passing over {'; '.join(damaged)}: taking step {step}"
-          print(one_line(f"{self.root}: {line}"), file=sys.stderr)
+          say(f"{self.root}: {line}")
         return step
       damaged.append(f"step {step}, which {damage}")
     if damaged:
+      others = [step for step in self.steps() if step not in steps]
+      remedy = (
+        f"{self.root} also has the steps {', '.join(map(str, others))}"
+        if others
+        else f"remove {self.root} to start anew"
+      )
       raise TrainingError(
-        f"{self.root} has no checkpoint that can be used: {'; '.join(damaged)};"
-        f" remove {self.root} to start anew"
+        f"no checkpoint in {self.root} can be used: {'; '.join(damaged)};"
+        f" {remedy}"
       )
     return None
 
@@ -102,8 +110,8 @@ class CheckpointFiles:
 
   def clear_partial(self, step: int | None = None) -> None:
     """Removes what was left half written or half removed, of any step."""
-    for path in self.root.glob(f"{'' if step is None else step}*"):
-      if _PARTIAL in path.name or path.name.endswith(_REMOVED):
+    for path in self.root.glob(f"{'*' if step is None else step}.*"):
+      if _PARTIAL in path.name or _REMOVED in path.name:
         shutil.rmtree(path, ignore_errors=True)
 
   def prune(self, keep_last: int) -> None:
@@ -113,14 +121,15 @@ class CheckpointFiles:
     for step in set(steps) - {*steps[-keep_last:], *best[:1]}:
       # Renamed, so that half of one is never taken for a checkpoint.
       path = self.path(step)
-      path = path.rename(path.with_name(path.name + _REMOVED))
-      shutil.rmtree(path, ignore_errors=True)
+      with contextlib.suppress(OSError):  # The next one removes it.
+        path = path.rename(_unused(path.with_name(path.name + _REMOVED)))
+        shutil.rmtree(path)
 
   def _damage(self, step: int) -> str | None:
     damage = find_damage(self.path(step))
     if damage:
       return f"is damaged ({damage})"
-    if not self.path(step, "ema").is_dir():
+    if not self.path(step, "ema/_METADATA").is_file():
       return "is none of this project's"
     return None
 

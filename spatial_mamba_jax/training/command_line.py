@@ -97,6 +97,13 @@ def _run(main: Callable[[], object]) -> None:
   _use_compilation_cache()
   if _DISTRIBUTED.value:
     initialize_distributed()
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise TrainingError(
+      f"JAX has no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}):"
+      f" {one_line(error)}"
+    ) from error
   main()
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 
+from spatial_mamba_jax.errors import one_line
+
 DIGESTS = "digests.json"
 # Orbax writes this one again when it renames a finished checkpoint.
 _LEFT_OUT = (DIGESTS, "_CHECKPOINT_METADATA")
@@ -42,17 +44,21 @@ def find_damage(directory: pathlib.Path) -> str | None:
   if not path.exists():
     return None
   try:
-    digests = dict(json.loads(path.read_text()))
-  except (OSError, TypeError, ValueError):
+    digests = json.loads(_regular(path).read_text())
+  except (OSError, RecursionError, ValueError):
     return f"{DIGESTS} cannot be read"
+  if not isinstance(digests, dict) or not digests:
+    return f"{DIGESTS} has no digests"
   for name, digest in digests.items():
+    if name.startswith("/") or ".." in name.split("/"):
+      return f"{DIGESTS} names {one_line(name)}"
     try:
       if _digest(directory / name) != digest:
         return f"{name} is not what was saved"
     except FileNotFoundError:
       return f"{name} is missing"
-    except OSError as error:
-      return f"{name} cannot be read ({error.strerror})"
+    except (OSError, ValueError) as error:
+      return f"{name} cannot be read ({error})"
   return None
 
 
@@ -66,6 +72,13 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     partial.unlink(missing_ok=True)
 
 
+def _regular(path: pathlib.Path) -> pathlib.Path:
+  """The path; an OSError where it is a pipe or device, maybe without an end."""
+  if path.exists() and not path.is_file():
+    raise OSError(f"{path.name} is no file")
+  return path
+
+
 def _digest(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
+  with _regular(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

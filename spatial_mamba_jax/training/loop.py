@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from spatial_mamba_jax.data import (
   open_source,
   train_batches,
 )
+from spatial_mamba_jax.errors import say
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.checkpoint import Checkpoints
@@ -70,10 +70,10 @@ from spatial_mamba_jax.training.stopping import (
 from spatial_mamba_jax.training.weights import load_weights, start_from
 from spatial_mamba_jax.training.workdir import WorkdirLock
 
-# Enough that the device never waits for the host. Were there no end to it, the
-# host would take batches as fast as they come, and always wait for more.
+# Steps dispatched ahead of the device. Without a bound the host would take
+# batches as fast as they come, and always wait for more.
 _STEPS_IN_FLIGHT = 2
-# Whose versions a run is described with.
+# Packages whose versions `run.json` names.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -271,12 +271,13 @@ class _Run:
     check_same_experiment(
       self.checkpoints.experiment(step), self.experiment, str(self.workdir)
     )
+    self.checkpoints.set_aside_after(step)
     return step
 
   def _restored_state(self, step: int) -> TrainState:
     like = _placed(state_shapes(self.model, self.optimizer), self.mesh)
     if not jax.process_index():
-      print(f"resuming {self.workdir} after step {step}", file=sys.stderr)
+      say(f"resuming {self.workdir} after step {step}")
     return self.checkpoints.restore_state(step, like)
 
   def _batches(self, step: int) -> Batches:
@@ -301,7 +302,7 @@ class _Run:
       state.weights,
     )
     if not jax.process_index():
-      print(said, file=sys.stderr)
+      say(said)
     # A copy of its own, because a step takes the state's memory.
     average = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=on_all)
     return dataclasses.replace(state, weights=weights, ema=average(weights))
@@ -323,8 +324,8 @@ class _Run:
       self.progress.advance()
       self.checkpoints.check()
       stopped_by = stop_requested(self.stopping, step)
-      is_evaluated = self._is_evaluation_step(step)
-      is_halting = is_evaluated or stopped_by is not None
+      is_evaluation_due = self._is_evaluation_step(step)
+      is_halting = is_evaluation_due or stopped_by is not None
       if is_halting or self._is_checkpoint_due(step):
         self._check_finite(state)
         with stopwatch.paused():
@@ -335,7 +336,7 @@ class _Run:
         state = self._log(state, step, stopwatch)
       if stopped_by:
         self._stop(step, stopped_by)
-      if is_evaluated:
+      if is_evaluation_due:
         with stopwatch.paused():
           evaluation = self._evaluate(state, step)
     return evaluation
@@ -344,9 +345,9 @@ class _Run:
     return step % self.config.log_every == 0 or step == self.steps
 
   def _finish_log(self, state: TrainState, step: int) -> TrainState:
-    """Logs what a run was killed before it could, between saving and logging.
+    """Logs the window that a killed run had saved but not logged.
 
-    How fast those steps were is not known.
+    The speed of these steps is not known.
     """
     if not self._is_logged(step):
       return state
@@ -405,7 +406,7 @@ class _Run:
     )
 
   def _evaluate(self, state: TrainState, step: int) -> Evaluation:
-    """Of the moving average, which decides the best; also of the weights."""
+    """Evaluates the weights, and their average, which ranks checkpoints."""
 
     def eval_step(weights, batch):
       if stopped_by := stop_requested(self.stopping):

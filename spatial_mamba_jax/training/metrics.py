@@ -22,6 +22,8 @@ from tensorboardX.proto.summary_pb2 import (
 )
 
 from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.errors import say
+from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import write_whole
 
 # The share of a window above which waiting for data is worth a warning.
@@ -57,13 +59,14 @@ class MetricWriter:
     self._is_writer = jax.process_index() == 0
     if not self._is_writer:
       return
-    path = workdir / "metrics.jsonl"
+    # A link stays one.
+    self._path = path = (workdir / "metrics.jsonl").resolve()
+    if path.exists() and not path.is_file():
+      raise TrainingError(f"{path} is no file: move it away")
     if path.exists():
       kept = _drop_records_after(path, resumed_step, is_evaluated)
       steps = (x["step"] for x in kept if x["kind"] == "train")
       self.last_step = max(steps, default=0)
-    # Opened at the first record: a run that ends before leaves no empty log.
-    self._path, self._file = path, None
     directory = workdir / "tensorboard"
     directory.mkdir(exist_ok=True)
     # Not SummaryWriter, whose thread would hold events back.
@@ -80,13 +83,11 @@ class MetricWriter:
   def __exit__(self, kind: object, *error: object) -> None:
     if not self._is_writer:
       return
-    for file in (self._file, self._events):
-      try:
-        if file is not None:
-          file.close()
-      except OSError:
-        if kind is None:
-          raise
+    try:
+      self._events.close()
+    except OSError:
+      if kind is None:
+        raise
 
   def write(self, step: int, kind: str, values: dict[str, float]) -> None:
     """Logs values under "train", "evaluation" or "evaluation_raw".
@@ -98,12 +99,11 @@ class MetricWriter:
     """
     if not self._is_writer:
       return
-    finite = {k: x if math.isfinite(x) else None for k, x in values.items()}
+    finite = {name: _finite(value) for name, value in values.items()}
     record = {"step": step, "kind": kind, **finite}
-    if self._file is None:
-      self._file = self._path.open("a")
-    self._file.write(json.dumps(record, allow_nan=False) + "\n")
-    self._file.flush()
+    # Opened anew, in case someone has moved the file away.
+    with self._path.open("a") as file:
+      file.write(json.dumps(record, allow_nan=False) + "\n")
     scalars = [
       Summary.Value(tag=f"{kind}/{name}", simple_value=value)
       for name, value in values.items()
@@ -120,8 +120,11 @@ def _drop_records_after(
 ) -> list[dict[str, Any]]:
   """Keeps and returns the records up to a step; moves the damaged elsewhere."""
   kept, damaged = [], []
-  # A last line without an end was cut off, and will be logged again.
-  for line in path.read_bytes().split(b"\n")[:-1]:
+  *lines, tail = path.read_bytes().split(b"\n")
+  # A record without an end was cut off, and will be logged again.
+  if tail and not tail.startswith(b"{"):
+    lines.append(tail)
+  for line in lines:
     record = _parse_record(line)
     if record is None:
       damaged.append(line + b"\n")
@@ -133,12 +136,15 @@ def _drop_records_after(
     aside = path.with_name(f"{path.name}.damaged")
     with aside.open("ab") as file:
       file.writelines(damaged)
-    print(
-      f"{path}: {len(damaged)} damaged lines were moved to {aside}",
-      file=sys.stderr,
-    )
+    say(f"{path}: {len(damaged)} damaged lines were moved to {aside}")
   write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
   return kept
+
+
+def _finite(value: Any) -> Any:
+  """The value; None where it is a float that JSON does not have."""
+  is_finite = not isinstance(value, float) or math.isfinite(value)
+  return value if is_finite else None
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
@@ -147,7 +153,7 @@ def _parse_record(line: bytes) -> dict[str, Any] | None:
     # Earlier versions wrote NaN and Infinity, which JSON does not have.
     record = json.loads(line, parse_constant=lambda _: None)
     if type(record["step"]) is int and isinstance(record["kind"], str):
-      return record
+      return {k: _finite(x) for k, x in record.items()}
   except (KeyError, RecursionError, TypeError, ValueError):
     pass
   return None

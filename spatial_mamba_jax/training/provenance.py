@@ -1,4 +1,4 @@
-"""With what something was trained or measured."""
+"""Versions and commit of a run or a measurement."""
 
 import importlib.metadata
 import os

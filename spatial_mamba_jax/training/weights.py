@@ -25,9 +25,12 @@ from spatial_mamba_jax.convert.names import (
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.paths import local_path
-from spatial_mamba_jax.training.checkpoint import open_checkpoint
+from spatial_mamba_jax.training.checkpoint import RemovedError, open_checkpoint
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.state import PureModel, Weights, unstacked
+
+# Of reading a checkpoint while its run saves others and removes it.
+_ATTEMPTS = 5
 
 
 def load_weights(
@@ -48,10 +51,9 @@ def load_weights(
   Raises:
     TrainingError: there are no weights, or they are of another model.
   """
-  path = _local(path)
+  path = local_path(path)
   if not is_of_weights(path):
-    with open_checkpoint(path) as (checkpoints, step):
-      return checkpoints.restore_weights(step, like)
+    return _restore(path, like)[1]
   found = read_weights(path)
   name = "ema" if found.is_average else "raw"
   return {name: _fitted(path, found.state_dict, config, like)}
@@ -147,7 +149,7 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
   Raises:
     TrainingError: there are no weights.
   """
-  path = _local(path)
+  path = local_path(path)
   if not is_of_weights(path):
     return read_checkpoint(path, raw=raw)
   try:
@@ -162,19 +164,25 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
 
 def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
   """The weights in one of this project's checkpoints; as `read_weights`."""
-  with open_checkpoint(path) as (checkpoints, step):
-    weights = checkpoints.restore_weights(step)
+  step, weights = _restore(path)
   name = "raw" if raw else "ema"
   if name not in weights:
     raise TrainingError(f"{path} holds one set of weights alone")
   return Found(torch_tensors(unstacked(weights[name])), f"step {step}")
 
 
-def _local(path: pathlib.Path) -> pathlib.Path:
-  try:
-    return local_path(path)
-  except ValueError as error:
-    raise TrainingError(str(error)) from error
+def _restore(
+  path: pathlib.Path, like: Weights | None = None
+) -> tuple[int, dict[str, Weights]]:
+  """The step and the weights of a checkpoint, which a run may remove."""
+  for attempt in range(_ATTEMPTS):
+    try:
+      with open_checkpoint(path) as (checkpoints, step):
+        return step, checkpoints.restore_weights(step, like)
+    except RemovedError:
+      if attempt == _ATTEMPTS - 1:
+        raise
+  raise AssertionError
 
 
 def _placed_like(

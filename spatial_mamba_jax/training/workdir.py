@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 
+from spatial_mamba_jax.errors import say
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.processes import from_first_process
 
@@ -62,22 +62,28 @@ class WorkdirLock:
         self._file.truncate(0)
 
   def check(self) -> None:
-    """Raises a TrainingError where the lock is no longer this process's."""
-    if jax.process_index():
-      return
+    """Raises a TrainingError where another run has taken the lock.
+
+    A lock that cannot be read, or was removed, is no reason to end a run.
+    """
+    from_first_process(self._check)
+
+  def _check(self) -> None:
     content = self._read()
-    if content != self._holder:
-      holder = _parse(content)
+    holder = _parse(content)
+    if holder and content != self._holder:
       raise TrainingError(
         f"{self._path.parent} was taken over by {_describe(holder)}"
-        if holder
-        else f"{self._path} was removed while this run was going on"
       )
 
   def _open(self) -> None:
     workdir = self._path.parent
     try:
       workdir.mkdir(parents=True, exist_ok=True)
+      if self._path.exists() and not self._path.is_file():
+        raise TrainingError(
+          f"cannot write to {workdir}: {self._path} is no file, move it away"
+        )
       self._file = self._path.open("a+b", buffering=0)
       try:
         self._take()
@@ -111,12 +117,12 @@ class WorkdirLock:
     last = self._touched()
     # By the clock of the file system, which may be another machine's.
     with tempfile.NamedTemporaryFile(dir=self._path.parent) as file:
-      left = _SILENCE - (os.fstat(file.fileno()).st_mtime - last)
+      silence = os.fstat(file.fileno()).st_mtime - last
+    left = min(_SILENCE, _SILENCE - silence)
     if left > 0:
-      print(
+      say(
         f"waiting {left:.0f} s for a sign of life of {_describe(holder)}, which"
-        f" held {self._path.parent}",
-        file=sys.stderr,
+        f" held {self._path.parent}"
       )
     until = time.monotonic() + left
     while time.monotonic() < until:
@@ -161,7 +167,7 @@ def _machine() -> str:
 def _parse(content: bytes) -> dict[str, Any] | None:
   try:
     holder = json.loads(content)
-  except ValueError:
+  except (RecursionError, ValueError):
     return None
   return holder if isinstance(holder, dict) else None
 

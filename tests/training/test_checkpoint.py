@@ -135,10 +135,11 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, capsys, damage):
         assert_restored(checkpoints, 3)
         continue
       assert checkpoints.best() == checkpoints.newest() == 2, file
-      assert checkpoints.steps() == [1, 2]
     for line in capsys.readouterr().err.splitlines():
       assert "passing over step 3, which is damaged (" in line
       assert line.endswith(": taking step 2")
+      checkpoints.set_aside_after(2)
+      assert checkpoints.steps() == [1, 2]
     assert (copy / "3.damaged").is_dir()
   with Checkpoints(copy) as checkpoints:  # The step can be saved again.
     save_and_wait(checkpoints, 3)
@@ -153,6 +154,20 @@ def test_a_lost_item_is_damage(saved, tmp_path, item):
     assert checkpoints.newest() == 2
 
 
+@pytest.mark.parametrize(
+  "text", ["[" * 99_999, "{}", "[[1, 2]]", '{"ema": 3}', '{"\\u0000": ""}', "7"]
+)
+def test_damaged_digests_and_metrics(saved, tmp_path, text):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  (copy / "3" / "digests.json").write_text(text)
+  (copy / "2" / "digests.json").unlink()
+  (copy / "2" / "metrics" / "metrics").write_text(text)
+  with Checkpoints(copy) as checkpoints:
+    assert checkpoints.newest() == 2
+    assert checkpoints.best() == 1
+    assert not checkpoints.is_evaluated(2)
+
+
 def test_half_of_one_and_foreign_ones(saved, tmp_path, capsys):
   copy = shutil.copytree(saved, tmp_path / "copy")
   shutil.copytree(copy / "3", copy / "4.orbax-checkpoint-tmp")
@@ -163,6 +178,7 @@ def test_half_of_one_and_foreign_ones(saved, tmp_path, capsys):
   (copy / "8").write_text("a file")
   with Checkpoints(copy) as checkpoints:
     assert checkpoints.newest() == 3
+    checkpoints.set_aside_after(3)
     assert checkpoints.steps() == [1, 2, 3]
   assert capsys.readouterr().err == (
     f"{copy}: passing over step 7, which is none of this project's:"
@@ -182,7 +198,7 @@ def test_where_none_is_left_a_line_says_what_to_remove(saved, tmp_path):
     pytest.raises(TrainingError, match=r"step 3.*step 2.*step 1.*; remove "),
   ):
     checkpoints.newest()
-  with pytest.raises(TrainingError, match="no checkpoint that can be used"):
+  with pytest.raises(TrainingError, match=r"also has the steps 1, 3$"):
     open_checkpoint(copy / "2").__enter__()
 
 

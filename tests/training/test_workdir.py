@@ -67,7 +67,10 @@ def test_another_host_that_is_long_silent_is_dead(other_host, capsys):
   assert not capsys.readouterr().err
 
 
-def test_another_host_is_waited_for(other_host, capsys):
+@pytest.mark.parametrize("ahead", [0, 10**6])
+def test_another_host_is_waited_for(other_host, capsys, ahead):
+  """For no longer than that, also where its clock runs ahead."""
+  os.utime(other_host, (time.time() + ahead,) * 2)
   with WorkdirLock(other_host.parent) as lock:
     lock.check()
   (line,) = capsys.readouterr().err.splitlines()
@@ -112,12 +115,11 @@ def test_a_lock_that_was_lost_is_noticed(tmp_path):
     path.write_text(json.dumps({"host": "node7", "pid": 12}))
     with pytest.raises(TrainingError, match="taken over by the run of node7"):
       lock.check()
-    path.unlink()
-    with pytest.raises(TrainingError, match="lock was removed while"):
-      lock.check()
+    path.unlink()  # By a user who tidies up.
+    lock.check()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "\0" * 9])
+@pytest.mark.parametrize("content", ["", "[]", "{", "\0" * 9, "[" * 99_999])
 def test_a_damaged_lock_of_nobody_is_taken(tmp_path, content):
   (tmp_path / "lock").write_text(content)
   with WorkdirLock(tmp_path) as lock:
