@@ -56,6 +56,16 @@ def x64():
     yield
 
 
+@pytest.fixture
+def strict():
+  """Runs a test where JAX refuses to promote ranks and types."""
+  with (
+    jax.numpy_rank_promotion("raise"),
+    jax.numpy_dtype_promotion("strict"),
+  ):
+    yield
+
+
 @pytest.fixture(scope="session")
 def image_tree(tmp_path_factory):
   """3 classes, 4 training and 3 validation images each, in several modes."""

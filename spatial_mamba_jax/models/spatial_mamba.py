@@ -314,7 +314,10 @@ class Trunk(nnx.Module):
 
 
 class SpatialMamba(Trunk):
-  """The image classifier."""
+  """The image classifier.
+
+  For forward-mode derivatives see `spatial_mamba_kernels`.
+  """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
@@ -346,7 +349,10 @@ class SpatialMamba(Trunk):
 
 
 class SpatialMambaBackbone(Trunk):
-  """Feature maps for detection, segmentation and other dense tasks."""
+  """Feature maps for detection, segmentation and other dense tasks.
+
+  For forward-mode derivatives see `spatial_mamba_kernels`.
+  """
 
   def __init__(
     self,

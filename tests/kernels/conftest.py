@@ -14,6 +14,12 @@ from spatial_mamba_kernels.drop_path import drop_path
 from spatial_mamba_kernels.layer_norm import api as norm_api
 from spatial_mamba_kernels.mlp import api as mlp_api
 
+
+@pytest.fixture(autouse=True)
+def refuse_promotion(strict):
+  """As programs are run whose authors look for their own mistakes."""
+
+
 # Sums of some hundred float32 terms; and the rounding of a result to bfloat16.
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}
 

@@ -40,6 +40,8 @@ def selective_scan(
       dt = softplus(delta + delta_bias)                           # [B, L, D]
       h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]      # h[-1] = 0
 
+  For forward-mode derivatives see `spatial_mamba_kernels`.
+
   Args:
     u: [B, L, D], the tokens.
     delta: [B, L, D], the time steps before bias and softplus.

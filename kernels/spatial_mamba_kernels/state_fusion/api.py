@@ -43,6 +43,8 @@ def state_fusion(
         alpha[m] * kernels[m, r, c]
         * h[i + (r - 1) * dilations[m], j + (c - 1) * dilations[m]]
 
+  For forward-mode derivatives see `spatial_mamba_kernels`.
+
   Args:
     h: [B, H, W, D], the states of a row-major scan.
     kernels: [M, 3, 3, D] (dilation, row, column, channel).

@@ -60,6 +60,8 @@ def structure_aware_ssm(
 
   The authors' code does this for N = 1 alone.
 
+  For forward-mode derivatives see `spatial_mamba_kernels`.
+
   Args:
     u: [B, H, W, D], the image's tokens.
     delta: [B, H, W, D], the time steps before bias and softplus.
