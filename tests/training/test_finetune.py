@@ -10,6 +10,7 @@ import safetensors.numpy
 from flax import nnx
 
 import spatial_mamba_jax as smj
+from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models import ModelConfig
 from spatial_mamba_jax.models import config as models
 from spatial_mamba_jax.training.config import TrainingError
@@ -145,7 +146,7 @@ def test_paths_from_here_and_from_home(pretrained, monkeypatch):
     assert_equal_but(set(), tensors_of(weights, config), expected)
     (weights,) = load_weights(path, config, fresh).values()
     assert_equal_but(set(), tensors_of(weights, config), expected)
-  with pytest.raises(TrainingError, match="of this machine"):
+  with pytest.raises(UserError, match="of this machine"):
     read_weights(pathlib.Path("gs://bucket/run"))
 
 
