@@ -75,6 +75,11 @@ def fusion_arguments():
   return arguments
 
 
+def _channels(numbers):
+  """[C] as [1, 1, 1, C]."""
+  return numbers[None, None, None]
+
+
 def _depthwise_conv(
   x, kernel, bias=None, projection=None, *, form, implementation=None
 ):
@@ -99,8 +104,8 @@ def _depthwise_conv(
   if form == "plain":
     return y
   if form == "residual":
-    return x + (y + bias)
-  y = jax.nn.silu(y + bias)
+    return x + (y + _channels(bias))
+  y = jax.nn.silu(y + _channels(bias))
   if form == "silu":
     return y
   return jnp.concatenate((y, y @ projection), axis=-1)
@@ -137,7 +142,9 @@ def convolution():
 def _relu_depthwise_conv(x, bias, kernel, *, stride, implementation=None):
   """By a kernel, or as XLA's convolution, which is none of ours."""
   if implementation == "sequential":
-    return conv_xla.grouped(jax.nn.relu(x + bias), kernel, stride=stride)
+    return conv_xla.grouped(
+      jax.nn.relu(x + _channels(bias)), kernel, stride=stride
+    )
   return conv_api.relu_operator(stride)((x, bias, kernel), implementation)
 
 
@@ -179,7 +186,8 @@ def _mlp(x, w1, b1, w2, b2, residual, *, implementation=None):
     arrays = x, w1, b1, w2, b2, residual, scale
     return mlp_api.operator(arrays, implementation)
   with jax.default_matmul_precision("highest"):
-    branch = jax.nn.gelu(x @ w1 + b1, approximate=False) @ w2 + b2
+    branch = jax.nn.gelu(x @ w1 + _channels(b1), approximate=False)
+    branch = branch @ w2 + _channels(b2)
   return residual + drop_path(branch, scale)
 
 
@@ -231,7 +239,7 @@ def _gated_layer_norm(x, scale, bias, gate, *, implementation=None):
 def _layer_norm(x, scale, bias):
   centred = x - x.mean(-1, keepdims=True)
   var = jnp.square(centred).mean(-1, keepdims=True)
-  return centred / jnp.sqrt(var + 1e-5) * scale + bias
+  return centred / jnp.sqrt(var + 1e-5) * _channels(scale) + _channels(bias)
 
 
 @pytest.fixture(scope="session")

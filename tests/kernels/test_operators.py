@@ -28,6 +28,11 @@ def assert_close(actual, expected, tolerance):
   assert np.abs(actual - expected).max() <= tolerance * scale
 
 
+def channels(numbers):
+  """[C] as [1, 1, 1, C]."""
+  return numbers[None, None, None]
+
+
 def assert_trees_close(actual, expected, tolerance):
   for a, e in zip(
     jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
@@ -184,7 +189,7 @@ def test_every_state_is_scanned_and_fused(ssm_arguments, n):
       "C": arguments["C"][..., i : i + 1],
     }
     single.append(smk.structure_aware_ssm(**one, D=jnp.zeros_like(skip)))
-  assert_close(y, sum(single) + skip * arguments["u"], 1e-12)
+  assert_close(y, sum(single) + channels(skip) * arguments["u"], 1e-12)
 
 
 def test_dilations_can_be_chosen():
@@ -253,7 +258,7 @@ def test_relu_depthwise_conv_is_its_parts(height, width, channels, stride):
   kernel = jnp.asarray(rng.standard_normal((3, 3, channels)))
 
   def parts(x, bias, kernel):
-    rectified = jax.nn.relu(x + bias)
+    rectified = jax.nn.relu(x + channels(bias))
     return smk.depthwise_conv(rectified, kernel, stride=stride)
 
   def loss(operator):
@@ -315,8 +320,8 @@ def test_an_mlp_is_its_equation():
     return smk.mlp(*arrays, residual=residual, branch_scale=branch_scale)
 
   def equation(x, w1, b1, w2, b2, residual):
-    h = x @ w1 + b1
-    branch = h * jax.scipy.stats.norm.cdf(h) @ w2 + b2
+    h = x @ w1 + channels(b1)
+    branch = h * jax.scipy.stats.norm.cdf(h) @ w2 + channels(b2)
     return residual + branch_scale[:, None, None, None] * branch
 
   y, pullback = jax.vjp(mlp, *arrays)
@@ -346,7 +351,8 @@ def test_normalisations_are_their_equations():
   def equation(x, scale, bias):
     centred = x - x.mean(-1, keepdims=True)
     var = jnp.square(centred).mean(-1, keepdims=True)
-    return x, centred / jnp.sqrt(var + 1e-5) * scale + bias
+    y = centred / jnp.sqrt(var + 1e-5)
+    return x, y * channels(scale) + channels(bias)
 
   def gated_equation(x, scale, bias, gate):
     _, y = equation(x, scale, bias)

@@ -34,7 +34,8 @@ def reference_states(mixer, x):
   """(before, after, observation) by the equations as they stand."""
   x = jnp.split(mixer.in_proj(x), 2, axis=-1)[0]
   conv = mixer.conv
-  u = jax.nn.silu(smk.depthwise_conv(x, conv.kernel[...]) + conv.bias[...])
+  y = smk.depthwise_conv(x, conv.kernel[...])
+  u = jax.nn.silu(y + conv.bias[None, None, None])
   dt_low, B, C = jnp.split(mixer.x_proj(u), mixer.splits, axis=-1)
   A = -jnp.exp(mixer.A_log[...])
   batch, height, width, _ = u.shape
@@ -54,7 +55,8 @@ def reference_states(mixer, x):
     ],
     axis=-1,
   )
-  return before, after, jnp.sum(C[..., None, :] * after, -1) + mixer.D * u
+  observed = jnp.sum(C[..., None, :] * after, -1)
+  return before, after, observed + mixer.D[None, None, None] * u
 
 
 def compare(ours, reference):

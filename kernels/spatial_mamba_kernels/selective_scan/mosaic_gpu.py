@@ -24,6 +24,7 @@ from spatial_mamba_kernels.selective_scan.gpu_tiles import (
   Program,
   for_tiles,
 )
+from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array
 
 # A thread keeps a decay, a state and a sum for each in registers.
@@ -176,7 +177,8 @@ def _carry(operands, chunks, dh=None):
     [state, jax.ShapeDtypeStruct(state[:, :, 0].shape, jnp.float32)],
     name="selective_scan_summary",
   )(*operands, *(() if dh is None else (chunks.pad(dh),)))
-  decay = jnp.exp(time[:, :, None] * operands[2])
+  time, rates = time[:, :, None], operands[2]
+  decay = jnp.exp(time * with_rank_of(time, rates))
   state = xla.recur(decay, add, "associative", reverse=dh is not None)
   return xla.shift(state, 1 if dh is None else -1)
 

@@ -18,11 +18,12 @@ def selective_scan(
 
   def step(h, token):
     u_t, dt_t, B_t = token
-    decay = jnp.exp(dt_t[..., None] * A)
+    decay = jnp.exp(dt_t[..., None] * A[None])
     h = decay * h + (dt_t * u_t)[..., None] * B_t[:, None, :]
     return h, h
 
-  dt = jax.nn.softplus(delta + delta_bias)
+  bias = jnp.broadcast_to(jnp.asarray(delta_bias, delta.dtype), delta.shape)
+  dt = jax.nn.softplus(delta + bias)
   tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, dt, B))
   h0 = jnp.zeros((u.shape[0], *A.shape), jnp.result_type(u, A))
   _, h = jax.lax.scan(step, h0, tokens)

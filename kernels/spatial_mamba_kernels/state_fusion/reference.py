@@ -22,5 +22,6 @@ def state_fusion(
         columns = jnp.arange(width) + (c - 1) * dilation
         rows = jnp.clip(rows, 0, height - 1)
         columns = jnp.clip(columns, 0, width - 1)
-        y += alpha[m] * kernels[m, r, c] * h[:, rows][:, :, columns]
+        weight = alpha[m] * kernels[m, r, c]
+        y += weight[None, None, None] * h[:, rows][:, :, columns]
   return y

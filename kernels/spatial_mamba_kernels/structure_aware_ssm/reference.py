@@ -28,4 +28,7 @@ def structure_aware_ssm(
   h = selective_scan(u_tokens, delta_tokens, A, B_tokens, delta_bias=delta_bias)
   h = h.reshape(batch, height, width, *A.shape)
   fuse = jax.vmap(state_fusion, in_axes=(-1, None, None), out_axes=-1)
-  return jnp.sum(C[..., None, :] * fuse(h, kernels, alpha), axis=-1) + D * u
+  return (
+    jnp.sum(C[..., None, :] * fuse(h, kernels, alpha), axis=-1)
+    + D[None, None, None] * u
+  )
