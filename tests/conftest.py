@@ -1,5 +1,7 @@
 """Settings of every test, golden numbers, and a small tree of images."""
 
+import contextlib
+import ctypes
 import functools
 import gc
 import importlib.util
@@ -18,12 +20,29 @@ if jax.__version_info__ >= (0, 12):
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-@pytest.fixture(autouse=True, scope="module")
+# Bytes of memory that a worker may keep from one test to the next.
+KEPT = 3 * 2**29
+
+
+@pytest.fixture(autouse=True)
 def _drop_programs():
-  """Keeps a worker's memory to what the tests of one file compile."""
+  """Lets go of compiled programs where a worker has grown by them."""
   yield
-  jax.clear_caches()
-  gc.collect()
+  if resident_bytes() > KEPT:
+    jax.clear_caches()
+    gc.collect()
+    # Otherwise the allocator keeps the memory, which huge pages make worse.
+    with contextlib.suppress(OSError, AttributeError):
+      ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes():
+  """Memory of this process; 0 where the system does not tell."""
+  try:
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+  except OSError:
+    return 0
+  return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @functools.cache
