@@ -258,7 +258,7 @@ def test_relu_depthwise_conv_is_its_parts(height, width, channels, stride):
   kernel = jnp.asarray(rng.standard_normal((3, 3, channels)))
 
   def parts(x, bias, kernel):
-    rectified = jax.nn.relu(x + channels(bias))
+    rectified = jax.nn.relu(x + bias[None, None, None])
     return smk.depthwise_conv(rectified, kernel, stride=stride)
 
   def loss(operator):
