@@ -1,9 +1,13 @@
 """Mistakes of a user, each told in one line."""
 
 import contextlib
+import logging
+import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 
 # Module -> the extra of pyproject.toml that installs it.
 _EXTRAS = {
@@ -33,6 +37,8 @@ def one_line(message: object) -> str:
   # A KeyError's str() is the repr of its message.
   if isinstance(message, KeyError) and message.args:
     message = message.args[0]
+  if isinstance(message, OSError) and message.strerror:
+    message = _of_system(message)
   text = " ".join(str(message).split())
   if not text and isinstance(message, BaseException):
     text = type(message).__name__
@@ -44,10 +50,52 @@ def one_line(message: object) -> str:
   )
 
 
+def _of_system(error: OSError) -> str:
+  """The file and what the system says of it, without the error's number."""
+  if error.filename is None:
+    return str(error.strerror)
+  return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
 def say(line: str) -> None:
   """Prints a line on standard error, which may have been closed."""
   with contextlib.suppress(OSError):
     print(one_line(line), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Adds the file to an OSError raised within that names none.
+
+  The system names no file where a write fails, as on a full disk.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno and error.filename is None:
+      error.filename = os.fspath(path)
+    raise
+
+
+def silence_threads() -> None:
+  """Silences the background threads of a command's process.
+
+  The main thread is told of what goes wrong in them, and says it. Only for a
+  process in which nothing else runs.
+  """
+  # Orbax warns of what is so on purpose, and logs what it raises as well.
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+  hook = sys.unraisablehook
+
+  def of_main_thread(unraisable):
+    # TensorStore calls back in threads of its own: after a failure, hundreds of
+    # times.
+    if threading.current_thread() is threading.main_thread():
+      hook(unraisable)
+
+  sys.unraisablehook = of_main_thread
 
 
 def run_command(

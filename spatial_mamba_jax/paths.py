@@ -29,7 +29,7 @@ def local_path(
       f"{field} must be a directory of this machine, got {text}: copy it here,"
       " or mount it"
     )
-  if "\0" in text:
+  if "\0" in text or not text.strip():
     raise UserError(f"{field} must be a path, got {text!r}")
   try:
     return pathlib.Path(text).expanduser().absolute()

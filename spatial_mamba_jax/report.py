@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spatial_mamba_jax.errors import run_command
+from spatial_mamba_jax.errors import naming, run_command
 
 if TYPE_CHECKING:
   import matplotlib.figure
@@ -449,8 +449,9 @@ def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
   paths = [workdir / name for name in contents]
   for path, content in zip(paths, contents.values(), strict=True):
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with naming(path):
+      partial.write_bytes(content)
+      os.replace(partial, path)
   return paths
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spatial_mamba_jax.errors import UserError, one_line, run_command
+from spatial_mamba_jax.errors import UserError, naming, one_line, run_command
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ class DivergedError(UserError):
   ("error", "status", "line"),
   [
     (UserError("mend\nit"), 2, "mend it"),
-    (OSError(28, "No space left", "x"), 2, "[Errno 28] No space left: 'x'"),
+    (OSError(28, "No space left", "x"), 2, "x: No space left"),
     (DivergedError("diverged"), 7, "diverged"),
     (KeyboardInterrupt(), 130, "interrupted"),
     (
@@ -60,3 +60,14 @@ def test_what_is_no_mistake_is_raised(error):
 def test_a_command_decides_its_status():
   assert run_command("tool", lambda: None) == 0
   assert run_command("tool", lambda: 3) == 3
+
+
+def test_an_error_of_the_system_names_its_file(tmp_path):
+  def fail(error):
+    with pytest.raises(OSError) as raised, naming(tmp_path / "log"):
+      raise error
+    return one_line(raised.value)
+
+  assert fail(OSError(28, "No space left")) == f"{tmp_path}/log: No space left"
+  assert fail(OSError(28, "No space left", b"x")) == "x: No space left"
+  assert fail(OSError("cannot be written")) == "cannot be written"

@@ -23,7 +23,6 @@ names (module., _orig_mod., model., backbone., ...) is left out, and said.
 """
 
 import argparse
-import logging
 import os
 import pathlib
 import sys
@@ -45,7 +44,12 @@ from spatial_mamba_jax.convert.safetensors_file import (
   import_safetensors,
   write_safetensors,
 )
-from spatial_mamba_jax.errors import one_line, run_command
+from spatial_mamba_jax.errors import (
+  naming,
+  one_line,
+  run_command,
+  silence_threads,
+)
 from spatial_mamba_jax.models.spatial_mamba import SpatialMamba, Trunk
 from spatial_mamba_jax.paths import local_path
 
@@ -77,8 +81,6 @@ def main(arguments: list[str] | None = None) -> int:
     help="take what is below this key of SRC, e.g. model or state.model",
   )
   options = parser.parse_args(arguments)
-  # Orbax warns of what is so on purpose, and logs what it raises as well.
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
 
   def run():
     said = convert(options.src, options.dst, raw=options.raw, key=options.key)
@@ -188,11 +190,12 @@ def _check_room(path: pathlib.Path, size: int) -> None:
   Orbax finds out in threads that fill the terminal with tracebacks.
   """
   try:
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
       file.writelines(bytes(2**20) for _ in range(size // 2**20 + 1))
   finally:
     path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
+  silence_threads()
   sys.exit(main())

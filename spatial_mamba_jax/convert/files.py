@@ -16,6 +16,7 @@ from spatial_mamba_jax.convert.safetensors_file import (
   read_safetensors,
 )
 from spatial_mamba_jax.convert.torch_checkpoint import Selected, read_first
+from spatial_mamba_jax.errors import naming
 
 SAFETENSORS = "model.safetensors"
 # Of a directory, in order of preference. The second is what Hugging Face's
@@ -190,17 +191,17 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   absent = [x for x in path.parents if not x.exists()]
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
-    with tempfile.TemporaryDirectory(
-      dir=path.parent, prefix=f".{path.name[:100]}."
-    ) as directory:
+    with (
+      naming(path),
+      tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f".{path.name[:100]}."
+      ) as directory,
+    ):
       part = pathlib.Path(directory) / path.name
       yield part
       part.rename(path)
-  except BaseException as error:
+  except BaseException:
     for parent in absent:
       with suppress(OSError):  # Others may have put something there.
         parent.rmdir()
-    # A full disk is told without a name.
-    if isinstance(error, OSError) and error.errno and not error.filename:
-      raise OSError(error.errno, error.strerror, str(path)) from error
     raise

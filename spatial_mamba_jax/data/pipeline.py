@@ -105,8 +105,8 @@ def evaluation_batches(
 
   Returns:
     {"image": uint8 [B, image_size, image_size, 3], "label": int32 [B],
-    "index": int32 [B], "mask": bool [B]}: the index is the image's place in the
-    source, and beyond its end for the padding; the mask is False for unreadable
+    "index": int32 [B], "mask": bool [B]}: the image's index in the
+    source, beyond its end for the padding; the mask is False for unreadable
     images and for the padding, which are black and have label 0.
 
   Raises:
@@ -141,6 +141,10 @@ class Batches:
     self._source = source
     self._config = config
     self._unreadable: dict[int, str] = {}
+    # Images of each class that may be readable, where labels are known.
+    self._labels = getattr(source, "labels", None)
+    if self._labels is not None:
+      self._readable = np.bincount(self._labels)
     workers.ignore_pillow_warnings()
     batches = dataset.to_iter_dataset(
       grain.ReadOptions(
@@ -241,18 +245,17 @@ class Batches:
 
   def _lost_class(self, index: int) -> str:
     """Says so where the image was the last of its class."""
-    labels = getattr(self._source, "labels", None)  # Of an image folder.
-    if labels is None:
+    if self._labels is None:
       return ""
-    label = labels[index]
-    unreadable = labels[list(self._unreadable)] == label
-    if unreadable.sum() < (labels == label).sum():
+    label = self._labels[index]
+    self._readable[label] -= 1
+    if self._readable[label]:
       return ""
     name = one_line(self._source.classes[label])
     return f"; class {name} has no readable image"
 
 
-class _Made(NamedTuple):
+class _Example(NamedTuple):
   """What became of a record: its pixels and label, or what is wrong with it."""
 
   pixels: np.ndarray
@@ -263,46 +266,46 @@ class _Made(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingExample:
-  """Maps an image's place in the source to its part of a batch."""
+  """Maps the index of an image to its part of a batch."""
 
   source: Source
   config: DataConfig
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    def make(place: int) -> _Made:
+    def make(index: int) -> _Example:
       return _make_example(
         self.source,
         self.config,
-        place,
+        index,
         lambda image: transforms.transform_for_training(
           image, self.config, rng
         ),
       )
 
-    first = made = make(index)
-    place = index
+    first = example = make(index)
+    replacement = index
     for _ in range(_REPLACEMENTS):
-      if made.wrong != _UNREADABLE:
+      if example.wrong != _UNREADABLE:
         break
-      place = int(rng.integers(len(self.source)))
-      made = make(place)
-    if made.wrong == _UNREADABLE:
+      replacement = int(rng.integers(len(self.source)))
+      example = make(replacement)
+    if example.wrong == _UNREADABLE:
       first = first._replace(wrong=_IRREPLACEABLE)
-    elif made.wrong == _MISLABELLED:
-      index, first = place, made
-    return _as_arrays(made) | _as_numbers(index, first)
+    elif example.wrong == _MISLABELLED:
+      index, first = replacement, example
+    return _as_arrays(example) | _as_numbers(index, first)
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvaluationExample:
-  """Maps a place in the source, or beyond it, to its part of a batch."""
+  """Maps an index, maybe beyond the source's end, to its part of a batch."""
 
   source: Source
   config: DataConfig
 
   def __call__(self, index: int) -> dict[str, Any]:
     is_padding = index >= len(self.source)
-    made = (
+    example = (
       _nothing(self.config)
       if is_padding
       else _make_example(
@@ -313,10 +316,10 @@ class _EvaluationExample:
       )
     )
     return {
-      **_as_arrays(made),
+      **_as_arrays(example),
       "index": np.int32(index),
-      "mask": np.bool_(not is_padding and made.wrong == _GOOD),
-      **_as_numbers(index, made),
+      "mask": np.bool_(not is_padding and example.wrong == _GOOD),
+      **_as_numbers(index, example),
     }
 
 
@@ -325,7 +328,7 @@ def _make_example(
   config: DataConfig,
   index: int,
   transform: Callable[[Image.Image], np.ndarray],
-) -> _Made:
+) -> _Example:
   try:
     record = source[index]
     given, num_classes = record.get("label"), source.num_classes
@@ -337,21 +340,23 @@ def _make_example(
       )
       return _nothing(config, _MISLABELLED, reason)
     image = transforms.decode_image(record["image"], config.decoder)
-    return _Made(transform(image), label)
+    return _Example(transform(image), label)
   except Exception as error:
     # Broken files make decoders raise nearly anything, among it OSError,
     # SyntaxError, struct.error, MemoryError and DecompressionBombError.
     return _nothing(config, _UNREADABLE, one_line(error))
 
 
-def _nothing(config: DataConfig, wrong: int = _GOOD, reason: str = "") -> _Made:
+def _nothing(
+  config: DataConfig, wrong: int = _GOOD, reason: str = ""
+) -> _Example:
   """What stands for an image that is not there."""
   size = config.image_size
-  return _Made(np.zeros((size, size, 3), np.uint8), 0, wrong, reason)
+  return _Example(np.zeros((size, size, 3), np.uint8), 0, wrong, reason)
 
 
-def _as_arrays(made: _Made) -> dict[str, Any]:
-  return {"image": made.pixels, "label": np.int32(made.label)}
+def _as_arrays(example: _Example) -> dict[str, Any]:
+  return {"image": example.pixels, "label": np.int32(example.label)}
 
 
 def _as_label(label: Any, num_classes: int) -> int | None:
@@ -363,10 +368,10 @@ def _as_label(label: Any, num_classes: int) -> int | None:
   return number if 0 <= number < num_classes else None
 
 
-def _as_numbers(index: int, made: _Made) -> dict[str, Any]:
-  reason = one_line(made.reason).encode()[:_REASON_BYTES]
+def _as_numbers(index: int, example: _Example) -> dict[str, Any]:
+  reason = one_line(example.reason).encode()[:_REASON_BYTES]
   return {
-    "wrong": np.int32(made.wrong),
+    "wrong": np.int32(example.wrong),
     "record": np.int64(index),
     "reason": np.frombuffer(reason.ljust(_REASON_BYTES), np.uint8),
   }

@@ -26,6 +26,7 @@ import jax
 from flax import nnx
 from jax import export
 
+from spatial_mamba_jax.errors import naming
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.models.ssm import StructureAwareSSM
 from spatial_mamba_jax.paths import local_path
@@ -122,11 +123,10 @@ def _replace(path: pathlib.Path, content: bytearray | None) -> None:
   """Leaves the old file, or the whole new one; with None, only tries to."""
   partial = path.with_name(f".{path.name[:50]}.partial")
   try:
-    partial.write_bytes(content or b"")
-    if content is not None:
-      partial.replace(path)
-  except OSError as error:
-    raise OSError(error.errno, error.strerror, str(path)) from error
+    with naming(path):
+      partial.write_bytes(content or b"")
+      if content is not None:
+        partial.replace(path)
   finally:
     with suppress(OSError):
       partial.unlink()

@@ -10,7 +10,7 @@ import argparse
 import pathlib
 import sys
 
-from spatial_mamba_jax.errors import one_line, run_command
+from spatial_mamba_jax.errors import one_line, run_command, silence_threads
 from spatial_mamba_jax.export import check_destination, export_model
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.paths import local_path
@@ -79,4 +79,5 @@ def _load(path: pathlib.Path) -> Trunk:
 
 
 if __name__ == "__main__":
+  silence_threads()
   sys.exit(main())

@@ -78,13 +78,17 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
         self._files.clear_partial()
       except OSError as error:
-        raise TrainingError(f"cannot write to {directory}: {error}") from error
+        raise TrainingError(
+          f"cannot write to {directory}: {one_line(error)}"
+        ) from error
     self._checkpointer = ocp.AsyncCheckpointer(
       _Handler(
         ema=ocp.StandardCheckpointHandler(),
         # Evaluation reads the weights alone of it.
         state=ocp.PyTreeCheckpointHandler(),
         experiment=ocp.JsonCheckpointHandler(),
+        # Written by `CheckpointFiles`, but orbax warns of items that it does
+        # not know.
         metrics=ocp.JsonCheckpointHandler(),
       ),
       # Otherwise, where a directory cannot be made, threads wait for it for
@@ -181,8 +185,14 @@ class Checkpoints:
     self.wait()
     if self._is_first:
       metrics = {"top1": evaluation.top1, "loss": evaluation.loss}
-      with self._failures_told(step):
+      try:
         self._files.add_metrics(step, metrics)
+      except Exception as error:
+        raise SaveError(
+          f"the evaluation of step {step} cannot be added to its checkpoint in"
+          f" {self._files.root}: {_cause(error)}; once it can be written, the"
+          " same command resumes"
+        ) from error
       self._files.prune(self._keep_last)
 
   def check(self) -> None:

@@ -1,13 +1,11 @@
 """What `train.py` and `eval.py` share: flags in, exit status out."""
 
 import json
-import logging
 import os
 import pathlib
 import re
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,7 +13,13 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from spatial_mamba_jax.errors import UserError, one_line, run_command
+from spatial_mamba_jax.errors import (
+  UserError,
+  one_line,
+  run_command,
+  say,
+  silence_threads,
+)
 from spatial_mamba_jax.fields import nearest, show
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training import config_file
@@ -25,12 +29,19 @@ from spatial_mamba_jax.training.loop import NonFiniteError
 from spatial_mamba_jax.training.sharding import initialize_distributed
 from spatial_mamba_jax.training.stopping import StoppedError, end_on_signals
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  None,
-  "The experiment: a file with get_config(). Each --config.FIELD=VALUE"
-  " overrides a field.",
-)
+
+def _define_config() -> flags.FlagHolder:
+  try:
+    return config_flags.DEFINE_config_file(
+      "config",
+      None,
+      "The experiment: a file with get_config(). Each --config.FIELD=VALUE"
+      " overrides a field.",
+    )
+  except (flags.Error, ValueError) as error:  # It reads a --flagfile.
+    raise TrainingError(str(error).removeprefix("ERROR:: ")) from error
+
+
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Share the work with the processes on other hosts."
@@ -47,28 +58,17 @@ class _ConfigParser(flags.ArgumentParser):
     return self.config
 
 
+CONFIG = _define_config()
 _PARSER = flags.FLAGS["config"].parser = _ConfigParser()
 
 
 def own_process() -> None:
   """Readies the process of a script, which is all that runs in it.
 
-  A signal to stop ends it at once, unless a run saves first. What goes wrong in
-  a background thread is told by the main one, which it reaches.
+  A signal to stop ends it at once, unless a run saves first.
   """
   end_on_signals(_command())
-  for name in ("absl", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-  hook = sys.unraisablehook
-
-  def of_main_thread(unraisable):
-    # Callbacks of TensorStore come in threads of its own: after a failed save,
-    # hundreds of them.
-    if threading.current_thread() is threading.main_thread():
-      hook(unraisable)
-
-  sys.unraisablehook = of_main_thread
+  silence_threads()
 
 
 def run(main: Callable[[], object], usage: str | None = None) -> int:
@@ -190,11 +190,14 @@ def _of_value(error: flags.IllegalFlagValueError) -> UserError:
   if isinstance(reason, UserError):
     return reason
   text = str(error).removesuffix(f": {reason}")
+  text = text.replace("flag --verbosity=", "flag --v=")
   if match := re.match(r"flag --config\.([^=]*)=", text):
     what = config_file.expected(_PARSER.config, match[1])
     value = text[match.end() :]
     return TrainingError(f"config.{match[1]} must be {what}, got {show(value)}")
-  return TrainingError(str(error))
+  if reason:
+    text += f": {' '.join(map(str, reason.args))}"
+  return TrainingError(text)
 
 
 def _use_compilation_cache() -> None:
@@ -214,6 +217,6 @@ def _use_compilation_cache() -> None:
     tempfile.TemporaryFile(dir=cache).close()
   except OSError as error:
     said = f"{_command()}: compiled programs are not kept: {one_line(error)}"
-    print(said, file=sys.stderr)
+    say(said)
     return
   jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 
-from spatial_mamba_jax.errors import one_line
+from spatial_mamba_jax.errors import naming, one_line
 
 DIGESTS = "digests.json"
 # Orbax writes this one again when it renames a finished checkpoint.
@@ -58,18 +58,19 @@ def find_damage(directory: pathlib.Path) -> str | None:
     except FileNotFoundError:
       return f"{name} is missing"
     except (OSError, ValueError) as error:
-      return f"{name} cannot be read ({error})"
+      return f"{name} cannot be read ({one_line(error)})"
   return None
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
   """Replaces a file by a new one, or leaves it as it was."""
   partial = path.with_name(f"{path.name}.partial")
-  try:
-    partial.write_text(text)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+  with naming(path):
+    try:
+      partial.write_text(text)
+      os.replace(partial, path)
+    finally:
+      partial.unlink(missing_ok=True)
 
 
 def _regular(path: pathlib.Path) -> pathlib.Path:

@@ -23,7 +23,7 @@ from spatial_mamba_jax.data import (
   open_source,
   train_batches,
 )
-from spatial_mamba_jax.errors import say
+from spatial_mamba_jax.errors import one_line, say
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.checkpoint import Checkpoints
@@ -164,7 +164,9 @@ def _prediction_writer(
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise TrainingError(f"cannot write to {directory}: {error}") from error
+    raise TrainingError(
+      f"cannot write to {directory}: {one_line(error)}"
+    ) from error
   return partial(write_predictions, directory)
 
 

@@ -22,7 +22,7 @@ from tensorboardX.proto.summary_pb2 import (
 )
 
 from spatial_mamba_jax.data import DataConfig
-from spatial_mamba_jax.errors import say
+from spatial_mamba_jax.errors import naming, say
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import write_whole
 
@@ -63,10 +63,11 @@ class MetricWriter:
     self._path = path = (workdir / "metrics.jsonl").resolve()
     if path.exists() and not path.is_file():
       raise TrainingError(f"{path} is no file: move it away")
+    kept = []
     if path.exists():
       kept = _drop_records_after(path, resumed_step, is_evaluated)
-      steps = (x["step"] for x in kept if x["kind"] == "train")
-      self.last_step = max(steps, default=0)
+    steps = (x["step"] for x in kept if x["kind"] == "train")
+    self.last_step = max(steps, default=0)
     directory = workdir / "tensorboard"
     directory.mkdir(exist_ok=True)
     # Not SummaryWriter, whose thread would hold events back.
@@ -74,8 +75,11 @@ class MetricWriter:
       str(directory / "events"), f".{resumed_step}.{os.getpid()}"
     )
     # TensorBoard forgets what other files have of this and later steps.
-    purge = SessionLog(status=SessionLog.START)
-    self._write_event(resumed_step + 1, session_log=purge)
+    first = resumed_step + is_evaluated
+    self._write_event(first, session_log=SessionLog(status=SessionLog.START))
+    for record in kept:
+      if record["step"] >= first:
+        self._write_scalars(record)
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -102,17 +106,26 @@ class MetricWriter:
     finite = {name: _finite(value) for name, value in values.items()}
     record = {"step": step, "kind": kind, **finite}
     # Opened anew, in case someone has moved the file away.
-    with self._path.open("a") as file:
+    with naming(self._path), self._path.open("a") as file:
       file.write(json.dumps(record, allow_nan=False) + "\n")
+    self._write_scalars({**record, **values})
+
+  def _write_scalars(self, record: dict[str, Any]) -> None:
     scalars = [
-      Summary.Value(tag=f"{kind}/{name}", simple_value=value)
-      for name, value in values.items()
+      Summary.Value(
+        tag=f"{record['kind']}/{name}",
+        simple_value=math.nan if value is None else value,
+      )
+      for name, value in record.items()
+      if name not in ("step", "kind")
     ]
-    self._write_event(step, summary=Summary(value=scalars))
+    self._write_event(record["step"], summary=Summary(value=scalars))
 
   def _write_event(self, step: int, **content: Any) -> None:
-    self._events.write_event(Event(wall_time=time.time(), step=step, **content))
-    self._events.flush()
+    event = Event(wall_time=time.time(), step=step, **content)
+    with naming(self._path.with_name("tensorboard")):
+      self._events.write_event(event)
+      self._events.flush()
 
 
 def _drop_records_after(
@@ -134,7 +147,7 @@ def _drop_records_after(
       kept.append(record)
   if damaged:
     aside = path.with_name(f"{path.name}.damaged")
-    with aside.open("ab") as file:
+    with naming(aside), aside.open("ab") as file:
       file.writelines(damaged)
     say(f"{path}: {len(damaged)} damaged lines were moved to {aside}")
   write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))

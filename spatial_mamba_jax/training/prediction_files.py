@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from spatial_mamba_jax.data import Source
+from spatial_mamba_jax.errors import naming
 from spatial_mamba_jax.training.evaluation import Predictions
 
 # With more classes than this, names and numbers would not be legible.
@@ -131,21 +132,21 @@ def _image_rows(
   tops = range(1, predictions.top_classes.shape[1] + 1)
   pairs = [(f"predicted_{i}", f"probability_{i}") for i in tops]
   yield ("image", "status", "label", *(name for pair in pairs for name in pair))
-  places = {index: place for place, index in enumerate(predictions.index)}
+  rows = {index: row for row, index in enumerate(predictions.index)}
   for index, name in enumerate(names):
-    if index not in places:
+    if index not in rows:
       yield (name, "unreadable", *[""] * (1 + 2 * len(tops)))
       continue
-    place = places[index]
+    row = rows[index]
     likeliest = zip(
-      predictions.top_classes[place],
-      predictions.top_probabilities[place],
+      predictions.top_classes[row],
+      predictions.top_probabilities[row],
       strict=True,
     )
     yield (
       name,
-      "ok" if predictions.predicted[place] >= 0 else "undecided",
-      classes[predictions.label[place]],
+      "ok" if predictions.predicted[row] >= 0 else "undecided",
+      classes[predictions.label[row]],
       *(x for c, p in likeliest for x in (classes[c], p)),
     )
 
@@ -166,7 +167,8 @@ def _class_rows(
 
 def _write_csv(path: pathlib.Path, rows: Iterable[Sequence[Any]]) -> None:
   # So may a file's.
-  with path.open(
-    "w", encoding="utf-8", errors="surrogateescape", newline=""
-  ) as file:
+  with (
+    naming(path),
+    path.open("w", -1, "utf-8", "surrogateescape", newline="") as file,
+  ):
     csv.writer(file).writerows(rows)

@@ -22,6 +22,7 @@ from spatial_mamba_jax.convert.names import (
   is_counter,
   torch_tensors,
 )
+from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.paths import local_path
@@ -45,8 +46,8 @@ def load_weights(
     like: its shapes, on the shardings wanted.
 
   Returns:
-    A run's moving average, "ema", and the weights themselves, "raw"; of a file
-    that of them which `read_file` takes.
+    "ema", a run's moving average, and "raw", the weights themselves. A file
+    gives one of the two, which `read_file` chooses.
 
   Raises:
     TrainingError: there are no weights, or they are of another model.
@@ -159,7 +160,7 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
       f"{path} does not exist: train first, or mend the path"
     ) from error
   except (ImportError, OSError, ValueError) as error:
-    raise TrainingError(str(error)) from error
+    raise TrainingError(one_line(error)) from error
 
 
 def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:

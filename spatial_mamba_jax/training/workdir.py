@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from spatial_mamba_jax.errors import say
+from spatial_mamba_jax.errors import one_line, say
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.processes import from_first_process
 
@@ -91,7 +91,9 @@ class WorkdirLock:
         self._file.close()
         raise
     except OSError as error:
-      raise TrainingError(f"cannot write to {workdir}: {error}") from error
+      raise TrainingError(
+        f"cannot write to {workdir}: {one_line(error)}"
+      ) from error
     threading.Thread(target=self._beat, daemon=True).start()
 
   def _take(self) -> None:

@@ -284,6 +284,10 @@ def test_the_compilation_cache_is_given_up_where_it_cannot_be(
     (["--config.batch_size=32"], "larger than the 24 training images"),
     (["--config.batch_sise=8"], "did you mean --config.batch_size?"),
     (["--workdir=train.py/run"], "cannot write to"),
+    (["--workdir= "], "--workdir must be a path"),
+    (["--flagfile=/no/such"], "Unable to open flagfile: [Errno 2] No such"),
+    (["--distributed=maybe"], "--distributed=maybe: Non-boolean argument"),
+    (["--v=loud"], "flag --v=loud: invalid literal"),
   ],
 )
 def test_a_mistake_is_one_line(experiment, tmp_path, arguments, message):

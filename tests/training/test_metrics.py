@@ -124,6 +124,12 @@ def test_an_evaluation_that_was_cut_off_is_logged_again(tmp_path):
   path.write_text("".join(RECORDS) + '{"step": 20, "kind": "evalu')
   with MetricWriter(tmp_path, resumed_step=20, is_evaluated=False):
     assert path.read_text() == "".join(RECORDS[:2])
+  (events,) = map(read_events, (tmp_path / "tensorboard").iterdir())
+  # TensorBoard drops step 20 of other files, the window of training as well.
+  starts = [e.step for e in events if e.session_log.status == SessionLog.START]
+  assert starts == [20]
+  scalars = [(e.step, v.tag) for e in events for v in e.summary.value]
+  assert scalars == [(20, "train/loss")]
 
 
 def strict(constant):
