@@ -26,7 +26,6 @@ import jax
 from flax import nnx
 from jax import export
 
-from spatial_mamba_jax.errors import naming
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.models.ssm import StructureAwareSSM
 from spatial_mamba_jax.paths import local_path
@@ -123,10 +122,12 @@ def _replace(path: pathlib.Path, content: bytearray | None) -> None:
   """Leaves the old file, or the whole new one; with None, only tries to."""
   partial = path.with_name(f".{path.name[:50]}.partial")
   try:
-    with naming(path):
-      partial.write_bytes(content or b"")
-      if content is not None:
-        partial.replace(path)
+    partial.write_bytes(content or b"")
+    if content is not None:
+      partial.replace(path)
+  except OSError as error:
+    error.filename = str(path)  # And not that of the partial file.
+    raise
   finally:
     with suppress(OSError):
       partial.unlink()

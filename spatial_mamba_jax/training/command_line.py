@@ -42,13 +42,6 @@ def _define_config() -> flags.FlagHolder:
     raise TrainingError(str(error).removeprefix("ERROR:: ")) from error
 
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Share the work with the processes on other hosts."
-)
-_HELP = re.compile(r"--?(h|help\w*)(=.*)?")
-
-
 class _ConfigParser(flags.ArgumentParser):
   """Runs the config file, and says in one line what is wrong with it."""
 
@@ -59,6 +52,11 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 CONFIG = _define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Share the work with the processes on other hosts."
+)
+_HELP = re.compile(r"--?(h|help\w*)(=.*)?")
 _PARSER = flags.FLAGS["config"].parser = _ConfigParser()
 
 
