@@ -24,6 +24,8 @@ from spatial_mamba_jax.training.sharding import make_mesh, replicated
 from spatial_mamba_jax.training.state import PureModel, Weights
 from spatial_mamba_jax.training.step import make_eval_step
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 SCALES = {"ema": 1.0, "raw": -2.0}
 
 

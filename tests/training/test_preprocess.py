@@ -18,6 +18,8 @@ from spatial_mamba_jax.training.preprocess import (
   random_erasing,
 )
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 DRAWS = 4000
 
 

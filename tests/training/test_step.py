@@ -24,6 +24,8 @@ from spatial_mamba_jax.training.optimizer import (
 from spatial_mamba_jax.training.state import PureModel, initial_state
 from spatial_mamba_jax.training.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -232,7 +234,7 @@ def test_learning_rates_fall_from_layer_to_layer():
     (layer,) = (layer for layer in expected if name.startswith(layer + "."))
     share = np.asarray(expected[layer])
     share = share.reshape(share.shape + (1,) * (x.ndim - share.ndim))
-    np.testing.assert_allclose(x, share * plain[name], rtol=1e-12)
+    np.testing.assert_allclose(x, share * np.asarray(plain[name]), rtol=1e-12)
     found.add(layer)
   assert found == set(expected)
 

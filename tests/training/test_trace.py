@@ -19,6 +19,8 @@ from spatial_mamba_jax.training.optimizer import (
 from spatial_mamba_jax.training.state import PureModel, initial_state
 from spatial_mamba_jax.training.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 
 def golden_batch(named_weights, seed, step):
   """The trace's images, channels last, and its soft targets."""
