@@ -38,7 +38,7 @@ def main() -> int:
     if crop_ratio.value is not None:
       config.data.test_crop_ratio = crop_ratio.value
     evaluations = evaluate_checkpoint(config, path, command_line.path(output))
-    command_line.tell(evaluations, as_json=as_json.value)
+    command_line.tell_evaluations(evaluations, as_json=as_json.value)
 
   command_line.own_process()
   return command_line.run(evaluate, __doc__)

@@ -50,6 +50,23 @@ def one_line(message: object) -> str:
   )
 
 
+def tell(text: str) -> None:
+  """Prints a command's result on standard output.
+
+  Raises:
+    OSError: that is full or closed.
+  """
+  with naming("standard output"):
+    print(text, flush=True)
+
+
+def reason(error: OSError, path: str | os.PathLike[str]) -> str:
+  """Why `path` failed: without its name, which the message has already."""
+  if error.strerror and error.filename in (None, path, os.fspath(path)):
+    return error.strerror
+  return one_line(error)
+
+
 def _of_system(error: OSError) -> str:
   """The file and what the system says of it, without the error's number."""
   if error.filename is None:

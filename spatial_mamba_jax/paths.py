@@ -1,5 +1,6 @@
 """Paths as people write them."""
 
+import errno
 import os
 import pathlib
 import re
@@ -8,6 +9,19 @@ from spatial_mamba_jax.errors import UserError
 
 # A URL, also after pathlib has made one slash of two. One letter is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def make_directory(path: pathlib.Path) -> None:
+  """Makes a directory and its parents, if it is not there.
+
+  Raises:
+    OSError: it cannot be made, or another file is in its place.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except FileExistsError as error:
+    code = errno.ENOTDIR
+    raise NotADirectoryError(code, os.strerror(code), error.filename) from error
 
 
 def local_path(

@@ -14,14 +14,16 @@ import html
 import io
 import json
 import math
-import os
 import pathlib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spatial_mamba_jax.errors import naming, run_command
+from spatial_mamba_jax.errors import run_command, tell
+from spatial_mamba_jax.fields import FLOAT32_MAX, INT32_MAX
+from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.training.digests import write_whole
 
 if TYPE_CHECKING:
   import matplotlib.figure
@@ -140,7 +142,7 @@ class Run:
   def epoch_steps(self) -> float | None:
     """Steps an epoch, where `run.json` tells."""
     steps = _number(self.description.get("epoch_steps"))
-    return steps if steps and steps > 0 else None
+    return steps if steps and steps >= 1 else None
 
 
 def read_run(workdir: pathlib.Path) -> Run:
@@ -169,7 +171,7 @@ def read_run(workdir: pathlib.Path) -> Run:
     )
   try:
     description = json.loads((workdir / "run.json").read_text())
-  except (OSError, ValueError):
+  except (OSError, RecursionError, ValueError):
     description = None
   if not isinstance(description, dict):
     notes.append("run.json cannot be read: what the run was is not known.")
@@ -410,7 +412,8 @@ def _parse(line: str) -> dict[str, Any] | None:
     return None
   if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
     return None
-  if type(record.get("step")) is not int:
+  step = record.get("step")
+  if type(step) is not int or abs(step) > INT32_MAX:
     return None
   return {k: math.nan if x is None else x for k, x in record.items()}
 
@@ -419,7 +422,7 @@ def _number(value: Any) -> float | None:
   """A logged number, infinities as NaN, which are not drawn."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     return None
-  return float(value) if math.isfinite(value) else math.nan
+  return float(value) if -FLOAT32_MAX <= value <= FLOAT32_MAX else math.nan
 
 
 def _text(value: Any, form: str) -> str:
@@ -438,6 +441,7 @@ def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
     ValueError: there is nothing to draw.
     OSError: a file cannot be read or written.
   """
+  workdir = local_path(workdir, "the workdir")
   run = read_run(workdir)
   picture = io.BytesIO()
   with warnings.catch_warnings():
@@ -448,10 +452,7 @@ def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
   contents = {"report.png": png, "report.html": page(run, png).encode()}
   paths = [workdir / name for name in contents]
   for path, content in zip(paths, contents.values(), strict=True):
-    partial = path.with_name(f".{path.name}.tmp")
-    with naming(path):
-      partial.write_bytes(content)
-      os.replace(partial, path)
+    write_whole(path, content)
   return paths
 
 
@@ -466,7 +467,7 @@ def main(arguments: list[str] | None = None) -> int:
   workdir = parser.parse_args(arguments).workdir
   return run_command(
     "report",
-    lambda: print(*write_report(workdir), sep="\n"),
+    lambda: tell("\n".join(map(str, write_report(workdir)))),
     (OSError, ValueError),
   )
 

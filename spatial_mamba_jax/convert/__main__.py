@@ -49,6 +49,7 @@ from spatial_mamba_jax.errors import (
   one_line,
   run_command,
   silence_threads,
+  tell,
 )
 from spatial_mamba_jax.models.spatial_mamba import SpatialMamba, Trunk
 from spatial_mamba_jax.paths import local_path
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
   def run():
     said = convert(options.src, options.dst, raw=options.raw, key=options.key)
-    print(one_line(said))
+    tell(one_line(said))
 
   return run_command("convert", run, MISTAKES)
 

@@ -16,7 +16,7 @@ from spatial_mamba_jax.convert.safetensors_file import (
   read_safetensors,
 )
 from spatial_mamba_jax.convert.torch_checkpoint import Selected, read_first
-from spatial_mamba_jax.errors import naming
+from spatial_mamba_jax.paths import make_directory
 
 SAFETENSORS = "model.safetensors"
 # Of a directory, in order of preference. The second is what Hugging Face's
@@ -189,19 +189,18 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   if os.path.lexists(path) and not is_empty:
     raise FileExistsError(f"{path} exists, and is left as it is")
   absent = [x for x in path.parents if not x.exists()]
-  path.parent.mkdir(parents=True, exist_ok=True)
+  make_directory(path.parent)
   try:
-    with (
-      naming(path),
-      tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=f".{path.name[:100]}."
-      ) as directory,
-    ):
+    with tempfile.TemporaryDirectory(
+      dir=path.parent, prefix=f".{path.name[:100]}."
+    ) as directory:
       part = pathlib.Path(directory) / path.name
       yield part
       part.rename(path)
-  except BaseException:
+  except BaseException as error:
     for parent in absent:
       with suppress(OSError):  # Others may have put something there.
         parent.rmdir()
+    if isinstance(error, OSError) and error.errno:
+      error.filename = str(path)  # And not that of the partial file.
     raise

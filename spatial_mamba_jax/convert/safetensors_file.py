@@ -9,6 +9,7 @@ before it is known to be wanted.
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,10 @@ def write_safetensors(
       dict(state_dict), path, metadata={"format": "pt"}
     )
   except safetensors.SafetensorError as error:
+    # Rust's: (os error 28).
+    if code := re.search(r"os error (\d+)", str(error)):
+      number = int(code[1])
+      raise OSError(number, os.strerror(number), str(path)) from error
     raise OSError(f"{path} cannot be written: {error}") from error
   path.chmod(mode)  # The package leaves a file to its owner alone.
 

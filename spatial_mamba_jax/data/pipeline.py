@@ -240,7 +240,8 @@ class Batches:
       raise DataError(
         f"{count} of {total} images are unreadable, more than "
         f"config.data.max_unreadable_share={tolerated} allows: "
-        f"{named}{', ...' if count > 5 else ''}"
+        f"{named}{', ...' if count > 5 else ''}; mend or remove them, or "
+        "raise it"
       )
 
   def _lost_class(self, index: int) -> str:
@@ -344,7 +345,8 @@ def _make_example(
   except Exception as error:
     # Broken files make decoders raise nearly anything, among it OSError,
     # SyntaxError, struct.error, MemoryError and DecompressionBombError.
-    return _nothing(config, _UNREADABLE, one_line(error))
+    what = error.strerror if isinstance(error, OSError) else None
+    return _nothing(config, _UNREADABLE, what or one_line(error))
 
 
 def _nothing(

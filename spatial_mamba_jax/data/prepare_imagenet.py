@@ -11,7 +11,7 @@ It needs as much free space as the tree, but neither TensorFlow nor a network.
 import argparse
 import sys
 
-from spatial_mamba_jax.errors import run_command
+from spatial_mamba_jax.errors import run_command, tell
 
 _NAME = "python -m spatial_mamba_jax.data.prepare_imagenet"
 
@@ -45,7 +45,7 @@ def _prepare(image_folder: str, data_dir: str) -> None:
   from spatial_mamba_jax.paths import local_path
 
   root = local_path(image_folder, "--image_folder")
-  print(f"prepared {imagenet.prepare(root, data_dir)}")
+  tell(f"prepared {imagenet.prepare(root, data_dir)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,12 @@ import argparse
 import pathlib
 import sys
 
-from spatial_mamba_jax.errors import one_line, run_command, silence_threads
+from spatial_mamba_jax.errors import (
+  one_line,
+  run_command,
+  silence_threads,
+  tell,
+)
 from spatial_mamba_jax.export import check_destination, export_model
 from spatial_mamba_jax.models.spatial_mamba import Trunk
 from spatial_mamba_jax.paths import local_path
@@ -29,7 +34,7 @@ def _export(options: argparse.Namespace) -> None:
   model = _load(options.checkpoint)
   exported = export_model(model, out, image_size=options.image_size)
   (images,), results = exported.in_avals, exported.out_avals
-  print(
+  tell(
     one_line(
       f"wrote {out}, {out.stat().st_size / 2**20:.1f} MiB:"
       f" normalised images {images.str_short()} to"

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from spatial_mamba_jax.errors import UserError, one_line
-from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.errors import UserError, one_line, reason
+from spatial_mamba_jax.paths import local_path, make_directory
 from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles, is_step
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import write_digests
@@ -75,11 +75,11 @@ class Checkpoints:
     self._is_first = jax.process_index() == 0
     if create and self._is_first:
       try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         self._files.clear_partial()
       except OSError as error:
         raise TrainingError(
-          f"cannot write to {directory}: {one_line(error)}"
+          f"cannot write to {directory}: {reason(error, directory)}"
         ) from error
     self._checkpointer = ocp.AsyncCheckpointer(
       _Handler(

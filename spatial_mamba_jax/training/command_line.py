@@ -1,6 +1,7 @@
 """What `train.py` and `eval.py` share: flags in, exit status out."""
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -19,6 +20,7 @@ from spatial_mamba_jax.errors import (
   run_command,
   say,
   silence_threads,
+  tell,
 )
 from spatial_mamba_jax.fields import nearest, show
 from spatial_mamba_jax.paths import local_path
@@ -67,6 +69,7 @@ def own_process() -> None:
   """
   end_on_signals(_command())
   silence_threads()
+  logging.basicConfig(format=f"{_command()}: %(message)s")
 
 
 def run(main: Callable[[], object], usage: str | None = None) -> int:
@@ -81,8 +84,8 @@ def run(main: Callable[[], object], usage: str | None = None) -> int:
     than the signal for a run stopped by one (143 for SIGTERM, 130 for Ctrl-C).
   """
   if any(map(_HELP.fullmatch, sys.argv[1:])):
-    print(usage or "", *_flags_help(), sep="\n")
-    return 0
+    text = "\n".join([usage or "", *_flags_help()])
+    return run_command(_command(), lambda: tell(text))
   return run_command(
     _command(),
     lambda: _run(main),
@@ -127,15 +130,16 @@ def path(flag: flags.FlagHolder[str | None]) -> pathlib.Path | None:
   return local_path(flag.value, f"--{flag.name}") if flag.value else None
 
 
-def tell(evaluations: Mapping[str, Evaluation], *, as_json: bool) -> None:
+def tell_evaluations(
+  evaluations: Mapping[str, Evaluation], *, as_json: bool
+) -> None:
   """Prints evaluations, a line each, or all as one line of JSON."""
   if jax.process_index():
     return
   if as_json:
-    print(json.dumps({k: v.to_json() for k, v in evaluations.items()}))
+    tell(json.dumps({k: v.to_json() for k, v in evaluations.items()}))
   else:
-    for name, evaluation in evaluations.items():
-      print(f"{name}  {evaluation}")
+    tell("\n".join(f"{name}  {x}" for name, x in evaluations.items()))
 
 
 def _command() -> str:

@@ -62,12 +62,14 @@ def find_damage(directory: pathlib.Path) -> str | None:
   return None
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
   """Replaces a file by a new one, or leaves it as it was."""
   partial = path.with_name(f"{path.name}.partial")
   with naming(path):
     try:
-      partial.write_text(text)
+      partial.write_bytes(
+        content.encode() if isinstance(content, str) else content
+      )
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)

@@ -23,8 +23,8 @@ from spatial_mamba_jax.data import (
   open_source,
   train_batches,
 )
-from spatial_mamba_jax.errors import one_line, say
-from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.errors import reason, say, tell
+from spatial_mamba_jax.paths import local_path, make_directory
 from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.config import (
@@ -162,10 +162,10 @@ def _prediction_writer(
   from spatial_mamba_jax.training.prediction_files import write_predictions
 
   try:
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
   except OSError as error:
     raise TrainingError(
-      f"cannot write to {directory}: {one_line(error)}"
+      f"cannot write to {directory}: {reason(error, directory)}"
     ) from error
   return partial(write_predictions, directory)
 
@@ -231,7 +231,7 @@ class _Run:
         step
       ) or self.checkpoints.is_evaluated(step)
       if step >= self.steps and is_evaluated:
-        print(f"{workdir}: all {self.steps} steps are done already")
+        tell(f"{workdir}: all {self.steps} steps are done already")
         return None
       self._describe()
       self.writer = stack.enter_context(

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from spatial_mamba_jax.data import Source
 from spatial_mamba_jax.errors import naming
+from spatial_mamba_jax.paths import make_directory
 from spatial_mamba_jax.training.evaluation import Predictions
 
 # With more classes than this, names and numbers would not be legible.
@@ -42,7 +43,7 @@ def write_predictions(
   classes = source.classes
   for weights, each in predictions.items():
     folder = directory / weights
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     _write_csv(folder / "predictions.csv", _image_rows(each, names, classes))
     _write_csv(folder / "per_class.csv", _class_rows(each, classes))
     figure = confusion_figure(each, classes, weights)

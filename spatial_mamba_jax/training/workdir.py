@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from spatial_mamba_jax.errors import one_line, say
+from spatial_mamba_jax.errors import reason, say
+from spatial_mamba_jax.paths import make_directory
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.processes import from_first_process
 
@@ -79,7 +80,7 @@ class WorkdirLock:
   def _open(self) -> None:
     workdir = self._path.parent
     try:
-      workdir.mkdir(parents=True, exist_ok=True)
+      make_directory(workdir)
       if self._path.exists() and not self._path.is_file():
         raise TrainingError(
           f"cannot write to {workdir}: {self._path} is no file, move it away"
@@ -92,7 +93,7 @@ class WorkdirLock:
         raise
     except OSError as error:
       raise TrainingError(
-        f"cannot write to {workdir}: {one_line(error)}"
+        f"cannot write to {workdir}: {reason(error, workdir)}"
       ) from error
     threading.Thread(target=self._beat, daemon=True).start()
 
