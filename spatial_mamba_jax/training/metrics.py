@@ -227,7 +227,7 @@ class Progress:
     self._start = (step, time.perf_counter())
     self._bar = None
     # There is no standard error where it was closed at the start.
-    self._is_shown = jax.process_index() == 0 and sys.stderr is not None
+    self._is_shown = jax.process_index() == 0 and bool(sys.stderr)
     if self._is_shown and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         initial=step, total=steps, unit="step", dynamic_ncols=True
