@@ -76,8 +76,11 @@ def _of_system(error: OSError) -> str:
 
 def say(line: str) -> None:
   """Prints a line on standard error, which may have been closed."""
-  with contextlib.suppress(OSError):
-    print(one_line(line), file=sys.stderr, flush=True)
+  # Where it was closed at the start there is none, and print() would choose
+  # standard output.
+  if sys.stderr is not None:
+    with contextlib.suppress(OSError):
+      print(one_line(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,18 @@
 """Mistakes are told in one line."""
 
+import errno
+import io
+import sys
+
 import pytest
 
-from spatial_mamba_jax.errors import UserError, naming, one_line, run_command
+from spatial_mamba_jax.errors import (
+  UserError,
+  naming,
+  one_line,
+  run_command,
+  say,
+)
 
 
 @pytest.mark.parametrize(
@@ -73,3 +83,24 @@ def test_an_error_of_the_system_names_its_file(tmp_path):
   assert fail(OSError(28, "No space left")) == f"{tmp_path}/log: No space left"
   assert fail(OSError(28, "No space left", b"x")) == "x: No space left"
   assert fail(OSError("cannot be written")) == "cannot be written"
+
+
+class Disconnected(io.StringIO):
+  """A terminal that was closed."""
+
+  def write(self, text):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("how", ["terminal", "descriptor"])
+def test_a_closed_standard_error_takes_no_lines(monkeypatch, capsys, how):
+  # Python has no standard error where a shell closes it, with 2>&-.
+  closed = Disconnected() if how == "terminal" else None
+
+  def fail():
+    raise UserError("a mistake")
+
+  monkeypatch.setattr(sys, "stderr", closed)
+  say("a line")
+  assert run_command("tool", fail) == 2
+  assert capsys.readouterr().out == ""

@@ -11,6 +11,7 @@ from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import (
   add_digest,
   find_damage,
+  regular,
   write_whole,
 )
 
@@ -46,7 +47,8 @@ class CheckpointFiles:
   def score(self, step: int) -> float | None:
     """The top-1 of a checkpoint; None where it was not evaluated."""
     try:
-      return float(json.loads(self.path(step, _METRICS).read_text())["top1"])
+      path = regular(self.path(step, _METRICS))
+      return float(json.loads(path.read_text())["top1"])
     except (KeyError, OSError, RecursionError, TypeError, ValueError):
       return None
 

@@ -29,7 +29,7 @@ def write_digests(directory: pathlib.Path) -> None:
 def add_digest(directory: pathlib.Path, name: str) -> None:
   """Adds the digest of one more file to those that are there."""
   path = directory / DIGESTS
-  digests = json.loads(path.read_text()) if path.exists() else {}
+  digests = json.loads(regular(path).read_text()) if path.exists() else {}
   digests[name] = _digest(directory / name)
   write_whole(path, json.dumps(digests, indent=1))
 
@@ -40,11 +40,17 @@ def find_damage(directory: pathlib.Path) -> str | None:
   A directory without `digests.json`, as earlier versions wrote it, has nothing
   to be compared with.
   """
+  try:  # No file is read without an end, not even those without a digest.
+    for entry in directory.rglob("*"):
+      if not entry.is_dir():
+        regular(entry)
+  except OSError as error:
+    return one_line(error)
   path = directory / DIGESTS
   if not path.exists():
     return None
   try:
-    digests = json.loads(_regular(path).read_text())
+    digests = json.loads(regular(path).read_text())
   except (OSError, RecursionError, ValueError):
     return f"{DIGESTS} cannot be read"
   if not isinstance(digests, dict) or not digests:
@@ -75,7 +81,7 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
       partial.unlink(missing_ok=True)
 
 
-def _regular(path: pathlib.Path) -> pathlib.Path:
+def regular(path: pathlib.Path) -> pathlib.Path:
   """The path; an OSError where it is a pipe or device, maybe without an end."""
   if path.exists() and not path.is_file():
     raise OSError(f"{path.name} is no file")
@@ -83,5 +89,5 @@ def _regular(path: pathlib.Path) -> pathlib.Path:
 
 
 def _digest(path: pathlib.Path) -> str:
-  with _regular(path).open("rb") as file:
+  with regular(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

@@ -226,7 +226,8 @@ class Progress:
     self._steps, self._epoch_steps = steps, epoch_steps
     self._start = (step, time.perf_counter())
     self._bar = None
-    self._is_shown = jax.process_index() == 0
+    # There is no standard error where it was closed at the start.
+    self._is_shown = jax.process_index() == 0 and bool(sys.stderr)
     if self._is_shown and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         initial=step, total=steps, unit="step", dynamic_ncols=True

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import jax
 from jax.experimental import multihost_utils
@@ -55,7 +55,8 @@ def end_on_signals(name: str) -> None:
       if _Listeners.is_saving_first and not is_stopping:
         is_stopping = True
       elif number in _INSISTING or not is_stopping:
-        os.write(2, f"{name}: stopped by {number.name}\n".encode())
+        with suppress(OSError):  # Closed, as the terminal may be.
+          os.write(2, f"{name}: stopped by {number.name}\n".encode())
         os._exit(128 + number)
 
   threading.Thread(target=watch, daemon=True).start()

@@ -159,10 +159,12 @@ def test_other_values(data_dir, version, file_name, keys, value):
 def test_a_label_of_another_class(data_dir, version):
   path = version / "features.json"
   text = json.loads(path.read_text())["featuresDict"]["features"]["file_name"]
-  replace(path, text, *LABEL)
-  assert "no feature label of the class ClassLabel" in refuse(
-    data_dir, str(path)
-  )
+  key = "pythonClassName"
+  for value, *keys in ((text[key], key), (text,)):
+    replace(path, value, *LABEL, *keys)
+    assert "no feature label of the class ClassLabel" in refuse(
+      data_dir, str(path)
+    )
 
 
 @pytest.mark.parametrize("count", [29, 31])

@@ -69,6 +69,7 @@ class Experiment:
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      process_group=0,  # Of its own, so that all of it can be signalled.
     )
     self._started.append(process)
     return process

@@ -1,9 +1,12 @@
 """Which checkpoints are kept, and what becomes of damaged ones."""
 
 import gc
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +14,18 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from spatial_mamba_jax.models import ModelConfig
 from spatial_mamba_jax.training.checkpoint import (
   Checkpoints,
+  RemovedError,
   SaveError,
   open_checkpoint,
 )
+from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.evaluation import Evaluation
 from spatial_mamba_jax.training.state import Weights, initial_state
+from spatial_mamba_jax.training.weights import load_weights
 
 # Of the callbacks that a failed save or restore leaves behind.
 pytestmark = [
@@ -109,6 +116,11 @@ def flip(path):
   path.write_bytes(content)
 
 
+def become_pipe(path):
+  path.unlink()
+  os.mkfifo(path)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   """Checkpoints of steps 1 to 3, of which the last is the best."""
@@ -117,7 +129,7 @@ def saved(tmp_path_factory):
   return directory
 
 
-@pytest.mark.parametrize("damage", [remove, empty, cut, flip])
+@pytest.mark.parametrize("damage", [remove, empty, cut, flip, become_pipe])
 def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, capsys, damage):
   """Whichever of its files is damaged; those before it are left."""
   files = [
@@ -130,7 +142,8 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, capsys, damage):
     copy = shutil.copytree(saved, tmp_path / str(i))
     damage(copy / file)
     with Checkpoints(copy) as checkpoints:
-      if str(file) in unread or (file.name, damage) == ("digests.json", remove):
+      is_unread = str(file) in unread and damage is not become_pipe
+      if is_unread or (file.name, damage) == ("digests.json", remove):
         assert checkpoints.newest() == 3
         assert_restored(checkpoints, 3)
         continue
@@ -166,6 +179,62 @@ def test_damaged_digests_and_metrics(saved, tmp_path, text):
     assert checkpoints.newest() == 2
     assert checkpoints.best() == 1
     assert not checkpoints.is_evaluated(2)
+
+
+def test_digests_of_files_elsewhere_are_not_read(saved, tmp_path, capsys):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  other = tmp_path / "other"
+  other.write_bytes(b"")
+  digest = hashlib.sha256(b"").hexdigest()
+  for name in (str(other), "../../other", "ema/../../../other"):
+    (copy / "3" / "digests.json").write_text(json.dumps({name: digest}))
+    with Checkpoints(copy) as checkpoints:
+      assert checkpoints.newest() == 2
+    assert capsys.readouterr().err == (
+      f"{copy}: passing over step 3, which is damaged (digests.json names"
+      f" {name}): taking step 2\n"
+    )
+
+
+def test_a_copy_under_the_name_of_another_step(saved, tmp_path):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  shutil.copytree(copy / "2", copy / "5")
+  with Checkpoints(copy) as checkpoints:
+    assert checkpoints.newest() == 5  # Each of its files is as it was saved.
+    with pytest.raises(TrainingError, match=r"/5 holds step 2: remove it$"):
+      checkpoints.restore_state(5, state_after(0))
+
+
+@pytest.mark.parametrize("removals", [4, 5])
+def test_one_that_its_run_removes_is_looked_for_again(
+  saved, tmp_path, monkeypatch, removals
+):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  restore = Checkpoints.restore_weights
+  left = [copy / "3"] * removals
+
+  def remove_first(checkpoints, step, like):
+    if not left:
+      return restore(checkpoints, step, like)
+    aside = left.pop().rename(tmp_path / "aside")
+    try:
+      return restore(checkpoints, step, like)
+    finally:
+      aside.rename(copy / "3")
+
+  monkeypatch.setattr(Checkpoints, "restore_weights", remove_first)
+
+  def load():
+    return load_weights(
+      copy, ModelConfig(dims=(4,), depths=(1,)), state_after(0).ema
+    )
+
+  if removals == 4:
+    assert load()["ema"].params["w"][0] == 3.5
+  else:
+    with pytest.raises(RemovedError, match="3 was removed meanwhile: try agai"):
+      load()
+  assert not left
 
 
 def test_half_of_one_and_foreign_ones(saved, tmp_path, capsys):
@@ -213,6 +282,26 @@ def test_checkpoints_of_before_have_no_digests(saved, tmp_path):
       checkpoints.restore_state(3, state_after(0))
 
 
+def test_damage_that_no_digest_tells_is_one_line(saved, tmp_path):
+  """The command silences Orbax, which logs it as well."""
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  remove(copy / "3" / "digests.json")
+  empty(copy / "3" / "_CHECKPOINT_METADATA")
+  for path in (copy / "3" / "ema").rglob("d/*"):
+    flip(path)
+  command = (sys.executable, "-m", "spatial_mamba_jax.convert")
+  result = subprocess.run(
+    (*command, copy / "3", tmp_path / "out"),
+    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert (result.returncode, result.stdout) == (2, ""), result.stderr
+  (line,) = result.stderr.splitlines()
+  assert line.startswith(f"convert: {copy / '3'} is damaged (")
+
+
 def test_a_save_that_fails_costs_nothing_else(tmp_path):
   directory, aside = tmp_path / "checkpoints", tmp_path / "aside"
   with Checkpoints(directory) as checkpoints:
@@ -258,6 +347,22 @@ def test_a_failure_in_the_background_is_told(tmp_path, monkeypatch, is_told_by):
   monkeypatch.undo()
   save_and_wait(checkpoints, 2)
   assert_restored(checkpoints, 2)
+
+
+def test_an_evaluation_that_cannot_be_added(saved, tmp_path, monkeypatch):
+  def fail(files, step, metrics):
+    raise OSError(28, "No space left on device")
+
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  monkeypatch.setattr(CheckpointFiles, "add_metrics", fail)
+  with Checkpoints(copy) as checkpoints:
+    with pytest.raises(
+      SaveError,
+      match="^the evaluation of step 3 cannot be added to its checkpoint in"
+      f" {copy}: No space left on device; once",
+    ):
+      checkpoints.add_evaluation(3, evaluation(0.9))
+    assert_restored(checkpoints, checkpoints.newest())
 
 
 def test_arrays_larger_than_their_files_are_refused(tmp_path):

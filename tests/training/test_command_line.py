@@ -302,6 +302,13 @@ def test_a_mistake_is_one_line(experiment, tmp_path, arguments, message):
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_no_device_is_one_line(experiment, tmp_path):
+  result = experiment.run(
+    "train.py", f"--workdir={tmp_path / 'run'}", JAX_PLATFORMS="nonsense"
+  )
+  assert_one_line(result, "JAX has no device (JAX_PLATFORMS=nonsense): ")
+
+
 @pytest.mark.parametrize(
   ("script", "package"),
   [

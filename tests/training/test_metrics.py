@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.metrics import (
   MetricWriter,
   Progress,
@@ -162,14 +164,32 @@ def test_what_is_written_survives_a_kill(tmp_path):
     assert event.summary.value[0].simple_value == 0.25
 
 
+def test_a_log_that_is_removed_begins_anew(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  with MetricWriter(tmp_path, resumed_step=0) as writer:
+    writer.write(1, "train", {"loss": 1.0})
+    path.unlink()
+    writer.write(2, "train", {"loss": 0.5})
+  (line,) = path.read_text().splitlines()
+  assert json.loads(line) == {"step": 2, "kind": "train", "loss": 0.5}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_log_that_is_no_file_is_refused(tmp_path, make):
+  make(path := tmp_path / "metrics.jsonl")
+  with pytest.raises(TrainingError, match=f"{path} is no file: move it away"):
+    MetricWriter(tmp_path, resumed_step=0)
+
+
 def closed(*_):
   raise OSError(5, "Input/output error")
 
 
-@pytest.mark.parametrize("is_tty", [False, True])
-def test_a_closed_terminal_does_not_end_a_run(monkeypatch, is_tty):
-  monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
-  terminal.isatty = lambda: is_tty
+@pytest.mark.parametrize("kind", ["file", "terminal", None])
+def test_a_closed_standard_error_does_not_end_a_run(monkeypatch, capsys, kind):
+  terminal = io.StringIO()
+  terminal.isatty = lambda: kind == "terminal"
+  monkeypatch.setattr(sys, "stderr", terminal if kind else None)
   progress = Progress(step=0, steps=9, epoch_steps=3)
   terminal.write = terminal.flush = closed
   progress.advance()
@@ -184,3 +204,4 @@ def test_a_closed_terminal_does_not_end_a_run(monkeypatch, is_tty):
   )
   progress.say("a line")
   progress.close()
+  assert capsys.readouterr().out == ""

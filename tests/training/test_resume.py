@@ -1,6 +1,7 @@
 """A run that is killed and restarted is the run that was left alone."""
 
 import json
+import os
 import signal
 import time
 
@@ -89,16 +90,28 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
 
 
 @pytest.mark.parametrize(
-  "stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+  ("stop", "workers"),
+  [
+    (signal.SIGTERM, 0),
+    (signal.SIGINT, 0),
+    (signal.SIGHUP, 0),
+    (signal.SIGUSR1, 0),
+    (signal.SIGHUP, 2),
+  ],
 )
-def test_a_signal_saves_first(experiment, tmp_path, whole, stop):
+def test_a_signal_saves_first(experiment, tmp_path, whole, stop, workers):
+  """One to the process group, as a terminal sends it, and so to workers."""
   workdir = tmp_path / "run"
-  process = experiment.start("train.py", f"--workdir={workdir}")
+  process = experiment.start(
+    "train.py", f"--workdir={workdir}", f"--config.data.num_workers={workers}"
+  )
   log = workdir / "metrics.jsonl"
   wait_for(lambda: log.exists() and '"step": 4,' in log.read_text(), process)
-  process.send_signal(stop)
+  os.killpg(process.pid, stop)
   _, err = process.communicate()
-  assert process.returncode == 128 + stop
+  assert process.returncode == 128 + stop, err
+  assert "Traceback" not in err
+  assert err.count("stopped by") == 1
   last = err.splitlines()[-1]
   assert last.startswith(f"train.py: stopped by {stop.name} after step ")
   step = last.split("after step ")[1].split(",")[0]

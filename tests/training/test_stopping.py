@@ -56,6 +56,18 @@ def assert_ended(process, number):
   assert err == f"script: stopped by {number.name}\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_standard_error_is_no_reason_to_go_on(number):
+  process = start()
+  process.stderr.close()
+  process.send_signal(number)
+  try:
+    assert process.wait(120) == 128 + number
+  finally:
+    process.kill()
+    process.communicate()
+
+
 def is_alive(process, seconds=1.0):
   try:
     process.wait(seconds)

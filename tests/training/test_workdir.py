@@ -129,7 +129,10 @@ def test_a_damaged_lock_of_nobody_is_taken(tmp_path, content):
 def test_a_directory_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
   (tmp_path / "run" / "lock").mkdir(parents=True)
-  for path in (tmp_path / "file" / "run", tmp_path / "run"):
+  (tmp_path / "pipe").mkdir()
+  os.mkfifo(tmp_path / "pipe" / "lock")
+  for name in ("file/run", "run", "pipe"):
+    path = tmp_path / name
     with (
       pytest.raises(TrainingError, match=f"cannot write to {path}"),
       WorkdirLock(path),
