@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -34,6 +35,21 @@ def _drop_programs():
     # Otherwise the allocator keeps the memory, which huge pages make worse.
     with contextlib.suppress(OSError, AttributeError):
       ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_signals():
+  """Children do not ignore what `nohup` or a shell's `&` made us ignore."""
+  defaults = {
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+  }
+  ignored = [x for x in defaults if signal.getsignal(x) is signal.SIG_IGN]
+  for number in ignored:
+    signal.signal(number, defaults[number])
+  yield
+  for number in ignored:
+    signal.signal(number, signal.SIG_IGN)
 
 
 def resident_bytes():

@@ -180,17 +180,43 @@ def test_an_evaluation_alone_and_equal_ones(tmp_path, capsys):
   assert page.rows[1][:3] == ["best and last", "moving average", "20"]
 
 
-def test_what_is_damaged_is_left_out_and_named(tmp_path, capsys):
+HUGE = "1" + 400 * "0"
+
+
+@pytest.mark.parametrize("description", ["{", "[" * 100_000])
+def test_what_is_damaged_is_left_out_and_named(tmp_path, capsys, description):
   write(tmp_path, [train(1), train(2), train(40)])
   path = tmp_path / "metrics.jsonl"
-  text = path.read_text() + '"a string"\n[1\n{"step": 4, "ki'
+  text = path.read_text() + '"a string"\n[1\n'
+  text += f'{{"step": {HUGE}, "kind": "train", "loss": 1}}\n{{"step": 4, "ki'
   path.write_text(text)
-  (tmp_path / "run.json").write_text("{")
+  (tmp_path / "run.json").write_text(description)
   page, _ = report(tmp_path, capsys)
-  assert "2 lines of metrics.jsonl are damaged" in page.text
+  assert "3 lines of metrics.jsonl are damaged" in page.text
+  assert "run.json cannot be read" in page.text
   assert "The last line of metrics.jsonl is incomplete" in page.text
   steps, _ = drawn(tmp_path)["Throughput", ""]
   np.testing.assert_array_equal(steps, [1, 2, 40])
+
+
+@pytest.mark.parametrize(
+  "description",
+  [
+    f'{{"epoch_steps": {HUGE}}}',
+    '{"epoch_steps": 5e-324, "config": {"epochs": 1e308}}',
+  ],
+)
+def test_numbers_that_no_float_holds_are_not_drawn(
+  tmp_path, capsys, description
+):
+  write(tmp_path, [train(1), train(2)])
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(
+    path.read_text() + f'{{"step": 3, "kind": "evaluation", "top1": {HUGE}}}\n'
+  )
+  (tmp_path / "run.json").write_text(description)
+  report(tmp_path, capsys)
+  assert (tmp_path / "report.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -410,7 +410,7 @@ class TestWorkers:
     else:
       run.send_signal(number)
     # The pipes close when the last process has gone, the workers among them.
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=600)
     assert run.returncode == -number
     assert errors.count("Traceback") == (whom == "group")
 

@@ -38,16 +38,27 @@ else:
 """
 
 
-def start(*arguments):
-  process = subprocess.Popen(
-    (sys.executable, "-c", SCRIPT, *arguments),
-    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  assert process.stdout.readline() == "ready\n"
-  return process
+@pytest.fixture
+def start():
+  """Starts the script; ends it with the test."""
+  started = []
+
+  def start(*arguments):
+    process = subprocess.Popen(
+      (sys.executable, "-c", SCRIPT, *arguments),
+      env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    started.append(process)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+  yield start
+  for process in started:
+    with process:
+      process.kill()
 
 
 def assert_ended(process, number):
@@ -57,15 +68,11 @@ def assert_ended(process, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_closed_standard_error_is_no_reason_to_go_on(number):
+def test_a_closed_standard_error_is_no_reason_to_go_on(start, number):
   process = start()
   process.stderr.close()
   process.send_signal(number)
-  try:
-    assert process.wait(120) == 128 + number
-  finally:
-    process.kill()
-    process.communicate()
+  assert process.wait(120) == 128 + number
 
 
 def is_alive(process, seconds=1.0):
@@ -79,14 +86,14 @@ def is_alive(process, seconds=1.0):
 @pytest.mark.parametrize(
   "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 )
-def test_before_there_is_anything_to_save_one_ends_it(number):
+def test_before_there_is_anything_to_save_one_ends_it(start, number):
   process = start()
   process.send_signal(number)
   assert_ended(process, number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_one_ends_what_is_compiling(number):
+def test_a_second_one_ends_what_is_compiling(start, number):
   process = start("loop")
   process.send_signal(number)
   assert is_alive(process)
@@ -94,7 +101,7 @@ def test_a_second_one_ends_what_is_compiling(number):
   assert_ended(process, number)
 
 
-def test_a_closed_terminal_may_say_so_twice():
+def test_a_closed_terminal_may_say_so_twice(start):
   process = start("loop", "python")
   process.send_signal(signal.SIGHUP)
   assert process.stdout.readline() == "saving SIGHUP\n"
@@ -105,7 +112,7 @@ def test_a_closed_terminal_may_say_so_twice():
   assert_ended(process, signal.SIGTERM)
 
 
-def test_what_nohup_ignores_stays_ignored():
+def test_what_nohup_ignores_stays_ignored(start):
   process = start("loop", "python", "ignore")
   process.send_signal(signal.SIGHUP)
   assert is_alive(process)
