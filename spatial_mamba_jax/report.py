@@ -415,7 +415,12 @@ def _parse(line: str) -> dict[str, Any] | None:
   step = record.get("step")
   if type(step) is not int or abs(step) > INT32_MAX:
     return None
-  return {k: math.nan if x is None else x for k, x in record.items()}
+  return {k: math.nan if _is_lost(x) else x for k, x in record.items()}
+
+
+def _is_lost(value: Any) -> bool:
+  """Whether a value was not finite, or is an integer that no float holds."""
+  return value is None or (isinstance(value, int) and abs(value) > FLOAT32_MAX)
 
 
 def _number(value: Any) -> float | None:
