@@ -252,7 +252,7 @@ def test_a_failed_run_leaves_nothing_behind(tree, tmp_path, capsys):
   dangling.symlink_to(tree / "nowhere")
   assert prepare(tree, tmp_path / "tfds") == 2
   *_, error = capsys.readouterr().err.splitlines()
-  assert f"No such file or directory: '{dangling}'" in error
+  assert f"{dangling}: No such file or directory" in error
   assert not [path for path in tmp_path.glob("tfds/**/*") if path.is_file()]
   dangling.unlink()
   assert prepare(tree, tmp_path / "tfds") == 0
