@@ -1,10 +1,12 @@
 """Spatial-Mamba in JAX.
 
-import spatial_mamba_jax as smj
-from flax import nnx
+    import spatial_mamba_jax as smj
+    from flax import nnx
 
-model = smj.create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
-logits = model(images)  # [B, H, W, 3], normalised -> [B, 1000]
+    model = smj.create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
+    logits = model(images)
+
+The images are normalised [B, H, W, 3], the logits [B, 1000].
 """
 
 from spatial_mamba_jax import convert
@@ -18,6 +20,7 @@ from spatial_mamba_jax.models import (
   SpatialMamba,
   SpatialMambaBackbone,
   States,
+  StructureAwareConfig,
   block_states,
   create_backbone,
   create_model,
@@ -29,6 +32,7 @@ __all__ = [
   "SpatialMamba",
   "SpatialMambaBackbone",
   "States",
+  "StructureAwareConfig",
   "block_states",
   "convert",
   "create_backbone",

@@ -15,16 +15,14 @@ from jax import export
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.export.__main__ import main
-from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.tasks.base import Evaluation
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.checkpoint import Checkpoints
-from spatial_mamba_jax.training.config import (
-  ModelSection,
-  TrainConfig,
-  to_dict,
-)
-from spatial_mamba_jax.training.evaluation import Evaluation
+from spatial_mamba_jax.training.config import ModelSection, TrainConfig
+from spatial_mamba_jax.training.experiment import to_dict
 from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
-from spatial_mamba_jax.training.state import PureModel, initial_state
+from spatial_mamba_jax.training.state import initial_state
 
 # What someone runs who was given the file alone.
 STRANGER = """
@@ -128,14 +126,17 @@ def test_a_wrong_call_is_explained_and_keeps_the_old_file(tmp_path):
 
 
 @pytest.fixture
-def checkpoints(tmp_path, monkeypatch):
+def checkpoints(tmp_path):
   """A run's directory of two checkpoints, of which the first is better."""
-  small = models.ModelConfig(dims=(4, 4), depths=(1, 2))
-  monkeypatch.setitem(models._PRESETS, "tests", small)
-  config = TrainConfig(model=ModelSection(name="tests", num_classes=3))
-  model = PureModel(config.model.build())
+  config = TrainConfig(
+    task=ClassificationConfig(num_classes=3),
+    model=ModelSection(dims=(4, 4), depths=(1, 2)),
+  )
+  task = config.create_task()
+  model = PureModel(task.network)
+  times = config.count_steps(config.batch_size)
   schedule = make_schedule(
-    config.optimizer, batch_size=8, epochs=config.epochs, epoch_steps=1
+    config.optimizer, batch_size=8, warmup_steps=times.warmup, steps=times.steps
   )
   optimizer = make_optimizer(
     config.optimizer, schedule, model.decays, model.layers
@@ -144,10 +145,9 @@ def checkpoints(tmp_path, monkeypatch):
   with Checkpoints(directory) as manager:
     for step, top1 in ((1, 0.9), (2, 0.1)):
       weights = model.init(jax.random.key(step))
-      state = initial_state(weights, optimizer).replace(step=jnp.int32(step))
-      evaluation = Evaluation(
-        top1, 1.0, loss=1.0, ece=0.1, images=8, undecided=0, unreadable=0
-      )
+      state = initial_state(weights, optimizer, task.sums)
+      state = state.replace(step=jnp.int32(step))
+      evaluation = Evaluation(top1, {"top1": top1}, f"top-1 {top1:.2%}")
       manager.save(state, to_dict(config))
       manager.add_evaluation(step, evaluation)
   return directory, model
@@ -169,9 +169,12 @@ def test_the_command(checkpoints, tmp_path, monkeypatch, capsys):
   batch = images_of(2, 16, 8)
   weights = model.init(jax.random.key(1))
   call = export.deserialize(bytearray(out.read_bytes())).call
-  np.testing.assert_allclose(
-    call(batch), jax.jit(model.evaluate)(weights, batch), atol=1e-5, rtol=0
-  )
+
+  @jax.jit
+  def logits(weights):
+    return model.apply(weights, lambda network: network(batch), train=False)[0]
+
+  np.testing.assert_allclose(call(batch), logits(weights), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from spatial_mamba_jax.convert.files import (
 )
 from spatial_mamba_jax.convert.names import from_torch, to_torch
 from spatial_mamba_jax.convert.pretrained import save_pretrained
+from spatial_mamba_jax.convert.pretrained_config import flat_fields
 from spatial_mamba_jax.convert.safetensors_file import (
   import_safetensors,
   write_safetensors,
@@ -51,7 +52,8 @@ from spatial_mamba_jax.errors import (
   silence_threads,
   tell,
 )
-from spatial_mamba_jax.models.spatial_mamba import SpatialMamba, Trunk
+from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.spatial_mamba import SpatialMamba
 from spatial_mamba_jax.paths import local_path
 
 # What may be wrong with paths, files and packages, and with what files claim.
@@ -124,7 +126,7 @@ def convert(
   _write(model, dst)
   config = model.config
   said = f"{dst}: {type(model).__name__} of dims {config.dims}, depths"
-  said += f" {config.depths}, d_state {config.d_state}"
+  said += f" {config.depths}, d_state {flat_fields(config)['d_state']}"
   if isinstance(model, SpatialMamba):
     said += f", {config.num_classes} classes"
     said += ", no bias in the head" * (model.head.bias is None)
@@ -170,8 +172,8 @@ def _write(model: Trunk, dst: pathlib.Path) -> None:
       " directory with another name than a number, or to a .safetensors"
     )
   else:
+    from spatial_mamba_jax.models.pure import PureModel
     from spatial_mamba_jax.training.checkpoint import Checkpoints
-    from spatial_mamba_jax.training.state import PureModel
 
     tensors = with_head_bias(to_torch(model))
     classifier = abstract_model(model.config)

@@ -11,16 +11,18 @@ import numpy as np
 from flax import nnx
 
 from spatial_mamba_jax.convert.messages import listed
+from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import linear
+from spatial_mamba_jax.models.mixers import StructureAwareConfig
 from spatial_mamba_jax.models.norms import BatchNorm
 from spatial_mamba_jax.models.spatial_mamba import (
   SpatialMamba,
   SpatialMambaBackbone,
-  Trunk,
 )
 
 _BLOCK = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,4})\.")
+_STEM = "patch_embed.conv1.conv.weight"
 # Of all stages. The base model has 32; each takes a millisecond to make.
 _MAX_BLOCKS = 1000
 
@@ -56,6 +58,7 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
   dims = tuple(
     _shape(state_dict, _first(i) + "ln_1.weight", 1)[0] for i in stages
   )
+  in_channels = _shape(state_dict, _STEM, 4)[1]
   inner, d_state = _shape(state_dict, _first(0) + "self_attention.A_logs", 2)
   expand = inner // dims[0]
   for i, dim in enumerate(dims):
@@ -76,9 +79,9 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
     return ModelConfig(
       dims=dims,
       depths=tuple(depths[i] for i in stages),
+      in_channels=in_channels,
       num_classes=num_classes,
-      d_state=d_state,
-      expand=expand,
+      mixer=StructureAwareConfig(d_state=d_state, expand=expand),
       mlp_ratio=_mlp_ratio(dims, hidden),
     )
   except ValueError as error:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from spatial_mamba_jax.convert.messages import listed
-from spatial_mamba_jax.models.spatial_mamba import Trunk
+from spatial_mamba_jax.models.backbone import Trunk
 
 # What tools of PyTorch leave among the weights: thop's profile of each module,
 # and how often torch.optim.swa_utils has averaged.

@@ -23,6 +23,7 @@ from spatial_mamba_jax.convert.names import (
 from spatial_mamba_jax.convert.pretrained_config import (
   CONFIG,
   config_text,
+  flat_fields,
   read_config,
 )
 from spatial_mamba_jax.convert.safetensors_file import (
@@ -30,16 +31,18 @@ from spatial_mamba_jax.convert.safetensors_file import (
   read_safetensors,
   write_safetensors,
 )
+from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.spatial_mamba import (
   SpatialMamba,
   SpatialMambaBackbone,
-  Trunk,
 )
 from spatial_mamba_jax.paths import local_path
 
 # What changes neither the weights nor their shapes.
-_OVERRIDES = ("drop_path_rate", "dtype", "implementation")
+_OVERRIDES = (
+  *("drop_path_rate", "dtype", "implementation", "layer_implementation"),
+)
 
 _CARD = """\
 ---
@@ -123,8 +126,9 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
 
   Args:
     path: a directory with `config.json` and `model.safetensors`.
-    **overrides: `drop_path_rate`, `dtype` or `implementation` of
-      `ModelConfig`, in place of what the directory has.
+    **overrides: `drop_path_rate`, `dtype` or `layer_implementation` of
+      `ModelConfig`, or `implementation` of its mixer, in place of what the
+      directory has.
 
   Returns:
     A `SpatialMamba` or `SpatialMambaBackbone`, in eval mode.
@@ -176,8 +180,11 @@ def _described(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
 
 
 def _check_config(config: ModelConfig, inferred: ModelConfig) -> None:
-  for field in ("dims", "depths", "num_classes", "d_state", "expand"):
-    said, found = getattr(config, field), getattr(inferred, field)
+  said_of, found_of = map(flat_fields, (config, inferred))
+  for field in (
+    *("dims", "depths", "in_channels", "num_classes", "d_state", "expand"),
+  ):
+    said, found = said_of[field], found_of[field]
     if said != found:
       raise ValueError(
         f"{CONFIG} has {field} {said}, and {SAFETENSORS} has {found}"
@@ -202,5 +209,5 @@ def _card(
     ),
     dims=config.dims,
     depths=config.depths,
-    d_state=config.d_state,
+    d_state=flat_fields(config)["d_state"],
   )

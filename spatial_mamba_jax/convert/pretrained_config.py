@@ -6,14 +6,15 @@ import math
 import pathlib
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from spatial_mamba_kernels.implementation import Implementation
+from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
 
 from spatial_mamba_jax.convert.json_text import parse_json
 from spatial_mamba_jax.convert.messages import listed, short
 from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.mixers import StructureAwareConfig
 
 CONFIG = "config.json"
 _MODEL_TYPE = "spatial_mamba"
@@ -80,7 +81,9 @@ _RULES = {
     lambda x: _is_number(x) and 0 <= x < 1, "a number of 0 or more, below 1"
   ),
   "dtype": _one_of(*_DTYPES),
-  "implementation": _one_of(None, *get_args(Implementation)),
+  "in_channels": _integer(),
+  "implementation": _one_of(None, *IMPLEMENTATIONS),
+  "layer_implementation": _one_of(None, "xla"),
   "remat": _one_of(None, True, False),
   "model_type": _one_of(_MODEL_TYPE),
   "architectures": _Rule(
@@ -94,8 +97,9 @@ def config_text(
   config: ModelConfig, out_indices: tuple[int, ...], class_name: str
 ) -> str:
   """What `read_config` reads."""
-  fields = dataclasses.asdict(config)
-  del fields["implementation"]  # What is best depends on the device.
+  fields = flat_fields(config)
+  # What is best depends on the device.
+  del fields["implementation"], fields["layer_implementation"]
   fields["dtype"] = jnp.dtype(config.dtype).name
   if out_indices:
     del fields["num_classes"]
@@ -127,13 +131,23 @@ def read_config(
     stages = len(fields["dims"])
     if any(i >= stages for i in out_indices):
       raise ValueError(f"out_indices {out_indices} are not of {stages} stages")
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    return (
-      ModelConfig(**{k: x for k, x in fields.items() if k in names}),
-      out_indices,
-    )
+    mixer = StructureAwareConfig(**_taken(fields, StructureAwareConfig))
+    config = ModelConfig(mixer=mixer, **_taken(fields, ModelConfig))
+    return config, out_indices
   except ValueError as error:
     raise ValueError(f"{path} is of no Spatial-Mamba: {error}") from error
+
+
+def flat_fields(config: ModelConfig) -> dict[str, Any]:
+  """The fields of an architecture and of its mixer, in one dictionary."""
+  fields = dataclasses.asdict(config)
+  of_mixer = fields.pop("mixer")
+  return {**fields, **of_mixer}
+
+
+def _taken(fields: dict[str, Any], kind: type) -> dict[str, Any]:
+  names = {field.name for field in dataclasses.fields(kind)}
+  return {name: value for name, value in fields.items() if name in names}
 
 
 def _read(path: pathlib.Path) -> bytes:

@@ -25,9 +25,9 @@ from contextlib import suppress
 import jax
 from flax import nnx
 from jax import export
+from spatial_mamba_kernels.by_platform import PLATFORMS as KERNELS
 
-from spatial_mamba_jax.models.spatial_mamba import Trunk
-from spatial_mamba_jax.models.ssm import StructureAwareSSM
+from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.paths import local_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -44,7 +44,7 @@ def export_model(
   The file holds one program for CPUs, NVIDIA's GPUs and TPUs, for batches of
   any size, and the weights once: 101 MiB for tiny. JAX reads it for at least
   six months of its releases. It takes what the model takes, normalised images
-  [B, H, W, 3], and returns what the model returns; its `in_avals` and
+  [B, H, W, in_channels], and returns what the model returns; its `in_avals` and
   `out_avals` say their types.
 
   It has no Pallas kernels: those are made for one batch size, and those for
@@ -67,7 +67,9 @@ def export_model(
   path = local_path(path)
   if not model.deterministic:
     raise ValueError("export is for inference: call model.eval() first")
-  shape = export.symbolic_shape(f"b, {_height_and_width(image_size)}, 3")
+  channels = model.config.in_channels
+  sides = _height_and_width(image_size)
+  shape = export.symbolic_shape(f"b, {sides}, {channels}")
   images = jax.ShapeDtypeStruct(shape, model.config.param_dtype)
   check_destination(path)
   program = _with_no_kernels(model)
@@ -113,7 +115,7 @@ def _with_no_kernels(model: Trunk) -> Trunk:
   """The model with XLA's best operators, as none serves any batch size."""
   model = nnx.clone(model)
   for _, module in nnx.iter_graph(model):
-    if isinstance(module, StructureAwareSSM):
+    if getattr(module, "implementation", None) in KERNELS:
       module.implementation = None
   return model
 

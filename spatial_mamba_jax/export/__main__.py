@@ -17,7 +17,7 @@ from spatial_mamba_jax.errors import (
   tell,
 )
 from spatial_mamba_jax.export import check_destination, export_model
-from spatial_mamba_jax.models.spatial_mamba import Trunk
+from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.paths import local_path
 
 

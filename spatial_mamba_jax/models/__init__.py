@@ -1,13 +1,13 @@
 """Spatial-Mamba as Flax NNX modules."""
 
-from spatial_mamba_jax.models.config import ModelConfig, list_models
+from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.create import create_backbone, create_model
+from spatial_mamba_jax.models.mixers import States, StructureAwareConfig
+from spatial_mamba_jax.models.presets import list_models
 from spatial_mamba_jax.models.spatial_mamba import (
   SpatialMamba,
   SpatialMambaBackbone,
-  create_backbone,
-  create_model,
 )
-from spatial_mamba_jax.models.ssm import States
 from spatial_mamba_jax.models.states import block_states
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
   "SpatialMamba",
   "SpatialMambaBackbone",
   "States",
+  "StructureAwareConfig",
   "block_states",
   "create_backbone",
   "create_model",

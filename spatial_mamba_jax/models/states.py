@@ -5,8 +5,9 @@ Axis letters: B batch, H and W height and width, D inner channels, N states.
 
 from jax.typing import ArrayLike
 
-from spatial_mamba_jax.models.spatial_mamba import Trunk, check_images
-from spatial_mamba_jax.models.ssm import States
+from spatial_mamba_jax.models.backbone import Trunk, check_images
+from spatial_mamba_jax.models.mixers.structure_aware import States
+from spatial_mamba_jax.models.spatial_mamba import Block
 
 
 def block_states(
@@ -44,9 +45,12 @@ def block_states(
     )
   if not model.deterministic:
     raise ValueError("states are those of inference: call model.eval() first")
-  x = model.stem(check_images(images).astype(model.config.dtype))
+  channels, dtype = model.config.in_channels, model.config.dtype
+  x = model.stem(check_images(images, channels).astype(dtype))
   for i in range(stage):
     x = model.downsamples[i](model.stages[i](x))
   for earlier in model.stages[stage].blocks[:block]:
     x = earlier(x)
-  return model.stages[stage].blocks[block].states(x)
+  last = model.stages[stage].blocks[block]
+  assert isinstance(last, Block)
+  return last.states(x)

@@ -121,7 +121,11 @@ def micro_checkpoint(named_weights, tmp_path_factory):
 def small():
   """A classifier of two stages that no preset has."""
   config = smj.ModelConfig(
-    dims=(4, 4), depths=(1, 2), num_classes=3, d_state=2, mlp_ratio=3.3
+    dims=(4, 4),
+    depths=(1, 2),
+    num_classes=3,
+    mixer=smj.StructureAwareConfig(d_state=2),
+    mlp_ratio=3.3,
   )
   return smj.SpatialMamba(config, rngs=nnx.Rngs(0))
 

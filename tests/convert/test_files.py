@@ -59,7 +59,7 @@ def test_the_authors_checkpoint_gives_their_logits(
 def test_presets_are_inferred_from_their_tensors(named_weights, size):
   shapes = named_weights.state_dict_shapes(size)
   tensors = {k: np.broadcast_to(np.float32(0), v) for k, v in shapes.items()}
-  from spatial_mamba_jax.models.config import get_model_config
+  from spatial_mamba_jax.models.presets import get_model_config
 
   expected = get_model_config(f"spatial_mamba_{size}", drop_path_rate=0.0)
   assert infer_config(tensors) == expected
@@ -69,9 +69,13 @@ def test_presets_are_inferred_from_their_tensors(named_weights, size):
 @pytest.mark.parametrize("mlp_ratio", [0.0205, 1.1, 3.3, 4.0])
 def test_all_that_tensors_tell_is_inferred(mlp_ratio):
   config = smj.ModelConfig(
-    dims=(98, 49), depths=(2, 1), num_classes=7, d_state=3, expand=3,
+    dims=(98, 49),
+    depths=(2, 1),
+    in_channels=4,
+    num_classes=7,
+    mixer=smj.StructureAwareConfig(d_state=3, expand=3),
     mlp_ratio=mlp_ratio,
-  )  # fmt: skip
+  )
   model = nnx.eval_shape(lambda: smj.SpatialMamba(config, rngs=nnx.Rngs(0)))
   tensors = smj.convert.to_torch(
     nnx.merge(

@@ -71,7 +71,7 @@ def test_overrides_that_keep_the_weights(small, tmp_path):
     implementation="sequential",
   )
   assert model.config.dtype == jnp.bfloat16
-  assert model.config.implementation == "sequential"
+  assert model.config.mixer.implementation == "sequential"
   assert model.config.drop_path_rates[1] == (0.25, 0.5)
   assert_same_weights(model, small)
   with pytest.raises(ValueError, match="'num_classes' cannot be overridden"):

@@ -125,7 +125,10 @@ def test_hostile_headers_end_in_one_line(tmp_path, capsys, name):
 
 def skeleton(dim, blocks, width):
   """What architectures are inferred from; matrices are of `width` inputs."""
-  shapes = {"head.weight": [3, width]}
+  shapes = {
+    "head.weight": [3, width],
+    "patch_embed.conv1.conv.weight": [min(dim // 2, 1000), 3, 3, 3],
+  }
   for i in range(blocks):
     block = f"layers.0.blocks.{i}."
     shapes |= {
@@ -141,9 +144,14 @@ def skeleton(dim, blocks, width):
   ("shapes", "message"),
   [
     (skeleton(4, 1001, 4), "1,001 blocks is not read: 1,000 are allowed"),
-    (skeleton(4, 500, 4), "11527 missing"),
+    (skeleton(4, 500, 4), "11526 missing"),
     (skeleton(10**6, 1, 1), r"is [4, 1] instead of [4000000, 1000000]"),
-    (skeleton(2000, 1, 2000), "50 missing"),
+    (skeleton(2000, 1, 2000), "49 missing"),
+    (
+      {k: x for k, x in skeleton(4, 1, 4).items() if "patch_embed" not in k},
+      "safetensors: these are no weights of a Spatial-Mamba:"
+      " patch_embed.conv1.conv.weight is missing among 5 tensors",
+    ),
     ({"x" * 5_000_000: [1]}, "is missing among 1 tensors (xxx"),
     ({f"{i}.layers.0.blocks.0.self_attention.x": [1] for i in range(20_000)},
      "20,000 models"),

@@ -1,6 +1,7 @@
 """Weights of any kind where training and evaluation read them."""
 
 import pathlib
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,7 +12,8 @@ from flax import nnx
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.convert.__main__ import convert
 from spatial_mamba_jax.data import DataConfig
-from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.config import (
   ModelSection,
@@ -20,22 +22,28 @@ from spatial_mamba_jax.training.config import (
   TrainingError,
 )
 from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
-from spatial_mamba_jax.training.state import PureModel, initial_state
+from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.weights import load_model
 
 
 @pytest.fixture
-def experiment(monkeypatch, small):
+def experiment(small):
   """An experiment on the small model."""
-  monkeypatch.setitem(models._PRESETS, "small", small.config)
+  config = small.config
   return TrainConfig(
-    model=ModelSection(name="small", num_classes=3, d_state=2),
+    task=ClassificationConfig(num_classes=config.num_classes),
+    model=ModelSection(
+      dims=config.dims,
+      depths=config.depths,
+      mixer=config.mixer,
+      mlp_ratio=config.mlp_ratio,
+    ),
     data=DataConfig(
       name="synthetic", image_size=16, synthetic_images=24, synthetic_classes=3
     ),
-    optimizer=OptimizerConfig(warmup_epochs=0),
+    optimizer=OptimizerConfig(warmup="0 epochs"),
     batch_size=8,
-    epochs=1,
+    length="1 epoch",
     evaluation_batch_size=8,
   )
 
@@ -62,13 +70,13 @@ def test_evaluation_takes_every_kind(experiment, sources, small):
     for evaluation in evaluate_checkpoint(experiment, source).values()
   ]
   *same, different = evaluations
-  assert expected.images == 24
+  assert expected.values["images"] == 24
   assert all(evaluation == expected for evaluation in same)
-  assert different.loss != expected.loss
+  assert different.values["loss"] != expected.values["loss"]
 
 
 def test_evaluation_names_what_differs(experiment, sources, tmp_path):
-  experiment.model.d_state = 3
+  experiment.model.mixer.d_state = 3
   for path in sources:
     with pytest.raises(
       TrainingError, match=r"another model than config.model asks for: .*A_log"
@@ -87,9 +95,9 @@ def test_converted_weights_are_no_run_to_resume(experiment, sources):
 
 
 def test_a_run_gives_its_average_or_its_weights(small, tmp_path):
-  pure = PureModel(small.config)
+  pure = PureModel(partial(smj.SpatialMamba, small.config))
   weights = pure.weights_of(small)
-  state = initial_state(weights, optax.adam(1.0))
+  state = initial_state(weights, optax.adam(1.0), ("correct",))
   state = state.replace(ema=jax.tree.map(lambda x: 2 * x, weights))
   with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
     checkpoints.save(state, {})

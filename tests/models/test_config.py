@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_mamba_jax.models.config import ModelConfig, get_model_config
+from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.mixers import StructureAwareConfig
+from spatial_mamba_jax.models.presets import get_model_config
 
 SMALL = ModelConfig(dims=(4, 4), depths=(1, 2))
 
@@ -23,8 +25,6 @@ SMALL = ModelConfig(dims=(4, 4), depths=(1, 2))
     ("depths", (1, 9999), "depths must be at most 1024, got (1, 9999)"),
     ("depths", (1000, 25), "depths must be at most 1024 blocks in all, got"),
     ("num_classes", 10**9, "num_classes must be at most 1048576"),
-    ("d_state", 10**6, "d_state must be at most 1024, got 1000000"),
-    ("expand", 0, "expand must be at least 1, got 0"),
     ("mlp_ratio", math.inf, "mlp_ratio must be at most 64, got inf"),
     ("mlp_ratio", 0.1, "mlp_ratio must leave a hidden channel of 4, got 0.1"),
     ("drop_path_rate", math.nan, "drop_path_rate must be a number, got nan"),
@@ -33,13 +33,54 @@ SMALL = ModelConfig(dims=(4, 4), depths=(1, 2))
     ("dtype", "float31", "dtype must be one of"),
     ("dtype", jnp.complex64, "dtype must be one of"),
     ("dtype", [1], "dtype must be one of"),
-    ("implementation", "cuda", "implementation must be one of sequential, "),
+    ("layer_implementation", "cuda", "layer_implementation must be one of xla"),
+    ("in_channels", 0, "in_channels must be at least 1, got 0"),
   ],
 )
 def test_a_wrong_field_is_named(field, value, message):
   with pytest.raises(ValueError, match="must") as caught:
     dataclasses.replace(SMALL, **{field: value})
   assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("d_state", 10**6, "mixer.d_state must be at most 1024, got 1000000"),
+    ("expand", 0, "mixer.expand must be at least 1, got 0"),
+    ("implementation", "cuda", "mixer.implementation must be one of xla, "),
+    ("stages", 4, "'stages' is no field of a model; "),
+  ],
+)
+def test_fields_of_the_mixer_go_by_their_own_names(field, value, message):
+  with pytest.raises(ValueError, match=r"must|no field") as caught:
+    get_model_config("spatial_mamba_micro", **{field: value})
+  assert str(caught.value).startswith(message)
+  config = get_model_config("spatial_mamba_micro", d_state=3, num_classes=2)
+  assert config.mixer == StructureAwareConfig(d_state=3)
+  assert config.num_classes == 2
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class WithRatio(StructureAwareConfig):
+  """A mixer with a field that the model has, too."""
+
+  mlp_ratio: float = 1.0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Unhashable(StructureAwareConfig):
+  pass
+
+
+def test_a_mixer_keeps_its_fields():
+  mixer = WithRatio(mlp_ratio=2.0)
+  config = get_model_config("spatial_mamba_micro", mixer=mixer, mlp_ratio=3.0)
+  assert (config.mlp_ratio, config.mixer.mlp_ratio) == (3.0, 2.0)
+  with pytest.raises(ValueError, match="Unhashable must be a dataclass"):
+    get_model_config("spatial_mamba_micro", mixer=Unhashable())
+  with pytest.raises(ValueError, match="mixer must be a MixerConfig, got 'x'"):
+    get_model_config("spatial_mamba_micro", mixer="x")
 
 
 def test_numbers_and_sequences_of_numpy_are_taken_by_name():

@@ -13,10 +13,9 @@ from spatial_mamba_kernels.activations import gelu, relu, silu
 from spatial_mamba_kernels.drop_path import drop_path
 
 import spatial_mamba_jax as smj
-from spatial_mamba_jax.models import spatial_mamba
+from spatial_mamba_jax.models import stage as stages
 from spatial_mamba_jax.models.layers import drop_path_scales
 from spatial_mamba_jax.models.norms import LayerNorm
-from spatial_mamba_jax.models.spatial_mamba import Stage
 
 MICRO_SIZES = ["64x64", "50x70"]
 
@@ -326,7 +325,7 @@ def test_layer_norm_in_half_precision():
     )
 
 
-@pytest.mark.parametrize("implementation", [None, "associative"])
+@pytest.mark.parametrize("implementation", [None, "xla"])
 def test_a_model_without_kernels_on_a_gpu(monkeypatch, implementation):
   gpu = types.SimpleNamespace(compute_capability="9.0")
   monkeypatch.setattr(gpu_device, "get_default_device", lambda: gpu)
@@ -337,6 +336,7 @@ def test_a_model_without_kernels_on_a_gpu(monkeypatch, implementation):
     depths=(1, 1),
     dtype="bfloat16",
     implementation=implementation,
+    layer_implementation=implementation,
   )
 
   def loss(images):
@@ -440,7 +440,7 @@ def test_a_wrong_call_is_explained():
 def gradients(config, *, is_stacked):
   """Of a stage in training: the result, the pullback and what it gives."""
   (dim,), (depth,) = config.dims, config.depths
-  stage = Stage(dim, depth, config=config, rngs=nnx.Rngs(0))
+  (stage,) = smj.SpatialMamba(config, rngs=nnx.Rngs(0)).stages
   if is_stacked:
     stage.stack()
   stage.train()
@@ -468,7 +468,7 @@ def test_a_stage_trains_with_remat_or_without(monkeypatch, is_stacked):
     ("gpu", True),
   ):
     device = types.SimpleNamespace(platform=platform)
-    monkeypatch.setattr(spatial_mamba, "get_default_device", lambda d=device: d)
+    monkeypatch.setattr(stages, "get_default_device", lambda d=device: d)
     config = smj.ModelConfig(
       dims=(4,), depths=(2,), dtype="float64", remat=remat
     )

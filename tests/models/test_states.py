@@ -10,7 +10,7 @@ from spatial_mamba_kernels.selective_scan.reference import selective_scan
 from spatial_mamba_kernels.state_fusion.reference import state_fusion
 
 import spatial_mamba_jax as smj
-from spatial_mamba_jax.models.ssm import StructureAwareSSM
+from spatial_mamba_jax.models.mixers import StructureAwareSSM
 
 block_states = nnx.jit(smj.block_states, static_argnames=("stage", "block"))
 

@@ -205,7 +205,7 @@ def _project_apart(arrays: Arrays, *, implementation: str | None) -> Any:
 
 
 projected_operator = Operator(
-  "silu_depthwise_conv",
+  "projected_depthwise_conv",
   _project_apart,
   {"mosaic_gpu": mosaic_gpu.kernel(mosaic_gpu.PROJECTED)},
   mosaic_gpu.PROJECTED_DIMENSIONS,

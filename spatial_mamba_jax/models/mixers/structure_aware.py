@@ -1,23 +1,43 @@
 """The token mixer of Spatial-Mamba."""
 
+import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
+from jax.typing import DTypeLike
 from spatial_mamba_kernels import gpu_device
 from spatial_mamba_kernels.by_platform import keep
+from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
 from spatial_mamba_kernels.typing import Array, Float
 
-from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.fields import choice, number
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   linear,
   uniform_linear,
 )
+from spatial_mamba_jax.models.mixers.base import MixerConfig
 from spatial_mamba_jax.models.norms import LayerNorm
+
+if TYPE_CHECKING:
+  from spatial_mamba_jax.models.config import ModelConfig
+
+# States a channel: four times those of Mamba-2 (arXiv 2405.21060), whose
+# scan does not keep them.
+MAX_STATES = 2**10
+# Inner over outer channels, of the mixer and of the MLP; networks have 1 to 8.
+MAX_EXPANSION = 2**6
+
+
+# (delta, A, B, C): time steps before bias and softplus [B, H, W, D], decays
+# [D, N], input and output projections [B, H, W, N]. No NamedTuple, because
+# `nnx.tabulate` fails at those.
+Operands = tuple[Array, Array, Array, Array]
 
 
 class States(NamedTuple):
@@ -32,11 +52,35 @@ class States(NamedTuple):
   after: Float[Array, "B H W D N"]
 
 
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class StructureAwareConfig(MixerConfig):
+  """The structure-aware SSM (section 3 of arXiv 2410.15091).
+
+  Attributes:
+    d_state: N, states a channel; the authors' models have 1.
+    expand: inner channels, over those of the stage.
+    implementation: of scan and fusion; see `spatial_mamba_kernels`. None for
+      the platform's best.
+  """
+
+  name: ClassVar[str] = "structure_aware"
+
+  d_state: int = number(1, least=1, most=MAX_STATES)
+  expand: int = number(2, least=1, most=MAX_EXPANSION)
+  implementation: str | None = choice(None, among=IMPLEMENTATIONS)
+
+  def create(
+    self, dim: int, variant: Hashable, *, config: "ModelConfig", rngs: nnx.Rngs
+  ) -> "StructureAwareSSM":
+    """Creates the mixer of a block; see `MixerConfig`."""
+    del variant
+    return StructureAwareSSM(dim, self, config=config, rngs=rngs)
+
+
 class StateFusion(nnx.Module):
   """The learned stencil over states; all ones at first, as the authors'."""
 
-  def __init__(self, features: int, *, config: ModelConfig):
-    dtype = config.param_dtype
+  def __init__(self, features: int, *, dtype: DTypeLike):
     self.kernels = nnx.Param(jnp.ones((3, 3, 3, features), dtype))
     self.alpha = nnx.Param(jnp.ones(3, dtype))
 
@@ -49,12 +93,19 @@ class StructureAwareSSM(nnx.Module):
   SSM's output is normalised, gated and projected back.
   """
 
-  def __init__(self, dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
-    inner, rank, n = config.expand * dim, config.dt_rank(dim), config.d_state
+  def __init__(
+    self,
+    dim: int,
+    mixer: StructureAwareConfig,
+    *,
+    config: "ModelConfig",
+    rngs: nnx.Rngs,
+  ):
+    inner, rank, n = mixer.expand * dim, dt_rank(dim), mixer.d_state
     dtype, param_dtype = config.dtype, config.param_dtype
     kwargs = {"dtype": dtype, "rngs": rngs}
     self.in_proj = linear(dim, 2 * inner, use_bias=False, **kwargs)
-    rest = {"implementation": config.implementation_of_rest, **kwargs}
+    rest = {"implementation": config.layer_implementation, **kwargs}
     self.conv = DepthwiseConv(inner, **rest)
     self.x_proj = uniform_linear(inner, rank + 2 * n, use_bias=False, **kwargs)
     self.dt_proj = uniform_linear(rank, inner, use_bias=False, **kwargs)
@@ -62,11 +113,11 @@ class StructureAwareSSM(nnx.Module):
     log_n = jnp.log(jnp.arange(1, n + 1, dtype=param_dtype))
     self.A_log = nnx.Param(jnp.tile(log_n, (inner, 1)))
     self.D = nnx.Param(jnp.ones(inner, param_dtype))
-    self.fusion = StateFusion(inner, config=config)
+    self.fusion = StateFusion(inner, dtype=param_dtype)
     self.norm = LayerNorm(inner, **rest)
     self.out_proj = linear(inner, dim, use_bias=False, **kwargs)
     self.splits = (rank, rank + n)
-    self.implementation = config.implementation
+    self.implementation = mixer.implementation
 
   def __call__(
     self,
@@ -75,25 +126,30 @@ class StructureAwareSSM(nnx.Module):
   ) -> Float[Array, "B H W C"]:
     """The branch of `x`, times `branch_scale` (see `drop_path_scales`)."""
     x, z = self._project(x)
-    u, delta, A, B, C = self._select(x)
-    y = smk.structure_aware_ssm(
-      u,
-      delta,
-      A,
-      B,
-      C,
+    y = self.mix(*self._select(x))
+    return keep(self.out_proj(self.norm.gated(y, z, branch_scale)))
+
+  def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Operands]:
+    """The input u of the SSM, and what the tokens make of it."""
+    return self._select(self._project(x)[0])
+
+  def mix(
+    self, values: Float[Array, "B H W D"], operands: Operands
+  ) -> Float[Array, "B H W D"]:
+    """Scans, fuses and observes (equations 2 to 4 of the paper)."""
+    return smk.structure_aware_ssm(
+      values,
+      *operands,
       self.D[...],
       self.fusion.kernels[...],
       self.fusion.alpha[...],
       delta_bias=self.dt_bias[...],
       implementation=self.implementation,
     )
-    return keep(self.out_proj(self.norm.gated(y, z, branch_scale)))
 
   def states(self, x: Float[Array, "B H W C"]) -> States:
     """The states that `self(x)` observes, which it keeps to itself."""
-    x, _ = self._project(x)
-    u, delta, A, B, _ = self._select(x)
+    u, (delta, A, B, _) = self.select(x)
     batch, height, width, _ = u.shape
 
     def tokens(x):
@@ -128,10 +184,14 @@ class StructureAwareSSM(nnx.Module):
     return [keep(x @ half) for x, half in zip(same, halves, strict=True)]
 
   def _select(self, x):
-    """What the tokens make of the SSM: u, delta, A, B and C."""
     u, projected = self.conv.silu(x, self.x_proj.kernel[...])
     dt_low, B, C = jnp.split(keep(projected), self.splits, axis=-1)
-    return u, self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C
+    return u, (self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C)
+
+
+def dt_rank(dim: int) -> int:
+  """R, the rank of the time-step projection in a stage of `dim` channels."""
+  return math.ceil(dim / 16)
 
 
 def _dt_bias(key, features, dtype):

@@ -1,0 +1,212 @@
+"""Hierarchical networks: a stem, then stages with downsampling between them.
+
+What makes one family of networks is its `Family` of parts; what mixes tokens
+is the mixer of its config.
+
+Axis letters: B batch, H and W height and width, C channels, K classes.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from spatial_mamba_kernels.sharding import check_only_batch_is_split
+from spatial_mamba_kernels.typing import Array, Float
+
+from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.layers import drop_path_scales, linear
+from spatial_mamba_jax.models.mixers.base import Place
+from spatial_mamba_jax.models.norms import LayerNorm
+from spatial_mamba_jax.models.stage import Block, Stage
+
+
+class Family(NamedTuple):
+  """The parts by which one family of networks differs from another.
+
+  Each is a constructor with the keyword arguments `config` and `rngs`.
+
+  Attributes:
+    stem: (dim) -> images to tokens.
+    block: (dim, variant) -> a block; `variant` is its mixer's.
+    downsampling: (dim, dim_out) -> halves height and width.
+  """
+
+  stem: Callable[..., nnx.Module]
+  block: Callable[..., Block]
+  downsampling: Callable[..., nnx.Module]
+
+
+class Trunk(nnx.Module):
+  """Stem, stages and the downsampling between them.
+
+  Attributes:
+    family: what it is made of; a subclass sets it.
+    config: the architecture.
+  """
+
+  family: ClassVar[Family]
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    dims, family = config.dims, self.family
+    self.config = config
+    self.stem = family.stem(dims[0], config=config, rngs=rngs)
+    self.stages = nnx.List(
+      [
+        Stage(
+          partial(_create_block, family, config, dim),
+          [config.mixer.variant(place) for place in places],
+          remat=config.remat,
+          rngs=rngs,
+        )
+        for dim, places in zip(dims, _places(config.depths), strict=True)
+      ]
+    )
+    self.downsamples = nnx.List(
+      [
+        family.downsampling(dim, dim_out, config=config, rngs=rngs)
+        for dim, dim_out in itertools.pairwise(dims)
+      ]
+    )
+    self.deterministic = True
+
+  def _stage_features(
+    self, images: ArrayLike, rngs: nnx.Rngs | None
+  ) -> Iterator[Float[Array, "B H W C"]]:
+    """The tokens that leave each stage, before they are downsampled."""
+    channels = self.config.in_channels
+    x = self.stem(check_images(images, channels).astype(self.config.dtype))
+    scales = self._drop_path_scales(rngs, x.shape[0])
+    for i, stage in enumerate(self.stages):
+      if i > 0:
+        x = self.downsamples[i - 1](x)
+      x = stage(x, scales[i])
+      yield x
+
+  def _drop_path_scales(self, rngs, batch):
+    """What each stage takes."""
+    depths = self.config.depths
+    if self.deterministic or not self.config.drop_path_rate:
+      return [None] * len(depths)
+    if rngs is None:
+      raise ValueError(
+        "training with drop path is random: call model(images,"
+        " rngs=nnx.Rngs(drop_path=key)), or model.eval() first"
+      )
+    rates = list(itertools.chain(*self.config.drop_path_rates))
+    scales = drop_path_scales(rngs.drop_path(), rates, batch)
+    return jnp.split(scales, list(itertools.accumulate(depths[:-1])))
+
+
+def _create_block(family, config, dim, variant, rngs):
+  return family.block(dim, variant, config=config, rngs=rngs)
+
+
+def _places(depths: Sequence[int]) -> Iterator[list[Place]]:
+  """The places of each stage's blocks."""
+  index = itertools.count()
+  for stage, depth in enumerate(depths):
+    yield [Place(stage, block, next(index)) for block in range(depth)]
+
+
+class Classifier(Trunk):
+  """An image classifier: the mean of normalised tokens, and a linear head.
+
+  For forward-mode derivatives see `spatial_mamba_kernels`.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    super().__init__(config, rngs=rngs)
+    dtype = config.param_dtype
+    self.norm = LayerNorm(config.dims[-1], dtype=dtype, rngs=rngs)
+    self.head = linear(
+      config.dims[-1], config.num_classes, dtype=dtype, rngs=rngs
+    )
+
+  def __call__(
+    self, images: ArrayLike, *, rngs: nnx.Rngs | None = None
+  ) -> Float[Array, "B K"]:
+    """Classifies images of any height and width.
+
+    Args:
+      images: [B, H, W, in_channels], floating point, normalised; RGB by
+        ImageNet's mean and standard deviation.
+      rngs: the stream `drop_path`, needed in training mode where
+        `drop_path_rate` is not 0.
+
+    Returns:
+      Logits [B, K], float32 (float64 where the model's dtype is).
+
+    Raises:
+      ValueError: `images` has another shape or type, or `rngs` is missing.
+    """
+    *_, x = self._stage_features(images, rngs)
+    return self.head(jnp.mean(self.norm(x), axis=(1, 2)))
+
+
+class Backbone(Trunk):
+  """Feature maps for detection, segmentation and other dense tasks.
+
+  For forward-mode derivatives see `spatial_mamba_kernels`.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    *,
+    out_indices: Sequence[int] = (0, 1, 2, 3),
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(config, rngs=rngs)
+    stages = range(len(config.dims))
+    if not out_indices or not set(out_indices) <= set(stages):
+      raise ValueError(
+        f"out_indices must be some of the stages {tuple(stages)}, not"
+        f" {tuple(out_indices)}"
+      )
+    self.norms = nnx.Dict(
+      {
+        str(i): LayerNorm(config.dims[i], dtype=config.dtype, rngs=rngs)
+        for i in out_indices
+      }
+    )
+
+  def __call__(
+    self, images: ArrayLike, *, rngs: nnx.Rngs | None = None
+  ) -> list[Float[Array, "B Hi Wi Ci"]]:
+    """Feature maps of images of any height and width.
+
+    Args:
+      images: as for a classifier.
+      rngs: as for a classifier.
+
+    Returns:
+      For each of the model's `out_indices`, in rising order, the normalised
+      features [B, H / (4 * 2**i), W / (4 * 2**i), dims[i]] (rounded up).
+
+    Raises:
+      ValueError: as for a classifier.
+    """
+    return [
+      self.norms[str(i)](x)
+      for i, x in enumerate(self._stage_features(images, rngs))
+      if str(i) in self.norms
+    ]
+
+
+def check_images(images: ArrayLike, channels: int) -> Array:
+  """The images as an array; a ValueError where they cannot be."""
+  array = jnp.asarray(images)
+  if array.ndim != 4 or array.shape[-1] != channels or not array.size:
+    raise ValueError(
+      f"images must have shape [B, H, W, {channels}], not {list(array.shape)}"
+    )
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise ValueError(
+      f"images must be floating point and normalised, not {array.dtype}"
+    )
+  check_only_batch_is_split(array)
+  return array

@@ -1,0 +1,17 @@
+"""Token mixers: one file a mixer, each behind the interface of `base`."""
+
+from spatial_mamba_jax.models.mixers.base import Mixer, MixerConfig, Place
+from spatial_mamba_jax.models.mixers.structure_aware import (
+  States,
+  StructureAwareConfig,
+  StructureAwareSSM,
+)
+
+__all__ = [
+  "Mixer",
+  "MixerConfig",
+  "Place",
+  "States",
+  "StructureAwareConfig",
+  "StructureAwareSSM",
+]

@@ -1,0 +1,87 @@
+"""The named architectures, as the authors' configs give them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.fields import show, suggestion
+from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.mixers.base import MixerConfig
+
+_PRESETS = {
+  # Ours, for tests and small images.
+  "spatial_mamba_micro": ModelConfig(
+    dims=(16, 32, 64, 128), depths=(1, 1, 2, 1), num_classes=10
+  ),
+  "spatial_mamba_tiny": ModelConfig(
+    dims=(64, 128, 256, 512), depths=(2, 4, 8, 4), drop_path_rate=0.2
+  ),
+  "spatial_mamba_small": ModelConfig(
+    dims=(64, 128, 256, 512), depths=(2, 4, 21, 5), drop_path_rate=0.3
+  ),
+  "spatial_mamba_base": ModelConfig(
+    dims=(96, 192, 384, 768), depths=(2, 4, 21, 5), drop_path_rate=0.5
+  ),
+}
+
+
+def list_models() -> list[str]:
+  """The names that `create_model` and `create_backbone` take."""
+  return sorted(_PRESETS)
+
+
+def _plain(value: Any) -> Any:
+  """Python's numbers and tuples, in place of NumPy's numbers and of lists."""
+  if isinstance(value, np.generic | np.ndarray):
+    value = value.tolist()
+  return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def get_model_config(name: str, **overrides: Any) -> ModelConfig:
+  """A named architecture, with some of its fields replaced.
+
+  Args:
+    name: one of `list_models()`.
+    **overrides: fields of `ModelConfig`, or of its mixer's config: `d_state=2`
+      is short for `mixer=StructureAwareConfig(d_state=2)`.
+
+  Raises:
+    ValueError: the name, a field or a value is wrong, or the dtype is float64
+      while JAX computes in no more than float32.
+  """
+  if name not in list_models():
+    raise UserError(
+      f"no model is named {show(name)}: choose from {', '.join(list_models())}"
+    )
+  overrides = {key: _plain(value) for key, value in overrides.items()}
+  preset = _PRESETS[name]
+  mixer = overrides.pop("mixer", preset.mixer)
+  if not isinstance(mixer, MixerConfig):
+    raise UserError(f"mixer must be a MixerConfig, got {show(mixer)}")
+  fields = [field.name for field in dataclasses.fields(preset)]
+  of_mixer = [
+    field.name
+    for field in dataclasses.fields(mixer)
+    if field.name not in fields
+  ]
+  for key in overrides:
+    if key not in (*fields, *of_mixer):
+      raise UserError(
+        f"{key!r} is no field of a model{suggestion(key, fields + of_mixer)}"
+      )
+  mixer = dataclasses.replace(
+    mixer, **{k: overrides.pop(k) for k in of_mixer if k in overrides}
+  )
+  config = dataclasses.replace(preset, mixer=mixer, **overrides)
+  if jax.dtypes.canonicalize_dtype(config.dtype) != config.dtype:
+    raise UserError(
+      "dtype must be float32 or narrower unless JAX_ENABLE_X64=1 is in the"
+      " environment, got float64"
+    )
+  if "dtype" in overrides:
+    config = dataclasses.replace(config, dtype=jnp.dtype(config.dtype))
+  return config

@@ -1,0 +1,236 @@
+"""A network as pure functions over its weights."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import flax.struct
+import jax
+import numpy as np
+from flax import nnx
+from spatial_mamba_kernels.typing import Array
+
+from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.stage import Stage
+
+T = TypeVar("T")
+
+# {path: array}, e.g. of "stages.0.blocks.mixer.in_proj.kernel" of all blocks of
+# the stage. No stricter, because JAX and orbax rebuild trees with shapes or
+# options for arrays.
+Arrays = Any
+
+# The path of a weight of all blocks of a stage: no index follows "blocks".
+_STACKED = re.compile(r"((?:^|.*\.)stages\.\d+\.blocks)\.(?!\d+\.)(.*)")
+# The parts of a backbone that have learning rates of their own, and those that
+# have the head's.
+_LAYERED = ("stem", "stages", "downsamples")
+_NORMS = ("norm", "norms")
+
+
+@flax.struct.dataclass
+class Weights:
+  """What a model needs to be applied.
+
+  Attributes:
+    params: {path: array} that the optimizer changes.
+    stats: {path: array}, the running statistics of BatchNorm.
+  """
+
+  params: Arrays
+  stats: Arrays
+
+
+class PureModel:
+  """A network as functions over `Weights`, alike blocks of a stage stacked.
+
+  Attributes:
+    shapes: the weights' shapes and types.
+    decays: {path of a parameter that is trained: whether it, or one block's
+      part of it, has two dimensions or more}.
+    layers: {path: number of the layer}, 0 for the stem of a backbone, then a
+      number for each of its blocks (an array for the blocks of a stage); the
+      last one for all else.
+  """
+
+  def __init__(
+    self,
+    create: Callable[..., nnx.Module],
+    *,
+    linear_probe: bool = False,
+  ):
+    """Traces the network; computes nothing.
+
+    Args:
+      create: (rngs=nnx.Rngs) -> the network, in whatever mode. Its backbone may
+        lie under any path.
+      linear_probe: whether the backbone stays as it is: its parameters are not
+        trained, and it computes as in eval mode, BatchNorm and drop path
+        included.
+    """
+    self._create = create
+    model = self.abstract()
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+      if not isinstance(variable, nnx.Param | nnx.BatchStat):
+        raise ValueError(
+          f"{_name(path)} is neither a parameter nor a statistic of BatchNorm:"
+          " give random streams (rngs) to the network's call"
+        )
+    self.shapes = jax.eval_shape(_weights_of, *nnx.split(model))
+    trunks = {
+      ".".join(map(str, path)): module
+      for path, module in nnx.iter_graph(model)
+      if isinstance(module, Trunk)
+    }
+    stacked = nnx.eval_shape(lambda: _stack(self._fresh()))
+    self._paths = {
+      _name(path): (path, type(variable))
+      for path, variable in nnx.to_flat_state(nnx.state(stacked))
+    }
+    self.decays = {
+      name: x.ndim - is_stacked(name) > 1
+      for name, x in self.shapes.params.items()
+      if not (linear_probe and _trunk_part(name, trunks))
+    }
+    self.layers = _layers(self.shapes.params, trunks)
+    stacked.eval()
+    self._eval_graphdef = nnx.graphdef(stacked)
+    stacked.train()
+    if linear_probe:
+      for _, module in nnx.iter_graph(stacked):
+        if isinstance(module, Trunk):
+          module.eval()
+    self._train_graphdef = nnx.graphdef(stacked)
+
+  def _fresh(self, key: Any = 0) -> nnx.Module:
+    return self._create(rngs=nnx.Rngs(key))
+
+  def abstract(self) -> nnx.Module:
+    """The network as shapes alone."""
+    return nnx.eval_shape(self._fresh)
+
+  def init(self, key: Array) -> Weights:
+    """Fresh weights, to be called under `jit`."""
+    return self.weights_of(self._fresh(key))
+
+  @staticmethod
+  def weights_of(model: nnx.Module) -> Weights:
+    """The weights of a network like this one."""
+    return _weights_of(*nnx.split(model))
+
+  def bind(self, weights: Weights) -> Any:
+    """A network with these weights, in eval mode."""
+    model = self.abstract()
+    arrays = unstacked(weights)
+    state = [
+      (path, type(variable)(arrays[_name(path)]))
+      for path, variable in nnx.to_flat_state(nnx.state(model))
+    ]
+    nnx.update(model, nnx.from_flat_state(state))
+    model.eval()
+    return model
+
+  def trained(self, params: Arrays) -> Arrays:
+    """Those of the parameters that training changes."""
+    return {name: params[name] for name in self.decays}
+
+  def apply(
+    self, weights: Weights, function: Callable[[Any], T], *, train: bool
+  ) -> tuple[T, Arrays]:
+    """Calls a function with the network.
+
+    Args:
+      weights: of the network.
+      function: whatever is to be computed with it.
+      train: whether the network is in training mode, or in eval mode.
+
+    Returns:
+      The function's result, and the network's statistics after it.
+    """
+    graphdef = self._train_graphdef if train else self._eval_graphdef
+    arrays = {**weights.params, **weights.stats}
+    state = nnx.from_flat_state(
+      [(path, kind(arrays[name])) for name, (path, kind) in self._paths.items()]
+    )
+    model = nnx.merge(graphdef, state)
+    return function(model), _arrays(model, nnx.BatchStat)
+
+
+def is_stacked(name: str) -> bool:
+  """Whether a path is of the weights of all blocks of a stage."""
+  return _STACKED.fullmatch(name) is not None
+
+
+def unstacked(weights: Weights) -> dict[str, Array]:
+  """{path in a network: array}, of each block by itself."""
+  arrays = {}
+  for name, array in {**weights.params, **weights.stats}.items():
+    match = _STACKED.fullmatch(name)
+    if match is None:
+      arrays[name] = array
+      continue
+    for i, of_block in enumerate(array):
+      arrays[f"{match[1]}.{i}.{match[2]}"] = of_block
+  return arrays
+
+
+def _weights_of(graphdef: Any, state: Any) -> Weights:
+  model = _stack(nnx.merge(graphdef, state))
+  return Weights(_arrays(model, nnx.Param), _arrays(model, nnx.BatchStat))
+
+
+def _stack(model: nnx.Module) -> nnx.Module:
+  stages = [x for _, x in nnx.iter_graph(model) if isinstance(x, Stage)]
+  for stage in stages:
+    stage.stack()
+  return model
+
+
+def _arrays(model: nnx.Module, kind: type) -> Arrays:
+  return {
+    _name(path): variable[...]
+    for path, variable in nnx.to_flat_state(nnx.state(model, kind))
+  }
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return ".".join(map(str, path))
+
+
+def _trunk_part(
+  name: str, trunks: Mapping[str, Trunk]
+) -> tuple[Trunk, list[str]] | None:
+  """The backbone that a parameter is part of, and its path there."""
+  for prefix, trunk in trunks.items():
+    if not prefix or name.startswith(f"{prefix}."):
+      parts = name.removeprefix(f"{prefix}." if prefix else "").split(".")
+      if parts[0] in (*_LAYERED, *_NORMS):
+        return trunk, parts
+  return None
+
+
+def _layers(
+  params: Mapping[str, Any], trunks: Mapping[str, Trunk]
+) -> dict[str, int | np.ndarray]:
+  deepest = max((sum(x.config.depths) for x in trunks.values()), default=0)
+  layers = {}
+  for name in params:
+    layers[name] = 1 + deepest
+    if found := _trunk_part(name, trunks):
+      trunk, parts = found
+      if parts[0] in _LAYERED:
+        layers[name] = _layer(parts, trunk.config.depths)
+  return layers
+
+
+def _layer(parts: list[str], depths: tuple[int, ...]) -> int | np.ndarray:
+  """The layer of a parameter of a backbone, by its path."""
+  if parts[0] == "stem":
+    return 0
+  stage = int(parts[1])
+  first = 1 + sum(depths[:stage])
+  if parts[0] == "downsamples":  # Belongs to the block after it.
+    return first + depths[stage]
+  if parts[3].isdecimal():
+    return first + int(parts[3])
+  return first + np.arange(depths[stage])
