@@ -1,6 +1,6 @@
 """Trains: `python train.py --config=configs/digits.py --workdir=runs/digits`.
 
-Every field of the config can be overridden (`--config.epochs=10`,
+Every field of the config can be overridden (`--config.length="10 epochs"`,
 `--config.optimizer.learning_rate=1e-3`); `spatial_mamba_jax/training/config.py`
 and `spatial_mamba_jax/data/config.py` explain them. A run that was stopped is
 resumed by the same command.

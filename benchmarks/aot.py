@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from spatial_mamba_kernels.by_platform import Kernel
 from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
 from spatial_mamba_kernels.gpu_tokens import Tokens
-from spatial_mamba_kernels.implementation import Implementation
+from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import gpu_weights
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
@@ -53,7 +53,6 @@ from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as tpu_ssm
 
 from benchmarks import gpu_code, hlo, network, tpu_code
 from benchmarks.gpu_targets import TARGETS as GPUS
-from spatial_mamba_jax.training.state import state_shapes
 
 # A host of one v5e that is not there either. Nothing is computed, so processes
 # may share it.
@@ -160,7 +159,7 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     platform,
   )
   operands = jax.tree.map(placed, operands)
-  record, text = _compile(function, operands, platform)
+  record, text = _compile(jax.jit(function), operands, platform)
   arrays = operands[0]
   passes = KERNELS[platform][arguments.op].passes
   forward = partial(passes.forward, save=False)
@@ -321,7 +320,7 @@ def inference(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     (state, images),
   )
   platform = platform_of(arguments.target)
-  record, text = _compile(function, operands, platform)
+  record, text = _compile(jax.jit(function), operands, platform)
   _write_text(arguments, text)
   return record
 
@@ -342,25 +341,12 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     dtype="bfloat16",
     implementation=arguments.implementation,
   )
-  function, model, optimizer = network.training_step(config)
-  whole = NamedSharding(mesh, PartitionSpec())
-  split = NamedSharding(mesh, PartitionSpec("data"))
-  state = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-    state_shapes(model, optimizer),
-  )
-  shape = (config.batch_size, 224, 224, 3)
-  batch = {
-    "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split),
-    "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=split),
-  }
+  program = network.training_program(config, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     record, text = _compile(
-      function,
-      (state, batch),
+      program.train_step,
+      (program.state_shapes, program.batch_shapes),
       platform_of(arguments.target),
-      donate_argnums=0,
-      out_shardings=whole,
     )
   _write_text(arguments, text)
   return record
@@ -395,13 +381,13 @@ def _as_default_device(target):
   return jax.default_device(_mesh(target, 1).devices.item())
 
 
-def _compile(function, arguments, platform, **jit_options):
-  """Compiles; also returns the program's text.
+def _compile(jitted, arguments, platform):
+  """Compiles a jitted function; also returns the program's text.
 
   Its `moved_bytes` are what `hlo` counts: of a kernel, operands and results.
   For a TPU `estimated_cycles` are libtpu's, of all but kernels and copies.
   """
-  lowered = jax.jit(function, **jit_options).lower(*arguments)
+  lowered = jitted.lower(*arguments)
   start = time.perf_counter()
   compiled = lowered.compile()
   seconds = time.perf_counter() - start
@@ -456,7 +442,7 @@ def _parse() -> argparse.Namespace:
     whole.add_argument(
       "--implementation",
       default="",
-      choices=("", *get_args(Implementation)),
+      choices=("", *IMPLEMENTATIONS),
       help="empty: the best",
     )
     whole.add_argument("--text", help="a file for the compiled program")

@@ -9,9 +9,9 @@ What fails, for want of memory say, is listed with its error; the rest goes on,
 in a new process where it crashed or hung.
 
 It writes one JSON file, by default into `benchmarks/results`, of which `python
--m benchmarks.table` makes the README's tables. Needed are jax, flax and optax.
-On a CPU it measures less: the tiny network and the operators of one stage, in
-float32 (`--scale`).
+-m benchmarks.table` makes the tables of `docs/measurements.md`. Needed are jax,
+flax and optax. On a CPU it measures less: the tiny network and the operators of
+one stage, in float32 (`--scale`).
 """
 
 import argparse

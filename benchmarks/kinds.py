@@ -9,6 +9,7 @@ _KINDS = {
   "depthwise_conv": "depthwise convolutions",
   "residual_depthwise_conv": "depthwise convolutions",
   "silu_depthwise_conv": "depthwise convolutions",
+  "projected_depthwise_conv": "depthwise convolutions",
   "relu_depthwise_conv": "depthwise convolutions",
   "DepthwiseConv.": "depthwise convolutions",
   "operator.": "depthwise convolutions",

@@ -8,11 +8,10 @@ and the peak memory of the compiled programs. `timing` has the protocol.
 import argparse
 import dataclasses
 import json
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
-from spatial_mamba_kernels.implementation import Implementation
+from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
 
 import spatial_mamba_jax as smj
 from benchmarks import network, timing
@@ -75,7 +74,7 @@ def _parse() -> argparse.Namespace:
   parser.add_argument(
     "--implementation",
     default="",
-    choices=("", *get_args(Implementation)),
+    choices=("", *IMPLEMENTATIONS),
     help="default: the platform's best",
   )
   parser.add_argument(

@@ -13,22 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 import spatial_mamba_jax as smj
 from benchmarks import timing
-from spatial_mamba_jax.training.config import ModelSection, TrainConfig
-from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
-from spatial_mamba_jax.training.preprocess import make_preprocess
-from spatial_mamba_jax.training.state import (
-  PureModel,
-  create_state,
-  state_shapes,
+from spatial_mamba_jax.models.mixers.structure_aware import (
+  StructureAwareConfig,
+  dt_rank,
 )
-from spatial_mamba_jax.training.step import make_train_step
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
+from spatial_mamba_jax.training.config import ModelSection, TrainConfig
+from spatial_mamba_jax.training.program import Program, make_program
 
 PROGRAMS = ("inference", "train")
+# Implementations of the mixer for which the layers have no kernels either.
+_NO_KERNELS = ("xla", "sequential", "associative")
 IMAGENET_IMAGES = 1_281_167
 
 
@@ -54,38 +54,25 @@ def experiment(
 ) -> TrainConfig:
   """The published recipe's first quarter, before MESA begins."""
   return TrainConfig(
+    task=ClassificationConfig(num_classes=1000),
     model=ModelSection(
       name=model,
-      num_classes=1000,
       drop_path_rate=0.2,
       dtype=dtype,
-      implementation=implementation,
+      mixer=StructureAwareConfig(implementation=implementation or None),
+      layer_implementation="xla" if implementation in _NO_KERNELS else None,
     ),
     batch_size=batch_size,
-    epochs=300,
+    length="300 epochs",
     mesa_weight=0.0,
   )
 
 
-def training_step(
-  config: TrainConfig,
-) -> tuple[Callable[..., Any], PureModel, optax.GradientTransformation]:
-  """(state, batch) -> state, not yet jitted; its model and its optimizer."""
-  epoch_steps = IMAGENET_IMAGES // config.batch_size
-  schedule = make_schedule(
-    config.optimizer,
-    batch_size=config.batch_size,
-    epochs=config.epochs,
-    epoch_steps=epoch_steps,
-  )
-  model = PureModel(config.model.build())
-  optimizer = make_optimizer(
-    config.optimizer, schedule, model.decays, model.layers
-  )
-  step = make_train_step(
-    model, optimizer, make_preprocess(config), config, epoch_steps=epoch_steps
-  )
-  return step, model, optimizer
+def training_program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
+  """What trains on ImageNet; by default on JAX's first device."""
+  if mesh is None:
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+  return make_program(config, mesh, train_examples=IMAGENET_IMAGES)
 
 
 def inference(config: TrainConfig) -> tuple[Callable[..., Any], Any]:
@@ -98,7 +85,7 @@ def inference(config: TrainConfig) -> tuple[Callable[..., Any], Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Compiled:
   """A compiled program, whose arguments are not made yet.
 
   Attributes:
@@ -116,7 +103,7 @@ class Program:
   flops: float
 
 
-def compile_program(name: str, config: TrainConfig, size: int) -> Program:
+def compile_program(name: str, config: TrainConfig, size: int) -> Compiled:
   """Compiles "inference" or the "train" step.
 
   Args:
@@ -130,10 +117,10 @@ def compile_program(name: str, config: TrainConfig, size: int) -> Program:
   flops = config.batch_size * forward_flops(config.model.build(), size)
   if name == "train":
     flops *= 3
-  return Program(compiled, prepare, seconds, config.batch_size, flops)
+  return Compiled(compiled, prepare, seconds, config.batch_size, flops)
 
 
-def measure(program: Program, rate: float) -> Measurement:
+def measure(program: Compiled, rate: float) -> Measurement:
   """Times a program; `rate` is that of matrix products, in FLOP/s."""
   time_of_call = timing.time_calls(program.prepare())
   memory = program.compiled.memory_analysis()
@@ -170,21 +157,21 @@ def _compile_inference(config, size):
 
 
 def _compile_train(config, size):
-  step, model, optimizer = training_step(config)
+  config.data.image_size = size
+  program = training_program(config)
+  shapes = program.state_shapes, program.batch_shapes
+  compiled = program.train_step.lower(*shapes).compile()
 
   def batch():
-    shape = (config.batch_size, size, size, 3)
+    image, label = (program.batch_shapes[name] for name in ("image", "label"))
     return {
-      "image": jax.random.bits(jax.random.key(0), shape, jnp.uint8),
-      "label": jnp.arange(config.batch_size) % config.model.num_classes,
+      "image": jax.random.bits(jax.random.key(0), image.shape, jnp.uint8),
+      "label": jnp.arange(label.size) % config.task.num_classes,
     }
 
-  shapes = state_shapes(model, optimizer), jax.eval_shape(batch)
-  compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
-
   def prepare():
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state, images = create_state(model, optimizer, 0, device), batch()
+    state = program.fresh_state()
+    images = jax.device_put(batch(), program.batch_shapes["image"].sharding)
 
     def call():
       nonlocal state
@@ -257,18 +244,19 @@ def forward_flops(config: smj.ModelConfig, size: int) -> float:
   """
   half = -(-size // 2)
   side = -(-half // 2)
-  dim = config.dims[0]
+  dim, mixer = config.dims[0], config.mixer
+  assert isinstance(mixer, StructureAwareConfig)
   macs = half**2 * (9 * 3 * (dim // 2) + 2 * 9 * (dim // 2) ** 2)
   macs += side**2 * (9 * (dim // 2) * 4 * dim + 4 * dim * dim)
   for i, (dim, depth) in enumerate(
     zip(config.dims, config.depths, strict=True)
   ):
-    inner, rank = config.expand * dim, config.dt_rank(dim)
-    block = 3 * dim * inner + inner * (2 * rank + 2 * config.d_state)
+    inner, rank = mixer.expand * dim, dt_rank(dim)
+    block = 3 * dim * inner + inner * (2 * rank + 2 * mixer.d_state)
     block += 2 * int(config.mlp_ratio * dim) * dim
     # Depthwise convolutions; decay, drive and observation of the states, their
     # fusion by 27 taps; the skip connection.
-    block += 2 * 9 * dim + 9 * inner + (3 + 27) * inner * config.d_state + inner
+    block += 2 * 9 * dim + 9 * inner + (3 + 27) * inner * mixer.d_state + inner
     macs += side**2 * depth * block
     if i + 1 < len(config.dims):
       wide, dim_out = 4 * config.dims[i + 1], config.dims[i + 1]

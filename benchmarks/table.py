@@ -1,4 +1,6 @@
-"""The README's tables of a device: `python -m benchmarks.table FILE`.
+"""The tables of a device, as `docs/measurements.md` has them.
+
+    python -m benchmarks.table FILE
 
 FILE is what `benchmarks.device` wrote.
 """

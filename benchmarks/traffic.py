@@ -18,7 +18,7 @@ import tempfile
 from benchmarks import hlo, network
 from benchmarks import kinds as layers
 from benchmarks.tpu_static import compiled
-from spatial_mamba_jax.models.config import get_model_config
+from spatial_mamba_jax.models.presets import get_model_config
 
 # {program: what it must move}
 PROGRAMS = {

@@ -7,8 +7,11 @@ least 98% top-1, within four minutes on two CPU cores.
 """
 
 from spatial_mamba_jax.data import DataConfig
-from spatial_mamba_jax.training.config import (
+from spatial_mamba_jax.tasks.classification import (
+  ClassificationConfig,
   MixingConfig,
+)
+from spatial_mamba_jax.training.config import (
   ModelSection,
   OptimizerConfig,
   TrainConfig,
@@ -18,9 +21,12 @@ from spatial_mamba_jax.training.config import (
 def get_config() -> TrainConfig:
   """The experiment."""
   return TrainConfig(
-    model=ModelSection(
-      name="spatial_mamba_micro", num_classes=10, drop_path_rate=0.05
+    task=ClassificationConfig(
+      num_classes=10,
+      mixing=MixingConfig(probability=0.0),
+      erasing_probability=0.0,
     ),
+    model=ModelSection(name="spatial_mamba_micro", drop_path_rate=0.05),
     data=DataConfig(
       name="digits",
       image_size=32,
@@ -35,14 +41,12 @@ def get_config() -> TrainConfig:
       warmup_learning_rate=3e-6,
       min_learning_rate=3e-5,
       reference_batch_size=100,
-      warmup_epochs=2,
+      warmup="2 epochs",
     ),
-    mixing=MixingConfig(probability=0.0),
     batch_size=100,
-    epochs=40,
-    erasing_probability=0.0,
+    length="40 epochs",
     ema_decay=0.95,
     evaluation_batch_size=100,
-    evaluate_every=5,
-    log_every=15,
+    evaluate_every="5 epochs",
+    log_every="15 steps",
   )

@@ -10,6 +10,7 @@ benchmarks.ablation` tells what each part does here.
 """
 
 from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.config import (
   ModelSection,
   OptimizerConfig,
@@ -20,9 +21,10 @@ from spatial_mamba_jax.training.config import (
 def get_config() -> TrainConfig:
   """The experiment."""
   return TrainConfig(
-    model=ModelSection(
-      name="spatial_mamba_micro", num_classes=10, drop_path_rate=0.05
+    task=ClassificationConfig(
+      num_classes=10,
     ),
+    model=ModelSection(name="spatial_mamba_micro", drop_path_rate=0.05),
     data=DataConfig(
       name="digits",
       image_size=32,
@@ -37,13 +39,13 @@ def get_config() -> TrainConfig:
       warmup_learning_rate=3e-6,
       min_learning_rate=3e-5,
       reference_batch_size=100,
-      warmup_epochs=3,
+      warmup="3 epochs",
     ),
     batch_size=100,
-    epochs=30,
+    length="30 epochs",
     ema_decay=0.98,
     mesa_weight=1.0,
     evaluation_batch_size=100,
-    evaluate_every=10,
-    log_every=15,
+    evaluate_every="10 epochs",
+    log_every="15 steps",
   )

@@ -7,13 +7,14 @@ from the head down to the stem, so that what was learnt before changes least.
 
     python train.py --config=configs/finetune.py --workdir=runs/mine \
       --config.init_from=FILE --config.data.data_dir=DIR \
-      --config.model.num_classes=K
+      --config.task.num_classes=K
 
 With `--config.linear_probe=True` the head alone is trained, and all else stays
 as it is; `--config.data.image_size=384` fine-tunes at another resolution.
 """
 
 from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.config import (
   ModelSection,
   OptimizerConfig,
@@ -24,9 +25,11 @@ from spatial_mamba_jax.training.config import (
 def get_config() -> TrainConfig:
   """The experiment; augmentation is that of the authors' recipe."""
   return TrainConfig(
+    task=ClassificationConfig(
+      num_classes=1000,
+    ),
     model=ModelSection(
       name="spatial_mamba_tiny",
-      num_classes=1000,
       drop_path_rate=0.2,
       dtype="bfloat16",
     ),
@@ -36,12 +39,12 @@ def get_config() -> TrainConfig:
       warmup_learning_rate=1e-7,
       min_learning_rate=1e-6,
       reference_batch_size=512,
-      warmup_epochs=2,
+      warmup="2 epochs",
       layer_decay=0.8,
     ),
     batch_size=64,
-    epochs=30,
+    length="30 epochs",
     ema_decay=0.999,
     evaluation_batch_size=64,
-    log_every=10,
+    log_every="10 steps",
   )

@@ -11,20 +11,23 @@ has not been reproduced here yet, and how long it takes has not been measured.
 """
 
 from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.config import ModelSection, TrainConfig
 
 
 def get_config() -> TrainConfig:
   """The experiment; all that it does not name is the authors', by default."""
   return TrainConfig(
+    task=ClassificationConfig(
+      num_classes=1000,
+    ),
     model=ModelSection(
       name="spatial_mamba_small",
-      num_classes=1000,
       drop_path_rate=0.3,
       dtype="bfloat16",
     ),
     data=DataConfig(name="imagenet2012", num_workers=16),
     batch_size=1024,
-    epochs=300,
+    length="300 epochs",
     mesa_weight=1.5,
   )

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from spatial_mamba_jax.errors import run_command, tell
 from spatial_mamba_jax.fields import FLOAT32_MAX, INT32_MAX
 from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.tasks.base import Column, Line, Panel
+from spatial_mamba_jax.tasks.classification import panels as classification
 from spatial_mamba_jax.training.digests import write_whole
 
 if TYPE_CHECKING:
@@ -32,81 +34,77 @@ if TYPE_CHECKING:
 _TRAIN, _EMA, _RAW = "#0072B2", "#D55E00", "#009E73"
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-  """One line of a panel: a value of the records of one kind."""
-
-  kind: str
-  value: str
-  name: str
-  colour: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-  """One of the figure's panels, drawn where the log has any of its lines.
-
-  Attributes:
-    title: above it.
-    unit: of its vertical axis.
-    lines: what it shows.
-    scale: factor from the logged values to the unit.
-    from_zero: whether its axis begins at zero.
-  """
-
-  title: str
-  unit: str
-  lines: Sequence[Line]
-  scale: float = 1.0
-  from_zero: bool = False
-
-
-_PANELS = (
-  Panel(
-    "Loss",
-    "nats",
-    (
-      Line("train", "loss", "training, with its regularisation", _TRAIN),
-      Line("evaluation_raw", "loss", "validation, raw weights", _RAW),
-      Line("evaluation", "loss", "validation, moving average", _EMA),
-    ),
+# Characters of a column's format; ".2%" has three.
+_LONGEST_FORM = 4
+# By kind of record.
+_COLOURS = {"train": _TRAIN, "evaluation": _EMA, "evaluation_raw": _RAW}
+# Of every task; the loss first, the rest after what the task draws.
+_LOSS = Panel(
+  "Loss",
+  "nats",
+  (
+    Line("train", "loss", "training, with its regularisation"),
+    Line("evaluation_raw", "loss", "validation, raw weights"),
+    Line("evaluation", "loss", "validation, moving average"),
   ),
-  Panel(
-    "Accuracy, top-1",
-    "%",
-    (
-      Line("train", "accuracy", "training, as augmented", _TRAIN),
-      Line("evaluation_raw", "top1", "validation, raw weights", _RAW),
-      Line("evaluation", "top1", "validation, moving average", _EMA),
-    ),
-    scale=100.0,
-  ),
-  Panel(
-    "Learning rate",
-    "per step",
-    (Line("train", "learning_rate", "", _TRAIN),),
-    from_zero=True,
-  ),
+)
+_FROM_ZERO = (
+  Panel("Learning rate", "per step", (Line("train", "learning_rate", ""),)),
   Panel(
     "Gradient norm, before clipping",
     "L2",
-    (Line("train", "grad_norm", "", _TRAIN),),
-    from_zero=True,
+    (Line("train", "grad_norm", ""),),
   ),
-  Panel(
-    "Throughput",
-    "images/s",
-    (Line("train", "images_per_second", "", _TRAIN),),
-    from_zero=True,
-  ),
+  Panel("Throughput", "images/s", (Line("train", "images_per_second", ""),)),
   Panel(
     "Waiting for data",
     "% of time",
-    (Line("train", "data_wait", "", _TRAIN),),
+    (Line("train", "data_wait", ""),),
     scale=100.0,
-    from_zero=True,
   ),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskReport:
+  """What a report shows of a task; see `Task`."""
+
+  score: str = classification.SCORE
+  panels: Sequence[Panel] = classification.PANELS
+  columns: Sequence[Column] = classification.COLUMNS
+
+
+def _read_task(description: Any) -> TaskReport:
+  """What `run.json` says; of classification where it is of version 1.
+
+  Raises:
+    ValueError: it says something else.
+  """
+  task = description.get("task")
+  if task is None:
+    return TaskReport()
+  try:
+    panels = [
+      Panel(**{**x, "lines": [Line(*line) for line in x["lines"]]})
+      for x in task["panels"]
+    ]
+    columns = [Column(*x) for x in task["columns"]]
+    score = task["score"]
+    lines = [line for panel in panels for line in panel.lines]
+    texts = [x for panel in panels for x in (panel.title, panel.unit)]
+    texts += [x for row in (*lines, *columns) for x in row]
+    scales = [panel.scale for panel in panels]
+    if not all(isinstance(x, str) for x in (score, *texts)) or None in map(
+      _number, scales
+    ):
+      raise TypeError
+    for column in columns:
+      if len(column.form) > _LONGEST_FORM:
+        raise ValueError("a column is too wide")
+      format(0.0, column.form)
+    return TaskReport(score, panels, columns)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError("its task makes no sense") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +115,14 @@ class Run:
     name: the directory's.
     records: the log's, by step.
     description: what `run.json` holds; empty where it cannot be read.
+    task: what is shown of its task.
     notes: what is amiss, a sentence each.
   """
 
   name: str
   records: list[dict[str, Any]]
   description: dict[str, Any]
+  task: TaskReport
   notes: list[str]
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -170,15 +170,14 @@ def read_run(workdir: pathlib.Path) -> Run:
       " first logged window of steps"
     )
   try:
-    description = json.loads((workdir / "run.json").read_text())
-  except (OSError, RecursionError, ValueError):
-    description = None
-  if not isinstance(description, dict):
+    description = dict(json.loads((workdir / "run.json").read_text()))
+    task = _read_task(description)
+  except (OSError, RecursionError, TypeError, ValueError):
     notes.append("run.json cannot be read: what the run was is not known.")
-    description = {}
+    description, task = {}, TaskReport()
   whole.sort(key=lambda record: record["step"])
   name = workdir.resolve().name.encode(errors="replace").decode()
-  return Run(name, whole, description, notes)
+  return Run(name, whole, description, task, notes)
 
 
 def draw(run: Run) -> "matplotlib.figure.Figure":
@@ -189,7 +188,7 @@ def draw(run: Run) -> "matplotlib.figure.Figure":
 
   panels = [
     panel
-    for panel in _PANELS
+    for panel in (_LOSS, *run.task.panels, *_FROM_ZERO)
     if any(run.points(line)[0] for line in panel.lines)
   ]
   # One column is legible on a phone; six panels fill a printed page.
@@ -224,7 +223,7 @@ def _draw_panel(axes: Any, panel: Panel, run: Run) -> None:
     axes.plot(
       steps,
       [panel.scale * value for value in values],
-      color=line.colour,
+      color=_COLOURS.get(line.kind, _TRAIN),
       label=line.name,
       linewidth=1.3,
       # Few points, or one, would be hard to see as a line.
@@ -240,7 +239,7 @@ def _draw_panel(axes: Any, panel: Panel, run: Run) -> None:
     axes.spines[side].set_visible(False)
   for side in ("left", "bottom"):
     axes.spines[side].set_color("0.6")
-  if panel.from_zero:
+  if panel in _FROM_ZERO:
     axes.set_ylim(bottom=0)
   if len(panel.lines) > 1:
     axes.legend(fontsize=8, frameon=False)
@@ -300,24 +299,28 @@ th {{ font-weight: 600; overflow-wrap: normal; }}
 def _progress(run: Run) -> str:
   """How far the run has come."""
   step = run.records[-1]["step"]
-  config = run.description.get("config")
-  epochs = _number(config.get("epochs")) if isinstance(config, dict) else None
+  steps = _number(run.description.get("steps"))
   if not run.epoch_steps:
     return f"Step {step:,}."
+  config = run.description.get("config")
+  if steps is None and isinstance(config, dict):  # Of version 1.
+    epochs = _number(config.get("epochs"))
+    steps = None if epochs is None else epochs * run.epoch_steps
   line = f"Step {step:,}, epoch {step / run.epoch_steps:.2f}"
-  if epochs is None:
+  if steps is None:
     return f"{line}."
-  if step >= epochs * run.epoch_steps:
+  if step >= steps:
     return f"{line}: complete."
-  return f"{line}, of {epochs:.0f} epochs."
+  return f"{line}, of {steps:,.0f} steps, {steps / run.epoch_steps:.6g} epochs."
 
 
 def _evaluations(run: Run) -> str:
   """A table of the best and the last evaluation."""
+  score = run.task.score
   evaluated = [
     record
     for record in run.of_kind("evaluation")
-    if _number(record.get("top1")) is not None
+    if _number(record.get(score)) is not None
   ]
   if not evaluated:
     return "<p>Not evaluated yet.</p>"
@@ -325,7 +328,7 @@ def _evaluations(run: Run) -> str:
   best = max(
     evaluated,
     key=lambda x: (
-      -math.inf if math.isnan(x["top1"]) else x["top1"],
+      -math.inf if math.isnan(x[score]) else x[score],
       x["step"],
     ),
   )
@@ -352,22 +355,18 @@ def _evaluations(run: Run) -> str:
           weights,
           f"{step:,}",
           f"{step / run.epoch_steps:.1f}" if run.epoch_steps else "",
-          _percent(record.get("top1")),
-          _percent(record.get("top5")),
-          _text(record.get("loss"), ".4f"),
-          _percent(record.get("ece")),
-          _text(record.get("images"), ",.0f"),
+          *(_text(record.get(x.value), x.form) for x in run.task.columns),
         )
       )
   header = (
     *("evaluation", "weights", "step", "epoch"),
-    *("top-1", "top-5", "loss", "ECE", "images"),
+    *(column.name for column in run.task.columns),
   )
   return _table(header, rows)
 
 
 def _description_rows(description: dict[str, Any]) -> list[tuple[str, str]]:
-  rest = dict(description)
+  rest = {k: x for k, x in description.items() if k != "task"}
   rows = []
   devices = rest.pop("devices", None)
   if isinstance(devices, list):
@@ -433,10 +432,6 @@ def _number(value: Any) -> float | None:
 def _text(value: Any, form: str) -> str:
   number = _number(value)
   return "" if number is None else format(number, form)
-
-
-def _percent(value: Any) -> str:
-  return _text(value, ".2%")
 
 
 def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:

@@ -25,7 +25,7 @@ from benchmarks import (
 )
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
-from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.models import presets as models
 from tests import broken_work
 
 
@@ -205,12 +205,13 @@ def test_device_benchmark(
   assert "wrong" not in table_of_file
 
 
-def test_the_readme_has_what_was_measured():
-  readme = (device.RESULTS.parents[1] / "README.md").read_text()
+def test_the_page_of_measurements_has_what_was_measured():
+  page = device.RESULTS.parents[1] / "docs" / "measurements.md"
+  text = page.read_text()
   files = list(device.RESULTS.glob("*.json"))
   assert files
   for file in files:
-    assert "\n".join(table.networks(json.loads(file.read_text()))) in readme
+    assert "\n".join(table.networks(json.loads(file.read_text()))) in text
 
 
 def _off(kernels):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from spatial_mamba_jax.data import decoding
-from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.models import presets as models
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

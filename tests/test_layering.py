@@ -15,9 +15,13 @@ ALLOWED = {
   "models": {"errors", "fields", "kernels", "models"},
   "convert": {"errors", "fields", "paths", "kernels", "models", "convert"},
   "data": {"errors", "fields", "paths", "data"},
+  "tasks": {
+    *("errors", "fields", "paths", "kernels", "models", "data"),
+    *("tasks", "tasks.base"),
+  },
   "training": {
     *("errors", "fields", "paths", "kernels", "models", "convert"),
-    *("data", "training"),
+    *("data", "tasks.base", "training"),
   },
 }
 
@@ -28,7 +32,7 @@ def layer_of(module):
   if parts[0] == "spatial_mamba_kernels":
     return "kernels"
   if parts[0] == PACKAGE and len(parts) > 1:
-    return parts[1]
+    return "tasks.base" if parts[1:3] == ["tasks", "base"] else parts[1]
   return None
 
 
@@ -51,6 +55,12 @@ def test_imports_run_one_way(layer):
     for module in imports(path):
       imported = layer_of(module)
       assert imported is None or imported in ALLOWED[layer], (path, module)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_scripts_know_no_task(script):
+  names = set(map(layer_of, imports(ROOT / script))) - {None}
+  assert names == {"errors", "training"}
 
 
 def test_there_is_no_utils():

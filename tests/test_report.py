@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from spatial_mamba_jax.report import draw, main, read_run
+from spatial_mamba_jax.tasks.classification.panels import COLUMNS, PANELS
 
 VALUES = {
   "loss": 2.0,
@@ -22,8 +23,16 @@ VALUES = {
 # What is drawn of them, in the panels' units.
 DRAWN = {**VALUES, "accuracy": 50.0, "data_wait": 25.0}
 RUN = {
-  "config": {"epochs": 4, "model": {"name": "tiny"}},
+  "config": {"length": "4 epochs", "model": {"name": "tiny"}},
   "epoch_steps": 10,
+  "steps": 40,
+  # As JSON has it.
+  "task": {
+    "kind": "classification",
+    "score": "top1",
+    "panels": [panel._asdict() for panel in PANELS],
+    "columns": COLUMNS,
+  },
   "versions": {"jax": "0.10.2"},
   "commit": "0123abc",
   "devices": ["TPU v5e"] * 8,
@@ -142,7 +151,7 @@ def test_every_logged_value_is_drawn(tmp_path, capsys):
   page, picture = report(tmp_path, capsys)
   assert picture.width == 1400
   assert picture.height > 1500
-  assert "Step 30, epoch 3.00, of 4 epochs." in page.text
+  assert "Step 30, epoch 3.00, of 40 steps, 4 epochs." in page.text
   cells = ["1.5000", "1.23%", "297"]
   assert page.rows[1:5] == [
     ["best", "moving average", "20", "2.0", "90.00%", "90.00%", *cells],
@@ -157,6 +166,79 @@ def test_every_logged_value_is_drawn(tmp_path, capsys):
     ["config.model.name", "tiny"],
   ):
     assert row in page.rows
+
+
+def test_a_run_of_before_there_were_tasks(tmp_path, capsys):
+  """Its report is the same, but for what its `run.json` has."""
+  old = {**RUN, "config": {"epochs": 4}}
+  del old["steps"], old["task"]
+  figures, pages = [], []
+  for name, run in (("old", old), ("new", RUN)):
+    workdir = tmp_path / name
+    workdir.mkdir()
+    write(workdir, [train(10), evaluation(10, 0.6)], run=run)
+    figures.append(drawn(workdir))
+    pages.append(report(workdir, capsys)[0])
+  assert figures[0].keys() == figures[1].keys()
+  assert pages[0].rows[:2] == pages[1].rows[:2]
+  for page in pages:
+    assert "Step 10, epoch 1.00, of 40 steps, 4 epochs." in page.text
+    assert "cannot be read" not in page.text
+
+
+def test_another_task_draws_its_own_panels_and_columns(tmp_path, capsys):
+  task = {
+    "kind": "depth",
+    "score": "minus_error",
+    "panels": [
+      {
+        "title": "Error",
+        "unit": "mm",
+        "lines": [["train", "error", "training"], ["evaluation", "error", ""]],
+        "scale": 1000.0,
+      }
+    ],
+    "columns": [["error", "error, m", ".3f"]],
+  }
+  records = [
+    {**train(10), "error": 0.5},
+    *(
+      {"step": step, "kind": "evaluation", "error": x, "minus_error": score}
+      for step, x, score in ((10, 0.25, -0.25), (20, None, None), (30, 1, -1))
+    ),
+  ]
+  write(tmp_path, records, run={**RUN, "task": task})
+  lines = drawn(tmp_path)
+  assert "Accuracy, top-1" not in {panel for panel, _ in lines}
+  steps, values = lines["Error", "training"]
+  np.testing.assert_array_equal((*steps, *values), (10, 500.0))
+  page, _ = report(tmp_path, capsys)
+  assert page.rows[:3] == [
+    ["evaluation", "weights", "step", "epoch", "error, m"],
+    ["best", "moving average", "10", "1.0", "0.250"],
+    ["last", "moving average", "30", "3.0", "1.000"],
+  ]
+
+
+@pytest.mark.parametrize(
+  "task",
+  [
+    7,
+    [],
+    {},
+    {**RUN["task"], "panels": [{"title": "x"}]},
+    {**RUN["task"], "panels": [{**PANELS[0]._asdict(), "lines": [["x"]]}]},
+    {**RUN["task"], "panels": [{**PANELS[0]._asdict(), "unit": {}}]},
+    {**RUN["task"], "panels": [{**PANELS[0]._asdict(), "scale": "x"}]},
+    {**RUN["task"], "columns": [["x", "y", "%q"]]},
+    {**RUN["task"], "columns": [["x", 3, ".2%"]]},
+    {**RUN["task"], "columns": [[[], "y", ".2%"]]},
+  ],
+)
+def test_a_task_that_makes_no_sense_is_named(tmp_path, capsys, task):
+  write(tmp_path, [train(10), evaluation(10, 0.5)], run={**RUN, "task": task})
+  page, _ = report(tmp_path, capsys)
+  assert "run.json cannot be read" in page.text
 
 
 def test_one_window_of_an_older_log_without_evaluation(tmp_path, capsys):

@@ -1,9 +1,11 @@
 """Images in, batches out: `open_source`, then one of the two pipelines.
 
-config = DataConfig(name="digits", image_size=32)
-source = open_source(config, "train")
-with train_batches(source, config, batch_size=100, seed=0) as batches:
-  batch = next(batches)  # "image" uint8 [100, 32, 32, 3], "label" int32 [100]
+    config = DataConfig(name="digits", image_size=32)
+    source = open_source(config, "train")
+    with train_batches(source, config, batch_size=100, seed=0) as batches:
+      batch = next(batches)
+
+The batch has "image", uint8 [100, 32, 32, 3], and "label", int32 [100].
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from spatial_mamba_jax.data.config import (
   DataConfig,
   DataError,
 )
-from spatial_mamba_jax.data.sources import Source, open_source
+from spatial_mamba_jax.data.sources import LabelledSource, Source, open_source
 
 if TYPE_CHECKING:
   from spatial_mamba_jax.data.pipeline import (
@@ -31,6 +33,7 @@ __all__ = [
   "Batches",
   "DataConfig",
   "DataError",
+  "LabelledSource",
   "Source",
   "evaluation_batches",
   "open_source",

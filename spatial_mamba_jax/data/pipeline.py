@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import logging
 import math
-import operator
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -13,11 +12,16 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image
 
-from spatial_mamba_jax.data import transforms, workers
+from spatial_mamba_jax.data import workers
 from spatial_mamba_jax.data.config import DataConfig, DataError
-from spatial_mamba_jax.data.sources import Source
+from spatial_mamba_jax.data.examples import (
+  RESERVED,
+  Examples,
+  WrongRecordError,
+)
+from spatial_mamba_jax.data.labelled_images import LabelledImages
+from spatial_mamba_jax.data.sources import LabelledSource, Source
 from spatial_mamba_jax.errors import one_line
 
 Batch = dict[str, np.ndarray]
@@ -26,7 +30,7 @@ Batch = dict[str, np.ndarray]
 _REPLACEMENTS = 100
 # What can be wrong with a record. It travels through the pipeline as numbers,
 # the reason as UTF-8: an exception would end its worker.
-_GOOD, _UNREADABLE, _IRREPLACEABLE, _MISLABELLED = range(4)
+_GOOD, _UNREADABLE, _IRREPLACEABLE, _WRONG = range(4)
 _REASON_BYTES = 240
 
 
@@ -39,6 +43,7 @@ def train_batches(
   start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  examples: Examples | None = None,
 ) -> "Batches":
   """Endless shuffled, randomly cropped and mirrored batches.
 
@@ -58,15 +63,17 @@ def train_batches(
     start_step: batches to pass over, as if they had been taken already.
     process_index: which of the processes this one is.
     process_count: how many processes read different parts of the source.
+    examples: makes examples of records; None for images with labels.
 
   Returns:
-    {"image": uint8 [B, image_size, image_size, 3], "label": int32 [B]} again
-    and again.
+    Again and again what `examples` makes; by default {"image": uint8 [B,
+    image_size, image_size, 3], "label": int32 [B]}.
 
   Raises:
     DataError: if a setting is wrong, or there are fewer images than processes.
   """
   config.validate()
+  examples = _checked(examples or _labelled_images(source, config))
   share = len(source) // process_count
   if not share:
     raise DataError(
@@ -79,7 +86,7 @@ def train_batches(
     # Also for one process: without this step the random stream would change.
     .slice(slice(process_index, share * process_count, process_count))
     .repeat(None)
-    .random_map(_TrainingExample(source, config))
+    .random_map(_TrainingExample(source, examples))
     .batch(batch_size, drop_remainder=True)
     .slice(slice(start_step, None))
   )
@@ -93,6 +100,7 @@ def evaluation_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
+  examples: Examples | None = None,
 ) -> "Batches":
   """Every image once, in the source's order, as many batches in each process.
 
@@ -102,22 +110,23 @@ def evaluation_batches(
     batch_size: images in each batch of this process.
     process_index: which of the processes this one is.
     process_count: how many processes read different parts of the source.
+    examples: makes examples of records; None for images with labels.
 
   Returns:
-    {"image": uint8 [B, image_size, image_size, 3], "label": int32 [B],
-    "index": int32 [B], "mask": bool [B]}: the image's index in the
-    source, beyond its end for the padding; the mask is False for unreadable
-    images and for the padding, which are black and have label 0.
+    What `examples` makes, and "index" int32 [B], the record's index in the
+    source, beyond its end for the padding; and "mask" bool [B], False for
+    unreadable records and for the padding, which are `examples.blank()`.
 
   Raises:
     DataError: if a setting is wrong.
   """
   config.validate()
+  examples = _checked(examples or _labelled_images(source, config))
   dataset = (
     # Padding without end: a worker that stops would keep shared memory.
     grain.MapDataset.range(sys.maxsize)
     .slice(slice(process_index, None, process_count))
-    .map(_EvaluationExample(source, config))
+    .map(_EvaluationExample(source, examples))
     .batch(batch_size, drop_remainder=True)
   )
   num_batches = math.ceil(len(source) / (batch_size * process_count))
@@ -219,7 +228,7 @@ class Batches:
 
   def _report(self, wrong: int, index: int, reason: str) -> None:
     name = one_line(self._source.name(index))
-    if wrong == _MISLABELLED:
+    if wrong == _WRONG:
       raise DataError(f"{name}: {reason}")
     if index not in self._unreadable:
       self._report_unreadable(index, name, reason)
@@ -252,49 +261,63 @@ class Batches:
     self._readable[label] -= 1
     if self._readable[label]:
       return ""
+    assert isinstance(self._source, LabelledSource)
     name = one_line(self._source.classes[label])
     return f"; class {name} has no readable image"
 
 
-class _Example(NamedTuple):
-  """What became of a record: its pixels and label, or what is wrong with it."""
+def _checked(examples: Examples) -> Examples:
+  for train in (True, False):
+    if taken := examples.blank(train=train).keys() & set(RESERVED):
+      raise ValueError(
+        f"examples must not have arrays called {', '.join(sorted(taken))}: the"
+        " pipeline adds some of these names to each batch"
+      )
+  return examples
 
-  pixels: np.ndarray
-  label: int
+
+def _labelled_images(source: Source, config: DataConfig) -> LabelledImages:
+  assert isinstance(source, LabelledSource)
+  return LabelledImages(source.num_classes, config)
+
+
+class _Made(NamedTuple):
+  """An example, or a blank one and what is wrong with its record."""
+
+  example: dict[str, np.ndarray]
   wrong: int = _GOOD
   reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingExample:
-  """Maps the index of an image to its part of a batch."""
+  """Maps the index of a record to its part of a batch."""
 
   source: Source
-  config: DataConfig
+  examples: Examples
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    def make(index: int) -> _Example:
-      return _make_example(
+    def make(index: int) -> _Made:
+      return _make(
         self.source,
-        self.config,
+        self.examples,
         index,
-        lambda image: transforms.transform_for_training(
-          image, self.config, rng
-        ),
+        lambda decoded: self.examples.train(decoded, rng),
+        train=True,
       )
 
-    first = example = make(index)
+    first = made = make(index)
     replacement = index
     for _ in range(_REPLACEMENTS):
-      if example.wrong != _UNREADABLE:
+      if made.wrong != _UNREADABLE:
         break
       replacement = int(rng.integers(len(self.source)))
-      example = make(replacement)
-    if example.wrong == _UNREADABLE:
+      made = make(replacement)
+    if made.wrong == _UNREADABLE:
       first = first._replace(wrong=_IRREPLACEABLE)
-    elif example.wrong == _MISLABELLED:
-      index, first = replacement, example
-    return _as_arrays(example) | _as_numbers(index, first)
+    elif made.wrong == _WRONG:
+      index, first = replacement, made
+    return made.example | _as_numbers(index, first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,78 +325,53 @@ class _EvaluationExample:
   """Maps an index, maybe beyond the source's end, to its part of a batch."""
 
   source: Source
-  config: DataConfig
+  examples: Examples
 
   def __call__(self, index: int) -> dict[str, Any]:
     is_padding = index >= len(self.source)
-    example = (
-      _nothing(self.config)
+    made = (
+      _Made(self.examples.blank(train=False))
       if is_padding
-      else _make_example(
+      else _make(
         self.source,
-        self.config,
+        self.examples,
         index,
-        lambda image: transforms.transform_for_evaluation(image, self.config),
+        self.examples.evaluate,
+        train=False,
       )
     )
     return {
-      **_as_arrays(example),
+      **made.example,
       "index": np.int32(index),
-      "mask": np.bool_(not is_padding and example.wrong == _GOOD),
-      **_as_numbers(index, example),
+      "mask": np.bool_(not is_padding and made.wrong == _GOOD),
+      **_as_numbers(index, made),
     }
 
 
-def _make_example(
+def _make(
   source: Source,
-  config: DataConfig,
+  examples: Examples,
   index: int,
-  transform: Callable[[Image.Image], np.ndarray],
-) -> _Example:
+  transform: Callable[[Any], dict[str, np.ndarray]],
+  *,
+  train: bool,
+) -> _Made:
   try:
-    record = source[index]
-    given, num_classes = record.get("label"), source.num_classes
-    label = _as_label(given, num_classes)
-    if label is None:
-      reason = (
-        f"its label is {given!r}, but labels of {num_classes} classes are "
-        f"integers from 0 to {num_classes - 1}"
-      )
-      return _nothing(config, _MISLABELLED, reason)
-    image = transforms.decode_image(record["image"], config.decoder)
-    return _Example(transform(image), label)
+    return _Made(transform(examples.read(source[index])))
+  except WrongRecordError as error:
+    return _Made(examples.blank(train=train), _WRONG, one_line(error))
   except Exception as error:
     # Broken files make decoders raise nearly anything, among it OSError,
     # SyntaxError, struct.error, MemoryError and DecompressionBombError.
     what = error.strerror if isinstance(error, OSError) else None
-    return _nothing(config, _UNREADABLE, what or one_line(error))
+    blank = examples.blank(train=train)
+    return _Made(blank, _UNREADABLE, what or one_line(error))
 
 
-def _nothing(
-  config: DataConfig, wrong: int = _GOOD, reason: str = ""
-) -> _Example:
-  """What stands for an image that is not there."""
-  size = config.image_size
-  return _Example(np.zeros((size, size, 3), np.uint8), 0, wrong, reason)
-
-
-def _as_arrays(example: _Example) -> dict[str, Any]:
-  return {"image": example.pixels, "label": np.int32(example.label)}
-
-
-def _as_label(label: Any, num_classes: int) -> int | None:
-  """The label as an int; None where it is none of the classes."""
-  try:
-    number = operator.index(label)
-  except TypeError:
-    return None
-  return number if 0 <= number < num_classes else None
-
-
-def _as_numbers(index: int, example: _Example) -> dict[str, Any]:
-  reason = one_line(example.reason).encode()[:_REASON_BYTES]
+def _as_numbers(index: int, made: _Made) -> dict[str, Any]:
+  reason = one_line(made.reason).encode()[:_REASON_BYTES]
   return {
-    "wrong": np.int32(example.wrong),
+    "wrong": np.int32(made.wrong),
     "record": np.int64(index),
     "reason": np.frombuffer(reason.ljust(_REASON_BYTES), np.uint8),
   }

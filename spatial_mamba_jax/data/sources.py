@@ -9,12 +9,28 @@ from spatial_mamba_jax.errors import one_line
 
 @runtime_checkable
 class Source(Protocol):
-  """The labelled images of one split, in a fixed order.
+  """The records of one split, in a fixed order.
 
-  `source[i]` is a mapping with "image", an encoded image file (bytes) or its
-  pixels (uint8 [H, W, 3]), and "label", an int below `num_classes`. It raises
-  an exception where the image cannot be read. Worker processes receive a
-  pickled copy.
+  `source[i]` is a mapping, of which `Examples.read` makes sense. It raises an
+  exception where the record cannot be read. Worker processes receive a pickled
+  copy.
+  """
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+  def name(self, index: int) -> str:
+    """What a person would call record `index`: a file name, mostly."""
+    ...
+
+
+@runtime_checkable
+class LabelledSource(Source, Protocol):
+  """Images with one label each.
+
+  Its records have "image", an encoded image file (bytes) or its pixels (uint8
+  [H, W, 3]), and "label", an int below `num_classes`.
   """
 
   @property
@@ -27,16 +43,8 @@ class Source(Protocol):
     """The classes' names by label; numbers where they have no others."""
     ...
 
-  def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Mapping[str, Any]: ...
-
-  def name(self, index: int) -> str:
-    """What a person would call image `index`: a file name, mostly."""
-    ...
-
-
-def open_source(config: DataConfig, split: str) -> Source:
+def open_source(config: DataConfig, split: str) -> LabelledSource:
   """Opens one split of the configured data set.
 
   `digits` is prepared on first use; the others must already be there.

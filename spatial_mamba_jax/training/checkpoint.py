@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from spatial_mamba_jax.errors import UserError, one_line, reason
+from spatial_mamba_jax.models.pure import Weights
 from spatial_mamba_jax.paths import local_path, make_directory
+from spatial_mamba_jax.tasks.base import Evaluation
 from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles, is_step
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import write_digests
-from spatial_mamba_jax.training.evaluation import Evaluation
 from spatial_mamba_jax.training.processes import from_first_process
-from spatial_mamba_jax.training.state import TrainState, Weights
+from spatial_mamba_jax.training.state import TrainState
 
 # Arrays may take so many times their bytes on disk, and so many bytes beyond:
 # weights hardly compress, and damaged metadata can ask for any amount.
@@ -137,7 +138,7 @@ class Checkpoints:
     from_first_process(lambda: self._files.set_aside_after(step))
 
   def best(self, among: Sequence[int] | None = None) -> int | None:
-    """The step of the highest top-1; the newest where none was evaluated.
+    """The step of the highest score; the newest where none was evaluated.
 
     Args:
       among: the steps to choose from; None for all.
@@ -184,7 +185,7 @@ class Checkpoints:
     """
     self.wait()
     if self._is_first:
-      metrics = {"top1": evaluation.top1, "loss": evaluation.loss}
+      metrics = {**evaluation.to_json(), "score": evaluation.score}
       try:
         self._files.add_metrics(step, metrics)
       except Exception as error:

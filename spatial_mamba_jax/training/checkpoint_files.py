@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -45,15 +46,21 @@ class CheckpointFiles:
     return sorted(int(name) for name in names if is_step(name))
 
   def score(self, step: int) -> float | None:
-    """The top-1 of a checkpoint; None where it was not evaluated."""
+    """The score of a checkpoint; None where it was not evaluated.
+
+    What is no number is the worst score.
+    """
     try:
       path = regular(self.path(step, _METRICS))
-      return float(json.loads(path.read_text())["top1"])
-    except (KeyError, OSError, RecursionError, TypeError, ValueError):
+      metrics = json.loads(path.read_text())
+      # Version 1 has "top1" alone.
+      score = float(metrics.get("score", metrics.get("top1")))
+      return -math.inf if math.isnan(score) else score
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError):
       return None
 
   def by_score(self) -> list[int]:
-    """The steps from the best top-1 down, then those without, newest first."""
+    """The steps from the best score down, then those without, newest first."""
     scores = {step: self.score(step) for step in self.steps()}
     return sorted(
       scores,
@@ -61,8 +68,8 @@ class CheckpointFiles:
       reverse=True,
     )
 
-  def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds what an evaluation found to a checkpoint, "top1" among it."""
+  def add_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
+    """Adds what an evaluation found to a checkpoint, "score" among it."""
     path = self.path(step, _METRICS)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(metrics))

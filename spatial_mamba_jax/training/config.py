@@ -1,15 +1,14 @@
 """What a run can be told: plain dataclasses, one experiment a file.
 
 A file in `configs/` has a `get_config()` that returns a `TrainConfig`; its
-fields are overridden on the command line, e.g. `--config.epochs=10`.
+fields are overridden on the command line, e.g. `--config.length="10 epochs"`.
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
@@ -29,16 +28,17 @@ from spatial_mamba_jax.fields import (
 from spatial_mamba_jax.models import ModelConfig, list_models
 from spatial_mamba_jax.models.config import (
   DTYPES,
-  IMPLEMENTATIONS,
-  MAX_CLASSES,
-  MAX_STATES,
-  get_model_config,
+  MAX_BLOCKS,
+  MAX_CHANNELS,
+  MAX_IMAGE_CHANNELS,
 )
+from spatial_mamba_jax.models.mixers import MixerConfig, StructureAwareConfig
+from spatial_mamba_jax.models.mixers.structure_aware import MAX_EXPANSION
+from spatial_mamba_jax.models.presets import get_model_config
+from spatial_mamba_jax.tasks.base import Task, TaskConfig
 
 # Images a step: 16 times the largest batch that ImageNet was trained with.
 MAX_BATCH = 2**20
-# Passes over the images, and epochs between evaluations.
-MAX_EPOCHS = 10**6
 # Steps that a logged line averages over: it sums in float32, which counts no
 # further by ones.
 MAX_LOG_EVERY = 2**24
@@ -58,13 +58,17 @@ class ModelSection(Section):
 
   Attributes:
     name: one of `spatial_mamba_jax.list_models()`.
-    num_classes: classes of the dataset.
-    d_state: states a channel.
+    dims: channels of each stage; empty for those of `name`.
+    depths: blocks of each stage; empty for those of `name`.
+    in_channels: channels of the images; None for those of `name`.
+    mixer: the token mixer; its fields are its own settings.
+    mlp_ratio: hidden channels of the MLP, over the channels of its stage; None
+      for that of `name`.
     drop_path_rate: stochastic depth of the last block.
     dtype: precision of activations, "float32" or "bfloat16"; also "float16",
       and "float64" where JAX_ENABLE_X64=1 is in the environment.
-    implementation: of the structure-aware SSM; empty for the platform's best.
-      "sequential" and "associative" are without kernels for the rest, too.
+    layer_implementation: of all but the mixer: None for the platform's best,
+      "xla" for no kernels.
     remat: whether most of a block is made again in the backward pass, with half
       of the memory, instead of being kept; None: unless on a GPU.
   """
@@ -72,11 +76,14 @@ class ModelSection(Section):
   mistake = TrainingError
 
   name: str = choice("spatial_mamba_micro", among=list_models)
-  num_classes: int = number(10, least=1, most=MAX_CLASSES)
-  d_state: int = number(1, least=1, most=MAX_STATES)
+  dims: tuple[int, ...] = number((), least=1, most=MAX_CHANNELS)
+  depths: tuple[int, ...] = number((), least=1, most=MAX_BLOCKS)
+  in_channels: int | None = number(None, least=1, most=MAX_IMAGE_CHANNELS)
+  mixer: MixerConfig = dataclasses.field(default_factory=StructureAwareConfig)
+  mlp_ratio: float | None = number(None, above=0, most=MAX_EXPANSION)
   drop_path_rate: float = number(0.0, least=0, below=1)
   dtype: str = choice("float32", among=DTYPES)
-  implementation: str = choice("", among=("", *IMPLEMENTATIONS))
+  layer_implementation: str | None = choice(None, among=("xla",))
   remat: bool | None = None
 
   def validate(self, path: str = "config.model") -> None:
@@ -90,8 +97,13 @@ class ModelSection(Section):
     Raises:
       TrainingError: the name or a value is wrong.
     """
-    fields = dataclasses.asdict(self)
-    fields["implementation"] = self.implementation or None
+    fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
+    # Those of `name` where they are empty.
+    for field in ("dims", "depths", "in_channels", "mlp_ratio"):
+      if fields[field] in ((), [], None):
+        del fields[field]
+    # A copy, because the section may change.
+    fields["mixer"] = dataclasses.replace(self.mixer)
     try:
       return get_model_config(fields.pop("name"), **fields)
     except ValueError as error:  # It begins with the field's name.
@@ -110,7 +122,7 @@ class OptimizerConfig(Section):
     warmup_learning_rate: at the first step.
     min_learning_rate: towards the last step.
     reference_batch_size: images a step that the learning rates are given for.
-    warmup_epochs: epochs of linear warm-up.
+    warmup: length of linear warm-up, "20 epochs" or "1500 steps".
     weight_decay: of every tensor with more than one dimension.
     beta1: decay of the mean of gradients.
     beta2: decay of the mean of squared gradients.
@@ -127,7 +139,7 @@ class OptimizerConfig(Section):
   warmup_learning_rate: float = number(5e-7, least=FLOAT32_TINY)
   min_learning_rate: float = number(5e-6, least=FLOAT32_TINY)
   reference_batch_size: int = number(512, least=1, most=MAX_BATCH)
-  warmup_epochs: int = number(20, least=0, most=MAX_EPOCHS)
+  warmup: str = "20 epochs"
   weight_decay: float = number(0.05, least=0, most=MAX_WEIGHT)
   beta1: float = number(0.9, least=0, most=FLOAT32_BELOW_1)
   beta2: float = number(0.999, least=0, most=FLOAT32_BELOW_1)
@@ -136,34 +148,63 @@ class OptimizerConfig(Section):
   layer_decay: float = number(1.0, above=0, most=1)
 
 
-@dataclasses.dataclass
-class MixingConfig(Section):
-  """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899) of a batch.
-
-  Attributes:
-    probability: with which a batch is mixed at all; 0 for never.
-    cutmix_probability: with which a mixed batch gets cutmix, and not mixup.
-    mixup_alpha: mixup's share of each image is Beta(mixup_alpha, mixup_alpha).
-    cutmix_alpha: the same of cutmix, for the area that stays.
-  """
-
-  mistake = TrainingError
-
-  probability: float = number(1.0, least=0, most=1)
-  cutmix_probability: float = number(0.5, least=0, most=1)
-  mixup_alpha: float = number(0.8, least=FLOAT32_TINY, most=MAX_WEIGHT)
-  cutmix_alpha: float = number(1.0, least=FLOAT32_TINY, most=MAX_WEIGHT)
-
-
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A time: so many "steps" or "minutes"."""
+  """A length of time: so many "epochs", "steps" or "minutes"."""
 
   count: int
   unit: str
 
+  def __str__(self) -> str:
+    return f"{self.count} {self.unit}"
 
-_INTERVAL = re.compile(r"\s*([1-9][0-9]{0,8})\s*(step|minute)?s?\s*")
+  def steps(self, epoch_steps: int) -> int:
+    """The same in steps; not of minutes."""
+    return self.count * (epoch_steps if self.unit == "epochs" else 1)
+
+
+_INTERVAL = re.compile(r"\s*([0-9]{1,9})\s*(epoch|step|minute)s?\s*")
+
+
+def parse_interval(
+  text: str, path: str, units: Sequence[str] = ("epochs", "steps")
+) -> Interval:
+  """An interval such as "300 epochs" or "1 step".
+
+  Args:
+    text: what the config has.
+    path: of the field, for the message.
+    units: those that it may have.
+
+  Raises:
+    TrainingError: it is no such interval.
+  """
+  match = _INTERVAL.fullmatch(text)
+  if match is None or f"{match[2]}s" not in units:
+    examples = " or ".join(f'"10 {unit}"' for unit in units)
+    raise TrainingError(f"{path} must be like {examples}, got {show(text)}")
+  return Interval(int(match[1]), f"{match[2]}s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """In steps, what the config counts in epochs or steps.
+
+  Attributes:
+    epoch: steps an epoch.
+    steps: of the whole run.
+    warmup: of the learning rate.
+    evaluate_every: between evaluations.
+    log_every: that a logged line averages over.
+    mesa_from: after which the moving average teaches; None for never.
+  """
+
+  epoch: int
+  steps: int
+  warmup: int
+  evaluate_every: int
+  log_every: int
+  mesa_from: int | None
 
 
 @dataclasses.dataclass
@@ -173,45 +214,42 @@ class TrainConfig(Section):
   Attributes:
     model: the model.
     data: the dataset and its transforms.
+    task: what the network is trained for, with the settings of that.
     optimizer: the optimizer and its schedule.
-    mixing: mixup and cutmix.
     batch_size: images a step, over all devices and processes.
     accumulation_steps: parts that a step's batch is computed in, to save
       memory; BatchNorm then sees one part at a time.
-    epochs: passes over the training images.
-    erasing_probability: with which a box of a training image is filled with
-      noise (random erasing, arXiv 1708.04896).
-    label_smoothing: share of the target spread over all classes.
+    length: of the run, "300 epochs" (passes over the training images) or
+      "90000 steps".
     ema_decay: of the moving average of parameters and BatchNorm statistics.
     mesa_weight: weight of the loss against that average's predictions (MESA,
       arXiv 2205.14083); 0 for none.
-    mesa_start: share of the epochs after which it begins.
+    mesa_start: share of the length after which it begins.
     init_from: weights to start from instead of random ones: a file or directory
       of any kind that `python -m spatial_mamba_jax.convert` reads. A head of
       another number of classes is drawn at random.
-    linear_probe: whether to train the head alone; all else stays as it is.
+    linear_probe: whether to train the head alone; the backbone stays as it is.
     seed: of the initialisation, the order of images and all augmentation.
     evaluation_batch_size: images a step of evaluation, over all devices.
-    evaluate_every: epochs between evaluations, each after a checkpoint.
-    checkpoint_every: time between further checkpoints, as "500 steps" or
-      "10 minutes"; a number alone counts steps. Empty for none.
-    log_every: steps that each logged line averages over.
+    evaluate_every: time between evaluations, "1 epoch" or "5000 steps"; a
+      checkpoint is saved before each, and both at the end.
+    checkpoint_every: time between further checkpoints, "10 minutes", "2 epochs"
+      or "500 steps". Empty for none.
+    log_every: what each logged line averages over, "50 steps" or "1 epoch".
     keep_last: newest checkpoints kept, beside the best.
   """
 
   mistake = TrainingError
 
+  task: TaskConfig
   model: ModelSection = dataclasses.field(default_factory=ModelSection)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
-  mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
   batch_size: int = number(1024, least=1, most=MAX_BATCH)
   accumulation_steps: int = number(1, least=1)
-  epochs: int = number(300, least=1, most=MAX_EPOCHS)
-  erasing_probability: float = number(0.25, least=0, most=1)
-  label_smoothing: float = number(0.1, least=0, below=1)
+  length: str = "300 epochs"
   ema_decay: float = number(0.9999, least=0, most=FLOAT32_BELOW_1)
   mesa_weight: float = number(0.0, least=0, most=MAX_WEIGHT)
   mesa_start: float = number(0.25, least=0, most=1)
@@ -219,26 +257,37 @@ class TrainConfig(Section):
   linear_probe: bool = False
   seed: int = number(0, least=0, below=2**32)
   evaluation_batch_size: int = number(512, least=1, most=MAX_BATCH)
-  evaluate_every: int = number(1, least=1, most=MAX_EPOCHS)
+  evaluate_every: str = "1 epoch"
   checkpoint_every: str = "10 minutes"
-  log_every: int = number(50, least=1, most=MAX_LOG_EVERY)
+  log_every: str = "50 steps"
   keep_last: int = number(2, least=1, most=MAX_KEPT)
 
   def checkpoint_interval(self) -> Interval | None:
     """What `checkpoint_every` says.
 
     Raises:
-      TrainingError: it is neither steps nor minutes.
+      TrainingError: it is no interval.
     """
     if not self.checkpoint_every:
       return None
-    match = _INTERVAL.fullmatch(self.checkpoint_every)
-    if match is None:
-      raise TrainingError(
-        'config.checkpoint_every must be "500 steps", "10 minutes" or empty,'
-        f" got {show(self.checkpoint_every)}"
-      )
-    return Interval(int(match[1]), f"{match[2] or 'step'}s")
+    return self._interval("checkpoint_every", ("minutes", "epochs", "steps"))
+
+  def _interval(
+    self, field: str, units: Sequence[str] = ("epochs", "steps")
+  ) -> Interval:
+    interval = parse_interval(getattr(self, field), f"config.{field}", units)
+    self.require(interval.count > 0, "config", field, "more than 0")
+    return interval
+
+  def create_task(self) -> Task:
+    """Creates what the network is trained for.
+
+    Raises:
+      UserError: its settings do not fit the model or the data.
+    """
+    return self.task.create(
+      self.model.build(), self.data, mesa_weight=self.mesa_weight
+    )
 
   def validate(self, path: str = "config") -> None:
     """Checks every value.
@@ -248,6 +297,7 @@ class TrainConfig(Section):
     """
     super().validate(path)
     self.checkpoint_interval()
+    length, *_ = map(self._interval, ("length", "evaluate_every", "log_every"))
     self.require(
       self.batch_size % self.accumulation_steps == 0,
       path,
@@ -255,11 +305,12 @@ class TrainConfig(Section):
       f"a multiple of accumulation_steps={self.accumulation_steps}",
     )
     optimizer = self.optimizer
+    warmup = parse_interval(optimizer.warmup, f"{path}.optimizer.warmup")
     optimizer.require(
-      optimizer.warmup_epochs < self.epochs,
+      warmup.unit != length.unit or warmup.count < length.count,
       f"{path}.optimizer",
-      "warmup_epochs",
-      f"below epochs={self.epochs}",
+      "warmup",
+      f"shorter than length={self.length}",
     )
     scale = self.batch_size / optimizer.reference_batch_size
     for field in ("learning_rate", "warmup_learning_rate", "min_learning_rate"):
@@ -286,79 +337,42 @@ class TrainConfig(Section):
         " data.num_workers"
       )
 
-  def count_steps(self, training_images: int) -> tuple[int, int]:
-    """Steps an epoch, and of the whole run.
+  def count_steps(self, training_examples: int) -> Schedule:
+    """The steps of a run.
 
     Raises:
-      TrainingError: there is no whole batch, or an int32 cannot count the
-        steps.
+      TrainingError: there is no whole batch, the warm-up does not end, or an
+        int32 or a sum in float32 cannot count the steps.
     """
-    epoch_steps = training_images // self.batch_size
-    if not epoch_steps:
+    epoch = training_examples // self.batch_size
+    if not epoch:
       raise TrainingError(
         f"config.batch_size={self.batch_size} is larger than the"
-        f" {training_images} training images"
+        f" {training_examples} training images"
       )
-    steps = self.epochs * epoch_steps
-    if steps > INT32_MAX:
-      raise TrainingError(
-        f"config.epochs={self.epochs} of {epoch_steps} steps are more than the"
-        f" {INT32_MAX} that a run can count"
-      )
-    return epoch_steps, steps
-
-
-# What changes neither the parameters nor what they are trained on.
-_FREE_TO_CHANGE = (
-  "data.data_dir",
-  "data.num_workers",
-  "data.num_threads",
-  "data.prefetch",
-  "data.max_unreadable_share",
-  "evaluation_batch_size",
-  "evaluate_every",
-  "checkpoint_every",
-  "log_every",
-  "keep_last",
-)
-
-
-def check_same_experiment(
-  saved: dict[str, Any], now: dict[str, Any], where: str
-) -> None:
-  """Refuses to resume a checkpoint with a config that contradicts it.
-
-  Args:
-    saved: the experiment of the checkpoint, as nested dictionaries.
-    now: that of the run to be.
-    where: the working directory, for the message.
-
-  Raises:
-    TrainingError: naming the fields that differ.
-  """
-  old, new = _flatten(saved), _flatten(now)
-  differing = [
-    f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
-    for field in sorted(old.keys() | new.keys())
-    if old.get(field) != new.get(field) and field not in _FREE_TO_CHANGE
-  ]
-  if differing:
-    raise TrainingError(
-      f"{where} holds another experiment: {'; '.join(differing)}; choose"
-      " another workdir, or the old values"
+    length = self._interval("length")
+    steps = length.steps(epoch)
+    warmup = parse_interval(
+      self.optimizer.warmup, "config.optimizer.warmup"
+    ).steps(epoch)
+    log_every = self._interval("log_every").steps(epoch)
+    for field, value, most in (
+      ("length", steps, INT32_MAX),
+      ("optimizer.warmup", warmup, steps - 1),
+      ("log_every", min(log_every, steps), MAX_LOG_EVERY),
+    ):
+      if value > most:
+        raise TrainingError(
+          f"config.{field} is {value} steps (an epoch has {epoch}), and must be"
+          f" at most {most}"
+        )
+    unit = steps // length.count
+    mesa_from = int(self.mesa_start * length.count) * unit
+    return Schedule(
+      epoch=epoch,
+      steps=steps,
+      warmup=warmup,
+      evaluate_every=self._interval("evaluate_every").steps(epoch),
+      log_every=log_every,
+      mesa_from=mesa_from if self.mesa_weight else None,
     )
-
-
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-  """The whole config as JSON has it, defaults and overrides resolved."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat.update(_flatten(value, f"{prefix}{key}."))
-    else:
-      flat[prefix + key] = value
-  return flat

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spatial_mamba_jax.errors import UserError, one_line
-from spatial_mamba_jax.fields import nearest, show, type_name
+from spatial_mamba_jax.fields import Section, nearest, show, type_name
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
+from spatial_mamba_jax.training.experiment import RENAMED
 
 # The module that a config file becomes: its dataclasses look themselves up.
 _MODULE = "spatial_mamba_jax_config_file"
@@ -100,10 +101,24 @@ def _reason(error: BaseException) -> str:
   if not isinstance(error, UserError) and text != name:
     text = f"{name}: {text}" if text else name
   if match := re.search(r"unexpected keyword argument '(\w+)'", text):
-    names = [path.rpartition(".")[2] for path in _paths(TrainConfig())]
+    renamed = {old.rpartition(".")[2]: new for old, (new, _) in RENAMED.items()}
+    if match[1] in renamed:
+      return f"{text}; it is config.{renamed[match[1]]} now"
+    names = {name for kind in _sections(Section) for name in _names_of(kind)}
     if near := nearest(match[1], names):
       text += f"; did you mean {near}?"
   return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _sections(kind: type) -> Iterator[type]:
+  """Every kind of section that has been imported."""
+  for section in kind.__subclasses__():
+    yield section
+    yield from _sections(section)
+
+
+def _names_of(section: type) -> list[str]:
+  return [x.name for x in dataclasses.fields(section)]
 
 
 def overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -122,7 +137,8 @@ def check_overrides(config: TrainConfig, arguments: Sequence[str]) -> None:
       if name not in names:
         if not names:
           config.validate()  # What should be a section may be wrong.
-        near = nearest(path, list(_paths(config)))
+        near = RENAMED.get(path, ("",))[0]
+        near = near or nearest(path, list(_paths(config)))
         what = (
           f"did you mean --config.{near}?"
           if near

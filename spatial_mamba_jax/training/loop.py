@@ -9,35 +9,24 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from spatial_mamba_jax.data import (
-  Batches,
-  Source,
-  open_source,
-  train_batches,
-)
+from spatial_mamba_jax.data import Batches, train_batches
 from spatial_mamba_jax.errors import reason, say, tell
 from spatial_mamba_jax.paths import local_path, make_directory
+from spatial_mamba_jax.tasks.base import Evaluation
 from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.checkpoint import Checkpoints
-from spatial_mamba_jax.training.config import (
-  TrainConfig,
-  TrainingError,
-  check_same_experiment,
-  to_dict,
-)
+from spatial_mamba_jax.training.config import TrainConfig, TrainingError
 from spatial_mamba_jax.training.digests import write_whole
-from spatial_mamba_jax.training.evaluation import (
-  Evaluation,
-  Predictions,
-  predict,
+from spatial_mamba_jax.training.evaluation import evaluate
+from spatial_mamba_jax.training.experiment import (
+  check_same_experiment,
+  describe,
+  to_dict,
 )
 from spatial_mamba_jax.training.metrics import (
   MOST_DATA_WAIT,
@@ -46,22 +35,18 @@ from spatial_mamba_jax.training.metrics import (
   Stopwatch,
   slow_data_warning,
 )
-from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
-from spatial_mamba_jax.training.preprocess import make_preprocess
 from spatial_mamba_jax.training.processes import from_first_process
+from spatial_mamba_jax.training.program import (
+  copied,
+  make_evaluator,
+  make_program,
+)
 from spatial_mamba_jax.training.sharding import (
+  check_batch_sizes,
   make_mesh,
-  replicated,
   shard_batch,
 )
-from spatial_mamba_jax.training.state import (
-  PureModel,
-  TrainState,
-  create_state,
-  empty_window,
-  state_shapes,
-)
-from spatial_mamba_jax.training.step import make_eval_step, make_train_step
+from spatial_mamba_jax.training.state import TrainState
 from spatial_mamba_jax.training.stopping import (
   StoppedError,
   stop_requested,
@@ -117,65 +102,51 @@ def evaluate_checkpoint(
   Args:
     config: the experiment.
     path: as `load_weights` takes it.
-    output_dir: where to write each image's and class's predictions, if
-      anywhere; see `prediction_files`.
+    output_dir: where to write the predictions, if anywhere, in a directory for
+      each set of weights; see `Meter.write` of the task.
 
   Returns:
     The evaluations of "ema", the moving average, and "raw", the weights, as
     far as they are there.
 
   Raises:
-    TrainingError, DataError: something is wrong with the config, the data, or
-      what `path` holds.
+    UserError: something is wrong with the config, the data, or what `path`
+      holds.
   """
   config.validate()
-  write = (
-    _prediction_writer(local_path(output_dir, "output_dir"))
-    if output_dir
-    else None
-  )
+  directory = local_path(output_dir, "output_dir") if output_dir else None
+  if directory:
+    _check_writable(directory)  # Before a long evaluation.
   mesh = make_mesh()
-  check_batch_sizes(config, mesh)
-  source = open_checked_source(config, "validation")
-  architecture = config.model.build()
-  model = PureModel(architecture)
-  shapes = _placed(model.shapes, mesh)
-  weights = load_weights(local_path(path), architecture, shapes)
+  program = make_evaluator(config, mesh)
+  source = program.task.source("validation")
+  weights = load_weights(local_path(path), program.model, program.weight_shapes)
   with jax.set_mesh(mesh):  # Kernels are split over it.
-    predictions = predict(
-      jax.jit(make_eval_step(model), out_shardings=replicated(mesh)),
-      weights,
-      source,
-      config.data,
-      batch_size=config.evaluation_batch_size,
-      mesh=mesh,
-    )
-  if write and not jax.process_index():
-    write(predictions, source)
-  return {name: each.evaluation() for name, each in predictions.items()}
+    found = evaluate(program, weights, source)
+  if directory and not jax.process_index():
+    for name, each in found.items():
+      make_directory(directory / name)
+      each.meter.write(directory / name)
+  return {name: each.evaluation for name, each in found.items()}
 
 
-def _prediction_writer(
-  directory: pathlib.Path,
-) -> Callable[[dict[str, Predictions], Source], None]:
-  """Fails now if it must, and not after a long evaluation."""
-  from spatial_mamba_jax.training.prediction_files import write_predictions
-
+def _check_writable(directory: pathlib.Path) -> None:
   try:
     make_directory(directory)
   except OSError as error:
     raise TrainingError(
       f"cannot write to {directory}: {reason(error, directory)}"
     ) from error
-  return partial(write_predictions, directory)
 
 
-def _placed(shapes: Any, mesh: Mesh) -> Any:
-  """The same shapes, to live on every device of the mesh."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-    shapes,
-  )
+def _strict(tree: Any) -> Any:
+  """The same with texts for what is not finite, which JSON has not."""
+  if isinstance(tree, dict):
+    return {name: _strict(value) for name, value in tree.items()}
+  if isinstance(tree, list | tuple):
+    return [_strict(value) for value in tree]
+  is_finite = not isinstance(tree, float) or math.isfinite(tree)
+  return tree if is_finite else str(tree)
 
 
 class _Run:
@@ -184,38 +155,16 @@ class _Run:
   def __init__(self, config: TrainConfig, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
     self.mesh = make_mesh()
-    check_batch_sizes(config, self.mesh)
-    self.train_source = open_checked_source(config, "train")
-    self.eval_source = open_checked_source(config, "validation")
-    self.epoch_steps, self.steps = config.count_steps(len(self.train_source))
-    self.experiment = {
-      **to_dict(config),
-      "training_images": len(self.train_source),
-    }
-    self.schedule = make_schedule(
-      config.optimizer,
-      batch_size=config.batch_size,
-      epochs=config.epochs,
-      epoch_steps=self.epoch_steps,
+    check_batch_sizes(config, self.mesh)  # Before the data is opened.
+    task = config.create_task()
+    self.train_source = task.source("train")
+    self.eval_source = task.source("validation")
+    self.program = make_program(
+      config, self.mesh, train_examples=len(self.train_source)
     )
-    self.model = PureModel(
-      config.model.build(), linear_probe=config.linear_probe
-    )
-    self.optimizer = make_optimizer(
-      config.optimizer, self.schedule, self.model.decays, self.model.layers
-    )
-    step = make_train_step(
-      self.model,
-      self.optimizer,
-      make_preprocess(config),
-      config,
-      epoch_steps=self.epoch_steps,
-    )
-    on_all = replicated(self.mesh)
-    self.train_step = jax.jit(step, donate_argnums=0, out_shardings=on_all)
-    self.eval_step = jax.jit(make_eval_step(self.model), out_shardings=on_all)
-    # Jitted, because `device_put` cannot reach other processes' devices.
-    self.empty_window = jax.jit(empty_window, out_shardings=on_all)
+    self.times = self.program.times
+    self.steps = self.times.steps
+    self.experiment = describe(config, len(self.train_source), task.sums)
     self.copy = jax.jit(jnp.copy)
     self.is_warned = False
 
@@ -240,7 +189,7 @@ class _Run:
       state = self._restored_state(step) if step else self._fresh_state()
       self.saved_at = time.monotonic()
       self.progress = Progress(
-        step=step, steps=self.steps, epoch_steps=self.epoch_steps
+        step=step, steps=self.steps, epoch_steps=self.times.epoch
       )
       stack.callback(self.progress.close)
       batches = stack.enter_context(self._batches(step))
@@ -255,14 +204,22 @@ class _Run:
     """Leaves a description beside the checkpoints."""
     if jax.process_index():
       return
+    task = self.program.task
     description = {
       "config": to_dict(self.config),
-      "epoch_steps": self.epoch_steps,
+      "epoch_steps": self.times.epoch,
+      "steps": self.steps,
+      "task": {
+        "kind": self.config.task.kind,
+        "score": task.score,
+        "panels": [panel._asdict() for panel in task.panels],
+        "columns": task.columns,
+      },
       "versions": provenance.versions(_PACKAGES),
       "commit": provenance.commit(),
       "devices": [device.device_kind for device in jax.devices()],
     }
-    text = json.dumps(description, indent=2, allow_nan=False)
+    text = json.dumps(_strict(description), indent=2, allow_nan=False)
     write_whole(self.workdir / "run.json", text + "\n")
 
   def _first_step(self) -> int:
@@ -277,10 +234,9 @@ class _Run:
     return step
 
   def _restored_state(self, step: int) -> TrainState:
-    like = _placed(state_shapes(self.model, self.optimizer), self.mesh)
     if not jax.process_index():
       say(f"resuming {self.workdir} after step {step}")
-    return self.checkpoints.restore_state(step, like)
+    return self.checkpoints.restore_state(step, self.program.state_shapes)
 
   def _batches(self, step: int) -> Batches:
     return train_batches(
@@ -291,23 +247,23 @@ class _Run:
       start_step=step,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      examples=self.program.task.examples(),
     )
 
   def _fresh_state(self) -> TrainState:
-    config, on_all = self.config, replicated(self.mesh)
-    state = create_state(self.model, self.optimizer, config.seed, on_all)
-    if not config.init_from:
+    state = self.program.fresh_state()
+    if not self.config.init_from:
       return state
     weights, said = start_from(
-      local_path(config.init_from, "config.init_from"),
-      config.model.build(),
+      local_path(self.config.init_from, "config.init_from"),
+      self.program.model,
       state.weights,
     )
     if not jax.process_index():
       say(said)
-    # A copy of its own, because a step takes the state's memory.
-    average = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=on_all)
-    return dataclasses.replace(state, weights=weights, ema=average(weights))
+    # Memory of its own, because a step takes the state's.
+    average = copied(weights, self.mesh)
+    return dataclasses.replace(state, weights=weights, ema=average)
 
   def _loop(
     self, state: TrainState, step: int, batches: Batches
@@ -318,7 +274,7 @@ class _Run:
     in_flight = collections.deque()
     while step < self.steps:
       batch = stopwatch.next(batches)
-      state = self.train_step(state, shard_batch(batch, self.mesh))
+      state = self.program.train_step(state, shard_batch(batch, self.mesh))
       in_flight.append(self.copy(state.step))
       if len(in_flight) > _STEPS_IN_FLIGHT:
         jax.block_until_ready(in_flight.popleft())
@@ -344,7 +300,7 @@ class _Run:
     return evaluation
 
   def _is_logged(self, step: int) -> bool:
-    return step % self.config.log_every == 0 or step == self.steps
+    return step % self.times.log_every == 0 or step == self.steps
 
   def _finish_log(self, state: TrainState, step: int) -> TrainState:
     """Logs the window that a killed run had saved but not logged.
@@ -359,7 +315,7 @@ class _Run:
       del metrics["images"]
       unknown = {"images_per_second": math.nan, "data_wait": math.nan}
       self.writer.write(step, "train", metrics | unknown)
-    return dataclasses.replace(state, window=self.empty_window())
+    return dataclasses.replace(state, window=self.program.empty_window())
 
   def _log(
     self, state: TrainState, step: int, stopwatch: Stopwatch
@@ -373,7 +329,7 @@ class _Run:
       warning = slow_data_warning(metrics["data_wait"], self.config.data)
       self.progress.say(warning)
       self.is_warned = True
-    return dataclasses.replace(state, window=self.empty_window())
+    return dataclasses.replace(state, window=self.program.empty_window())
 
   def _save(self, state: TrainState) -> None:
     self.lock.check()
@@ -388,19 +344,18 @@ class _Run:
     )
 
   def _is_evaluation_step(self, step: int) -> bool:
-    epoch, rest = divmod(step, self.epoch_steps)
-    is_due = epoch % self.config.evaluate_every == 0 or step == self.steps
-    return step > 0 and not rest and is_due
+    is_due = step % self.times.evaluate_every == 0 or step == self.steps
+    return step > 0 and is_due
 
   def _is_checkpoint_due(self, step: int) -> bool:
     """Whether `config.checkpoint_every` asks for a checkpoint."""
     interval = self.config.checkpoint_interval()
     if interval is None:
       return False
-    if interval.unit == "steps":
-      return step % interval.count == 0
+    if interval.unit != "minutes":
+      return step % interval.steps(self.times.epoch) == 0
     # Clocks differ: one process decides, and not so often that all wait for it.
-    if jax.process_count() > 1 and step % self.config.log_every:
+    if jax.process_count() > 1 and step % self.times.log_every:
       return False
     minutes = 60 * interval.count
     return from_first_process(
@@ -413,23 +368,19 @@ class _Run:
     def eval_step(weights, batch):
       if stopped_by := stop_requested(self.stopping):
         self._stop(step, stopped_by)
-      return self.eval_step(weights, batch)
+      return self.program.eval_step(weights, batch)
 
-    predictions = predict(
-      eval_step,
+    found = evaluate(
+      dataclasses.replace(self.program, eval_step=eval_step),
       {"ema": state.ema, "raw": state.weights},
       self.eval_source,
-      self.config.data,
-      batch_size=self.config.evaluation_batch_size,
-      mesh=self.mesh,
     )
-    evaluation = predictions["ema"].evaluation()
-    raw = predictions["raw"].evaluation()
-    self.writer.write(step, "evaluation", dataclasses.asdict(evaluation))
-    self.writer.write(step, "evaluation_raw", dataclasses.asdict(raw))
+    evaluation, raw = found["ema"].evaluation, found["raw"].evaluation
+    self.writer.write(step, "evaluation", evaluation.values)
+    self.writer.write(step, "evaluation_raw", raw.values)
     self.checkpoints.add_evaluation(step, evaluation)
-    epoch = f"epoch {step // self.epoch_steps}"
-    self.progress.say(f"{epoch}: ema  {evaluation}\n{epoch}: raw  {raw}")
+    when = f"epoch {step / self.times.epoch:.6g}"
+    self.progress.say(f"{when}: ema  {evaluation}\n{when}: raw  {raw}")
     return evaluation
 
   def _read_window(self, state: TrainState, step: int) -> dict[str, float]:
@@ -437,10 +388,10 @@ class _Run:
     sums = {k: float(v) for k, v in jax.device_get(state.window).items()}
     # Optax computes with Python's numbers, which JAX may be told to refuse.
     with jax.transfer_guard("allow"):
-      learning_rate = float(jnp.asarray(self.schedule(step - 1)))
+      learning_rate = float(jnp.asarray(self.program.schedule(step - 1)))
     return {
       "loss": sums["loss"] / sums["steps"],
-      "accuracy": sums["correct"] / sums["images"],
+      **self.program.task.logged(sums),
       "grad_norm": sums["grad_norm"] / sums["steps"],
       "learning_rate": learning_rate,
       "images": sums["images"],
@@ -452,35 +403,5 @@ class _Run:
       raise NonFiniteError(
         f"the loss or the gradient of step {bad_step} is not finite; the"
         f" checkpoints in {self.workdir} are from before: lower"
-        " config.optimizer.learning_rate or raise warmup_epochs"
+        " config.optimizer.learning_rate or raise its warmup"
       )
-
-
-def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
-  """Raises a TrainingError unless the devices share batches evenly."""
-  part = config.batch_size // config.accumulation_steps
-  for field, size in (
-    ("batch_size / accumulation_steps", part),
-    ("evaluation_batch_size", config.evaluation_batch_size),
-  ):
-    if size % mesh.size:
-      raise TrainingError(
-        f"config.{field} = {size} must be a multiple of the {mesh.size} devices"
-      )
-
-
-def open_checked_source(config: TrainConfig, split: str) -> Source:
-  """The images of a split, which must have the model's number of classes.
-
-  Raises:
-    TrainingError: it has not.
-    DataError: there are no such images.
-  """
-  source = open_source(config.data, split)
-  if source.num_classes != config.model.num_classes:
-    raise TrainingError(
-      f"{config.data.name} has {source.num_classes} classes and the model"
-      f" {config.model.num_classes}: set"
-      f" --config.model.num_classes={source.num_classes}"
-    )
-  return source

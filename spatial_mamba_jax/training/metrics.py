@@ -29,6 +29,9 @@ from spatial_mamba_jax.training.digests import write_whole
 # The share of a window above which waiting for data is worth a warning.
 MOST_DATA_WAIT = 0.1
 
+# What a line on the terminal does not have, or in another form.
+_NOT_SHOWN = ("grad_norm", "learning_rate", "images_per_second", "data_wait")
+
 
 class MetricWriter:
   """Writes each record to `metrics.jsonl` and as TensorBoard events.
@@ -241,9 +244,13 @@ class Progress:
 
   def show(self, step: int, metrics: dict[str, float]) -> None:
     """Shows the means of a window and its speed."""
+    values = "  ".join(
+      f"{name.replace('_', ' ')} {value:.4g}"
+      for name, value in metrics.items()
+      if name not in _NOT_SHOWN
+    )
     line = (
-      f"loss {metrics['loss']:.4f}  accuracy {100 * metrics['accuracy']:.2f}%"
-      f"  {metrics['images_per_second']:.0f} images/s"
+      f"{values}  {metrics['images_per_second']:.0f} images/s"
       f"  data wait {100 * metrics['data_wait']:.0f}%"
     )
     if self._bar is not None:

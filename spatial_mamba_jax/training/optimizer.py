@@ -41,16 +41,16 @@ def authors_schedule(
 
 
 def make_schedule(
-  config: OptimizerConfig, *, batch_size: int, epochs: int, epoch_steps: int
+  config: OptimizerConfig, *, batch_size: int, warmup_steps: int, steps: int
 ) -> optax.Schedule:
-  """The schedule of a run, scaled to its batch size."""
+  """The schedule of a run of some steps, scaled to its batch size."""
   scale = batch_size / config.reference_batch_size
   return authors_schedule(
     peak=scale * config.learning_rate,
     first=scale * config.warmup_learning_rate,
     last=scale * config.min_learning_rate,
-    warmup_steps=config.warmup_epochs * epoch_steps,
-    steps=epochs * epoch_steps,
+    warmup_steps=warmup_steps,
+    steps=steps,
   )
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spatial_mamba_jax.training.config import TrainingError
+from spatial_mamba_jax.training.config import TrainConfig, TrainingError
 
 
 def initialize_distributed() -> None:
@@ -59,3 +59,16 @@ def shard_batch(
     name: jax.make_array_from_process_local_data(sharding, array)
     for name, array in batch.items()
   }
+
+
+def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
+  """Raises a TrainingError unless the devices share batches evenly."""
+  part = config.batch_size // config.accumulation_steps
+  for field, size in (
+    ("batch_size / accumulation_steps", part),
+    ("evaluation_batch_size", config.evaluation_batch_size),
+  ):
+    if size % mesh.size:
+      raise TrainingError(
+        f"config.{field} = {size} must be a multiple of the {mesh.size} devices"
+      )

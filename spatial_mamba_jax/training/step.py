@@ -1,10 +1,7 @@
-"""One training step and one evaluation step, pure functions over arrays.
-
-Axis letters: B batch, H and W height and width, K classes.
-"""
+"""One training step and one evaluation step, pure functions over arrays."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -12,91 +9,93 @@ import optax
 from jax.flatten_util import ravel_pytree
 from spatial_mamba_kernels.typing import Array
 
-from spatial_mamba_jax.training.config import TrainConfig
-from spatial_mamba_jax.training.losses import soft_cross_entropy
-from spatial_mamba_jax.training.preprocess import Preprocess, normalise
-from spatial_mamba_jax.training.state import (
-  Arrays,
-  PureModel,
-  TrainState,
-  Weights,
-)
+from spatial_mamba_jax.models.pure import Arrays, PureModel, Weights
+from spatial_mamba_jax.tasks.base import Task
+from spatial_mamba_jax.training.state import TrainState
 
 
 def make_train_step(
+  task: Task,
   model: PureModel,
   optimizer: optax.GradientTransformation,
-  preprocess: Preprocess,
-  config: TrainConfig,
   *,
-  epoch_steps: int,
+  seed: int,
+  ema_decay: float,
+  accumulation_steps: int = 1,
+  mesa_from: int | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], TrainState]:
   """The step of a run: forward, backward, update, moving average.
 
   All that is random in it follows from the seed and the number of the step.
 
   Args:
-    model: the model as a pure function.
+    task: what is trained for.
+    model: its network as a pure function.
     optimizer: whose state is in the `TrainState`.
-    preprocess: applied to each batch on the device.
-    config: the experiment.
-    epoch_steps: steps an epoch, to know when MESA begins.
+    seed: of all that is random.
+    ema_decay: of the moving average.
+    accumulation_steps: parts that a batch is computed in.
+    mesa_from: the step after which the moving average teaches (MESA, arXiv
+      2205.14083); None for never.
 
   Returns:
     (state, batch) -> state, to be jitted with the state donated.
   """
-  mesa_from = int(config.mesa_start * config.epochs) * epoch_steps
 
-  def loss(trained, weights, images, target, teacher, key):
+  def loss(trained, weights, batch, teacher, key):
     params = {**weights.params, **trained}
-    logits, stats = model.train(Weights(params, weights.stats), images, key)
-    value = jnp.mean(soft_cross_entropy(logits, target))
-    if teacher is not None:
-      mesa = jnp.mean(soft_cross_entropy(logits, teacher))
-      value += config.mesa_weight * mesa
-    hits = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
-    return value, (stats, jnp.sum(hits))
-
-  def teach(state, images):
-    """The moving average's predictions; of no weight before MESA begins."""
-    if not config.mesa_weight:
-      return None
-    classes = config.model.num_classes
-    silent = jnp.zeros((images.shape[0], classes), state_dtype(state))
-    return jax.lax.cond(
-      state.step >= mesa_from,
-      lambda: jax.nn.softmax(model.evaluate(state.ema, images)),
-      lambda: silent,
+    (value, sums), stats = model.apply(
+      Weights(params, weights.stats),
+      lambda network: task.loss(network, batch, key, teacher),
+      train=True,
     )
+    if set(sums) != set(task.sums):
+      raise ValueError(f"the loss must sum up {task.sums}, not {tuple(sums)}")
+    return value, (stats, sums)
+
+  def teach(state, batch):
+    """The moving average's predictions; zeros before MESA begins."""
+    if mesa_from is None:
+      return None
+
+    def predict():
+      return model.apply(
+        state.ema, lambda network: task.teach(network, batch), train=False
+      )[0]
+
+    def silent():
+      shapes = jax.eval_shape(predict)
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return jax.lax.cond(state.step >= mesa_from, predict, silent)
 
   def gradients(state, batch, key):
     def part(stats, part_of_batch):
       batch, index = part_of_batch
       data_key, model_key = jax.random.split(jax.random.fold_in(key, index))
-      images, target = preprocess(batch, data_key)
-      (value, (stats, hits)), grads = jax.value_and_grad(loss, has_aux=True)(
+      prepared = task.prepare(batch, data_key)
+      (value, (stats, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
         model.trained(state.weights.params),
         Weights(state.weights.params, stats),
-        images,
-        target,
-        teach(state, images),
+        prepared,
+        teach(state, prepared),
         model_key,
       )
-      return stats, (grads, value, hits)
+      return stats, (grads, value, sums)
 
-    count = config.accumulation_steps
+    count = accumulation_steps
     if count == 1:
       stats, out = part(state.weights.stats, (batch, 0))
       return stats, *out
-    stats, (grads, values, hits) = _accumulate(
+    stats, (grads, values, sums) = _accumulate(
       part, state.weights.stats, _split_batch(batch, count), count
     )
     mean = jax.tree.map(lambda x: x / count, (grads, values))
-    return stats, *mean, hits
+    return stats, *mean, sums
 
   def train_step(state, batch):
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    stats, grads, value, hits = gradients(state, batch, key)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    stats, grads, value, sums = gradients(state, batch, key)
     # Of one vector, as the optimizer has it.
     grad_norm = optax.tree.norm(ravel_pytree(grads)[0])
     trained = model.trained(state.weights.params)
@@ -104,21 +103,20 @@ def make_train_step(
     trained = cast(Arrays, optax.apply_updates(trained, updates))
     weights = Weights({**state.weights.params, **trained}, stats)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    images = next(iter(batch.values())).shape[0]
-    sums = {
+    window = {
+      **sums,
       "loss": value,
-      "correct": hits,
       "grad_norm": grad_norm,
-      "images": images,
+      "images": next(iter(batch.values())).shape[0],
       "steps": 1,
     }
     return TrainState(
       step=state.step + 1,
       weights=weights,
-      ema=_moving_average(state.ema, weights, config.ema_decay),
+      ema=_moving_average(state.ema, weights, ema_decay),
       opt_state=opt_state,
       window=jax.tree.map(
-        lambda old, new: old + jnp.asarray(new, old.dtype), state.window, sums
+        lambda old, new: old + jnp.asarray(new, old.dtype), state.window, window
       ),
       bad_step=jnp.where(
         (state.bad_step < 0) & ~finite, state.step + 1, state.bad_step
@@ -126,11 +124,6 @@ def make_train_step(
     )
 
   return train_step
-
-
-def state_dtype(state: TrainState) -> Any:
-  """The precision of the parameters."""
-  return jnp.result_type(*jax.tree.leaves(state.weights.params))
 
 
 def _split_batch(batch: dict[str, Array], count: int) -> dict[str, Array]:
@@ -170,43 +163,20 @@ def _moving_average(ema: Weights, weights: Weights, decay: float) -> Weights:
 
 
 def make_eval_step(
-  model: PureModel,
-) -> Callable[[Weights, dict[str, Array]], Arrays]:
-  """(weights, batch) -> what the model makes of each image, {name: array}.
+  task: Task, model: PureModel
+) -> Callable[[Weights, dict[str, Array]], dict[str, Array]]:
+  """(weights, batch) -> what the network makes of each record.
 
-  `index`, `label`, `mask` [B]: the batch's own, so that images gathered from
-    many processes are known.
-  `predicted` [B]: the class that scores highest; -1 where there is not one, for
-    ties and for logits that are not finite.
-  `rank` [B]: the number of other classes that score no less than the label.
-  `loss` [B]: cross-entropy in nats; NaN where the logits are not finite.
-  `top_classes`, `top_probabilities` [B, min(5, K)]: the likeliest classes.
+  Its results are the columns of `task.predict`; and the batch's own `index` and
+  `mask` [B], so that records gathered from many processes are known.
   """
 
   def eval_step(weights, batch):
-    logits = model.evaluate(weights, normalise(batch["image"]))
-    log_probabilities = jax.nn.log_softmax(logits)
-    label = batch["label"][:, None]
-    loss = -jnp.take_along_axis(log_probabilities, label, axis=-1)[:, 0]
-    # NaN is not less than anything, so that it ranks before the label.
-    own = jnp.take_along_axis(logits, label, axis=-1)
-    rank = jnp.sum(~(logits < own), axis=-1) - 1
-    highest = jnp.max(logits, axis=-1, keepdims=True)
-    is_single = jnp.sum(logits == highest, axis=-1) == 1
-    top, top_classes = jax.lax.top_k(
-      log_probabilities, min(5, logits.shape[-1])
+    columns, _ = model.apply(
+      weights, lambda network: task.predict(network, batch), train=False
     )
-    return {
-      "index": batch["index"],
-      "label": batch["label"],
-      "mask": batch["mask"],
-      "predicted": jnp.where(
-        is_single & ~jnp.isnan(loss), jnp.argmax(logits, axis=-1), -1
-      ),
-      "rank": rank,
-      "loss": loss,
-      "top_classes": top_classes,
-      "top_probabilities": jnp.exp(top),
-    }
+    if taken := columns.keys() & {"index", "mask"}:
+      raise ValueError(f"predictions must not be called {', '.join(taken)}")
+    return {**columns, "index": batch["index"], "mask": batch["mask"]}
 
   return eval_step

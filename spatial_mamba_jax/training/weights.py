@@ -1,7 +1,6 @@
 """Weights of any kind, to evaluate or to start a run from."""
 
 import pathlib
-from typing import cast
 
 import jax
 import numpy as np
@@ -24,25 +23,25 @@ from spatial_mamba_jax.convert.names import (
 )
 from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
-from spatial_mamba_jax.models.spatial_mamba import Trunk
+from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.pure import PureModel, Weights, unstacked
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.checkpoint import RemovedError, open_checkpoint
 from spatial_mamba_jax.training.config import TrainingError
-from spatial_mamba_jax.training.state import PureModel, Weights, unstacked
 
 # Of reading a checkpoint while its run saves others and removes it.
 _ATTEMPTS = 5
 
 
 def load_weights(
-  path: pathlib.Path, config: ModelConfig, like: Weights
+  path: pathlib.Path, model: PureModel, like: Weights
 ) -> dict[str, Weights]:
   """The weights in a file or directory of any kind, to be evaluated.
 
   Args:
     path: a checkpoint as `open_checkpoint` takes it, or a file or directory as
       `convert.files.read_file` takes it; relative or with "~", too.
-    config: the architecture that they must fit.
+    model: the network that they must fit.
     like: its shapes, on the shardings wanted.
 
   Returns:
@@ -57,17 +56,17 @@ def load_weights(
     return _restore(path, like)[1]
   found = read_weights(path)
   name = "ema" if found.is_average else "raw"
-  return {name: _fitted(path, found.state_dict, config, like)}
+  return {name: _fitted(path, found.state_dict, model, like)}
 
 
 def start_from(
-  path: pathlib.Path, config: ModelConfig, fresh: Weights
+  path: pathlib.Path, model: PureModel, fresh: Weights
 ) -> tuple[Weights, str]:
   """The weights in a file or directory of any kind, to be trained further.
 
   Args:
     path: as `load_weights` takes it; of a run, the moving average is taken.
-    config: the architecture that they must fit, except for the head.
+    model: the network that they must fit, except for the head.
     fresh: random weights of it. The head is theirs where `path` has none or one
       of another number of classes; the norm before it where `path` has none.
 
@@ -77,6 +76,7 @@ def start_from(
   Raises:
     TrainingError: there are no weights, or they are of another model.
   """
+  num_classes = _architecture(model).num_classes
   found = read_weights(path)
   tensors = {
     name: tensor
@@ -86,9 +86,7 @@ def start_from(
   head = tensors.get("head.weight")
   own = []
   # One that is no matrix is refused below.
-  fits = head is not None and (
-    head.ndim != 2 or len(head) == config.num_classes
-  )
+  fits = head is not None and (head.ndim != 2 or len(head) == num_classes)
   if fits:
     said = f"starting from {path}, head included"
   else:
@@ -98,7 +96,7 @@ def start_from(
   if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
     own += ["norm.scale", "norm.bias"]
   tensors |= torch_tensors({name: fresh.params[name] for name in own})
-  return _fitted(path, tensors, config, fresh), said + _beside(found)
+  return _fitted(path, tensors, model, fresh), said + _beside(found)
 
 
 def _beside(found: Found) -> str:
@@ -107,21 +105,31 @@ def _beside(found: Found) -> str:
   return f"; left out {len(names)} tensors ({listed(names)})" * bool(names)
 
 
+def _architecture(model: PureModel) -> ModelConfig:
+  network = model.abstract()
+  if not isinstance(network, SpatialMamba):
+    raise TrainingError(
+      f"config.init_from is for classifiers: a {type(network).__name__} cannot"
+      " start from other weights"
+    )
+  return network.config
+
+
 def _fitted(
   path: pathlib.Path,
   state_dict: dict[str, np.ndarray],
-  config: ModelConfig,
+  model: PureModel,
   like: Weights,
 ) -> Weights:
   """Tensors as the weights of a model, placed like others."""
-  model = abstract_model(config)
+  filled = abstract_model(_architecture(model))
   try:
-    from_torch(model, with_head_bias(state_dict))
+    from_torch(filled, with_head_bias(state_dict))
   except ValueError as error:
     raise TrainingError(
       f"{path} holds another model than config.model asks for: {error}"
     ) from error
-  weights = PureModel.weights_of(cast(SpatialMamba, model))
+  weights = PureModel.weights_of(filled)
   return jax.tree.map(_placed_like, weights, like)
 
 

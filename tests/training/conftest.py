@@ -13,29 +13,28 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Two stages of four channels, so that compiling takes seconds: the command
-# line has no dims, and its tests need none of the model's size.
+# Two stages of four channels, so that compiling takes seconds: its tests need
+# none of the model's size.
 EXPERIMENT = """
 from spatial_mamba_jax.data import DataConfig
-from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.config import ModelSection, TrainConfig
 from spatial_mamba_jax.training.config import OptimizerConfig
-
-models._PRESETS["tests"] = models.ModelConfig(dims=(4, 4), depths=(1, 2))
 
 
 def get_config():
   return TrainConfig(
-    model=ModelSection(name="tests", num_classes=3, drop_path_rate=0.2),
+    task=ClassificationConfig(num_classes=3),
+    model=ModelSection(dims=(4, 4), depths=(1, 2), drop_path_rate=0.2),
     data=DataConfig(
       name="synthetic", image_size=16, synthetic_images=24, synthetic_classes=3
     ),
-    optimizer=OptimizerConfig(reference_batch_size=8, warmup_epochs=1),
+    optimizer=OptimizerConfig(reference_batch_size=8, warmup="1 epoch"),
     batch_size=8,
-    epochs=8,
+    length="8 epochs",
     ema_decay=0.9,
     evaluation_batch_size=8,
-    log_every=2,
+    log_every="2 steps",
   )
 """
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from spatial_mamba_jax.models import ModelConfig
+from spatial_mamba_jax.models import ModelConfig, SpatialMamba
+from spatial_mamba_jax.models.pure import PureModel, Weights
+from spatial_mamba_jax.tasks.base import Evaluation
 from spatial_mamba_jax.training.checkpoint import (
   Checkpoints,
   RemovedError,
@@ -23,8 +26,7 @@ from spatial_mamba_jax.training.checkpoint import (
 )
 from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles
 from spatial_mamba_jax.training.config import TrainingError
-from spatial_mamba_jax.training.evaluation import Evaluation
-from spatial_mamba_jax.training.state import Weights, initial_state
+from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.weights import load_weights
 
 # Of the callbacks that a failed save or restore leaves behind.
@@ -42,15 +44,14 @@ def _collect():
 
 def state_after(step):
   weights = Weights(params={"w": jnp.full(3, float(step))}, stats={})
-  state = initial_state(weights, optax.sgd(1.0))
+  state = initial_state(weights, optax.sgd(1.0), ())
   ema = Weights(params={"w": jnp.full(3, step + 0.5)}, stats={})
   return state.replace(step=jnp.asarray(step), ema=ema)
 
 
 def evaluation(top1):
-  return Evaluation(
-    top1, 1.0, loss=1.0, ece=0.1, images=9, undecided=0, unreadable=0
-  )
+  values = {"top1": top1, "top5": 1.0, "loss": 1.0, "ece": 0.1, "images": 9}
+  return Evaluation(top1, values, f"top-1 {top1:.2%}")
 
 
 def save(directory, scores, **options):
@@ -96,6 +97,25 @@ def test_the_best_outlives_a_restart(tmp_path):
     assert weights.keys() == {"ema", "raw"}
     assert weights["raw"].params["w"][0] == step
     assert weights["ema"].params["w"][0] == step + 0.5
+
+
+@pytest.mark.parametrize("worst", [float("nan"), -float("inf")])
+def test_a_score_that_is_no_number_is_the_worst(tmp_path, worst):
+  save(tmp_path, {1: worst, 2: -3.0, 3: worst, 4: -4.0, 5: worst}, keep_last=1)
+  with Checkpoints(tmp_path, create=False) as checkpoints:
+    assert checkpoints.steps() == [2, 5]
+    assert checkpoints.best() == 2
+    assert checkpoints.is_evaluated(5)
+
+
+def test_a_score_of_before_there_were_tasks(saved, tmp_path):
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  for step, top1 in ((1, 0.9), (3, 0.1)):
+    (copy / str(step) / "metrics" / "metrics").write_text(f'{{"top1": {top1}}}')
+    (copy / str(step) / "digests.json").unlink()
+  with Checkpoints(copy) as checkpoints:
+    assert checkpoints.best() == 1
+    assert all(checkpoints.is_evaluated(step) for step in (1, 2, 3))
 
 
 def remove(path):
@@ -223,11 +243,10 @@ def test_one_that_its_run_removes_is_looked_for_again(
       aside.rename(copy / "3")
 
   monkeypatch.setattr(Checkpoints, "restore_weights", remove_first)
+  model = PureModel(partial(SpatialMamba, ModelConfig(dims=(4,), depths=(1,))))
 
   def load():
-    return load_weights(
-      copy, ModelConfig(dims=(4,), depths=(1,)), state_after(0).ema
-    )
+    return load_weights(copy, model, state_after(0).ema)
 
   if removals == 4:
     assert load()["ema"].params["w"][0] == 3.5

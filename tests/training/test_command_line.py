@@ -56,39 +56,58 @@ def assert_one_line(result, *parts):
 
 
 OVERRIDES = {
-  "checkpoint_every=5 days": 'checkpoint_every must be "500 steps", "10 minut',
+  "checkpoint_every=5 days": "config.checkpoint_every must be like"
+  """ "10 minutes" or "10 epochs" or "10 steps", got '5 days'""",
   "batch_sise=8": "--config.batch_sise: no such field; did you mean"
   " --config.batch_size?",
   "optimiser.learning_rate=1": "did you mean --config.optimizer.learning_rate?",
   "learning_rate=1": "did you mean --config.optimizer.learning_rate?",
   "model.drop_path=1": "did you mean --config.model.drop_path_rate?",
-  "zzz=1": "--config.zzz: no such field; choose from model, data, optimizer",
-  "=1": "--config.: no such field; choose from model, data",
-  "epochs.x=1": "did you mean --config.epochs?",
+  "zzz=1": "--config.zzz: no such field; choose from task, model, data, optim",
+  "=1": "--config.: no such field; choose from task, model",
+  "length.x=1": "did you mean --config.length?",
   "data.crop_scale[0]=1": "did you mean --config.data.crop_scale?",
   "model.build=1": "--config.model.build: no such field",
   "data.__class__=1": "--config.data.__class__: no such field",
   "\x1b[31m=1": r"--config.\x1b[31m: no such field",
-  "mixing=1": "--config.mixing is a section; override its fields probability",
+  "task.mixing=1": "--config.task.mixing is a section; override its fields pr",
+  "mixing.probability=1": "did you mean --config.task.mixing.probability?",
+  "label_smoothing=1": "did you mean --config.task.label_smoothing?",
+  "epochs=3": "did you mean --config.length?",
+  "optimizer.warmup_epochs=1": "did you mean --config.optimizer.warmup?",
+  "model.num_classes=3": "did you mean --config.task.num_classes?",
+  "model.d_state=2": "did you mean --config.model.mixer.d_state?",
+  "task=1": "--config.task is a section; override its fields num_classes",
   "model": "--config.model is a section; override its fields name",
-  "epochs=many": "config.epochs must be an integer, got 'many'",
-  "epochs=": "config.epochs must be an integer, got ''",
-  "epochs=8.0": "config.epochs must be an integer, got '8.0'",
-  "epochs=None": "config.epochs must be an integer, got 'None'",
-  "epochs=" + "9" * 5000: "config.epochs must be an integer, got '999",
-  "epochs": "Missing value for flag --config.epochs",
+  "model.mixer=1": "--config.model.mixer is a section; override its fields d_",
+  "keep_last=many": "config.keep_last must be an integer, got 'many'",
+  "keep_last=": "config.keep_last must be an integer, got ''",
+  "keep_last=8.0": "config.keep_last must be an integer, got '8.0'",
+  "keep_last=None": "config.keep_last must be an integer, got 'None'",
+  "keep_last=" + "9" * 5000: "config.keep_last must be an integer, got '999",
+  "keep_last": "Missing value for flag --config.keep_last",
+  **{
+    f"length={text}": 'config.length must be like "10 epochs" or "10 steps",'
+    f" got '{text[:70]}"
+    for text in ("many", "", "8.0", "8", "None", "9" * 5000)
+  },
+  "length": "Missing value for flag --config.length",
   "linear_probe=maybe": "config.linear_probe must be True or False, got 'mayb",
   "ema_decay=high": "config.ema_decay must be a number, got 'high'",
   "ema_decay=nan": "config.ema_decay must be a number, got nan",
   "mesa_weight=1e999": "config.mesa_weight must be at most 1000000, got inf",
   "batch_size=0": "config.batch_size must be at least 1, got 0",
   "seed=-1": "config.seed must be at least 0, got -1",
-  "optimizer.warmup_epochs=9": "config.optimizer.warmup_epochs must be below"
-  " epochs=8, got 9",
+  "optimizer.warmup=9 epochs": "config.optimizer.warmup must be shorter than"
+  " length=8 epochs, got '9 epochs'",
+  "task.num_classes=0": "config.task.num_classes must be at least 1, got 0",
   "model.name=vit": "config.model.name must be one of spatial_mamba_base,",
   "model.name=\x1b[31m": r"got '\x1b[31m'",
   "model.dtype=": "config.model.dtype must be one of bfloat16, float16, float3",
-  "model.implementation=cuda": "config.model.implementation must be one of",
+  "model.mixer.implementation=cuda": "config.model.mixer.implementation must b",
+  "model.mixer.d_state=many": "config.model.mixer.d_state must be an integer",
+  "model.mixer.d_states=2": "did you mean --config.model.mixer.d_state?",
+  "model.dims=(4": "config.model.dims must be a tuple, each an integer, got",
   "data.name=mnist": "config.data.name must be one of digits, imagenet2012",
   "data.test_crop_ratio=1.2": "config.data.test_crop_ratio must be at most 1",
   "data.crop_scale=": "config.data.crop_scale must be a tuple of 2, each a num",
@@ -107,7 +126,7 @@ def test_a_wrong_override_is_one_line(run_here):
 FLAGS = {
   ("--workdirr=x",): "--workdirr: no such flag; did you mean --workdir?",
   ("--zzzzzz",): "--zzzzzz: no such flag; --help lists the flags",
-  ("--noconfig.epochs",): "--noconfig.epochs: no such flag; did you mean",
+  ("--noconfig.length",): "--noconfig.length: no such flag; did you mean",
   ("--workdir",): "Missing value for flag --workdir",
   ("--distributed=maybe",): "--distributed=maybe",
   ("--flagfile=no/such",): "no/such",
@@ -118,7 +137,10 @@ FLAGS = {
   (f"--config={ROOT}",): "is no file",
   ("--config=",): "--config= is no file",
   ("--config=none",): "--config=FILE is needed; usage: python train.py",
-  ("--config=none", "--config.epochs=3"): "--config=FILE is needed; usage:",
+  (
+    "--config=none",
+    "--config.length=3 epochs",
+  ): "--config=FILE is needed; usage:",
 }
 
 
@@ -133,7 +155,11 @@ def test_a_wrong_flag_is_one_line(run_here):
   )
 
 
-IMPORT = "from spatial_mamba_jax.training.config import TrainConfig\n"
+IMPORT = (
+  "from spatial_mamba_jax.training.config import TrainConfig;"
+  " from spatial_mamba_jax.tasks.classification import"
+  " ClassificationConfig as Task\n"
+)
 # What a file holds, the line that is wrong, and what is said of it.
 FILES = [
   ("def get_config(:\n", 1, "SyntaxError: invalid syntax"),
@@ -168,20 +194,34 @@ FILES = [
     "must return a Tra",
   ),
   (
-    IMPORT + "def get_config():\n  return TrainConfig(batch_sise=8)\n",
+    IMPORT
+    + "def get_config():\n  return TrainConfig(task=Task(), batch_sise=8)\n",
     *(3, "keyword argument 'batch_sise'; did you mean batch_size?"),
   ),
-  (IMPORT + "def get_config():\n  TrainConfig().a.b\n", 3, "AttributeError"),
+  (
+    IMPORT + "def get_config():\n  TrainConfig(task=Task()).a.b\n",
+    *(3, "AttributeError"),
+  ),
+  (
+    IMPORT + "def get_config():\n  return TrainConfig()\n",
+    *(3, "TypeError: missing a required argument: 'task'"),
+  ),
 ]
 # What get_config does to a TrainConfig, and the arguments beside.
 CHANGES = [
-  ("c.epochs = 'many'", (), "config.epochs must be an integer, got 'many'"),
-  ("c.epochs = 'many'", ("epochs=3",), "config.epochs must be an integer, got"),
+  (
+    "c.length = 'many'",
+    (),
+    """config.length must be like "10 epochs" or "10""",
+  ),
+  ("c.length = 8", (), "config.length must be a text, got 8"),
+  ("c.seed = 'many'", (), "config.seed must be an integer, got 'many'"),
+  ("c.seed = 'many'", ("seed=3",), "config.seed must be an integer, got"),
   ("c.batch_size = 8.0", (), "config.batch_size must be an integer, got 8.0"),
   ("c.model = None", (), "config.model must be a ModelSection, got None"),
   (
     "c.model = None",
-    ("model.d_state=2",),
+    ("model.mixer.d_state=2",),
     "config.model must be a ModelSectio",
   ),
   ("c.data = {'name': 'x'}", (), "config.data must be a DataConfig, got {'nam"),
@@ -191,10 +231,12 @@ CHANGES = [
     "config.data must be a DataConfig, got a ModelSecti",
   ),
   (
-    "c.mixing = type(c)",
+    "c.task.mixing = type(c)",
     (),
-    "config.mixing must be a MixingConfig, got the cl",
+    "config.task.mixing must be a MixingConfig, got th",
   ),
+  ("c.task = c.model", (), "config.task must be a TaskConfig, got a ModelSect"),
+  ("c.model.mixer = None", (), "config.model.mixer must be a MixerConfig, got"),
   ("del c.optimizer", (), "config.optimizer is missing"),
   ("c.batch_sise = 3", (), "config.batch_sise: no such field; did you mean ba"),
   ("c.optimizer.lr = 3", (), "config.optimizer.lr: no such field; choose from"),
@@ -207,7 +249,9 @@ def test_a_wrong_config_file_is_one_line(experiment, run_here):
     assert_one_line(run_here(text=text), where, message)
     assert not list(experiment.path.parent.glob("__pycache__"))
   for change, overrides, message in CHANGES:
-    text = f"{IMPORT}def get_config():\n  c = TrainConfig()\n  {change}\n"
+    text = (
+      f"{IMPORT}def get_config():\n  c = TrainConfig(task=Task())\n  {change}\n"
+    )
     arguments = [f"--config.{override}" for override in overrides]
     assert_one_line(run_here(*arguments, text=f"{text}  return c\n"), message)
 
@@ -223,7 +267,11 @@ def test_what_flags_can_do(experiment, run_here, tmp_path):
     f"--config={experiment.path}:good",
     "--noconfig.linear_probe",
     "--config.batch_size=4",
-    *("-config.epochs", "3"),
+    *("-config.length", "3 epochs"),
+    "--config.optimizer.warmup=5 steps",
+    "--config.task.mixing.probability=0.25",
+    "--config.model.mixer.d_state=2",
+    "--config.model.dims=(4,6)",
     *("--config.data.crop_scale=0.5", "--config.data.crop_scale=1"),
     "--config.batch_size=16",
     f"--flagfile={flagfile}",
@@ -232,10 +280,14 @@ def test_what_flags_can_do(experiment, run_here, tmp_path):
   )
   assert result == (0, "", "")
   (config,) = seen
-  assert (config.epochs, config.seed, config.batch_size) == (3, 7, 16)
+  assert (config.length, config.seed, config.batch_size) == ("3 epochs", 7, 16)
+  assert config.optimizer.warmup == "5 steps"
+  assert config.task.mixing.probability == 0.25
+  assert config.model.mixer.d_state == 2
+  assert config.model.dims == (4, 6)
   assert config.data.crop_scale == (0.5, 1)
   result = run_here(f"--config={experiment.path}:bad")
-  assert_one_line(result, f"{experiment.path}:11: AssertionError")
+  assert_one_line(result, f"{experiment.path}:9: AssertionError")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "-help", "--helpfull"])
@@ -279,7 +331,7 @@ def test_the_compilation_cache_is_given_up_where_it_cannot_be(
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--config.model.num_classes=5"], "set --config.model.num_classes=3"),
+    (["--config.task.num_classes=5"], "set --config.task.num_classes=3"),
     (["--config.data.name=image_folder", "--config.data.data_dir=no"], "no"),
     (["--config.batch_size=32"], "larger than the 24 training images"),
     (["--config.batch_sise=8"], "did you mean --config.batch_size?"),
@@ -365,7 +417,7 @@ def test_interrupts_at_any_moment_leave_no_traceback(
 ):
   for seconds in (0, 0.1, 0.3, 0.6, 1, 1.5, 2.5):
     process = experiment.start(
-      script, f"--workdir={tmp_path / 'run'}", "--config.epochs=100000"
+      script, f"--workdir={tmp_path / 'run'}", "--config.length=100000 epochs"
     )
     # Python itself installs a handler before the script can do anything.
     while process.poll() is None and not handles_interrupts(process):
@@ -389,7 +441,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(
     "train.py",
     f"--workdir={workdir}",
     "--config.optimizer.learning_rate=1e38",
-    "--config.optimizer.warmup_epochs=2",
+    "--config.optimizer.warmup=2 epochs",
   )
   assert status == 1
   last = err.splitlines()[-1]
@@ -404,7 +456,7 @@ def test_evaluation(experiment, tmp_path):
   status, _, err = experiment.run("eval.py", flag)
   assert status == 2
   assert "does not exist: train first" in err.splitlines()[-1]
-  status, _, err = experiment.run("train.py", flag, "--config.epochs=3")
+  status, _, err = experiment.run("train.py", flag, "--config.length=3 epochs")
   assert status == 0, err
   status, out, err = experiment.run("eval.py", flag)
   assert status == 0, err
@@ -433,14 +485,16 @@ def test_evaluation(experiment, tmp_path):
     assert evaluation["loss"] == pytest.approx(record["loss"], rel=1e-5)
     assert evaluation["ece"] == pytest.approx(record["ece"], rel=1e-4)
     assert evaluation["top1"] == record["top1"]
-  status, _, err = experiment.run("eval.py", flag, "--config.model.d_state=2")
+  status, _, err = experiment.run(
+    "eval.py", flag, "--config.model.mixer.d_state=2"
+  )
   assert status == 2
   assert "another model than config.model asks for" in err.splitlines()[-1]
 
 
 def test_evaluation_at_another_resolution_and_crop(experiment, tmp_path):
   flag = f"--workdir={tmp_path / 'run'}"
-  status, _, err = experiment.run("train.py", flag, "--config.epochs=2")
+  status, _, err = experiment.run("train.py", flag, "--config.length=2 epochs")
   assert status == 0, err
 
   def evaluate(*arguments):
@@ -472,13 +526,13 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(experiment, tmp_path):
   """A limit of file sizes stands for it: saves fail, and the log does not."""
   workdir = tmp_path / "run"
   flag = f"--workdir={workdir}"
-  status, _, err = experiment.run("train.py", flag, "--config.epochs=2")
+  status, _, err = experiment.run("train.py", flag, "--config.length=2 epochs")
   assert status == 0, err
   (workdir / "checkpoints" / "6").rename(tmp_path / "6")
   process = experiment.start(
     "train.py",
     flag,
-    "--config.epochs=2",
+    "--config.length=2 epochs",
     JAX_ENABLE_COMPILATION_CACHE="false",
   )
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (8192, 8192))
@@ -491,6 +545,6 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(experiment, tmp_path):
     f" {workdir / 'checkpoints'}: File too large; the newest there is of step"
     " 3; once it can be written, the same command resumes",
   ]
-  status, _, err = experiment.run("train.py", flag, "--config.epochs=2")
+  status, _, err = experiment.run("train.py", flag, "--config.length=2 epochs")
   assert status == 0, err
   assert err.startswith(f"resuming {workdir} after step 3\n")

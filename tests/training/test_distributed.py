@@ -16,8 +16,8 @@ PLAIN = (
   "--config.data.crop_ratio=(1.0,1.0)",
   "--config.data.flip_probability=0",
   "--config.data.randaugment_operations=0",
-  "--config.erasing_probability=0",
-  "--config.mixing.probability=0",
+  "--config.task.erasing_probability=0",
+  "--config.task.mixing.probability=0",
 )
 
 
@@ -97,7 +97,9 @@ def test_two_processes_evaluate_as_one(experiment, image_tree, tmp_path):
     "--config.data.max_unreadable_share=0.2",
     "--config.evaluation_batch_size=4",
   )
-  status, _, err = experiment.run("train.py", *arguments, "--config.epochs=2")
+  status, _, err = experiment.run(
+    "train.py", *arguments, "--config.length=2 epochs"
+  )
   assert status == 0, err
   images = sorted((tree / "val").glob("*/*"))
   images[4].write_bytes(b"")

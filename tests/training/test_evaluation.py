@@ -1,27 +1,33 @@
 """Predictions and their numbers, against loops in double precision."""
 
 import csv
+import dataclasses
 import itertools
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from spatial_mamba_jax.data import DataConfig
-from spatial_mamba_jax.training.evaluation import (
+from spatial_mamba_jax.models.pure import PureModel, Weights
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
+from spatial_mamba_jax.tasks.classification.evaluation import (
   Predictions,
   calibration_error,
-  predict,
 )
-from spatial_mamba_jax.training.prediction_files import (
+from spatial_mamba_jax.tasks.classification.prediction_files import (
   confusion_figure,
   write_predictions,
 )
-from spatial_mamba_jax.training.sharding import make_mesh, replicated
-from spatial_mamba_jax.training.state import PureModel, Weights
+from spatial_mamba_jax.training.config import TrainConfig
+from spatial_mamba_jax.training.evaluation import evaluate
+from spatial_mamba_jax.training.program import make_evaluator
+from spatial_mamba_jax.training.sharding import make_mesh
 from spatial_mamba_jax.training.step import make_eval_step
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -29,15 +35,26 @@ pytestmark = pytest.mark.usefixtures("strict")
 SCALES = {"ema": 1.0, "raw": -2.0}
 
 
-class Pixels(PureModel):
+class Pixels(nnx.Module):
   """Its logits are an image's first values, times the weight."""
 
-  def __init__(self, num_classes):
+  def __init__(self, num_classes, *, rngs):
     self._num_classes = num_classes
+    self.scale = nnx.Param(jnp.float32(1))
 
-  def evaluate(self, weights, images):
+  def __call__(self, images):
     values = images.reshape(len(images), -1)[:, : self._num_classes]
-    return values * weights.params["scale"]
+    return values * self.scale[...]
+
+
+@dataclasses.dataclass
+class PixelsConfig(ClassificationConfig):
+  """Classification by `Pixels`."""
+
+  def create(self, *arguments, **options):
+    task = super().create(*arguments, **options)
+    task.network = partial(Pixels, self.num_classes)
+    return task
 
 
 class Noise:
@@ -72,21 +89,21 @@ class Noise:
     return readable, scale * flat
 
 
-def predictions_of(source, batch_size):
-  mesh = make_mesh()
-  return predict(
-    jax.jit(
-      make_eval_step(Pixels(source.num_classes)),
-      out_shardings=replicated(mesh),
+def found_of(source, batch_size):
+  config = TrainConfig(
+    task=PixelsConfig(num_classes=source.num_classes),
+    data=DataConfig(
+      image_size=4, test_crop_ratio=1.0, max_unreadable_share=0.2
     ),
+    evaluation_batch_size=batch_size,
+  )
+  return evaluate(
+    make_evaluator(config, make_mesh()),
     {
       name: Weights({"scale": jnp.float32(scale)}, {})
       for name, scale in SCALES.items()
     },
     source,
-    DataConfig(image_size=4, test_crop_ratio=1.0, max_unreadable_share=0.2),
-    batch_size=batch_size,
-    mesh=mesh,
   )
 
 
@@ -110,24 +127,24 @@ def read(path):
 @pytest.mark.parametrize("num_classes", [1, 3, 10])
 def test_numbers_are_those_of_loops(num_classes):
   source = Noise(61, num_classes, unreadable=(7, 60))
-  for name, each in predictions_of(source, 8).items():
+  for name, found in found_of(source, 8).items():
     readable, logits = source.logits(SCALES[name])
     labels = source.labels[readable]
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     guesses = logits.argmax(1)
-    evaluation = each.evaluation()
-    assert (evaluation.images, evaluation.unreadable) == (59, 2)
-    assert evaluation.undecided == 0
-    assert each.unreadable.tolist() == [7, 60]
+    values, each = found.evaluation.values, found.meter.predictions()
+    assert (values["images"], values["unreadable"]) == (59, 2)
+    assert values["undecided"] == 0
+    assert each.index.tolist() == readable.tolist()
     hits = sum(a == b for a, b in zip(guesses, labels, strict=True))
-    assert evaluation.top1 == hits / 59
+    assert values["top1"] == hits / 59
     above = (logits > logits[range(59), labels][:, None]).sum(1)
-    assert evaluation.top5 == (above < 5).sum() / 59
+    assert values["top5"] == (above < 5).sum() / 59
     # Logits up to 5 have float32's error of some 1e-6.
     own = shares[range(59), labels]
-    assert evaluation.loss == pytest.approx(-np.log(own).mean(), abs=1e-5)
+    assert values["loss"] == pytest.approx(-np.log(own).mean(), abs=1e-5)
     expected = reference_ece(shares.max(1), guesses == labels)
-    assert evaluation.ece == pytest.approx(expected, abs=1e-5)
+    assert values["ece"] == pytest.approx(expected, abs=1e-5)
     confusion = np.zeros((num_classes, num_classes), int)
     for label, guess in zip(labels, guesses, strict=True):
       confusion[label, guess] += 1
@@ -141,11 +158,12 @@ def test_numbers_are_those_of_loops(num_classes):
 
 def test_batches_and_padding_change_nothing():
   source = Noise(23, 6, unreadable=(0, 9))
-  first, *others = (predictions_of(source, size) for size in (1, 4, 23, 50))
+  first, *others = (found_of(source, size) for size in (1, 4, 23, 50))
   for other, name in itertools.product(others, SCALES):
-    assert other[name].evaluation() == first[name].evaluation()
-    for field, array in vars(first[name]).items():
-      np.testing.assert_array_equal(getattr(other[name], field), array, field)
+    assert other[name].evaluation == first[name].evaluation
+    predictions = other[name].meter.predictions()
+    for field, array in vars(first[name].meter.predictions()).items():
+      np.testing.assert_array_equal(getattr(predictions, field), array, field)
 
 
 def test_an_image_without_a_highest_score_is_wrong_and_counted():
@@ -161,40 +179,43 @@ def test_an_image_without_a_highest_score_is_wrong_and_counted():
   )
 
   class Fixed(Pixels):
-    def evaluate(self, weights, images):
+    def __call__(self, images):
       return jnp.asarray(logits, jnp.float32)
 
-  step = make_eval_step(Fixed(3))
+  task = TrainConfig(task=ClassificationConfig(num_classes=3)).create_task()
+  step = make_eval_step(task, PureModel(partial(Fixed, 3)))
   batch = {
     "image": jnp.zeros((6, 2, 2, 3), jnp.uint8),
     "label": jnp.asarray([0, 2, 0, 0, 0, 0]),
     "index": jnp.arange(6),
     "mask": jnp.ones(6, bool),
   }
-  columns = jax.device_get(step(Weights({}, {}), batch))
+  weights = Weights({"scale": jnp.float32(1)}, {})
+  columns = jax.device_get(step(weights, batch))
   assert columns["predicted"].tolist() == [0, 0, -1, -1, -1, -1]
 
   def predictions(count):
     kept = {k: x[:count] for k, x in columns.items() if k != "mask"}
-    return Predictions(**kept, unreadable=np.array([], int))
+    return Predictions(**kept)
 
   evaluation = predictions(6).evaluation()
-  assert evaluation.top1 == 1 / 6
-  assert evaluation.top5 == 3 / 6  # Of three classes, but not of NaN.
-  assert evaluation.undecided == 4
-  assert np.isnan(evaluation.loss)
-  assert np.isnan(evaluation.ece)
+  values = evaluation.values
+  assert values["top1"] == 1 / 6
+  assert values["top5"] == 3 / 6  # Of three classes, but not of NaN.
+  assert values["undecided"] == 4
+  assert np.isnan(values["loss"])
+  assert np.isnan(values["ece"])
   assert str(evaluation).endswith("images 6  undecided 4")
   assert evaluation.to_json()["loss"] is None
   assert predictions(6).confusion(3).tolist() == [[1, 0, 0], [0] * 3, [1, 0, 0]]
-  evaluation = predictions(3).evaluation()
+  values = predictions(3).evaluation().values
   shares = np.exp(logits[:3]) / np.exp(logits[:3]).sum(1, keepdims=True)
   loss = -np.log(shares[range(3), [0, 2, 0]]).mean()
-  assert evaluation.loss == pytest.approx(loss, rel=1e-6)
-  assert evaluation.ece == pytest.approx(
+  assert values["loss"] == pytest.approx(loss, rel=1e-6)
+  assert values["ece"] == pytest.approx(
     reference_ece(shares.max(1), [True, False, False]), rel=1e-6
   )
-  assert evaluation.undecided == 1
+  assert values["undecided"] == 1
 
 
 def test_calibration_error_at_the_edges_of_bins():
@@ -212,9 +233,11 @@ def test_calibration_error_at_the_edges_of_bins():
 
 def test_files(tmp_path):
   source = Noise(61, 6, unreadable=(7, 60))
-  predictions = predictions_of(source, 8)
-  write_predictions(tmp_path, predictions, source)
+  found = found_of(source, 8)
   for name, scale in SCALES.items():
+    predictions = found[name].meter.predictions()
+    (tmp_path / name).mkdir()
+    found[name].meter.write(tmp_path / name)
     readable, logits = source.logits(scale)
     guesses = dict(zip(readable.tolist(), logits.argmax(1), strict=True))
     rows = read(tmp_path / name / "predictions.csv")
@@ -228,10 +251,10 @@ def test_files(tmp_path):
       assert row["status"] == "ok"
       assert row["label"] == f"class {source.labels[index]}"
       assert row["predicted_1"] == f"class {guesses[index]}"
-      place = predictions[name].index.tolist().index(index)
+      place = predictions.index.tolist().index(index)
       for m in range(5):
         number = np.float32(row[f"probability_{m + 1}"])
-        assert number == predictions[name].top_probabilities[place, m]
+        assert number == predictions.top_probabilities[place, m]
     rows = read(tmp_path / name / "per_class.csv")
     assert [row["class"] for row in rows] == source.classes
     for label, row in enumerate(rows):
@@ -260,7 +283,6 @@ def test_the_confusion_matrix_is_legible(num_classes, tmp_path):
     loss=np.ones(len(label)),
     top_classes=predicted[:, None],
     top_probabilities=np.ones((len(label), 1)),
-    unreadable=np.array([], int),
   )
   # Neither a formula, nor in the font, nor UTF-8.
   classes = ["$x_$", "\u6570\u5b57", "\udcff", *map(str, range(num_classes))]
@@ -280,7 +302,8 @@ def test_the_confusion_matrix_is_legible(num_classes, tmp_path):
     assert len(axis.get_ticklabels()) <= 20
   source = Noise(len(label), num_classes)
   source.classes = classes[:num_classes]
-  write_predictions(tmp_path, {"raw": predictions}, source)
+  (tmp_path / "raw").mkdir()
+  write_predictions(tmp_path / "raw", predictions, source)
   with warnings.catch_warnings(action="ignore"):
     figure.draw_without_rendering()
   x, y = axes.transData.transform((num_classes // 2, num_classes // 4))

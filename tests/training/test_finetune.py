@@ -2,6 +2,7 @@
 
 import pathlib
 import runpy
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,10 +13,9 @@ from flax import nnx
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models import ModelConfig
-from spatial_mamba_jax.models import config as models
+from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
-from spatial_mamba_jax.training.state import PureModel
 from spatial_mamba_jax.training.weights import (
   load_model,
   load_weights,
@@ -39,8 +39,14 @@ def pretrained(tmp_path_factory):
   return path
 
 
-def tensors_of(weights, config):
-  return smj.convert.to_torch(PureModel(config).bind(weights))
+def model_of(config):
+  """A model and random weights of it."""
+  model = PureModel(partial(smj.SpatialMamba, config))
+  return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def tensors_of(weights, model):
+  return smj.convert.to_torch(model.bind(weights))
 
 
 def assert_equal_but(names, actual, expected):
@@ -60,14 +66,13 @@ def assert_equal_but(names, actual, expected):
   ],
 )
 def test_what_a_run_starts_from(pretrained, num_classes, drawn, words):
-  config = config_of(num_classes)
-  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
-  weights, said = start_from(pretrained, config, fresh)
+  model, fresh = model_of(config_of(num_classes))
+  weights, said = start_from(pretrained, model, fresh)
   assert words in said
-  found = tensors_of(weights, config)
+  found = tensors_of(weights, model)
   assert_equal_but(drawn, found, read_weights(pretrained).state_dict)
   for name in HEAD & drawn:
-    np.testing.assert_array_equal(found[name], tensors_of(fresh, config)[name])
+    np.testing.assert_array_equal(found[name], tensors_of(fresh, model)[name])
 
 
 def test_a_backbone_has_no_head(tmp_path):
@@ -76,10 +81,10 @@ def test_a_backbone_has_no_head(tmp_path):
     config, out_indices=(0, 1), rngs=nnx.Rngs(7)
   )
   smj.save_pretrained(backbone, tmp_path / "backbone")
-  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
-  weights, said = start_from(tmp_path / "backbone", config, fresh)
+  model, fresh = model_of(config)
+  weights, said = start_from(tmp_path / "backbone", model, fresh)
   assert "it has none" in said
-  found, own = tensors_of(weights, config), tensors_of(fresh, config)
+  found, own = tensors_of(weights, model), tensors_of(fresh, model)
   expected = read_weights(tmp_path / "backbone").state_dict
   outnorms = {name for name in expected if name.startswith("outnorm")}
   assert len(outnorms) == 4
@@ -91,8 +96,8 @@ def test_a_backbone_has_no_head(tmp_path):
 def test_what_a_checkpoint_without_a_head_has(tmp_path):
   """Its last norm is kept; drawn are what it lacks and no more."""
   config = config_of(3)
-  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
-  own = tensors_of(fresh, config)
+  model, fresh = model_of(config)
+  own = tensors_of(fresh, model)
   expected = smj.convert.to_torch(smj.SpatialMamba(config, rngs=nnx.Rngs(7)))
   expected["norm.weight"] = np.arange(2, 6, dtype=np.float32)
   expected["norm.bias"] = np.arange(1, 5, dtype=np.float32)
@@ -110,10 +115,10 @@ def test_what_a_checkpoint_without_a_head_has(tmp_path):
     safetensors.numpy.save_file(
       tensors | {"neck.weight": np.zeros(1, np.float32)}, path
     )
-    weights, said = start_from(path, config, fresh)
+    weights, said = start_from(path, model, fresh)
     assert words in said
     assert "left out 1 tensors (neck.weight)" in said
-    found = tensors_of(weights, config)
+    found = tensors_of(weights, model)
     drawn = lacks - counts
     assert_equal_but(drawn, found, expected)
     for name in drawn:  # A head's bias starts at 0, and is so if it has none.
@@ -126,15 +131,13 @@ def test_a_head_without_its_norm_is_refused(pretrained, tmp_path):
   safetensors.numpy.save_file(
     {name: x for name, x in tensors.items() if name not in NORM}, path
   )
-  config = config_of(5)
-  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  model, fresh = model_of(config_of(5))
   with pytest.raises(TrainingError, match=r"2 missing \(norm\."):
-    start_from(path, config, fresh)
+    start_from(path, model, fresh)
 
 
 def test_paths_from_here_and_from_home(pretrained, monkeypatch):
-  config = config_of(5)
-  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  model, fresh = model_of(config_of(5))
   expected = read_weights(pretrained).state_dict
   monkeypatch.chdir(pretrained.parent)
   monkeypatch.setenv("HOME", str(pretrained.parent))
@@ -142,47 +145,46 @@ def test_paths_from_here_and_from_home(pretrained, monkeypatch):
     path = pathlib.Path(name)
     assert_equal_but(set(), read_weights(path).state_dict, expected)
     assert_equal_but(set(), smj.convert.to_torch(load_model(path)), expected)
-    weights, _ = start_from(path, config, fresh)
-    assert_equal_but(set(), tensors_of(weights, config), expected)
-    (weights,) = load_weights(path, config, fresh).values()
-    assert_equal_but(set(), tensors_of(weights, config), expected)
+    weights, _ = start_from(path, model, fresh)
+    assert_equal_but(set(), tensors_of(weights, model), expected)
+    (weights,) = load_weights(path, model, fresh).values()
+    assert_equal_but(set(), tensors_of(weights, model), expected)
   with pytest.raises(UserError, match="of this machine"):
     read_weights(pathlib.Path("gs://bucket/run"))
 
 
 def test_another_model_is_refused(pretrained, tmp_path):
   config = ModelConfig(dims=(4, 4), depths=(1, 3), num_classes=5)
-  fresh = jax.jit(PureModel(config).init)(jax.random.key(0))
+  model, fresh = model_of(config)
   with pytest.raises(TrainingError, match=r"missing \(layers\.1\.blocks\.2"):
-    start_from(pretrained, config, fresh)
+    start_from(pretrained, model, fresh)
   with pytest.raises(TrainingError, match="does not exist"):
-    start_from(tmp_path / "none.pth", config, fresh)
+    start_from(tmp_path / "none.pth", model, fresh)
 
 
 @pytest.fixture
-def finetune(monkeypatch, image_tree, pretrained):
+def finetune(image_tree, pretrained):
   """The experiment of configs/finetune.py on a small model and tree."""
-  monkeypatch.setitem(models._PRESETS, "tests", config_of(1000))
   config = runpy.run_path("configs/finetune.py")["get_config"]()
   config.validate()
   config.init_from = str(pretrained)
-  config.model.name = "tests"
-  config.model.num_classes = 3
+  config.model.dims, config.model.depths = (4, 4), (1, 2)
+  config.task.num_classes = 3
   config.model.dtype = "float32"
   config.data.data_dir = str(image_tree)
   config.data.image_size = 24
   config.data.num_workers = 0
-  config.optimizer.warmup_epochs = 0
+  config.optimizer.warmup = "0 epochs"
   # At the true one four steps move some weights by less than their last digit.
   config.optimizer.learning_rate *= 100
   config.batch_size = config.evaluation_batch_size = 4
-  config.epochs = 2
+  config.length = "2 epochs"
   return config
 
 
 def test_fine_tuning_on_a_folder_of_ones_own(finetune, tmp_path, capfd):
   evaluation = train(finetune, tmp_path / "run")
-  assert evaluation.images == 9
+  assert evaluation.values["images"] == 9
   assert "a head drawn at random: it has 5 classes" in capfd.readouterr().err
   found = read_weights(tmp_path / "run", raw=True).state_dict
   before = read_weights(pathlib.Path(finetune.init_from)).state_dict
@@ -209,4 +211,4 @@ def test_a_linear_probe_at_another_resolution(finetune, tmp_path):
     assert_equal_but(HEAD, found, before)
   finetune.data.image_size = 40
   evaluations = evaluate_checkpoint(finetune, tmp_path / "run")
-  assert evaluations["raw"].images == 9
+  assert evaluations["raw"].values["images"] == 9

@@ -1,20 +1,24 @@
 """Erasing, mixup and cutmix on the device, against timm's rules in NumPy."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_mamba_jax.training.config import MixingConfig, TrainConfig
-from spatial_mamba_jax.training.losses import smoothed_targets
-from spatial_mamba_jax.training.preprocess import (
+from spatial_mamba_jax.tasks.classification import (
+  ClassificationConfig,
+  MixingConfig,
+)
+from spatial_mamba_jax.tasks.classification.losses import smoothed_targets
+from spatial_mamba_jax.tasks.classification.preprocess import (
   cutmix_box,
   erased_boxes,
-  make_preprocess,
   mix,
   normalise,
+  prepare,
   random_erasing,
 )
 
@@ -214,12 +218,12 @@ def test_partners_are_mirrored():
 
 
 def test_the_whole_of_it():
-  config = TrainConfig()
+  config = ClassificationConfig()
   batch = {
     "image": jnp.arange(4 * 9 * 8 * 3, dtype=jnp.uint8).reshape(4, 9, 8, 3),
     "label": jnp.asarray([1, 2, 3, 4]),
   }
-  preprocess = jax.jit(make_preprocess(config))
+  preprocess = jax.jit(partial(prepare, config=config))
   images, target = preprocess(batch, jax.random.key(0))
   assert images.shape == (4, 9, 8, 3)
   assert images.dtype == jnp.float32
@@ -229,9 +233,9 @@ def test_the_whole_of_it():
   other, _ = preprocess(batch, jax.random.key(1))
   assert not jnp.array_equal(images, other)
 
-  plain = TrainConfig(
+  plain = ClassificationConfig(
     erasing_probability=0.0, mixing=MixingConfig(probability=0.0)
   )
-  images, target = make_preprocess(plain)(batch, jax.random.key(0))
+  images, target = prepare(batch, jax.random.key(0), plain)
   assert jnp.array_equal(images, normalise(batch["image"]))
   assert jnp.array_equal(target, smoothed_targets(batch["label"], 10, 0.1))

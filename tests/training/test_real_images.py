@@ -11,14 +11,11 @@ IMAGENET = ("imagenet_tiny", "imagenet_small", "imagenet_base")
 # Two stages of four channels in place of its model; the rest is the experiment.
 IMAGENET_CONFIG = """
 import runpy
-from spatial_mamba_jax.models import config as models
-
-models._PRESETS["tests"] = models.ModelConfig(dims=(4, 4), depths=(1, 2))
 
 
 def get_config():
   config = runpy.run_path("configs/NAME.py")["get_config"]()
-  config.model.name = "tests"
+  config.model.dims, config.model.depths = (4, 4), (1, 2)
   return config
 """
 NUMBERS = (
@@ -61,13 +58,13 @@ def test_the_imagenet_configs_train_two_steps(
     "--config.data.image_size=32",
     # Processes take long to start, and need not for each of them.
     f"--config.data.num_workers={2 if name == 'imagenet_tiny' else 0}",
-    "--config.model.num_classes=3",
-    "--config.optimizer.warmup_epochs=0",
+    "--config.task.num_classes=3",
+    "--config.optimizer.warmup=0 epochs",
     "--config.batch_size=6",
     "--config.evaluation_batch_size=6",
-    "--config.epochs=1",
+    "--config.length=1 epoch",
     "--config.mesa_start=0",
-    "--config.log_every=1",
+    "--config.log_every=1 step",
   )
   assert status == 0, err
   logged = experiment.records(workdir)
@@ -81,7 +78,7 @@ def test_a_folder_of_images_trains_and_evaluates(
     f"--workdir={tmp_path / 'run'}",
     "--config.data.name=image_folder",
     f"--config.data.data_dir={image_tree}",
-    "--config.epochs=2",
+    "--config.length=2 epochs",
   )
   status, _, err = experiment.run("train.py", *arguments)
   assert status == 0, err

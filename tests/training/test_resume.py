@@ -123,7 +123,7 @@ def test_a_signal_saves_first(experiment, tmp_path, whole, stop, workers):
 def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
   """Each after four steps, beside those of epochs, three steps each."""
   workdir = tmp_path / "run"
-  flags = (f"--workdir={workdir}", "--config.evaluate_every=8")
+  flags = (f"--workdir={workdir}", "--config.evaluate_every=8 epochs")
   process = experiment.start(
     "train.py", *flags, "--config.checkpoint_every=4 steps"
   )
@@ -158,16 +158,18 @@ def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
 
 def test_a_contradicting_config_is_refused(experiment, tmp_path):
   workdir = tmp_path / "run"
-  arguments = (f"--workdir={workdir}", "--config.epochs=2")
+  arguments = (f"--workdir={workdir}", "--config.length=2 epochs")
   status, _, err = experiment.run("train.py", *arguments)
   assert status == 0, err
   description = json.loads((workdir / "run.json").read_text())
-  assert description["config"]["epochs"] == 2
+  assert description["config"]["length"] == "2 epochs"
+  assert description["config"]["task"]["kind"] == "classification"
+  assert description["steps"] == 6
   assert description["epoch_steps"] == 3
   assert {"jax", "flax", "orbax-checkpoint"} <= description["versions"].keys()
   before = experiment.records(workdir)
   status, _, err = experiment.run(
-    "train.py", *arguments, "--config.seed=1", "--config.log_every=1"
+    "train.py", *arguments, "--config.seed=1", "--config.log_every=1 step"
   )
   assert status == 2
   assert err.splitlines()[-1] == (
@@ -180,7 +182,7 @@ def test_a_contradicting_config_is_refused(experiment, tmp_path):
   assert status == 2
   assert "training_images was 24 and is 25" in err.splitlines()[-1]
   status, out, _ = experiment.run(
-    "train.py", *arguments, "--config.log_every=1"
+    "train.py", *arguments, "--config.log_every=1 step"
   )
   assert status == 0
   assert "all 6 steps are done already" in out

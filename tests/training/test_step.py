@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import spatial_mamba_jax as smj
+from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
-from spatial_mamba_jax.training.config import OptimizerConfig, TrainConfig
-from spatial_mamba_jax.training.losses import (
+from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
+from spatial_mamba_jax.tasks.classification.losses import (
   smoothed_targets,
   soft_cross_entropy,
 )
+from spatial_mamba_jax.tasks.classification.task import Prepared
+from spatial_mamba_jax.training.config import OptimizerConfig
 from spatial_mamba_jax.training.optimizer import (
   authors_schedule,
   make_optimizer,
 )
-from spatial_mamba_jax.training.state import PureModel, initial_state
+from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -29,18 +35,26 @@ pytestmark = pytest.mark.usefixtures("strict")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+def task_of(architecture):
+  """Classification of batches that are prepared already."""
+  task = ClassificationConfig(num_classes=3).create(
+    architecture, DataConfig(), mesa_weight=0.0
+  )
+  task.prepare = lambda batch, key: Prepared(batch["image"], batch["target"])
+  return task
+
+
 @pytest.fixture(scope="module")
 def small():
-  """A small model in double precision, its optimizer and a state."""
+  """A task, its model in double precision, the optimizer and a state."""
   with jax.enable_x64(True):
-    model = PureModel(
-      ModelConfig(dims=(8, 8), depths=(1, 1), num_classes=3, dtype="float64")
-    )
+    task = task_of(ModelConfig(dims=(8, 8), depths=(1, 1), dtype="float64"))
+    model = PureModel(task.network)
     optimizer = make_optimizer(
       OptimizerConfig(), lambda step: 1e-2, model.decays, model.layers
     )
     weights = jax.jit(model.init)(jax.random.key(0))
-    yield model, optimizer, initial_state(weights, optimizer)
+    yield task, model, optimizer, initial_state(weights, optimizer, task.sums)
 
 
 def batch_of(size, copies=1):
@@ -54,16 +68,15 @@ def batch_of(size, copies=1):
 
 
 def step_of(small, **overrides):
-  model, optimizer, state = small
-  config = TrainConfig(ema_decay=0.9, **overrides)
+  task, model, optimizer, state = small
   step = make_train_step(
-    model,
-    optimizer,
-    lambda batch, key: (batch["image"], batch["target"]),
-    config,
-    epoch_steps=1,
+    task, model, optimizer, seed=0, ema_decay=0.9, **overrides
   )
   return jax.jit(step), state
+
+
+def evaluate(model, weights, images):
+  return model.apply(weights, lambda network: network(images), train=False)[0]
 
 
 def assert_same_weights(actual, expected, tolerance):
@@ -78,7 +91,7 @@ def test_stacked_blocks_are_the_model():
   config = ModelConfig(
     dims=(4, 6), depths=(2, 3), num_classes=3, dtype="float64"
   )
-  pure = PureModel(config)
+  pure = PureModel(partial(smj.SpatialMamba, config))
   model = SpatialMamba(config, rngs=nnx.Rngs(0))
   # As after some training: nothing that one block could take for another's.
   rng = np.random.default_rng(0)
@@ -96,11 +109,17 @@ def test_stacked_blocks_are_the_model():
 
   images = batch_of(2)["image"]
   expected = model(images)
-  logits = jax.jit(pure.evaluate)(weights, images)
+  logits = jax.jit(partial(evaluate, pure))(weights, images)
   np.testing.assert_allclose(logits, expected, rtol=1e-10)
   model.train()
   expected = nnx.jit(lambda model: model(images))(model)
-  logits, stats = jax.jit(pure.train)(weights, images, jax.random.key(0))
+  logits, stats = jax.jit(
+    lambda weights, images, key: pure.apply(
+      weights,
+      lambda network: network(images, rngs=nnx.Rngs(drop_path=key)),
+      train=True,
+    )
+  )(weights, images, jax.random.key(0))
   np.testing.assert_allclose(logits, expected, rtol=1e-10)
   for name, x in pure.weights_of(model).stats.items():
     np.testing.assert_allclose(stats[name], x, rtol=1e-10, err_msg=name)
@@ -191,7 +210,7 @@ def test_schedule_by_hand():
 @pytest.mark.usefixtures("x64")
 def test_what_decays(small):
   """Without gradients, AdamW moves nothing but by decay."""
-  _, optimizer, state = small
+  _, _, optimizer, state = small
   params = state.weights.params
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -207,7 +226,8 @@ def test_what_decays(small):
 
 @pytest.mark.usefixtures("x64")
 def test_learning_rates_fall_from_layer_to_layer():
-  model = PureModel(ModelConfig(dims=(4, 4), depths=(1, 2), num_classes=3))
+  architecture = ModelConfig(dims=(4, 4), depths=(1, 2), num_classes=3)
+  model = PureModel(partial(smj.SpatialMamba, architecture))
 
   def updates(decay):
     optimizer = make_optimizer(
@@ -241,17 +261,16 @@ def test_learning_rates_fall_from_layer_to_layer():
 
 @pytest.mark.usefixtures("x64")
 def test_a_linear_probe_leaves_the_backbone_untouched():
-  architecture = ModelConfig(
-    dims=(8, 8), depths=(1, 1), num_classes=3, drop_path_rate=0.5,
-    dtype="float64",
-  )  # fmt: skip
-  model = PureModel(architecture, linear_probe=True)
+  task = task_of(
+    ModelConfig(dims=(8, 8), depths=(1, 1), drop_path_rate=0.5, dtype="float64")
+  )
+  model = PureModel(task.network, linear_probe=True)
   optimizer = make_optimizer(
     OptimizerConfig(), lambda step: 1e-2, model.decays, model.layers
   )
   weights = jax.jit(model.init)(jax.random.key(0))
-  state = before = initial_state(weights, optimizer)
-  step, _ = step_of((model, optimizer, state))
+  state = before = initial_state(weights, optimizer, task.sums)
+  step, _ = step_of((task, model, optimizer, state))
   batch = batch_of(4)
   for _ in range(3):
     state = step(state, batch)
@@ -264,7 +283,7 @@ def test_a_linear_probe_leaves_the_backbone_untouched():
     }
     assert changed == head
   # The loss is that of eval mode: no dropped paths, no batch's statistics.
-  logits = model.evaluate(before.weights, batch["image"])
+  logits = evaluate(model, before.weights, batch["image"])
   expected = jnp.mean(soft_cross_entropy(logits, batch["target"]))
   one = step(before, batch)
   np.testing.assert_allclose(one.window["loss"], expected, rtol=1e-12)
@@ -277,27 +296,32 @@ import jax, numpy as np
 import jax.numpy as jnp
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from functools import partial
+from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.models import ModelConfig
-from spatial_mamba_jax.training.config import OptimizerConfig, TrainConfig
+from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
+from spatial_mamba_jax.tasks.classification.preprocess import prepare
+from spatial_mamba_jax.tasks.classification.task import Prepared
+from spatial_mamba_jax.training.config import OptimizerConfig
 from spatial_mamba_jax.training.optimizer import make_optimizer
-from spatial_mamba_jax.training.preprocess import make_preprocess
-from spatial_mamba_jax.training.state import PureModel, initial_state
+from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.step import make_train_step
 
-model = PureModel(
-  ModelConfig(dims=(8, 8), depths=(1, 1), num_classes=3, dtype="float64")
+task = ClassificationConfig(num_classes=3).create(
+  ModelConfig(dims=(8, 8), depths=(1, 1), dtype="float64"),
+  DataConfig(),
+  mesa_weight=0.0,
 )
+task.prepare = lambda batch, key: Prepared(batch["image"], batch["target"])
+model = PureModel(task.network)
 optimizer = make_optimizer(
   OptimizerConfig(), lambda step: 1e-2, model.decays, model.layers
 )
 weights = jax.jit(model.init)(jax.random.key(0))
-state = initial_state(weights, optimizer)
+state = initial_state(weights, optimizer, task.sums)
 step = make_train_step(
-  model,
-  optimizer,
-  lambda batch, key: (batch["image"], batch["target"]),
-  TrainConfig(accumulation_steps=2),
-  epoch_steps=1,
+  task, model, optimizer, seed=0, ema_decay=0.9999, accumulation_steps=2
 )
 rng = np.random.default_rng(0)
 batch = {
@@ -338,7 +362,8 @@ for count in (1, 4):
   )
   split = NamedSharding(mesh, P("data"))
   compiled = jax.jit(
-    make_preprocess(TrainConfig(erasing_probability=1.0)), out_shardings=split
+    partial(prepare, config=ClassificationConfig(erasing_probability=1.0)),
+    out_shardings=split,
   ).lower(jax.device_put(batch, split), jax.random.key(0)).compile()
   text = compiled.as_text()
   assert "all-gather" not in text and "all-to-all" not in text

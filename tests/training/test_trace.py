@@ -7,6 +7,9 @@ import pytest
 from flax import nnx
 
 import spatial_mamba_jax as smj
+from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.tasks.classification import ClassificationConfig
+from spatial_mamba_jax.tasks.classification.task import Prepared
 from spatial_mamba_jax.training.config import (
   ModelSection,
   OptimizerConfig,
@@ -16,7 +19,7 @@ from spatial_mamba_jax.training.optimizer import (
   authors_schedule,
   make_optimizer,
 )
-from spatial_mamba_jax.training.state import PureModel, initial_state
+from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -35,6 +38,7 @@ def test_twelve_steps_are_the_authors(golden, named_weights):
   trace = golden("train_trace")
   seed, steps = int(trace["seed"]), len(trace["loss"])
   config = TrainConfig(
+    task=ClassificationConfig(num_classes=10),
     model=ModelSection(name="spatial_mamba_micro", dtype="float64"),
     optimizer=OptimizerConfig(),
     ema_decay=float(trace["ema_decay"]),
@@ -51,20 +55,23 @@ def test_twelve_steps_are_the_authors(golden, named_weights):
   np.testing.assert_allclose(
     [schedule(step) for step in range(steps)], trace["lr"], rtol=1e-12
   )
-  pure = PureModel(config.model.build())
+  task = config.create_task()
+  task.prepare = lambda batch, key: Prepared(batch["image"], batch["target"])
+  pure = PureModel(task.network)
   optimizer = make_optimizer(
     config.optimizer, schedule, pure.decays, pure.layers
   )
-  model = smj.SpatialMamba(config.model.build(), rngs=nnx.Rngs(0))
+  model = task.network(rngs=nnx.Rngs(0))
   smj.convert.from_torch(model, named_weights.named_state_dict("micro", seed))
-  state = initial_state(pure.weights_of(model), optimizer)
+  state = initial_state(pure.weights_of(model), optimizer, task.sums)
   train_step = jax.jit(
     make_train_step(
+      task,
       pure,
       optimizer,
-      lambda batch, key: (batch["image"], batch["target"]),
-      config,
-      epoch_steps=steps,
+      seed=config.seed,
+      ema_decay=config.ema_decay,
+      mesa_from=config.count_steps(steps * config.batch_size).mesa_from,
     ),
     donate_argnums=0,
   )
@@ -82,11 +89,15 @@ def test_twelve_steps_are_the_authors(golden, named_weights):
   np.testing.assert_allclose(losses, trace["loss"], rtol=1e-6)
   np.testing.assert_allclose(norms, trace["grad_norm"], rtol=1e-6)
 
+  @jax.jit
+  def evaluate(weights, images):
+    return pure.apply(weights, lambda network: network(images), train=False)[0]
+
   images = np.moveaxis(named_weights.named_images(4, 32, 32, 99), 1, 3)
   for weights, name in (
     (state.weights, "final_logits"),
     (state.ema, "final_ema_logits"),
   ):
-    logits = jax.jit(pure.evaluate)(weights, jnp.asarray(images, jnp.float64))
+    logits = evaluate(weights, jnp.asarray(images, jnp.float64))
     scale = np.abs(trace[name]).max()
     np.testing.assert_allclose(logits, trace[name], atol=1e-6 * scale, rtol=0)

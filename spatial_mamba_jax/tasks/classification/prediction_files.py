@@ -6,7 +6,7 @@ By itself, because it needs matplotlib.
 import csv
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from spatial_mamba_jax.data import Source
+from spatial_mamba_jax.data import LabelledSource
 from spatial_mamba_jax.errors import naming
-from spatial_mamba_jax.paths import make_directory
-from spatial_mamba_jax.training.evaluation import Predictions
+from spatial_mamba_jax.tasks.classification.evaluation import Predictions
 
 # With more classes than this, names and numbers would not be legible.
 _NAMED_CLASSES = 50
@@ -26,10 +25,10 @@ _NUMBERED_CLASSES = 20
 
 def write_predictions(
   directory: pathlib.Path,
-  predictions: Mapping[str, Predictions],
-  source: Source,
+  predictions: Predictions,
+  source: LabelledSource,
 ) -> None:
-  """Writes three files into a directory for each set of weights.
+  """Writes three files into a directory, which is there.
 
   `predictions.csv`: a line an image in the source's order: `image`, `status`
     (`ok`; `undecided`, where no single class scores highest; `unreadable`),
@@ -41,16 +40,14 @@ def write_predictions(
   """
   names = [source.name(index) for index in range(len(source))]
   classes = source.classes
-  for weights, each in predictions.items():
-    folder = directory / weights
-    make_directory(folder)
-    _write_csv(folder / "predictions.csv", _image_rows(each, names, classes))
-    _write_csv(folder / "per_class.csv", _class_rows(each, classes))
-    figure = confusion_figure(each, classes, weights)
-    with warnings.catch_warnings():
-      # Of a class name's letters that the font lacks: boxes must do.
-      warnings.filterwarnings("ignore", message="Glyph ")
-      figure.savefig(folder / "confusion.png")
+  rows = _image_rows(predictions, names, classes)
+  _write_csv(directory / "predictions.csv", rows)
+  _write_csv(directory / "per_class.csv", _class_rows(predictions, classes))
+  figure = confusion_figure(predictions, classes, directory.name)
+  with warnings.catch_warnings():
+    # Of a class name's letters that the font lacks: boxes must do.
+    warnings.filterwarnings("ignore", message="Glyph ")
+    figure.savefig(directory / "confusion.png")
 
 
 def confusion_figure(
@@ -79,13 +76,12 @@ def confusion_figure(
   bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
   bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
   bar.set_label("share of the true class's images")
-  evaluation = predictions.evaluation()
+  values = predictions.evaluation().values
   title = (
-    f"{weights}: top-1 {100 * evaluation.top1:.2f}% of"
-    f" {evaluation.images} images"
+    f"{weights}: top-1 {100 * values['top1']:.2f}% of {values['images']} images"
   )
-  if evaluation.undecided:
-    title += f", {evaluation.undecided} undecided (not shown)"
+  if values["undecided"]:
+    title += f", {values['undecided']} undecided (not shown)"
   axes.set_title(title, parse_math=False)
   axes.set_xlabel("predicted class")
   axes.set_ylabel("true class")

@@ -8,7 +8,7 @@ Axis letters: B batch, H and W height and width, K classes.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,11 @@ from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float, Int
 
 from spatial_mamba_jax.data import IMAGENET_MEAN, IMAGENET_STD
-from spatial_mamba_jax.training.config import MixingConfig, TrainConfig
-from spatial_mamba_jax.training.losses import smoothed_targets
-
-# A batch and a random key to normalised images and soft targets.
-Preprocess = Callable[
-  [dict[str, Array], Array],
-  tuple[Float[Array, "B H W 3"], Float[Array, "B K"]],
-]
+from spatial_mamba_jax.tasks.classification.config import (
+  ClassificationConfig,
+  MixingConfig,
+)
+from spatial_mamba_jax.tasks.classification.losses import smoothed_targets
 
 _ERASED_AREA = (0.02, 1 / 3)
 _ERASED_RATIO = (0.3, 1 / 0.3)
@@ -33,20 +30,27 @@ _ERASING_ATTEMPTS = 10
 _QUANTILES = 2**16  # As many as a uint16 tells apart.
 
 
-def make_preprocess(config: TrainConfig) -> Preprocess:
-  """Normalisation, random erasing, label smoothing, mixup and cutmix."""
+def prepare(
+  batch: Mapping[str, Array], key: Array, config: ClassificationConfig
+) -> tuple[Float[Array, "B H W 3"], Float[Array, "B K"]]:
+  """Normalisation, random erasing, label smoothing, mixup and cutmix.
 
-  def preprocess(batch, key):
-    erasing_key, mixing_key = jax.random.split(key)
-    images = random_erasing(
-      normalise(batch["image"]), erasing_key, config.erasing_probability
-    )
-    target = smoothed_targets(
-      batch["label"], config.model.num_classes, config.label_smoothing
-    )
-    return mix(images, target, mixing_key, config.mixing)
+  Args:
+    batch: "image", uint8 [B, H, W, 3], and "label", int32 [B].
+    key: of all draws.
+    config: how much of each.
 
-  return preprocess
+  Returns:
+    Normalised images and soft targets.
+  """
+  erasing_key, mixing_key = jax.random.split(key)
+  images = random_erasing(
+    normalise(batch["image"]), erasing_key, config.erasing_probability
+  )
+  target = smoothed_targets(
+    batch["label"], config.num_classes, config.label_smoothing
+  )
+  return mix(images, target, mixing_key, config.mixing)
 
 
 def normalise(images: Array) -> Float[Array, "B H W 3"]:
@@ -183,7 +187,7 @@ def _beta_quantiles(alpha: float) -> np.ndarray:
 
 
 def _inside(low: Int[Array, "*B"], high: Int[Array, "*B"], size: int) -> Array:
-  """Whether low <= place < high for the places 0..size - 1."""
+  """Whether low <= index < high for the indices 0 to size - 1."""
   low, high = low[..., None], high[..., None]
-  places = with_rank_of(low, jnp.arange(size))
-  return (low <= places) & (places < high)
+  indices = with_rank_of(low, jnp.arange(size))
+  return (low <= indices) & (indices < high)

@@ -1,0 +1,65 @@
+"""The settings of classification."""
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from spatial_mamba_jax.data.config import DataConfig
+from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.fields import FLOAT32_TINY, MAX_WEIGHT, Section, number
+from spatial_mamba_jax.models.config import MAX_CLASSES, ModelConfig
+from spatial_mamba_jax.tasks.base import TaskConfig
+
+if TYPE_CHECKING:
+  from spatial_mamba_jax.tasks.classification.task import Classification
+
+
+@dataclasses.dataclass
+class MixingConfig(Section):
+  """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899) of a batch.
+
+  Attributes:
+    probability: with which a batch is mixed at all; 0 for never.
+    cutmix_probability: with which a mixed batch gets cutmix, and not mixup.
+    mixup_alpha: mixup's share of each image is Beta(mixup_alpha, mixup_alpha).
+    cutmix_alpha: the same of cutmix, for the area that stays.
+  """
+
+  probability: float = number(1.0, least=0, most=1)
+  cutmix_probability: float = number(0.5, least=0, most=1)
+  mixup_alpha: float = number(0.8, least=FLOAT32_TINY, most=MAX_WEIGHT)
+  cutmix_alpha: float = number(1.0, least=FLOAT32_TINY, most=MAX_WEIGHT)
+
+
+@dataclasses.dataclass
+class ClassificationConfig(TaskConfig):
+  """One label an image.
+
+  Attributes:
+    num_classes: classes of the data set.
+    mixing: mixup and cutmix.
+    erasing_probability: with which a box of a training image is filled with
+      noise (random erasing, arXiv 1708.04896).
+    label_smoothing: share of the target spread over all classes.
+  """
+
+  kind: ClassVar[str] = "classification"
+
+  num_classes: int = number(10, least=1, most=MAX_CLASSES)
+  mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
+  erasing_probability: float = number(0.25, least=0, most=1)
+  label_smoothing: float = number(0.1, least=0, below=1)
+
+  def create(
+    self, model: ModelConfig, data: DataConfig, *, mesa_weight: float
+  ) -> "Classification":
+    """Creates the task; see `TaskConfig`."""
+    if model.in_channels != 3:
+      raise UserError(
+        f"config.model.in_channels must be 3 for images of {data.name}, got"
+        f" {model.in_channels}"
+      )
+    # Here, because a config is read where no network is needed.
+    from spatial_mamba_jax.tasks.classification.task import Classification
+
+    model = dataclasses.replace(model, num_classes=self.num_classes)
+    return Classification(self, model, data, mesa_weight=mesa_weight)

@@ -1,0 +1,24 @@
+"""What a report shows of classification."""
+
+from spatial_mamba_jax.tasks.base import Column, Line, Panel
+
+PANELS: tuple[Panel, ...] = (
+  Panel(
+    "Accuracy, top-1",
+    "%",
+    (
+      Line("train", "accuracy", "training, as augmented"),
+      Line("evaluation_raw", "top1", "validation, raw weights"),
+      Line("evaluation", "top1", "validation, moving average"),
+    ),
+    scale=100.0,
+  ),
+)
+COLUMNS = (
+  Column("top1", "top-1", ".2%"),
+  Column("top5", "top-5", ".2%"),
+  Column("loss", "loss", ".4f"),
+  Column("ece", "ECE", ".2%"),
+  Column("images", "images", ",.0f"),
+)
+SCORE = "top1"

@@ -1,0 +1,148 @@
+"""What a checkpoint has of its experiment; whether a run may resume it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from spatial_mamba_jax.models.presets import get_model_config
+from spatial_mamba_jax.training.config import (
+  TrainConfig,
+  TrainingError,
+  parse_interval,
+)
+
+# What changes neither the parameters nor what they are trained on.
+_FREE_TO_CHANGE = (
+  "model.name",  # Its dims and depths are compared.
+  "data.data_dir",
+  "data.num_workers",
+  "data.num_threads",
+  "data.prefetch",
+  "data.max_unreadable_share",
+  "evaluation_batch_size",
+  "evaluate_every",
+  "checkpoint_every",
+  "log_every",
+  "keep_last",
+)
+
+
+def check_same_experiment(
+  saved: dict[str, Any], now: dict[str, Any], where: str
+) -> None:
+  """Refuses to resume a checkpoint with a config that contradicts it.
+
+  Args:
+    saved: the experiment of the checkpoint, as nested dictionaries.
+    now: that of the run to be.
+    where: the working directory, for the message.
+
+  Raises:
+    TrainingError: naming the fields that differ.
+  """
+  old, new = _of_version_1(_flatten(saved)), _flatten(now)
+  old, new = _with_times_alike(old), _with_times_alike(new)
+  differing = [
+    f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
+    for field in sorted(old.keys() | new.keys())
+    if old.get(field) != new.get(field) and field not in _FREE_TO_CHANGE
+  ]
+  if differing:
+    raise TrainingError(
+      f"{where} holds another experiment: {'; '.join(differing)}; choose"
+      " another workdir, or the old values"
+    )
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+  """The whole config as JSON has it, defaults and overrides resolved."""
+  fields = dataclasses.asdict(config)
+  fields["task"]["kind"] = config.task.kind
+  fields["model"]["mixer"]["name"] = config.model.mixer.name
+  architecture = config.model.build()
+  for name in ("dims", "depths", "in_channels", "mlp_ratio"):
+    fields["model"][name] = getattr(architecture, name)
+  return json.loads(json.dumps(fields))
+
+
+def describe(
+  config: TrainConfig, training_examples: int, sums: Sequence[str]
+) -> dict[str, Any]:
+  """The experiment as a checkpoint has it.
+
+  Args:
+    config: of the run.
+    training_examples: records of the training split.
+    sums: see `Task`.
+  """
+  return {
+    **to_dict(config),
+    "training_images": training_examples,
+    "sums": sorted(sums),
+  }
+
+
+# Fields that say how long, in one of several ways to write it.
+_TIMES = ("length", "optimizer.warmup")
+
+
+def _with_times_alike(flat: dict[str, Any]) -> dict[str, Any]:
+  """The same with "1 epochs" for "1 epoch", "1epoch" and the like."""
+  times = {}
+  for name in _TIMES:
+    # Where it is damaged, it stays as it is, and differs.
+    with suppress(TrainingError):
+      times[name] = str(parse_interval(str(flat.get(name)), name))
+  return flat | times
+
+
+# Fields of version 1 -> their names since, and a pattern for the value.
+RENAMED = {
+  "epochs": ("length", "{} epochs"),
+  "optimizer.warmup_epochs": ("optimizer.warmup", "{} epochs"),
+  "erasing_probability": ("task.erasing_probability", None),
+  "label_smoothing": ("task.label_smoothing", None),
+  "mixing.probability": ("task.mixing.probability", None),
+  "mixing.cutmix_probability": ("task.mixing.cutmix_probability", None),
+  "mixing.mixup_alpha": ("task.mixing.mixup_alpha", None),
+  "mixing.cutmix_alpha": ("task.mixing.cutmix_alpha", None),
+  "model.num_classes": ("task.num_classes", None),
+  "model.d_state": ("model.mixer.d_state", None),
+}
+
+
+def _of_version_1(flat: dict[str, Any]) -> dict[str, Any]:
+  """An experiment from before there were tasks and mixers, as it is now."""
+  if "task.kind" in flat or not {"epochs", "model.name"} <= flat.keys():
+    return flat
+  new = {}
+  for name, value in flat.items():
+    name, pattern = RENAMED.get(name, (name, None))
+    new[name] = value if pattern is None else pattern.format(value)
+  architecture = get_model_config(new["model.name"])
+  implementation = new.pop("model.implementation", "") or None
+  no_kernels = implementation in ("sequential", "associative")
+  return new | {
+    "sums": ["correct"],
+    "task.kind": "classification",
+    "model.dims": list(architecture.dims),
+    "model.depths": list(architecture.depths),
+    "model.in_channels": 3,
+    "model.mlp_ratio": 4.0,
+    "model.layer_implementation": "xla" if no_kernels else None,
+    "model.mixer.name": "structure_aware",
+    "model.mixer.expand": 2,
+    "model.mixer.implementation": implementation,
+  }
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = value
+  return flat

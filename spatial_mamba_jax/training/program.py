@@ -1,0 +1,189 @@
+"""What a run computes, built from its config; nothing is computed yet.
+
+The loop, the evaluation, the benchmarks and ahead-of-time compilation all build
+from here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from spatial_mamba_jax.models.pure import PureModel, Weights
+from spatial_mamba_jax.tasks.base import Task
+from spatial_mamba_jax.training.config import Schedule, TrainConfig
+from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from spatial_mamba_jax.training.sharding import (
+  batch_sharding,
+  check_batch_sizes,
+  replicated,
+)
+from spatial_mamba_jax.training.state import (
+  TrainState,
+  create_state,
+  empty_window,
+  state_shapes,
+)
+from spatial_mamba_jax.training.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """What evaluates weights.
+
+  Attributes:
+    config: the experiment.
+    mesh: the devices.
+    task: what the network is trained for.
+    model: the network as a pure function.
+    eval_step: (weights, batch) -> columns, jitted.
+  """
+
+  config: TrainConfig
+  mesh: Mesh
+  task: Task
+  model: PureModel
+  eval_step: Callable[[Weights, dict[str, jax.Array]], dict[str, jax.Array]]
+
+  @property
+  def weight_shapes(self) -> Weights:
+    """Shapes, types and shardings of the weights."""
+    return _placed(self.model.shapes, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(Evaluator):
+  """What trains, and evaluates.
+
+  Attributes:
+    times: in steps, what the config counts in epochs or steps.
+    schedule: of the learning rate.
+    optimizer: of what is trained.
+    train_step: (state, batch) -> state, jitted; it takes the state's memory.
+  """
+
+  times: Schedule
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  train_step: jax.stages.Wrapped
+
+  @property
+  def state_shapes(self) -> TrainState:
+    """Shapes, types and shardings of the state."""
+    shapes = state_shapes(self.model, self.optimizer, self.task.sums)
+    return _placed(shapes, self.mesh)
+
+  @property
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of a training batch of all processes."""
+    sharding = batch_sharding(self.mesh)
+    return {
+      name: jax.ShapeDtypeStruct(
+        (self.config.batch_size, *np.shape(x)),
+        np.asarray(x).dtype,
+        sharding=sharding,
+      )
+      for name, x in self.task.examples().blank(train=True).items()
+    }
+
+  def fresh_state(self) -> TrainState:
+    """The state at step 0, made where it is to live."""
+    return create_state(
+      self.model,
+      self.optimizer,
+      self.task.sums,
+      self.config.seed,
+      replicated(self.mesh),
+    )
+
+  def empty_window(self) -> dict[str, jax.Array]:
+    """Sums of nothing, where they are to live."""
+    # Jitted, because `device_put` cannot reach other processes' devices.
+    make = jax.jit(
+      lambda: empty_window(self.task.sums), out_shardings=replicated(self.mesh)
+    )
+    return make()
+
+
+def make_evaluator(config: TrainConfig, mesh: Mesh) -> Evaluator:
+  """What evaluates the network of an experiment.
+
+  Raises:
+    UserError: a value of the config makes no sense with the mesh.
+  """
+  check_batch_sizes(config, mesh)
+  task = config.create_task()
+  model = PureModel(task.network, linear_probe=config.linear_probe)
+  eval_step = jax.jit(
+    make_eval_step(task, model), out_shardings=replicated(mesh)
+  )
+  return Evaluator(config, mesh, task, model, eval_step)
+
+
+def make_program(
+  config: TrainConfig, mesh: Mesh, *, train_examples: int
+) -> Program:
+  """What a run of an experiment computes.
+
+  Args:
+    config: the experiment.
+    mesh: the devices; they need not be there.
+    train_examples: records of the training split.
+
+  Raises:
+    UserError: a value of the config makes no sense with the mesh or the data.
+  """
+  evaluator = make_evaluator(config, mesh)
+  task, model = evaluator.task, evaluator.model
+  times = config.count_steps(train_examples)
+  schedule = make_schedule(
+    config.optimizer,
+    batch_size=config.batch_size,
+    warmup_steps=times.warmup,
+    steps=times.steps,
+  )
+  optimizer = make_optimizer(
+    config.optimizer, schedule, model.decays, model.layers
+  )
+  step = make_train_step(
+    task,
+    model,
+    optimizer,
+    seed=config.seed,
+    ema_decay=config.ema_decay,
+    accumulation_steps=config.accumulation_steps,
+    mesa_from=times.mesa_from,
+  )
+  train_step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+  of_evaluator = {
+    field.name: getattr(evaluator, field.name)
+    for field in dataclasses.fields(Evaluator)
+  }
+  return Program(
+    **of_evaluator,
+    times=times,
+    schedule=schedule,
+    optimizer=optimizer,
+    train_step=train_step,
+  )
+
+
+def _placed(shapes: Any, mesh: Mesh) -> Any:
+  """The same shapes, to live on every device of the mesh."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+    shapes,
+  )
+
+
+def copied(weights: Weights, mesh: Mesh) -> Weights:
+  """The same weights in memory of their own."""
+  copy = jax.jit(
+    lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated(mesh)
+  )
+  return copy(weights)
