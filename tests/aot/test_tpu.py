@@ -6,6 +6,7 @@ Run by `make aot`, in an environment of its own with libtpu.
 import pytest
 
 from benchmarks.tpu_static import compiled
+from tests.aot.golden import STEP_V5E, assert_golden
 
 pytestmark = pytest.mark.aot
 
@@ -94,3 +95,5 @@ def test_sharded_training_step(model, target, batch_size):
   assert record["all_gathers"] == 0
   used = record["argument_bytes"] + record["temporary_bytes"]
   assert used < MEMORY[target.partition(":")[0]]
+  if (model, target) == ("tiny", "v5e:2x2"):
+    assert_golden(record, STEP_V5E)
