@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # knows the variable.
 RUN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-.PHONY: train test recipe aot lint format clean
+.PHONY: train test recipe aot docs lint format clean
 
 train: $(VENV)/.installed
 	$(RUN) train.py --config=configs/digits.py --workdir=$(WORKDIR)
@@ -37,6 +37,11 @@ aot:
 	$(AOT_VENV)/bin/python -m pip install --quiet --editable ".[aot]"
 	$(AOT_VENV)/bin/python -m pytest -n 2 --dist worksteal -m aot tests/aot
 
+# The site of the documentation, in docs/_build.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +60,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(AOT_VENV) runs
+	rm -rf $(VENV) $(AOT_VENV) runs docs/_build
