@@ -89,33 +89,30 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
   assert_same_run(experiment, workdir, whole)
 
 
-@pytest.mark.parametrize(
-  ("stop", "workers"),
-  [
-    (signal.SIGTERM, 0),
-    (signal.SIGINT, 0),
-    (signal.SIGHUP, 0),
-    (signal.SIGUSR1, 0),
-    (signal.SIGHUP, 2),
-  ],
-)
-def test_a_signal_saves_first(experiment, tmp_path, whole, stop, workers):
-  """One to the process group, as a terminal sends it, and so to workers."""
+def test_signals_save_first(experiment, tmp_path, whole):
+  """To the process group, as a terminal sends them, and so to workers."""
   workdir = tmp_path / "run"
-  process = experiment.start(
-    "train.py", f"--workdir={workdir}", f"--config.data.num_workers={workers}"
-  )
   log = workdir / "metrics.jsonl"
-  wait_for(lambda: log.exists() and '"step": 4,' in log.read_text(), process)
-  os.killpg(process.pid, stop)
-  _, err = process.communicate()
-  assert process.returncode == 128 + stop, err
-  assert "Traceback" not in err
-  assert err.count("stopped by") == 1
-  last = err.splitlines()[-1]
-  assert last.startswith(f"train.py: stopped by {stop.name} after step ")
-  step = last.split("after step ")[1].split(",")[0]
-  assert (workdir / "checkpoints" / step).is_dir()
+  for stop, workers, reached in (
+    (signal.SIGTERM, 0, 2),
+    (signal.SIGINT, 0, 6),
+    (signal.SIGUSR1, 0, 10),
+    (signal.SIGHUP, 2, 14),
+  ):
+    process = experiment.start(
+      "train.py", f"--workdir={workdir}", f"--config.data.num_workers={workers}"
+    )
+    logged = f'"step": {reached},'
+    wait_for(lambda x=logged: log.exists() and x in log.read_text(), process)
+    os.killpg(process.pid, stop)
+    _, err = process.communicate()
+    assert process.returncode == 128 + stop, err
+    assert "Traceback" not in err
+    assert err.count("stopped by") == 1
+    last = err.splitlines()[-1]
+    assert last.startswith(f"train.py: stopped by {stop.name} after step ")
+    step = last.split("after step ")[1].split(",")[0]
+    assert (workdir / "checkpoints" / step).is_dir()
   finish(experiment, workdir)
   assert_same_run(experiment, workdir, whole)
 
