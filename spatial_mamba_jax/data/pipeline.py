@@ -105,9 +105,9 @@ def evaluation_batches(
 
   Returns:
     {"image": uint8 [B, image_size, image_size, 3], "label": int32 [B],
-    "index": int32 [B], "mask": bool [B]}: the image's index in the
-    source, beyond its end for the padding; the mask is False for unreadable
-    images and for the padding, which are black and have label 0.
+    "index": int32 [B], "mask": bool [B]}. The index is the image's in the
+    source; padding has indices beyond the source's end. The mask is False for
+    padding and for unreadable images, which are black and have label 0.
 
   Raises:
     DataError: if a setting is wrong.
