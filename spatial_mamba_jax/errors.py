@@ -54,14 +54,17 @@ def tell(text: str) -> None:
   """Prints a command's result on standard output.
 
   Raises:
-    OSError: that is full or closed.
+    OSError: standard output is full or closed.
   """
   with naming("standard output"):
     print(text, flush=True)
 
 
 def reason(error: OSError, path: str | os.PathLike[str]) -> str:
-  """Why `path` failed: without its name, which the message has already."""
+  """The reason of an error, without the path where that is `path`.
+
+  It is for messages that name `path` themselves.
+  """
   if error.strerror and error.filename in (None, path, os.fspath(path)):
     return error.strerror
   return one_line(error)
@@ -100,18 +103,18 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def silence_threads() -> None:
   """Silences the background threads of a command's process.
 
-  The main thread is told of what goes wrong in them, and says it. Only for a
-  process in which nothing else runs.
+  Their errors reach the main thread, which reports them. A library that runs in
+  another program's process must not call this.
   """
-  # Orbax warns of what is so on purpose, and logs what it raises as well.
+  # Orbax logs every exception that it raises, and warns of options that this
+  # project sets on purpose.
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   warnings.filterwarnings("ignore", "coroutine .* was never awaited")
   hook = sys.unraisablehook
 
   def of_main_thread(unraisable):
-    # TensorStore calls back in threads of its own: after a failure, hundreds of
-    # times.
+    # After a failure TensorStore's threads raise hundreds of these.
     if threading.current_thread() is threading.main_thread():
       hook(unraisable)
 

@@ -10,8 +10,10 @@ from spatial_mamba_jax.errors import (
   UserError,
   naming,
   one_line,
+  reason,
   run_command,
   say,
+  tell,
 )
 
 
@@ -104,3 +106,24 @@ def test_a_closed_standard_error_takes_no_lines(monkeypatch, capsys, how):
   say("a line")
   assert run_command("tool", fail) == 2
   assert capsys.readouterr().out == ""
+
+
+def test_a_reason_does_not_repeat_the_path(tmp_path):
+  path = tmp_path / "run"
+  assert reason(OSError(13, "Permission denied", str(path)), path) == (
+    "Permission denied"
+  )
+  below = OSError(13, "Permission denied", str(path / "lock"))
+  assert reason(below, path) == f"{path}/lock: Permission denied"
+
+
+def test_a_full_standard_output_is_named(monkeypatch, capsys):
+  class Full(io.StringIO):
+    def flush(self):
+      raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(sys, "stdout", Full())
+  assert run_command("tool", lambda: tell("result")) == 2
+  assert capsys.readouterr().err == (
+    "tool: standard output: No space left on device\n"
+  )

@@ -7,7 +7,7 @@ import pwd
 import pytest
 
 from spatial_mamba_jax.errors import UserError
-from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.paths import local_path, make_directory
 
 
 def test_a_path_becomes_absolute(monkeypatch, tmp_path):
@@ -42,3 +42,13 @@ def test_no_home_directory_is_a_mistake(monkeypatch):
   with pytest.raises(UserError, match="no home directory for ~/runs: set dir"):
     local_path("~/runs", "dir")
   assert local_path("runs") == pathlib.Path(os.getcwd(), "runs")
+
+
+def test_a_file_in_the_place_of_a_directory(tmp_path):
+  make_directory(tmp_path / "a" / "b")
+  make_directory(tmp_path / "a")  # It may be there.
+  file = tmp_path / "file"
+  file.write_text("")
+  for path in (file, file / "below"):
+    with pytest.raises(NotADirectoryError, match="Not a directory"):
+      make_directory(path)

@@ -338,3 +338,13 @@ def test_text_is_escaped(tmp_path, capsys):
   assert ["commit", evil] in page.rows
   assert [f"config.{evil}.{evil}", evil] in page.rows
   assert workdir.name in page.text
+
+
+def test_paths_are_taken_as_elsewhere(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "run").mkdir()
+  write(tmp_path / "run", [train(1), train(2)])
+  assert main(["~/run"]) == 0
+  assert (tmp_path / "run" / "report.png").is_file()
+  assert main(["gs://bucket/run"]) == 2
+  assert "must be a directory of this machine" in capsys.readouterr().err

@@ -46,7 +46,6 @@ from spatial_mamba_jax.convert.safetensors_file import (
   write_safetensors,
 )
 from spatial_mamba_jax.errors import (
-  naming,
   one_line,
   run_command,
   silence_threads,
@@ -193,7 +192,7 @@ def _check_room(path: pathlib.Path, size: int) -> None:
   Orbax finds out in threads that fill the terminal with tracebacks.
   """
   try:
-    with naming(path), path.open("wb") as file:
+    with path.open("wb") as file:
       file.writelines(bytes(2**20) for _ in range(size // 2**20 + 1))
   finally:
     path.unlink(missing_ok=True)

@@ -202,5 +202,5 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
       with suppress(OSError):  # Others may have put something there.
         parent.rmdir()
     if isinstance(error, OSError) and error.errno:
-      error.filename = str(path)  # And not that of the partial file.
+      error.filename = str(path)  # The partial file is gone.
     raise

@@ -102,7 +102,7 @@ def write_safetensors(
       dict(state_dict), path, metadata={"format": "pt"}
     )
   except safetensors.SafetensorError as error:
-    # Rust's: (os error 28).
+    # The package has the system's number in its text: (os error 28).
     if code := re.search(r"os error (\d+)", str(error)):
       number = int(code[1])
       raise OSError(number, os.strerror(number), str(path)) from error

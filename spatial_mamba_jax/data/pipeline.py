@@ -113,9 +113,10 @@ def evaluation_batches(
     examples: makes examples of records; None for images with labels.
 
   Returns:
-    What `examples` makes, and "index" int32 [B], the record's index in the
-    source, beyond its end for the padding; and "mask" bool [B], False for
-    unreadable records and for the padding, which are `examples.blank()`.
+    What `examples` makes, with "index" int32 [B] and "mask" bool [B]. The
+    index is the record's in the source; padding has indices beyond the
+    source's end. The mask is False for padding and for unreadable records,
+    which are `examples.blank()`.
 
   Raises:
     DataError: if a setting is wrong.

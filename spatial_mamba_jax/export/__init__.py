@@ -128,7 +128,7 @@ def _replace(path: pathlib.Path, content: bytearray | None) -> None:
     if content is not None:
       partial.replace(path)
   except OSError as error:
-    error.filename = str(path)  # And not that of the partial file.
+    error.filename = str(path)  # The partial file is gone.
     raise
   finally:
     with suppress(OSError):

@@ -40,7 +40,8 @@ def find_damage(directory: pathlib.Path) -> str | None:
   A directory without `digests.json`, as earlier versions wrote it, has nothing
   to be compared with.
   """
-  try:  # No file is read without an end, not even those without a digest.
+  # Reading a pipe would never end. Files without a digest are read as well.
+  try:
     for entry in directory.rglob("*"):
       if not entry.is_dir():
         regular(entry)
