@@ -37,6 +37,7 @@ from spatial_mamba_jax.data import (
 )
 from spatial_mamba_jax.data.config import DECODERS
 from spatial_mamba_jax.data.randaugment import randaugment
+from spatial_mamba_jax.training.config import MeshConfig
 from spatial_mamba_jax.training.sharding import make_mesh, shard_batch
 
 ROUNDS = 3
@@ -125,7 +126,7 @@ def time_stages(
   pixels = [np.asarray(image) for image in cropped]
   parts = range(0, images, batch_size)
   batch = {"image": np.stack(pixels[:batch_size])}
-  mesh = make_mesh()
+  mesh = make_mesh(MeshConfig())
   stages = {
     "read": lambda: [source[index] for index in order],
     "decode": lambda: [

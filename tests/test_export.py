@@ -138,9 +138,7 @@ def checkpoints(tmp_path):
   schedule = make_schedule(
     config.optimizer, batch_size=8, warmup_steps=times.warmup, steps=times.steps
   )
-  optimizer = make_optimizer(
-    config.optimizer, schedule, model.decays, model.layers
-  )
+  optimizer = make_optimizer(config.optimizer, schedule, model)
   directory = tmp_path / "run" / "checkpoints"
   with Checkpoints(directory) as manager:
     for step, top1 in ((1, 0.9), (2, 0.1)):

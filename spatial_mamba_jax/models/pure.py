@@ -11,6 +11,7 @@ from flax import nnx
 from spatial_mamba_kernels.typing import Array
 
 from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.fsdp import gather
 from spatial_mamba_jax.models.stage import Stage
 
 T = TypeVar("T")
@@ -21,6 +22,7 @@ T = TypeVar("T")
 Arrays = Any
 
 # The path of a weight of all blocks of a stage: no index follows "blocks".
+_OF_BLOCKS = re.compile(r"(?:^|.*\.)stages\.\d+\.blocks\.")
 _STACKED = re.compile(r"((?:^|.*\.)stages\.\d+\.blocks)\.(?!\d+\.)(.*)")
 # The parts of a backbone that have learning rates of their own, and those that
 # have the head's.
@@ -150,7 +152,12 @@ class PureModel:
     graphdef = self._train_graphdef if train else self._eval_graphdef
     arrays = {**weights.params, **weights.stats}
     state = nnx.from_flat_state(
-      [(path, kind(arrays[name])) for name, (path, kind) in self._paths.items()]
+      [
+        # A stage gathers the parameters of a block when it runs.
+        (path, kind(x if _OF_BLOCKS.match(name) else gather(x)))
+        for name, (path, kind) in self._paths.items()
+        for x in (arrays[name],)
+      ]
     )
     model = nnx.merge(graphdef, state)
     return function(model), _arrays(model, nnx.BatchStat)

@@ -15,6 +15,8 @@ from jax.core import Tracer
 from jax.extend.backend import get_default_device
 from spatial_mamba_kernels.typing import Array, Float
 
+from spatial_mamba_jax.models import fsdp
+
 
 @runtime_checkable
 class Block(Protocol):
@@ -97,9 +99,10 @@ class Stage(nnx.Module):
       return self._one_by_one(x, scales)
     graphdef, stacked = alike
     if not self.deterministic and not self._has_remat():
+      step = _with_shards_saved(partial(_step, graphdef))
       statistics = []
       for block in _unstacked((stacked, scales)):
-        x, new = _step(graphdef, x, block)
+        x, new = step(x, block)
         statistics.append(new)
       self._update(_stack_trees(statistics))
       return x
@@ -117,6 +120,8 @@ class Stage(nnx.Module):
       step = partial(_step, graphdef)
       if self._has_remat():
         step = jax.checkpoint(step, policy=_KEEP)
+      else:
+        step = _with_shards_saved(step)
       x, new = step(x, (state, None if scales is None else scales[i]))
       nnx.update(block, new)
     return x
@@ -140,6 +145,16 @@ class Stage(nnx.Module):
     return self.remat
 
 
+def _with_shards_saved(step):
+  """Without remat, lets the backward pass gather a block's parameters again."""
+  if not fsdp.is_sharded():
+    return step
+  policy = jax.checkpoint_policies.save_anything_except_these_names(
+    fsdp.GATHERED
+  )
+  return jax.checkpoint(step, policy=policy)
+
+
 @partial(jax.jit, static_argnums=0)
 def _step(graphdef, x, block):
   """One of a stage's blocks, as `jax.lax.scan` takes it; traced once.
@@ -148,7 +163,7 @@ def _step(graphdef, x, block):
     Its output, and its new BatchNorm statistics.
   """
   state, scales = block
-  module = nnx.merge(graphdef, state)
+  module = nnx.merge(graphdef, fsdp.gather(state))
   return module(x, scales), nnx.state(module, nnx.BatchStat)
 
 

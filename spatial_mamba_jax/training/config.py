@@ -39,6 +39,8 @@ from spatial_mamba_jax.tasks.base import Task, TaskConfig
 
 # Images a step: 16 times the largest batch that ImageNet was trained with.
 MAX_BATCH = 2**20
+# Devices along an axis of the mesh.
+MAX_DEVICES = 2**20
 # Steps that a logged line averages over: it sums in float32, which counts no
 # further by ones.
 MAX_LOG_EVERY = 2**24
@@ -148,6 +150,26 @@ class OptimizerConfig(Section):
   layer_decay: float = number(1.0, above=0, most=1)
 
 
+@dataclasses.dataclass
+class MeshConfig(Section):
+  """How the devices of all processes share the work.
+
+  Every device computes its own images. The devices that are neither in
+  `replica` nor in `fsdp` are along a third axis, `data`.
+
+  Attributes:
+    replica: groups of devices that a slower network joins, such as slices of
+      TPUs; only gradients and statistics cross it.
+    fsdp: devices that share parameters, moments and moving average, each with
+      a shard of them (arXiv 2304.11277); 1 for all on every device.
+  """
+
+  mistake = TrainingError
+
+  replica: int = number(1, least=1, most=MAX_DEVICES)
+  fsdp: int = number(1, least=1, most=MAX_DEVICES)
+
+
 @dataclasses.dataclass(frozen=True)
 class Interval:
   """A length of time: so many "epochs", "steps" or "minutes"."""
@@ -216,6 +238,7 @@ class TrainConfig(Section):
     data: the dataset and its transforms.
     task: what the network is trained for, with the settings of that.
     optimizer: the optimizer and its schedule.
+    mesh: how devices share the work.
     batch_size: images a step, over all devices and processes.
     accumulation_steps: parts that a step's batch is computed in, to save
       memory; BatchNorm then sees one part at a time.
@@ -247,6 +270,7 @@ class TrainConfig(Section):
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   batch_size: int = number(1024, least=1, most=MAX_BATCH)
   accumulation_steps: int = number(1, least=1)
   length: str = "300 epochs"

@@ -21,6 +21,8 @@ _FREE_TO_CHANGE = (
   "data.num_threads",
   "data.prefetch",
   "data.max_unreadable_share",
+  "mesh.replica",
+  "mesh.fsdp",
   "evaluation_batch_size",
   "evaluate_every",
   "checkpoint_every",
@@ -54,6 +56,11 @@ def check_same_experiment(
       f"{where} holds another experiment: {'; '.join(differing)}; choose"
       " another workdir, or the old values"
     )
+
+
+def saved_shards(experiment: dict[str, Any]) -> int:
+  """Returns the size of `fsdp` in the mesh that saved a checkpoint."""
+  return experiment.get("mesh", {}).get("fsdp", 1)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from spatial_mamba_jax.training.evaluation import evaluate
 from spatial_mamba_jax.training.experiment import (
   check_same_experiment,
   describe,
+  saved_shards,
   to_dict,
 )
 from spatial_mamba_jax.training.metrics import (
@@ -117,7 +118,7 @@ def evaluate_checkpoint(
   directory = local_path(output_dir, "output_dir") if output_dir else None
   if directory:
     _check_writable(directory)  # Before a long evaluation.
-  mesh = make_mesh()
+  mesh = make_mesh(config.mesh)
   program = make_evaluator(config, mesh)
   source = program.task.source("validation")
   weights = load_weights(local_path(path), program.model, program.weight_shapes)
@@ -154,7 +155,7 @@ class _Run:
 
   def __init__(self, config: TrainConfig, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
-    self.mesh = make_mesh()
+    self.mesh = make_mesh(config.mesh)
     check_batch_sizes(config, self.mesh)  # Before the data is opened.
     task = config.create_task()
     self.train_source = task.source("train")
@@ -236,7 +237,10 @@ class _Run:
   def _restored_state(self, step: int) -> TrainState:
     if not jax.process_index():
       say(f"resuming {self.workdir} after step {step}")
-    return self.checkpoints.restore_state(step, self.program.state_shapes)
+    return self.program.restored_state(
+      lambda like: self.checkpoints.restore_state(step, like),
+      shards=saved_shards(self.checkpoints.experiment(step)),
+    )
 
   def _batches(self, step: int) -> Batches:
     return train_batches(
@@ -262,7 +266,7 @@ class _Run:
     if not jax.process_index():
       say(said)
     # Memory of its own, because a step takes the state's.
-    average = copied(weights, self.mesh)
+    average = copied(weights)
     return dataclasses.replace(state, weights=weights, ema=average)
 
   def _loop(

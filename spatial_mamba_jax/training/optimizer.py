@@ -2,14 +2,18 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from spatial_mamba_kernels.typing import Array
 
+from spatial_mamba_jax.models.pure import Arrays, PureModel
 from spatial_mamba_jax.training.config import OptimizerConfig
+from spatial_mamba_jax.training.shard_vector import ShardVector
 
 
 def authors_schedule(
@@ -54,46 +58,79 @@ def make_schedule(
   )
 
 
+class Optimizer(NamedTuple):
+  """Changes the parameters that are trained.
+
+  Attributes:
+    init: (parameters) -> its state.
+    update: (gradients, state, parameters) -> (updates, state, global norm of
+      the gradients). The updates are to be added to the parameters.
+  """
+
+  init: Callable[[Arrays], Any]
+  update: Callable[[Arrays, Any, Arrays], tuple[Arrays, Any, Array]]
+
+
 def make_optimizer(
   config: OptimizerConfig,
   schedule: optax.Schedule,
-  decays: Mapping[str, bool],
-  layers: Mapping[str, Any],
-) -> optax.GradientTransformation:
+  model: PureModel,
+  mesh: Mesh | None = None,
+) -> Optimizer:
   """Clipping by global norm, then AdamW, with a learning rate for each layer.
 
-  Args:
-    config: its numbers.
-    schedule: of the learning rate.
-    decays: for each parameter that is trained, whether it decays
-      (`PureModel.decays`). Weights of one dimension do not: biases, norms, D
-      and alpha. All others do, A_log and the fusion kernels included, as the
-      authors' code has it (its `_no_weight_decay` marks are never read).
-    layers: in which layer each parameter lies (`PureModel.layers`). The last
-      one has the learning rate itself, each one before it `layer_decay` times
-      that of the next.
+  Weights of one dimension do not decay: biases, norms, D and alpha. All others
+  do, A_log and the fusion kernels included, as in the authors' code (it never
+  reads its `_no_weight_decay` marks).
 
-  Returns:
-    A transformation of the gradients of what is trained.
+  The last layer has the learning rate itself, each layer before it
+  `layer_decay` times that of the next.
+
+  Args:
+    config: the optimizer's settings.
+    schedule: of the learning rate.
+    model: whose parameters are trained.
+    mesh: the devices that share the parameters; None for one device.
   """
-  # Over one vector of all gradients: array by array it would be half of what
-  # there is to compile in a training step.
-  adam = optax.flatten(
-    optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
-      optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
-    )
-  )
+  vector = ShardVector.on(mesh, model.trained(model.shapes.params))
   chain = optax.chain(
-    adam,
-    optax.add_decayed_weights(config.weight_decay, dict(decays)),
-    _scale_layers(config.layer_decay, layers),
+    vector.transform(
+      optax.chain(
+        _clip_by_norm(config.clip_norm),
+        optax.scale_by_adam(
+          b1=config.beta1, b2=config.beta2, eps=config.epsilon
+        ),
+      )
+    ),
+    optax.add_decayed_weights(config.weight_decay, dict(model.decays)),
+    _scale_layers(config.layer_decay, model.layers),
     optax.scale_by_learning_rate(schedule),
   )
-  return optax.GradientTransformation(
-    lambda params: chain.init({name: params[name] for name in decays}),
-    _with_promotion(chain.update),
-  )
+
+  @_with_promotion
+  def update(gradients, state, params):
+    norm = vector.norm(gradients)
+    updates, state = chain.update(gradients, state, params, norm=norm)
+    return updates, state, norm
+
+  return Optimizer(lambda params: chain.init(model.trained(params)), update)
+
+
+def _clip_by_norm(
+  most: float,
+) -> optax.GradientTransformationExtraArgs:
+  """Clips a vector of shards as `optax.clip_by_global_norm` clips arrays.
+
+  Only all shards together have the global norm, which `update` is given.
+  """
+
+  def update(updates, state, params=None, **extra):
+    del params
+    norm = extra["norm"]
+    clipped = (updates / norm.astype(updates.dtype)) * most
+    return jax.lax.select(norm < most, updates, clipped), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _with_promotion(function: Callable[..., Any]) -> Callable[..., Any]:

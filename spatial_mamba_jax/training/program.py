@@ -17,11 +17,18 @@ from jax.sharding import Mesh
 from spatial_mamba_jax.models.pure import PureModel, Weights
 from spatial_mamba_jax.tasks.base import Task
 from spatial_mamba_jax.training.config import Schedule, TrainConfig
-from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from spatial_mamba_jax.training.optimizer import (
+  Optimizer,
+  make_optimizer,
+  make_schedule,
+)
+from spatial_mamba_jax.training.shard_vector import ShardVector
 from spatial_mamba_jax.training.sharding import (
   batch_sharding,
   check_batch_sizes,
   replicated,
+  state_sharding,
+  weights_sharding,
 )
 from spatial_mamba_jax.training.state import (
   TrainState,
@@ -53,7 +60,8 @@ class Evaluator:
   @property
   def weight_shapes(self) -> Weights:
     """Shapes, types and shardings of the weights."""
-    return _placed(self.model.shapes, self.mesh)
+    shapes = self.model.shapes
+    return _placed(shapes, weights_sharding(shapes, self.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +77,14 @@ class Program(Evaluator):
 
   times: Schedule
   schedule: optax.Schedule
-  optimizer: optax.GradientTransformation
+  optimizer: Optimizer
   train_step: jax.stages.Wrapped
 
   @property
   def state_shapes(self) -> TrainState:
     """Shapes, types and shardings of the state."""
     shapes = state_shapes(self.model, self.optimizer, self.task.sums)
-    return _placed(shapes, self.mesh)
+    return _placed(shapes, state_sharding(shapes, self.mesh))
 
   @property
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -91,6 +99,39 @@ class Program(Evaluator):
       for name, x in self.task.examples().blank(train=True).items()
     }
 
+  def restored_state(
+    self, restore: Callable[[TrainState], TrainState], *, shards: int
+  ) -> TrainState:
+    """The state of a checkpoint, whatever the mesh that saved it.
+
+    Args:
+      restore: (shapes, types and shardings) -> the arrays.
+      shards: the size of `fsdp` in the mesh that saved it.
+    """
+    now = ShardVector.on(
+      self.mesh, self.model.trained(self.model.shapes.params)
+    )
+    shapes = self.state_shapes
+    if shards == now.shards:
+      return restore(shapes)
+    saved = dataclasses.replace(now, shards=shards)
+    is_even = saved.shape.size % now.shards == 0
+
+    def as_saved(x):
+      sharding = x.sharding if is_even else replicated(self.mesh)
+      shape = saved.shape.shape if x.ndim else x.shape
+      return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+    like = jax.tree.map(as_saved, shapes.opt_state)
+    state = restore(dataclasses.replace(shapes, opt_state=like))
+    move = jax.jit(
+      lambda tree: jax.tree.map(
+        lambda x: saved.moved(x, now) if x.ndim else x, tree
+      ),
+      out_shardings=jax.tree.map(lambda x: x.sharding, shapes.opt_state),
+    )
+    return dataclasses.replace(state, opt_state=move(state.opt_state))
+
   def fresh_state(self) -> TrainState:
     """The state at step 0, made where it is to live."""
     return create_state(
@@ -98,7 +139,7 @@ class Program(Evaluator):
       self.optimizer,
       self.task.sums,
       self.config.seed,
-      replicated(self.mesh),
+      jax.tree.map(lambda x: x.sharding, self.state_shapes),
     )
 
   def empty_window(self) -> dict[str, jax.Array]:
@@ -147,9 +188,7 @@ def make_program(
     warmup_steps=times.warmup,
     steps=times.steps,
   )
-  optimizer = make_optimizer(
-    config.optimizer, schedule, model.decays, model.layers
-  )
+  optimizer = make_optimizer(config.optimizer, schedule, model, mesh)
   step = make_train_step(
     task,
     model,
@@ -159,7 +198,10 @@ def make_program(
     accumulation_steps=config.accumulation_steps,
     mesa_from=times.mesa_from,
   )
-  train_step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+  shapes = state_shapes(model, optimizer, task.sums)
+  train_step = jax.jit(
+    step, donate_argnums=0, out_shardings=state_sharding(shapes, mesh)
+  )
   of_evaluator = {
     field.name: getattr(evaluator, field.name)
     for field in dataclasses.fields(Evaluator)
@@ -173,17 +215,21 @@ def make_program(
   )
 
 
-def _placed(shapes: Any, mesh: Mesh) -> Any:
-  """The same shapes, to live on every device of the mesh."""
+def _placed(shapes: Any, sharding: Any) -> Any:
+  """The same shapes with shardings."""
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
     shapes,
+    sharding,
   )
 
 
-def copied(weights: Weights, mesh: Mesh) -> Weights:
+def copied(weights: Weights) -> Weights:
   """The same weights in memory of their own."""
   copy = jax.jit(
-    lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated(mesh)
+    lambda tree: jax.tree.map(jnp.copy, tree),
+    out_shardings=jax.tree.map(lambda x: x.sharding, weights),
   )
   return copy(weights)

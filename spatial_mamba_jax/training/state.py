@@ -11,6 +11,7 @@ import optax
 from spatial_mamba_kernels.typing import Array, Float, Int
 
 from spatial_mamba_jax.models.pure import PureModel, Weights
+from spatial_mamba_jax.training.optimizer import Optimizer
 
 
 @flax.struct.dataclass
@@ -45,7 +46,7 @@ _QUICKLY = {
 
 def create_state(
   model: PureModel,
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   sums: Sequence[str],
   seed: int,
   sharding: Any,
@@ -60,7 +61,7 @@ def create_state(
 
 def state_shapes(
   model: PureModel,
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   sums: Sequence[str],
 ) -> TrainState:
   """The shapes and types of a state."""
@@ -71,7 +72,7 @@ def state_shapes(
 
 def initial_state(
   weights: Weights,
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   sums: Sequence[str],
 ) -> TrainState:
   """The state at step 0 of a run that starts from `weights`.

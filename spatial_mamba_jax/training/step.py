@@ -6,18 +6,18 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 from spatial_mamba_kernels.typing import Array
 
 from spatial_mamba_jax.models.pure import Arrays, PureModel, Weights
 from spatial_mamba_jax.tasks.base import Task
+from spatial_mamba_jax.training.optimizer import Optimizer
 from spatial_mamba_jax.training.state import TrainState
 
 
 def make_train_step(
   task: Task,
   model: PureModel,
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   *,
   seed: int,
   ema_decay: float,
@@ -96,10 +96,10 @@ def make_train_step(
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     stats, grads, value, sums = gradients(state, batch, key)
-    # Of one vector, as the optimizer has it.
-    grad_norm = optax.tree.norm(ravel_pytree(grads)[0])
     trained = model.trained(state.weights.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    updates, opt_state, grad_norm = optimizer.update(
+      grads, state.opt_state, trained
+    )
     trained = cast(Arrays, optax.apply_updates(trained, updates))
     weights = Weights({**state.weights.params, **trained}, stats)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)

@@ -98,7 +98,7 @@ def found_of(source, batch_size):
     evaluation_batch_size=batch_size,
   )
   return evaluate(
-    make_evaluator(config, make_mesh()),
+    make_evaluator(config, make_mesh(config.mesh)),
     {
       name: Weights({"scale": jnp.float32(scale)}, {})
       for name, scale in SCALES.items()

@@ -58,9 +58,7 @@ def test_twelve_steps_are_the_authors(golden, named_weights):
   task = config.create_task()
   task.prepare = lambda batch, key: Prepared(batch["image"], batch["target"])
   pure = PureModel(task.network)
-  optimizer = make_optimizer(
-    config.optimizer, schedule, pure.decays, pure.layers
-  )
+  optimizer = make_optimizer(config.optimizer, schedule, pure)
   model = task.network(rngs=nnx.Rngs(0))
   smj.convert.from_torch(model, named_weights.named_state_dict("micro", seed))
   state = initial_state(pure.weights_of(model), optimizer, task.sums)
