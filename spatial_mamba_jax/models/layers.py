@@ -63,7 +63,7 @@ class DepthwiseConv(nnx.Module):
   def silu(
     self, x: Float[Array, "B H W C"], projection: Float[Array, "C P"]
   ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W P"]]:
-    """Returns y = silu(conv(x)), and y @ projection."""
+    """Returns y, the SiLU of conv(x), and y @ projection."""
     return self._unstrided(smk.silu_depthwise_conv, x, projection)
 
   def _unstrided(self, operator, x, *others):
