@@ -1,8 +1,8 @@
 """Evaluates: `python eval.py --config=configs/digits.py --workdir=runs/digits`.
 
 Prints top-1, top-5, loss and calibration error on the validation images, for
-the weights ("raw") and for their moving average ("ema"). They come from the best
-checkpoint of a working directory, or from `--checkpoint`: a checkpoint
+the weights ("raw") and for their moving average ("ema"). They come from the
+best checkpoint of a working directory, or from `--checkpoint`: a checkpoint
 (`runs/digits/checkpoints/300`), a `.pth`, a `.safetensors`, or a directory of
 `smj.save_pretrained`.
 """
