@@ -31,8 +31,8 @@ class _Outcome(NamedTuple):
 class TrainingReader:
   """Reads training examples.
 
-  If a record is unreadable, it reads a random one instead. The status is then
-  that of the first record.
+  If a record is unreadable, it reads random records until one is readable. The
+  status is the first record's, unless another record is wrong.
   """
 
   source: Source

@@ -1,4 +1,4 @@
-"""The start of the pipeline's worker processes."""
+"""Prepares the pipeline's worker processes."""
 
 import multiprocessing
 import os

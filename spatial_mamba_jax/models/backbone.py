@@ -1,6 +1,7 @@
 """Hierarchical networks: a stem, then stages with downsampling between them.
 
-A `Family` has the parts of a kind of network; the config has the token mixer.
+A family of networks defines the parts in its `Family`; the config selects the
+token mixer.
 
 Axis letters: B batch, H and W height and width, C channels, K classes.
 """
@@ -24,7 +25,7 @@ from spatial_mamba_jax.models.stage import Block, Stage
 
 
 class Family(NamedTuple):
-  """The constructors of a kind of network's parts.
+  """The constructors of the parts of a family of networks.
 
   Each also takes the keyword arguments `config` and `rngs`.
 

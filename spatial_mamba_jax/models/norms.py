@@ -18,9 +18,9 @@ from spatial_mamba_kernels.typing import Array, Float
 class BatchNorm(nnx.Module):
   """Batch normalisation with PyTorch's running statistics.
 
-  The running variance is unbiased, as in PyTorch's checkpoints; that of
-  `flax.nnx.BatchNorm` is biased. Under `jit` with a sharded batch, statistics
-  are over the whole batch.
+  The running variance is unbiased, as in PyTorch's checkpoints;
+  `flax.nnx.BatchNorm` has the biased variance. Under `jit` with a sharded
+  batch, statistics are over the whole batch.
   """
 
   def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):

@@ -159,7 +159,7 @@ class PureModel:
 
 
 def is_stacked(name: str) -> bool:
-  """Returns whether a path is that of stacked weights."""
+  """Returns whether a path has stacked weights."""
   return _STACKED.fullmatch(name) is not None
 
 
@@ -202,7 +202,7 @@ def _name(path: tuple[Any, ...]) -> str:
 def _trunk_part(
   name: str, trunks: Mapping[str, Trunk]
 ) -> tuple[Trunk, list[str]] | None:
-  """Returns a parameter's backbone and its path there; None outside of any."""
+  """Returns a parameter's backbone and path in it; None if it is in none."""
   for prefix, trunk in trunks.items():
     if not prefix or name.startswith(f"{prefix}."):
       parts = name.removeprefix(f"{prefix}." if prefix else "").split(".")

@@ -74,9 +74,10 @@ class Stage(nnx.Module):
   def stack(self) -> None:
     """Replaces the blocks by one, if they have the same structure.
 
-    Its weights are those of all blocks, stacked along a new first axis. A scan
-    then compiles one block, however deep the stage is, and an optimizer updates
-    one block's number of arrays. Blocks of different structure stay unchanged.
+    Its weights are the blocks' weights, stacked along a new first axis. However
+    deep the stage is, a program can then compile one block, and an optimizer
+    updates as many arrays as one block has. Blocks of different structure stay
+    unchanged.
     """
     if self.is_stacked:
       return
@@ -146,7 +147,7 @@ class Stage(nnx.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _step(graphdef, x, block):
-  """Applies one block, as the body of `jax.lax.scan`. It is traced once.
+  """Applies one block, as the body of `jax.lax.scan`; jitted to be traced once.
 
   Returns:
     The block's output, and its new BatchNorm statistics.
@@ -167,9 +168,9 @@ def _fresh_blocks(
     for variant, key in zip(variants, keys, strict=True):
       yield create(variant, nnx.Rngs(key))
     return
-  # Within `jit` one `vmap` draws the same weights for all blocks (the same with
-  # JAX's default generator). Separate draws take longer to compile than a
-  # training step.
+  # Within `jit` one `vmap` draws the weights of all blocks. With JAX's default
+  # generator they equal those of separate draws, which would take longer to
+  # compile than a training step.
   drawn = {}
   for variant in dict.fromkeys(variants):
     indices = [i for i, other in enumerate(variants) if other == variant]

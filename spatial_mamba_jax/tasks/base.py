@@ -37,7 +37,7 @@ class Loss(NamedTuple):
   sums: dict[str, Float[Array, ""]]
 
 
-def _plain(value: Any) -> float | int:
+def _python_scalar(value: Any) -> float | int:
   return value.item() if isinstance(value, np.generic | np.ndarray) else value
 
 
@@ -59,8 +59,8 @@ class Evaluation:
     """Converts NumPy scalars to Python's, which JSON accepts."""
     if taken := self.values.keys() & {"kind", "score", "step"}:
       raise ValueError(f"values must not be called {', '.join(taken)}")
-    plain = {name: _plain(value) for name, value in self.values.items()}
-    object.__setattr__(self, "values", plain)
+    values = {name: _python_scalar(x) for name, x in self.values.items()}
+    object.__setattr__(self, "values", values)
     object.__setattr__(self, "score", float(self.score))
 
   def __str__(self) -> str:
@@ -222,7 +222,7 @@ class Task(Protocol):
     ...
 
   def logged(self, sums: Mapping[str, float]) -> dict[str, float]:
-    """Returns what to log of a window of steps, beside loss and gradient norm.
+    """Returns further values to log for a window of steps, beside the loss.
 
     Args:
       sums: {name: sum over the window}, for `self.sums`, "images" and "steps".

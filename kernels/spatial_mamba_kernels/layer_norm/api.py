@@ -47,8 +47,8 @@ def residual_layer_norm(
 ) -> tuple[Array, Array]:
   """Returns x for the skip connection, and x normalised for the branch.
 
-  The operator also returns x so that a GPU adds its cotangent to that of the
-  normalisation in one pass over memory.
+  The operator also returns x so that a GPU adds the cotangents of skip
+  connection and normalisation in one pass over memory.
 
   Args:
     x: [B, H, W, C].

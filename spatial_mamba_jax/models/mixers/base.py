@@ -45,7 +45,7 @@ class MixerConfig(Section, abc.ABC):
   name: ClassVar[str]
 
   def variant(self, place: Place) -> Hashable:
-    """Returns what the mixer's static structure depends on at this place.
+    """Returns the part of the static structure that depends on the place.
 
     Blocks of one stage with equal variants have the same structure: they are
     traced once, and their weights can be stacked. By default all are equal.

@@ -20,8 +20,9 @@ class MixingConfig(Section):
   Attributes:
     probability: probability of mixing a batch at all.
     cutmix_probability: probability that a mixed batch gets cutmix, not mixup.
-    mixup_alpha: an image's weight in mixup has Beta(mixup_alpha, mixup_alpha).
-    cutmix_alpha: the share of an image's area that cutmix leaves has
+    mixup_alpha: mixup draws an image's weight from Beta(mixup_alpha,
+      mixup_alpha).
+    cutmix_alpha: cutmix draws the share of the area that an image keeps from
       Beta(cutmix_alpha, cutmix_alpha).
   """
 

@@ -79,7 +79,7 @@ class Predictions:
     return Evaluation(values["top1"], values, _line(values))
 
   def confusion(self, num_classes: int) -> np.ndarray:
-    """Returns counts [K, K] by label (row) and prediction, if decided."""
+    """Counts the decided images by label (row) and prediction: [K, K]."""
     decided = self.predicted >= 0
     rows = self.label[decided].astype(np.int64)
     cells = rows * num_classes + self.predicted[decided]

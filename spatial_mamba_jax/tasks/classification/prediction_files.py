@@ -1,4 +1,4 @@
-"""Writes predictions: a table of images, a table of classes, confusion matrix.
+"""Writes predictions: tables of images and classes, and a confusion matrix.
 
 This is a module of its own, because it needs matplotlib.
 """
