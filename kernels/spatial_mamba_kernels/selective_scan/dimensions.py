@@ -15,13 +15,12 @@ DIMENSIONS = Dimensions(
   saved=(STATES,),
 )
 
-# Dimensions of du, of ddelta, of dB [K, B, L, N], and of the partial sums
-# [G, N + 1, D] of dA and ddelta_bias.
+# Of du, ddelta, dB [K, B, L, N] and [G, N + 1, D], of A and delta_bias.
 SUMS = (TOKENS, TOKENS, (CHANNELS, *NUMBERS), (BATCH, WHOLE, CHANNELS))
 
 
 def finish(arrays: Arrays, sums: Arrays) -> Arrays:
-  """Returns the cotangents of the operator's arguments, from partial sums."""
+  """Cotangents of the operator's arguments, from partial sums."""
   del arrays
   du, ddelta, dB, parameters = sums
   parameters = jnp.sum(parameters, axis=0)

@@ -14,12 +14,12 @@ DIMENSIONS = Dimensions(
   saved=(),
 )
 
-# Dimensions of dh, and of the merged weights' partial sums [G, T, D].
+# Of dh, and of the merged weights, [G, T, D].
 SUMS = (IMAGE, (BATCH, WHOLE, CHANNELS))
 
 
 def finish(arrays: Arrays, sums: Arrays, *, stencil: Stencil) -> Arrays:
-  """Returns the cotangents of the operator's arguments, from partial sums."""
+  """Cotangents of the operator's arguments, from partial sums."""
   dh, dweights = sums
   _, unmerge = jax.vjp(stencil.merge, *arrays[1:])
   return dh, *unmerge(jnp.sum(dweights, axis=0))

@@ -1,4 +1,4 @@
-"""The dimensions of the operator's arguments, result and saved arrays."""
+"""Which dimensions of the operator's arrays are images, and which channels."""
 
 from spatial_mamba_kernels.by_platform import Dimensions
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
