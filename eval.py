@@ -1,8 +1,8 @@
 """Evaluates: `python eval.py --config=configs/digits.py --workdir=runs/digits`.
 
-Prints top-1, top-5, loss and calibration error on the validation images, of the
-weights' moving average ("ema") and of the weights ("raw") in the best of a
-working directory's checkpoints, or in what `--checkpoint` names: a checkpoint
+Prints top-1, top-5, loss and calibration error on the validation images, for
+the weights ("raw") and for their moving average ("ema"). They come from the
+best checkpoint of a working directory, or from `--checkpoint`: a checkpoint
 (`runs/digits/checkpoints/300`), a `.pth`, a `.safetensors`, or a directory of
 `smj.save_pretrained`.
 """
@@ -19,8 +19,8 @@ def main() -> int:
   from spatial_mamba_jax.training.loop import evaluate_checkpoint
 
   string = flags.DEFINE_string
-  checkpoint = string("checkpoint", None, "Weights, in place of --workdir's.")
-  output = string("output_dir", None, "Where to write all predictions.")
+  checkpoint = string("checkpoint", None, "Weights, instead of --workdir's.")
+  output = string("output_dir", None, "Directory to write predictions to.")
   resolution = flags.DEFINE_integer(
     "resolution", None, "Height and width of the images.", lower_bound=1
   )
@@ -45,10 +45,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  # Ctrl-C ends it without a traceback while packages are imported.
+  # While packages are imported, Ctrl-C ends the process without a traceback.
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-  # No sooner, because workers import this file, and packages may be missing.
+  # Not at the top: workers import this file, and packages may be missing.
   try:
     from spatial_mamba_jax.errors import run_command
   except ModuleNotFoundError as error:

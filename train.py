@@ -2,8 +2,8 @@
 
 Every field of the config can be overridden (`--config.length="10 epochs"`,
 `--config.optimizer.learning_rate=1e-3`); `spatial_mamba_jax/training/config.py`
-and `spatial_mamba_jax/data/config.py` explain them. A run that was stopped is
-resumed by the same command.
+and `spatial_mamba_jax/data/config.py` explain them. The same command resumes a
+run that was stopped.
 """
 
 import signal
@@ -22,10 +22,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  # Ctrl-C ends it without a traceback while packages are imported.
+  # While packages are imported, Ctrl-C ends the process without a traceback.
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-  # No sooner, because workers import this file, and packages may be missing.
+  # Not at the top: workers import this file, and packages may be missing.
   try:
     from spatial_mamba_jax.errors import run_command
   except ModuleNotFoundError as error:

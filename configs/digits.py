@@ -20,7 +20,7 @@ from spatial_mamba_jax.training.config import (
 
 
 def get_config() -> TrainConfig:
-  """The experiment."""
+  """Returns the experiment."""
   return TrainConfig(
     task=ClassificationConfig(
       num_classes=10,

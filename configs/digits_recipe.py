@@ -1,10 +1,10 @@
 """The authors' whole recipe on scikit-learn's 1,797 real digits, 8 x 8 pixels.
 
-All that the ImageNet experiments do is on, so that a mistake anywhere in the
-recipe shows on real pixels, within minutes: RandAugment, random erasing, mixup
-and cutmix, label smoothing, drop path, the moving average and MESA. Expected:
-at least 98% top-1, within five minutes on two CPU cores. `python -m
-benchmarks.ablation` tells what each part does here.
+Every part of the ImageNet recipe is on, so that a mistake in any of them shows
+on real pixels within minutes: RandAugment, random erasing, mixup and cutmix,
+label smoothing, drop path, the moving average and MESA. Expected: at least 98%
+top-1, within five minutes on two CPU cores. `python -m benchmarks.ablation`
+measures each part by leaving it out.
 
     python train.py --config=configs/digits_recipe.py --workdir=runs/recipe
 """
@@ -19,7 +19,7 @@ from spatial_mamba_jax.training.config import (
 
 
 def get_config() -> TrainConfig:
-  """The experiment."""
+  """Returns the experiment."""
   return TrainConfig(
     task=ClassificationConfig(
       num_classes=10,

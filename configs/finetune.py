@@ -1,16 +1,16 @@
-"""Fine-tunes Spatial-Mamba Tiny on an ImageFolder of one's own, at 224.
+"""Fine-tunes Spatial-Mamba Tiny on your own ImageFolder, at 224.
 
-DIR holds `train/<class>/*` and `val/<class>/*`, K classes in all; FILE is the
-authors' checkpoint, or any weights that `docs/weights.md` names. The head is
-drawn at random where FILE has another number of classes. Learning rates fall
-from the head down to the stem, so that what was learnt before changes least.
+DIR holds `train/<class>/*` and `val/<class>/*`, K classes in all. FILE is the
+authors' checkpoint, or any weights that `docs/weights.md` names. If FILE has
+another number of classes, the head is initialised at random. Learning rates
+decrease from the head to the stem, so that the earliest layers change least.
 
     python train.py --config=configs/finetune.py --workdir=runs/mine \
       --config.init_from=FILE --config.data.data_dir=DIR \
       --config.task.num_classes=K
 
-With `--config.linear_probe=True` the head alone is trained, and all else stays
-as it is; `--config.data.image_size=384` fine-tunes at another resolution.
+`--config.linear_probe=True` trains only the head.
+`--config.data.image_size=384` fine-tunes at another resolution.
 """
 
 from spatial_mamba_jax.data import DataConfig
@@ -23,7 +23,7 @@ from spatial_mamba_jax.training.config import (
 
 
 def get_config() -> TrainConfig:
-  """The experiment; augmentation is that of the authors' recipe."""
+  """Returns the experiment; the augmentation is the authors', by default."""
   return TrainConfig(
     task=ClassificationConfig(
       num_classes=1000,

@@ -16,7 +16,7 @@ from spatial_mamba_jax.training.config import ModelSection, TrainConfig
 
 
 def get_config() -> TrainConfig:
-  """The experiment; all that it does not name is the authors', by default."""
+  """Returns the experiment; the defaults are the authors' recipe."""
   return TrainConfig(
     task=ClassificationConfig(
       num_classes=1000,

@@ -1,10 +1,10 @@
-r"""The classes of all images in a folder, as a CSV.
+r"""Classifies all images in a folder, and writes a CSV.
 
     python examples/classify_folder.py FOLDER OUT.csv \
       [--checkpoint=runs/digits/checkpoints --image_size=32]
 
-A row has a path, the class that scores highest and its probability, or what is
-wrong with the file. Without a checkpoint the weights are random.
+A row has a path, the most probable class and its probability, or the reason why
+the file is unreadable. Without a checkpoint the weights are random.
 """
 
 import argparse
@@ -30,21 +30,21 @@ BATCH_SIZE = 8
 
 @nnx.jit
 def probabilities(model: smj.SpatialMamba, pixels: jax.Array) -> jax.Array:
-  """[B, H, W, 3] bytes to [B, K]."""
+  """Maps bytes [B, H, W, 3] to probabilities [B, K]."""
   mean, std = jnp.array(data.IMAGENET_MEAN), jnp.array(data.IMAGENET_STD)
   return jax.nn.softmax(model((pixels / 255 - mean) / std))
 
 
 def classify(model: smj.SpatialMamba, files: list[str], size: int):
-  """(path, class, probability, error) of each, up to a batch of them."""
-  # As many each time, so that one program serves all.
+  """Returns (path, class, probability, error) for up to BATCH_SIZE files."""
+  # Always a full batch, so that one compiled program serves all.
   pixels = np.zeros((BATCH_SIZE, size, size, 3), np.uint8)
   config, wrong = data.DataConfig(image_size=size), {}
   for i, path in enumerate(files):
     try:
       image = decoding.decode_image(decoding.read_image(pathlib.Path(path)))
       pixels[i] = transforms.transform_for_evaluation(image, config)
-    except Exception as error:  # Decoders raise whatever they like.
+    except Exception as error:  # Decoders raise any type.
       wrong[path] = f"unreadable: {errors.one_line(error)}"
   scores = np.asarray(probabilities(model, jnp.asarray(pixels)))
   return [
@@ -74,7 +74,7 @@ def main() -> None:
   if not isinstance(model, smj.SpatialMamba):
     raise errors.UserError(f"{options.checkpoint} has no classes")
   out = local_path(options.out, "out")
-  # Bytes that are no UTF-8 stay as they are in the paths.
+  # Paths may not be UTF-8: `surrogateescape` writes their bytes.
   with out.open("a", -1, "utf-8", "surrogateescape", newline="") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +87,7 @@ def main() -> None:
     for start in tqdm(range(0, len(files), BATCH_SIZE)):
       rows = classify(model, files[start : start + BATCH_SIZE], size)
       table.writerows(rows)
-      file.flush()  # Whatever comes, these are kept.
+      file.flush()  # A crash loses no earlier rows.
       for path, *_, error in rows:
         if error:
           tqdm.write(f"{errors.one_line(path)}: {error}")

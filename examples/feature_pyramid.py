@@ -2,9 +2,9 @@
 
     python examples/feature_pyramid.py
 
-The backbone's four maps are projected to as many channels each, added from the
-coarsest to the finest (arXiv 1612.03144), and classified at a quarter of the
-image's resolution.
+The backbone's four maps are projected to the same number of channels, added
+from the coarsest to the finest (arXiv 1612.03144), and classified at a quarter
+of the image's resolution.
 """
 
 import jax
@@ -14,7 +14,7 @@ import spatial_mamba_jax as smj
 
 
 class Segmenter(nnx.Module):
-  """Images [B, H, W, 3] to logits [B, H / 4, W / 4, classes]."""
+  """Maps images [B, H, W, 3] to logits [B, H / 4, W / 4, classes]."""
 
   def __init__(
     self,
@@ -40,13 +40,13 @@ class Segmenter(nnx.Module):
       for lateral, feature in zip(self.lateral, features, strict=True)
     ]
     for feature in reversed(finer):
-      # To the next map's own size, as odd sizes are rounded up.
+      # To the next map's size, which is not twice as large if it is odd.
       x = feature + jax.image.resize(x, feature.shape, "nearest")
     return self.head(jax.nn.relu(self.smooth(x)))
 
 
 def main() -> None:
-  """Runs the head on images whose sides are no multiples of anything."""
+  """Runs the head on images whose sides are no multiples of 32."""
   rngs = nnx.Rngs(0)
   backbone = smj.create_backbone("spatial_mamba_micro", rngs=rngs)
   model = Segmenter(backbone, classes=5, rngs=rngs)

@@ -2,8 +2,8 @@
 
     python examples/kernels_only.py
 
-A structure-aware state space model over an image of random tokens: as one
-operator, as its parts, and with its derivative.
+A structure-aware state space model over an image of random tokens: as one fused
+operator, as separate operators, and its gradient.
 """
 
 import jax
@@ -12,7 +12,7 @@ import spatial_mamba_kernels as smk
 
 
 def main() -> None:
-  """Runs the fused operator, and the scan and the fusion one by one."""
+  """Runs the fused operator, and the scan and the fusion separately."""
   batch, height, width, channels, states = 2, 8, 8, 4, 1
   keys = iter(jax.random.split(jax.random.key(0), 8))
 

@@ -2,8 +2,8 @@
 
     python examples/linen.py
 
-The model is a Linen module like any other: its variables are explicit, and the
-statistics of BatchNorm are the collection `batch_stats`.
+The model becomes a Linen module with explicit variables. The statistics of
+BatchNorm are the collection `batch_stats`.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import spatial_mamba_jax as smj
 
 
 class Classifier(nnx.Module):
-  """The model in one mode; its key is an argument, as `rngs` are Linen's."""
+  """The model in one mode. It takes a key, because `rngs` are Linen's own."""
 
   def __init__(self, *, train: bool, rngs: nnx.Rngs, **overrides: Any):
     self.model = smj.create_model("spatial_mamba_micro", rngs=rngs, **overrides)
@@ -32,7 +32,7 @@ class Classifier(nnx.Module):
 
 
 def main() -> None:
-  """Initialises, runs and takes one step by hand."""
+  """Initialises and runs the model, and takes one step of gradient descent."""
   options = {"num_classes": 3, "drop_path_rate": 0.1}
   model = bridge.to_linen(Classifier, train=False, **options)
   training_model = bridge.to_linen(Classifier, train=True, **options)

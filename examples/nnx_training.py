@@ -1,8 +1,8 @@
-"""Flax NNX: create, train with a step of one's own, save, load, run.
+"""Flax NNX: create, train with a hand-written step, save, load, run.
 
     python examples/nnx_training.py
 
-Needs nothing but the models. Swap the random images for a batch of yours.
+It needs only the models. Replace the random images by a batch of yours.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ def train_step(
   labels: jax.Array,
   key: jax.Array,
 ) -> jax.Array:
-  """Updates the model in place and returns the loss before."""
+  """Updates the model in place; returns the loss before the update."""
 
   def loss(model):
     logits = model(images, rngs=nnx.Rngs(drop_path=key))
@@ -41,7 +41,7 @@ def train_step(
 
 @nnx.jit
 def apply(model: smj.SpatialMamba, images: jax.Array) -> jax.Array:
-  """Logits."""
+  """Returns logits."""
   return model(images)
 
 
@@ -60,16 +60,16 @@ def main() -> None:
       print(f"step {step}: loss {loss:.4f}")
   model.eval()
 
-  # As NumPy arrays under the names of the authors' PyTorch model.
+  # Saves NumPy arrays under the names of the authors' PyTorch model.
   with tempfile.TemporaryDirectory() as directory:
     path = pathlib.Path(directory) / "weights.npz"
     np.savez(path, allow_pickle=False, **smj.convert.to_torch(model))
-    again = smj.create_model(
+    loaded = smj.create_model(
       "spatial_mamba_micro", rngs=nnx.Rngs(3), **overrides
     )
     with np.load(path) as weights:
-      smj.convert.from_torch(again, dict(weights))
-  logits = apply(again, images)
+      smj.convert.from_torch(loaded, dict(weights))
+  logits = apply(loaded, images)
   print("predicted", logits.argmax(-1), "of", labels)
   difference = jnp.abs(logits - apply(model, images)).max()
   print("largest difference after loading", difference)

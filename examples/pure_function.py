@@ -1,4 +1,4 @@
-"""The model as a pure function of trees of arrays: for any other framework.
+"""The model as a pure function of trees of arrays, for any other framework.
 
     python examples/pure_function.py
 
@@ -18,7 +18,7 @@ Tree = dict[Any, Any]
 
 
 def split(model: smj.SpatialMamba) -> tuple[Any, Tree, Tree]:
-  """(structure, parameters, statistics); the first is static and hashable."""
+  """Returns (graphdef, parameters, statistics); the first is static."""
   graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
   return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 

@@ -6,7 +6,7 @@
     model = smj.create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
     logits = model(images)
 
-The images are normalised [B, H, W, 3], the logits [B, 1000].
+`images` are normalised, [B, H, W, 3]; `logits` are [B, 1000].
 """
 
 from spatial_mamba_jax import convert

@@ -1,4 +1,4 @@
-"""Scan and fusion kernels of visual state-space models; needs JAX alone.
+"""Scan and fusion kernels of visual state-space models. They need only JAX.
 
     import spatial_mamba_kernels as smk
 
@@ -9,12 +9,12 @@
 those of depthwise convolutions and normalisations, which cost less to make
 again than to keep.
 
-Derivatives are of reverse mode. Forward mode (`jax.jvp`, `jax.jacfwd`,
-`jax.hessian`) raises JAX's TypeError: every operator is a `jax.custom_vjp`,
-whose backward pass saves less and takes less time than JAX's own. JAX has no
-custom derivative for both modes that `jax.vmap` and `jax.lax.scan` can take
-(`jax.custom_derivatives.linear_call` they cannot). A product of the Jacobian
-of `f` with `dx` is the pullback of a pullback:
+Derivatives work in reverse mode. Forward mode (`jax.jvp`, `jax.jacfwd`,
+`jax.hessian`) raises JAX's TypeError, because every operator is a
+`jax.custom_vjp`: its backward pass saves less and takes less time than JAX's
+own. JAX has no custom derivative for both modes that works under `jax.vmap` and
+`jax.lax.scan` (`jax.custom_derivatives.linear_call` does not). The product of
+the Jacobian of `f` with `dx` is the pullback of a pullback:
 
     y, pullback = jax.vjp(f, x)
     _, push = jax.vjp(lambda dy: pullback(dy)[0], jnp.zeros_like(y))

@@ -1,4 +1,4 @@
-"""Shape checks of the public operators, each failing with one clear line."""
+"""Checks of the public operators' arguments, and rules for dtypes and ranks."""
 
 from collections.abc import Mapping
 
@@ -9,12 +9,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def check_shapes(op: str, arguments: Mapping[str, tuple[ArrayLike, str]]):
-  """Holds every array against its axes, given as letters.
+  """Checks the shape of every array.
 
   Args:
     op: the operator's public name, for the message.
-    arguments: name -> (array, axes); in `axes`, one word an axis, a letter
-      stands for the same size everywhere and a number for itself.
+    arguments: {name: (array, axes)}. `axes` has a word for each axis: a letter
+      is the same size everywhere, an integer is the size itself.
 
   Returns:
     The arrays as JAX arrays, in the order given.
@@ -49,7 +49,7 @@ def check_shapes(op: str, arguments: Mapping[str, tuple[ArrayLike, str]]):
 
 
 def state_dtype(*arrays: Array) -> jnp.dtype:
-  """The precision of states and sums: float32, or float64 for float64 inputs.
+  """Returns the dtype of states and sums: float64 for float64, else float32.
 
   Half precision would overflow: fusion kernels of ones, as at initialisation,
   amplify a state 27 times.
@@ -59,15 +59,15 @@ def state_dtype(*arrays: Array) -> jnp.dtype:
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-  """float32, or float64 for float64; also if JAX forbids promotion."""
+  """Returns float64 for float64, else float32, even if promotion is strict."""
   with jax.numpy_dtype_promotion("standard"):
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def with_rank_of(like: ArrayLike, numbers: ArrayLike) -> Array:
-  """`numbers` with axes of one before their own, of the rank of `like`.
+def with_rank_of(like: ArrayLike, x: ArrayLike) -> Array:
+  """Returns `x` with leading axes of size 1, up to the rank of `like`.
 
   JAX adds these axes by itself, unless `jax_numpy_rank_promotion` forbids it.
-  The program is the same.
+  The compiled program is the same.
   """
-  return jax.lax.broadcast_to_rank(numbers, jnp.ndim(like))
+  return jax.lax.broadcast_to_rank(x, jnp.ndim(like))

@@ -1,7 +1,7 @@
-"""Kernels on sharded arrays: a device computes its own images and channels.
+"""Kernels on sharded arrays: each device computes its own images and channels.
 
-XLA cannot split a kernel by itself. A `shard_map` over the mesh in force
-(`jax.set_mesh`) does, whose axes are told apart by their customary names.
+XLA cannot partition a kernel. A `shard_map` over the current mesh
+(`jax.set_mesh`) does. The name of a mesh axis says what it shards.
 """
 
 import math
@@ -15,27 +15,28 @@ from jax.sharding import AxisType, PartitionSpec
 
 from spatial_mamba_kernels.typing import Array
 
+# Names of the mesh axes that shard the batch, and of those that shard channels.
 BATCH_AXES = ("replica", "data", "fsdp")
 CHANNEL_AXES = ("model", "tensor")
 
-# What a dimension of an argument or result is: split as the batch is, as the
-# channels are, or not at all.
+# Kinds of dimensions of arguments and results: sharded like the batch, sharded
+# like the channels, not sharded.
 BATCH, CHANNELS, WHOLE = "batch", "channels", None
 
 
 def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
-  """The axes of the mesh in force that split the batch and the channels.
+  """Returns the axes of the current mesh that shard the batch and the channels.
 
   Args:
-    batch: images in all.
-    channels: channels in all.
+    batch: number of images on all devices.
+    channels: number of channels on all devices.
 
   Returns:
-    {BATCH: names, CHANNELS: names}; nothing where no mesh is in force.
+    {BATCH: names, CHANNELS: names}; empty without a mesh.
 
   Raises:
-    NotImplementedError: the mesh has an axis that means nothing here, or that
-      does not split evenly.
+    NotImplementedError: the mesh has an axis of an unknown name or type, or the
+      batch or the channels do not divide evenly.
   """
   mesh = jax.sharding.get_abstract_mesh()
   kinds = {
@@ -67,13 +68,13 @@ def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
 
 
 def check_only_batch_is_split(x: Array) -> None:
-  """Raises where explicit mesh axes split more of images than their batch.
+  """Checks that explicit mesh axes shard nothing of images but the batch.
 
   Args:
     x: [B, ...].
 
   Raises:
-    NotImplementedError: they split rows, columns or channels.
+    NotImplementedError: they shard rows, columns or channels.
   """
   if any(axis is not None for axis in jax.typeof(x).sharding.spec[1:]):
     raise NotImplementedError(
@@ -84,10 +85,10 @@ def check_only_batch_is_split(x: Array) -> None:
 
 
 def share_of_device(batch: int, channels: int) -> tuple[int, int]:
-  """How many of them the mesh in force gives to each device.
+  """Returns the number of images and of channels on each device.
 
   Raises:
-    NotImplementedError: as by `split_axes`.
+    NotImplementedError: see `split_axes`.
   """
   axes = split_axes(batch, channels)
   sizes = jax.sharding.get_abstract_mesh().shape
@@ -99,9 +100,9 @@ def share_of_device(batch: int, channels: int) -> tuple[int, int]:
 
 
 def check_shard_map() -> None:
-  """Raises NotImplementedError within a `shard_map` that kernels cannot be in.
+  """Raises NotImplementedError within a `shard_map` with `check_vma`.
 
-  It is one that checks how values vary, which kernels do not say.
+  It would check over which mesh axes values vary, which kernels do not state.
   """
   if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
     return
@@ -120,17 +121,17 @@ def per_shard(
   results: Any,
   axes: dict[str, tuple[str, ...]],
 ) -> Callable[..., Any]:
-  """Wraps a function that computes images and channels independently.
+  """Applies a function of independent images and channels to sharded arrays.
 
   Args:
-    function: what one device computes.
-    arguments: for each argument a tuple with BATCH, CHANNELS or WHOLE for each
-      of its dimensions; any tree of them.
-    results: the same of what it returns.
-    axes: what `split_axes` says.
+    function: the function on one device's shards.
+    arguments: for each argument, a tuple with BATCH, CHANNELS or WHOLE for each
+      of its dimensions; or a tree of these tuples.
+    results: the same for the results.
+    axes: the result of `split_axes`.
 
   Returns:
-    The function over whole arrays.
+    The function of whole arrays.
   """
   if not axes:
     return function

@@ -1,11 +1,11 @@
 """Depthwise stencils as sums of shifted products, and as XLA's convolution.
 
-Shifted products are one fused pass over memory, where XLA's grouped convolution
-is 8 to 18 times slower on a CPU and reads the input several times on a GPU. For
-a TPU it is the other way round: compiled for a v5e, the grouped convolution of
-stage 1 takes 0.4 of the cycles of shifted products, and a third of the bytes.
-A stencil is a static tuple of (row, column) offsets into a padded image, and
-one weight per offset and channel.
+Shifted products are one fused pass over memory. XLA's grouped convolution is 8
+to 18 times slower on a CPU, and reads the input several times on a GPU. On a
+TPU it is better: compiled for a v5e, the grouped convolution of stage 1 takes
+0.4 of the cycles of shifted products, and a third of the bytes. A stencil is a
+static sequence of (row, column) offsets into a padded image, the taps, with a
+weight for each tap and channel.
 """
 
 from collections.abc import Sequence
@@ -46,9 +46,9 @@ def correlate(
   """y[b, i, j] = sum over t of weights[t] * padded[b, s*i + r_t, s*j + c_t].
 
   Args:
-    padded: input, channels last (more axes may stand before the channels).
-    weights: one weight per tap and channel; their dtype is that of the sum.
-    offsets: (r_t, c_t) of every tap, counted from the corner of `padded`.
+    padded: input, channels last. More axes may precede the channels.
+    weights: a weight for each tap and channel; the sum has their dtype.
+    offsets: (r_t, c_t) of each tap, from the first row and column of `padded`.
     height: H, rows of the output.
     width: W, columns of the output.
     stride: s.
@@ -66,18 +66,19 @@ def correlate(
     product = with_rank_of(window, weight) * window
     total = product if total is None else total + product
   assert total is not None
-  # Rounds nothing. On a CPU a reduction that follows (a LayerNorm, a cotangent)
-  # would take all taps into itself, which takes it 20 times as long.
+  # This rounds nothing, but prevents a fusion: on a CPU, a reduction that
+  # follows (a LayerNorm, a cotangent) would compute all taps and take 20 times
+  # as long.
   bits = jnp.finfo(total.dtype)
   return jax.lax.reduce_precision(total, bits.nexp, bits.nmant)
 
 
 def _sliced_once(weights):
-  """The same weights, of an operation of their own.
+  """Returns the same weights, as the result of a sum.
 
-  In a loop over blocks they are a slice of their stage's. XLA would take that
-  slice in each of the products, and a CPU then does not vectorise them: it was
-  6 times as slow. A sum is not done again where its result is read.
+  In a scan over blocks the weights are a slice of the stage's weights. XLA
+  would fuse the slice into each product, which a CPU then does not vectorise:
+  it was 6 times slower. XLA does not recompute a sum in its consumers.
   """
   first = jnp.arange(2)[:, None, None] == 0
   return jnp.sum(jnp.where(first, weights, 0), axis=0)
@@ -90,15 +91,22 @@ def weight_gradient(
   *,
   stride: int = 1,
 ) -> Float[Array, "T D"]:
-  """The cotangent of `weights` in `correlate`, in the cotangent's dtype."""
+  """Returns the cotangent of `weights` in `correlate`.
+
+  Args:
+    padded: as for `correlate`.
+    cotangent: the cotangent of the output; its dtype is the result's.
+    offsets: as for `correlate`.
+    stride: as for `correlate`.
+  """
   _, height, width, *_ = cotangent.shape
   all_but_channels = tuple(range(cotangent.ndim - 1))
 
   def tap(cotangent, window):
     return jnp.sum(cotangent * window.astype(cotangent.dtype), all_but_channels)
 
-  # A kernel for each tap of each convolution would double the time a CPU takes
-  # to compile a training step.
+  # On a CPU, code for each tap of each convolution would double the compile
+  # time of a training step.
   def loop(padded, cotangent):
     extent = (
       padded.shape[0],
@@ -114,7 +122,7 @@ def weight_gradient(
 
     return jax.lax.map(tap_at, jnp.asarray(offsets, jnp.int32))
 
-  # A GPU reads the arrays once for several taps.
+  # On a GPU, one pass over the arrays then serves several taps.
   def unrolled(padded, cotangent):
     windows = (
       _window(padded, offset, height, width, stride) for offset in offsets
@@ -134,7 +142,7 @@ def grouped_convolution(
   dilation: int = 1,
   padding: int = 0,
 ) -> Float[Array, "B Ho Wo D"]:
-  """XLA's depthwise convolution, each product and sum in the dtype of `x`."""
+  """Computes XLA's depthwise convolution, with sums in the dtype of `x`."""
   return jax.lax.conv_general_dilated(
     x,
     kernel[:, :, None],

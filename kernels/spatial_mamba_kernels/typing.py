@@ -1,7 +1,7 @@
 """Array annotations, e.g. `Float[Array, "B L D"]`.
 
-They are jaxtyping's where it is installed, and the tests check them at run
-time. Elsewhere they mean just "an array": these kernels need nothing but JAX.
+They are jaxtyping's if it is installed, and the tests check them at run time.
+Otherwise they mean "an array", because these kernels need only JAX.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from jax import Array
 
 __all__ = ["Array", "Float", "Int", "Shaped", "Size"]
 
-# Of an axis: an int, or a symbol where `jax.export` leaves it open.
+# Size of an axis: an int, or a symbolic dimension of `jax.export`.
 Size = Any
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
-"""Images in, batches out: `open_source`, then one of the two pipelines.
+"""Batches of images: `open_source`, then one of the two pipelines.
 
     config = DataConfig(name="digits", image_size=32)
     source = open_source(config, "train")
     with train_batches(source, config, batch_size=100, seed=0) as batches:
       batch = next(batches)
 
-The batch has "image", uint8 [100, 32, 32, 3], and "label", int32 [100].
+A batch has "image", uint8 [100, 32, 32, 3], and "label", int32 [100].
 """
 
 from typing import TYPE_CHECKING
@@ -42,8 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-  # Only who asks for a pipeline needs grain and Pillow: a training step, and
-  # what measures it, do without.
+  # Imported on demand, because only the pipelines need grain and Pillow.
   if name not in __all__:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   from spatial_mamba_jax.data import pipeline

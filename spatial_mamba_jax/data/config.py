@@ -1,4 +1,4 @@
-"""What the data pipeline can be told."""
+"""The config of the data pipeline."""
 
 import dataclasses
 import importlib.util
@@ -9,39 +9,41 @@ from spatial_mamba_jax.fields import MAX_WEIGHT, Section, choice, number
 SOURCE_NAMES = ("digits", "imagenet2012", "image_folder", "synthetic")
 SPLITS = ("train", "validation")
 DECODERS = ("pillow", "simplejpeg")
-MAX_MAGNITUDE = 10.0  # Of RandAugment.
-# Means and deviations over ImageNet's pixels, by channel, on the scale 0..1.
+# Largest magnitude of RandAugment's operations.
+MAX_MAGNITUDE = 10.0
+# Mean and standard deviation of ImageNet's pixels, by channel, for pixels in
+# [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Pixels of a side: an image of them takes 0.8 GB, and a scan over its tokens
-# counts them in int32.
+# Most pixels of an image's side: the image takes 0.8 GB, and int32 counts its
+# tokens.
 MAX_IMAGE_SIZE = 2**14
-# Smallest share of the shorter side that evaluation takes: the resized image
+# Smallest share of the shorter side in evaluation's crop: the resized image
 # then has 256 times the pixels of the crop.
 MIN_TEST_CROP_RATIO = 1 / 16
 # Greatest width / height of a crop; an image of 224 pixels has no narrower one.
 MAX_CROP_RATIO = 2.0**8
-# Operations of RandAugment on an image, one after another; papers have 1 to 10.
+# Most operations of RandAugment on an image; papers have 1 to 10.
 MAX_OPERATIONS = 100
-# Processes that read, and threads in each: more than the cores of any host.
+# Most worker processes, and threads in each: more than any host has cores.
 MAX_WORKERS = 2**10
-# Batches kept ready in a process.
+# Most batches that a process prefetches.
 MAX_PREFETCH = 2**16
-# Images of a split, so that an int32 also counts those that pad an evaluation.
+# Most images of a split: int32 also counts those that pad an evaluation.
 MAX_IMAGES = 2**30
 
 
 class DataError(UserError):
-  """A mistake in the data or its settings, told in one line."""
+  """A mistake in the data or its config; the message is one line."""
 
 
 @dataclasses.dataclass
 class DataConfig(Section):
   """Where images come from and how they become batches.
 
-  The defaults are the authors' ImageNet recipe, on the embedded digits; what it
-  does to batches on the device is in the training config.
+  The defaults are the authors' ImageNet recipe, but on the embedded digits. The
+  task's config has the augmentation on the device.
 
   Attributes:
     name: one of `SOURCE_NAMES`.
@@ -49,23 +51,23 @@ class DataConfig(Section):
       $TFDS_DATA_DIR, else ~/tensorflow_datasets), or the root of an
       `image_folder`, which holds `train/<class>/` and `val/<class>/` or
       `validation/<class>/`.
-    decoder: of JPEG files, one of `DECODERS`; simplejpeg (the extra `fast`)
-      gives the same pixels in less time.
+    decoder: decoder of JPEG files, one of `DECODERS`; simplejpeg (the extra
+      `fast`) returns the same pixels in less time.
     image_size: height and width of the images in a batch, in pixels.
     crop_scale: least and greatest area of a training crop, as a share of the
       image's area.
     crop_ratio: least and greatest width / height of a training crop.
     flip_probability: probability of mirroring a training image left to right.
-    randaugment_operations: RandAugment's operations drawn for a training image,
-      each of which is applied with probability 1/2; 0 for no RandAugment.
-    randaugment_magnitude: mean strength of these, from 0 to 10.
-    randaugment_std: standard deviation of their strength.
-    test_crop_ratio: share of the shorter side that the central crop takes in
-      evaluation: the shorter side is resized to
-      `int(image_size / test_crop_ratio)`.
-    num_workers: processes that read and decode; 0 leaves this to threads.
+    randaugment_operations: RandAugment's operations drawn for a training image;
+      each is applied with probability 1/2. 0 disables RandAugment.
+    randaugment_magnitude: mean magnitude of these operations, from 0 to 10.
+    randaugment_std: standard deviation of their magnitude.
+    test_crop_ratio: share of the shorter side in evaluation's central crop: the
+      shorter side is resized to `int(image_size / test_crop_ratio)`.
+    num_workers: worker processes that read and decode; 0 uses threads of the
+      main process.
     num_threads: threads that read and decode, in each of these processes.
-    prefetch: batches kept ready in each of these processes.
+    prefetch: batches that each of these processes prefetches.
     max_unreadable_share: largest tolerated share of unreadable images.
     synthetic_images: number of images in each split of `synthetic`.
     synthetic_classes: number of classes of `synthetic`.
@@ -97,7 +99,7 @@ class DataConfig(Section):
     """Checks every value.
 
     Raises:
-      DataError: naming the first field whose value makes no sense.
+      DataError: a value is wrong; the message names the first such field.
     """
     super().validate(path)
     for field in ("crop_scale", "crop_ratio"):
@@ -112,12 +114,12 @@ class DataConfig(Section):
     if self.decoder != "pillow" and not _is_installed(self.decoder):
       raise DataError(
         f"{path}.decoder={self.decoder} is not installed: pip install"
-        f" {self.decoder}, or leave it to pillow"
+        f" {self.decoder}, or use pillow"
       )
 
 
 def _is_installed(package: str) -> bool:
   try:
     return importlib.util.find_spec(package) is not None
-  except ValueError:  # What stands for it was put there by hand.
+  except ValueError:  # `sys.modules` has a module without a spec.
     return False

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB, within a stated memory."""
+"""Decodes image files to RGB, within a limit on memory."""
 
 import functools
 import io
@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-# Bytes that an image may take: its file, its decoded pixels and what these are
-# resized to, each by itself. What would take more is unreadable. Pillow itself
-# refuses more than 178,956,970 pixels.
+# Most bytes of an image's file, of its decoded pixels and of its resized
+# pixels, each. An image that needs more is unreadable. Pillow itself refuses
+# more than 178,956,970 pixels.
 MAX_BYTES = 2**30
-# Bytes of a pixel and of a row in Pillow, and of a pixel of 32 bits while it is
-# scaled.
+# Bytes that Pillow needs for a pixel, for a row's pointer, and for a 32-bit
+# pixel while `_stretch` scales it.
 _PIXEL, _ROW, _SCALED = 4, 8, 16
 
-# Pillow's formats that are read -> suffixes of their files, in lower case.
-# Without this list a broken file would be tried on every plugin of Pillow, some
-# of which start other programs. TGA is left out, because it has no signature:
-# garbage can pass for it.
+# {Pillow's name of a format: lower-case suffixes of its files}, for the formats
+# that are read. Without this list Pillow would try every plugin on a broken
+# file, and some plugins start other programs. TGA is left out: it has no
+# signature, so that any bytes may pass for it.
 FORMATS: dict[str, tuple[str, ...]] = {
   "AVIF": (".avif",),
   "BMP": (".bmp", ".dib"),
@@ -34,8 +34,9 @@ FORMATS: dict[str, tuple[str, ...]] = {
   "WEBP": (".webp",),
 }
 _JPEG = b"\xff\xd8\xff"
-# Numbers of TIFF's tags.
+# Codes of TIFF's tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+# A value of the tag `_PHOTOMETRIC`, and a value of `_SAMPLE_FORMAT`.
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
@@ -43,20 +44,20 @@ def decode_image(encoded: Any, decoder: str = "pillow") -> Image.Image:
   """Decodes an image file to RGB.
 
   Transparency is dropped and the EXIF orientation is not applied, as in the
-  recipe's loader. Of several frames the first is taken. Of 16-bit grey values
-  the high byte is kept; floats, 32-bit and signed integers are scaled linearly,
-  so that the image's least finite value becomes black and its greatest white.
+  recipe's loader. The first of several frames is decoded. 16-bit grey values
+  are reduced to their high byte. Floats, 32-bit and signed integers are scaled
+  linearly: the image's least finite value becomes black, its greatest white.
 
   Args:
-    encoded: the file's bytes; or pixels, uint8 [H, W, 3], which only change
-      their type.
-    decoder: of JPEG files in RGB or grey; all else is Pillow's, and so is what
-      simplejpeg refuses.
+    encoded: the file's bytes; or pixels, uint8 [H, W, 3], which need no
+      decoding.
+    decoder: decoder of RGB and grey JPEG files, one of `DECODERS`. Pillow
+      decodes all other files, and those that simplejpeg refuses.
 
   Raises:
-    Exception: whatever the decoder makes of a broken file; TypeError for what
-      is neither bytes nor an array, and ValueError for what would take more
-      than `MAX_BYTES`.
+    TypeError: `encoded` is neither bytes nor an array.
+    ValueError: the image needs more than `MAX_BYTES`.
+    Exception: the file is broken; the type depends on the decoder.
   """
   if isinstance(encoded, np.ndarray):
     return _from_pixels(encoded)
@@ -90,8 +91,8 @@ def read_image(path: pathlib.Path) -> bytes:
   """Reads an image file.
 
   Raises:
-    OSError: if it cannot be read.
-    ValueError: if it is larger than `MAX_BYTES`.
+    OSError: it cannot be read.
+    ValueError: it is larger than `MAX_BYTES`.
   """
   with path.open("rb") as file:
     _check_memory(os.fstat(file.fileno()).st_size)
@@ -99,15 +100,15 @@ def read_image(path: pathlib.Path) -> bytes:
 
 
 def check_size(width: int, height: int, pixel: int = _PIXEL) -> None:
-  """Checks that an image of Pillow takes no more than `MAX_BYTES`.
+  """Checks that an image of this size needs at most `MAX_BYTES` in Pillow.
 
   Args:
-    width: in pixels.
-    height: in pixels.
+    width: width in pixels.
+    height: height in pixels.
     pixel: bytes of a pixel.
 
   Raises:
-    ValueError: if it takes more.
+    ValueError: it needs more.
   """
   _check_memory(height * (width * pixel + _ROW))
 
@@ -131,7 +132,7 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-  """Those that this version of Pillow has."""
+  """Returns the names in `FORMATS` that this version of Pillow supports."""
   Image.init()
   return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -139,16 +140,17 @@ def _formats() -> tuple[str, ...]:
 def _decode_by_simplejpeg(
   encoded: bytes, image: Image.Image
 ) -> np.ndarray | None:
-  """RGB pixels; None where Pillow decides.
+  """Returns RGB pixels, or None to leave the file to Pillow.
 
-  Pillow has read the header already, so that both decoders refuse the same.
+  Pillow has already read the header, so that both decoders refuse the same
+  files.
   """
   import simplejpeg  # An extra.
 
   if image.mode not in ("RGB", "L"):
     return None  # Only Pillow converts other colour spaces.
   try:
-    # Strict: where libjpeg would pass over damage, it is Pillow's to judge.
+    # Strict: libjpeg would ignore some damage that Pillow refuses.
     pixels = simplejpeg.decode_jpeg(encoded, strict=True)
   except Exception:
     return None
@@ -156,23 +158,23 @@ def _decode_by_simplejpeg(
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-  """Grey values of more than 8 bits as uint8 [H, W]."""
+  """Returns grey values of more than 8 bits as uint8 [H, W]."""
   values = np.asarray(image)
   tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
   bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
   if image.mode == "I" and tags and tags.get(_SAMPLE_FORMAT) == (_UNSIGNED,):
     values = values.view(np.uint32)
-  # Of other formats, Pillow gives 16 bits in the mode for 32.
+  # In mode "I", files other than TIFF have 16-bit values.
   if image.mode == "F" or (image.mode == "I" and tags):
     grey = _stretch(values)
   else:
     grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
-  # Pillow turns this only where there are 8 bits or fewer.
+  # Pillow itself inverts only images of at most 8 bits.
   return 255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
-  """The least finite value to 0, the greatest to 255; NaN to 0."""
+  """Maps the least finite value to 0, the greatest to 255, and NaN to 0."""
   finite = np.isfinite(values)
   if not finite.any():
     raise ValueError("no pixel has a finite value")
@@ -189,5 +191,5 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
   lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
   transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
   converted = ImageCms.applyTransform(image, transform)
-  assert converted is not None  # As it would be after a change in place.
+  assert converted is not None  # It is None only for an in-place transform.
   return converted

@@ -21,8 +21,8 @@ with registered.skip_registration():
   class Digits(tfds.core.GeneratorBasedBuilder):
     """Test part of the UCI Optical Recognition of Handwritten Digits set.
 
-    The validation images are spread evenly over the set, which is ordered by
-    writer, so that both splits know every hand.
+    The set is ordered by writer. The validation images are spread evenly over
+    it, so that both splits have digits of every writer.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -74,7 +74,7 @@ with registered.skip_registration():
 
 
 def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
-  """Opens the digits, after writing them where they are not there yet."""
+  """Opens the digits, and prepares them first if they are missing."""
   data_dir = tfds_source.data_directory(config.data_dir)
   directory = data_dir / "digits" / str(Digits.VERSION)
   if not os.path.lexists(directory):
@@ -82,6 +82,6 @@ def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
   return tfds_source.TfdsSource(
     directory,
     split,
-    remedy=f"remove {directory}, and it is prepared anew",
+    remedy=f"remove {directory}, and it is prepared again",
     in_memory=True,
   )

@@ -1,4 +1,4 @@
-"""From a record of a source to an example: what a task has to say about it."""
+"""The interface that turns a source's records into a task's examples."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -7,17 +7,17 @@ import numpy as np
 
 from spatial_mamba_jax.data.config import DataError
 
-# Arrays that the pipeline adds to a batch.
+# Names of the arrays that the pipeline adds to a batch.
 RESERVED = ("index", "mask", "wrong", "record", "reason")
 
 
 class WrongRecordError(DataError):
-  """A record that shows that the data set is wrong; it ends the run."""
+  """A record shows that the data set is wrong, which ends the run."""
 
 
 @runtime_checkable
 class Examples(Protocol):
-  """Makes examples of a source's records, on the host.
+  """Turns a source's records into examples, on the host.
 
   Worker processes receive a pickled copy.
   """
@@ -27,24 +27,24 @@ class Examples(Protocol):
 
     Raises:
       WrongRecordError: the data set is wrong.
-      Exception: any other says that the record is unreadable.
+      Exception: the record is unreadable.
     """
     ...
 
   def train(
     self, decoded: Any, rng: np.random.Generator
   ) -> dict[str, np.ndarray]:
-    """A training example, augmented by draws of `rng`."""
+    """Returns a training example, augmented at random by `rng`."""
     ...
 
   def evaluate(self, decoded: Any) -> dict[str, np.ndarray]:
-    """An example to be evaluated."""
+    """Returns an example for evaluation."""
     ...
 
   def blank(self, *, train: bool) -> dict[str, np.ndarray]:
-    """An example for padding, and in the place of unreadable records.
+    """Returns an example that stands for padding or an unreadable record.
 
-    Its names, shapes and types are those of `train`, or of `evaluate`. No name
-    is one of `RESERVED`.
+    It has the names, shapes and dtypes of `train`'s examples, or of
+    `evaluate`'s. No name is in `RESERVED`.
     """
     ...

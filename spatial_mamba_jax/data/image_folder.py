@@ -17,9 +17,8 @@ from spatial_mamba_jax.paths import local_path
 # Suffixes of the files that are read, in lower case.
 EXTENSIONS = tuple(sorted(sum(decoding.FORMATS.values(), ())))
 _DIRECTORIES = {"train": ("train",), "validation": ("val", "validation")}
-# Names of directories that hold no images of a class, in lower case: what file
-# systems, network storage and archives keep for themselves. Names that begin
-# with a dot are left out as well.
+# Lower-case names of directories that are no classes: file systems, network
+# storage and archives create them. Names that begin with a dot are skipped too.
 _SYSTEM_DIRECTORIES = frozenset(
   (
     "#recycle", "#snapshot", "$recycle.bin", "@__thumb", "@eadir",
@@ -29,44 +28,44 @@ _SYSTEM_DIRECTORIES = frozenset(
     "~snapshot",
   )
 )  # fmt: skip
-# Names in a message.
-_NAMED = 5
+# Most names in a message.
+_MAX_SHOWN = 5
 
 
 class ImageFolder:
   """`ROOT/<class>/**/<image>`, as torchvision's ImageFolder reads it.
 
-  Labels count the sorted class names; within a class files are sorted by path.
-  Hidden files and directories are left out, and so are the directories of file
-  systems and network storage (`@eaDir`, `lost+found`, ...). Links are followed,
-  but no directory is walked twice within a class.
+  A label is the index of its class name in sorted order; within a class, files
+  are sorted by path. Hidden files and directories are skipped, and so are the
+  directories of file systems and network storage (`@eaDir`, `lost+found`, ...).
+  Links are followed, but each directory is read once within a class.
 
   Attributes:
     classes: the class names, by label.
   """
 
   def __init__(self, root: pathlib.Path, extensions: tuple[str, ...]):
-    """Lists the files; `extensions` are those of images, in lower case.
+    """Lists the files that end in one of `extensions`, which are lower-case.
 
-    Logs which classes have no images, and what files were passed over.
+    Logs the classes without images, and the suffixes of skipped files.
     """
     self.root = root
     self.classes = list_classes(root)
     names, labels = [], []
-    passed_over: collections.Counter[str] = collections.Counter()
+    skipped: collections.Counter[str] = collections.Counter()
     for label, class_name in enumerate(self.classes):
       directory = root / class_name
       found, others = list_images(directory, extensions)
       prefix = len(str(directory)) - len(class_name)
       names += [os.fsencode(path[prefix:]) for path in found]
       labels += [label] * len(found)
-      passed_over += others
-    # Two arrays rather than a million objects, for the workers' pickled copies.
+      skipped += others
+    # Two arrays, because workers receive pickled copies of a million names.
     self._names = np.array(names, dtype=np.bytes_)
     self.labels = np.array(labels, dtype=np.int32)
-    self._say_what_is_missing(passed_over)
+    self._log_missing(skipped)
 
-  def _say_what_is_missing(self, passed_over: collections.Counter[str]) -> None:
+  def _log_missing(self, skipped: collections.Counter[str]) -> None:
     counts = np.bincount(self.labels, minlength=len(self.classes))
     empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
     if empty and len(self):
@@ -77,13 +76,11 @@ class ImageFolder:
         len(self.classes),
         _shortened(empty),
       )
-    if passed_over:
+    if skipped:
       logging.warning(
-        "%s: files passed over for their suffix: %s",
+        "%s: files skipped for their suffix: %s",
         one_line(self.root),
-        _shortened(
-          [f"{n} {suffix}" for suffix, n in passed_over.most_common()]
-        ),
+        _shortened([f"{n} {suffix}" for suffix, n in skipped.most_common()]),
       )
 
   @property
@@ -101,16 +98,16 @@ class ImageFolder:
     }
 
   def path(self, index: int) -> pathlib.Path:
-    """The file of image `index`."""
+    """Returns the path of image `index`."""
     return self.root / os.fsdecode(self._names[index])
 
   def name(self, index: int) -> str:
-    """The path of image `index`."""
+    """Returns the path of image `index` as text."""
     return str(self.path(index))
 
 
 def list_classes(root: pathlib.Path) -> list[str]:
-  """The sorted names of the directories in `root`."""
+  """Returns the sorted names of the class directories in `root`."""
   return sorted(
     entry.name
     for entry in os.scandir(root)
@@ -119,10 +116,10 @@ def list_classes(root: pathlib.Path) -> list[str]:
 
 
 def find_splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The directories of the splits that are there, by split name.
+  """Returns {split: directory} of the splits that exist.
 
   Raises:
-    DataError: if their class directories differ, because their labels would.
+    DataError: the splits' class directories differ, so that labels would.
   """
   splits = {}
   for split, names in _DIRECTORIES.items():
@@ -147,8 +144,8 @@ def open_tree(
   """Opens one split of the tree in `root`.
 
   Raises:
-    DataError: if the split is missing or empty, or the splits' classes differ.
-    OSError: if a directory cannot be read.
+    DataError: the split is missing or empty, or the splits' classes differ.
+    OSError: a directory cannot be read.
   """
   splits = find_splits(root)
   if split not in splits:
@@ -173,7 +170,7 @@ def open_split(config: DataConfig, split: str) -> ImageFolder:
 def list_images(
   root: pathlib.Path, extensions: tuple[str, ...] = EXTENSIONS
 ) -> tuple[list[str], collections.Counter[str]]:
-  """The image files anywhere in a directory.
+  """Lists the image files anywhere in a directory.
 
   Args:
     root: the directory.
@@ -181,10 +178,10 @@ def list_images(
 
   Returns:
     The sorted paths, which begin with `root` (strings, because there may be a
-    million); and how many other files there are of each suffix.
+    million); and the number of other files, by suffix.
 
   Raises:
-    OSError: if a directory cannot be read.
+    OSError: a directory cannot be read.
   """
   images = []
   others: collections.Counter[str] = collections.Counter()
@@ -198,8 +195,8 @@ def list_images(
 
 
 def _walk(root: pathlib.Path) -> Iterator[os.DirEntry[str]]:
-  """The files that are not hidden; every directory once, real ones first."""
-  # A link to what lies above would bring in the other classes.
+  """Yields files that are not hidden. Reads each directory once, links last."""
+  # A link to a directory above `root` would bring in other classes.
   seen = {
     _identity(above)
     for path in (os.path.abspath(root), os.path.realpath(root))
@@ -229,12 +226,15 @@ def _identity(directory: str | pathlib.Path) -> tuple[int, int]:
 def _is_directory(entry: os.DirEntry[str]) -> bool:
   try:
     return entry.is_dir()
-  except OSError:  # A link to itself, for one.
+  except OSError:  # For example, a link to itself.
     return False
 
 
 def _may_be_read(entry: os.DirEntry[str]) -> bool:
-  """Devices and pipes have no end; a link to nothing is an unreadable image."""
+  """Returns whether it is a file, or a broken link (an unreadable image).
+
+  Devices and pipes have no end.
+  """
   if entry.is_symlink():
     return os.path.isfile(entry.path) or not os.path.exists(entry.path)
   return entry.is_file()
@@ -245,5 +245,5 @@ def _is_left_out(directory: str) -> bool:
 
 
 def _shortened(names: list[str]) -> str:
-  shown = ", ".join(map(one_line, names[:_NAMED]))
-  return f"{shown}, ..." if len(names) > _NAMED else shown
+  shown = ", ".join(map(one_line, names[:_MAX_SHOWN]))
+  return f"{shown}, ..." if len(names) > _MAX_SHOWN else shown

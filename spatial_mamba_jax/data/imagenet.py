@@ -1,4 +1,4 @@
-"""ImageNet-1k as TensorFlow Datasets lays it out, without TensorFlow."""
+"""ImageNet-1k in the layout of TensorFlow Datasets, without TensorFlow."""
 
 import os
 import pathlib
@@ -21,9 +21,9 @@ with registered.skip_registration():
   class Imagenet2012(tfds.core.GeneratorBasedBuilder):
     """TFDS's `imagenet2012`, written from a tree of JPEG files.
 
-    TFDS orders examples by their keys, the file names; with the same keys this
-    gives the same order. TFDS also re-encodes 22 CMYK files and one PNG as RGB
-    JPEG; here every file keeps its bytes, and reading converts to RGB.
+    TFDS orders examples by their keys, the file names. Here the keys are the
+    same, and so is the order. TFDS also re-encodes 22 CMYK files and one PNG as
+    RGB JPEG. Here every file keeps its bytes, and decoding converts to RGB.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -68,7 +68,7 @@ def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
   """Opens a prepared ImageNet.
 
   Raises:
-    DataError: saying how to prepare it, if it is not there.
+    DataError: it is missing; the message says how to prepare it.
   """
   data_dir = tfds_source.data_directory(config.data_dir)
   directory = data_dir / NAME / VERSION
@@ -90,18 +90,18 @@ def prepare(root: pathlib.Path, data_dir: str) -> pathlib.Path:
   """Writes the tree in `root` as TFDS's `imagenet2012`, all or nothing.
 
   Args:
-    root: holds `train/<class>/*.JPEG` and `val/<class>/*.JPEG`.
-    data_dir: the TFDS directory to write to; empty means the default.
+    root: a directory with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`.
+    data_dir: the TFDS directory to write to; empty for the default.
 
   Returns:
-    The directory written.
+    The data set's directory.
 
   Raises:
-    DataError: if the tree is not so, or the data set is there already.
+    DataError: the tree has another layout, or the data set already exists.
   """
   directory = tfds_source.data_directory(data_dir) / NAME / VERSION
   if os.path.lexists(directory):
-    raise DataError(f"{directory} exists: remove it to prepare it anew")
+    raise DataError(f"{directory} exists: remove it to prepare it again")
   splits = {
     split: image_folder.open_tree(root, split, EXTENSIONS)
     for split in ("train", "validation")
@@ -114,7 +114,7 @@ def prepare(root: pathlib.Path, data_dir: str) -> pathlib.Path:
 
 
 def _check_names_differ(images: image_folder.ImageFolder) -> None:
-  """TFDS would notice only after reading everything."""
+  """Checks that file names are unique; TFDS does only after reading all."""
   seen: set[str] = set()
   for index in range(len(images)):
     file_name = images.path(index).name
@@ -127,7 +127,7 @@ def _check_names_differ(images: image_folder.ImageFolder) -> None:
 
 
 def _check_class_names(images: image_folder.ImageFolder) -> None:
-  """TFDS keeps them as lines of text."""
+  """Checks that class names are lines of text, as TFDS stores them."""
   for name in images.classes:
     try:
       name.encode()

@@ -22,20 +22,24 @@ class LabelledImage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
-  """Makes {"image": uint8 [H, W, 3], "label": int32} of a source's records.
+  """Turns records into {"image": uint8 [H, W, 3], "label": int32}.
 
   H and W are `config.image_size`. It implements `Examples`.
 
   Attributes:
-    num_classes: labels are integers below it.
-    config: the transforms.
+    num_classes: number of classes; labels are integers below it.
+    config: the config of the transforms.
   """
 
   num_classes: int
   config: DataConfig
 
   def read(self, record: Mapping[str, Any]) -> LabelledImage:
-    """Decodes an image; raises a WrongRecordError for a label of no class."""
+    """Decodes an image.
+
+    Raises:
+      WrongRecordError: the label is not a class.
+    """
     label = self._label(record.get("label"))
     image = transforms.decode_image(record["image"], self.config.decoder)
     return LabelledImage(image, label)
@@ -53,7 +57,7 @@ class LabelledImages:
     return _example(pixels, decoded.label)
 
   def blank(self, *, train: bool) -> dict[str, np.ndarray]:
-    """A black image of label 0."""
+    """Returns a black image of label 0."""
     del train  # Both have the same size.
     size = self.config.image_size
     return _example(np.zeros((size, size, 3), np.uint8), 0)

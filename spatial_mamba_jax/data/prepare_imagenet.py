@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare(image_folder: str, data_dir: str) -> None:
-  # Imported here, so that a missing package is told in one line.
+  # Imported here, so that a missing package is reported in one line.
   from spatial_mamba_jax.data import imagenet
   from spatial_mamba_jax.paths import local_path
 

@@ -1,7 +1,7 @@
 """RandAugment (arXiv 1909.13719) with the operations of the authors' recipe.
 
-They are those of timm 0.4.12 for `rand-m9-mstd0.5-inc1`: magnitudes run from 0
-to 10, and a larger one always distorts more.
+The operations are those of timm 0.4.12 for `rand-m9-mstd0.5-inc1`: magnitudes
+are from 0 to 10, and a larger one always distorts more.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from spatial_mamba_jax.data.config import MAX_MAGNITUDE, DataConfig
 
-# Of the operations drawn for an image, the share that is applied.
+# Probability of applying an operation that was drawn.
 _PROBABILITY = 0.5
-# What comes into view where an image is moved: ImageNet's mean colour.
+# Colour of pixels from outside of the image: ImageNet's mean.
 _FILL = (124, 116, 104)
 _AFFINE = Image.Transform.AFFINE
 _BICUBIC = Image.Resampling.BICUBIC
@@ -25,8 +25,8 @@ class Operation(NamedTuple):
   """One way to distort an image.
 
   Attributes:
-    argument: (magnitude, sign) -> what `apply` needs; the sign is 1 or -1.
-    apply: (image, argument) -> image of the same size.
+    argument: (magnitude, sign) -> the argument of `apply`; the sign is 1 or -1.
+    apply: (image, argument) -> an image of the same size.
   """
 
   argument: Callable[[float, int], float]
@@ -36,13 +36,13 @@ class Operation(NamedTuple):
 def randaugment(
   image: Image.Image, config: DataConfig, rng: np.random.Generator
 ) -> Image.Image:
-  """Applies operations drawn at random, the same one twice perhaps.
+  """Applies operations drawn at random, with replacement.
 
   Args:
-    image: RGB.
-    config: how many operations are drawn, and their magnitude's mean and
-      standard deviation.
-    rng: where the draws come from.
+    image: an RGB image.
+    config: has the number of operations, and the mean and standard deviation of
+      their magnitude.
+    rng: random generator.
   """
   operations = tuple(OPERATIONS.values())
   for index in rng.integers(
@@ -87,7 +87,7 @@ def _added(magnitude: float, sign: int) -> float:
 
 
 def _posterize(image: Image.Image, bits: float) -> Image.Image:
-  # Pillow 13 refuses to keep none; older ones made the image black.
+  # Not ImageOps.posterize: Pillow 13 refuses 0 bits, older versions give black.
   mask = -(1 << (8 - int(bits)))
   table = [value & mask for value in range(256)]
   return image.point(table * len(image.getbands()))
@@ -106,14 +106,14 @@ def _rotate(image: Image.Image, degrees: float) -> Image.Image:
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-  """The pixel at (x, y) comes from (ax + by + c, dx + ey + f)."""
+  """Moves the pixel at (a x + b y + c, d x + e y + f) to (x, y)."""
   return image.transform(image.size, _AFFINE, matrix, _BICUBIC, fillcolor=_FILL)
 
 
 def _enhance(
-  image: Image.Image, factor: float, *, of: Callable[[Image.Image], Any]
+  image: Image.Image, factor: float, *, enhancer: Callable[[Image.Image], Any]
 ) -> Image.Image:
-  return of(image).enhance(factor)
+  return enhancer(image).enhance(factor)
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -132,7 +132,7 @@ OPERATIONS: dict[str, Operation] = {
   "SolarizeAdd": Operation(_added, _solarize_add),
   **{
     f"{name}Increasing": Operation(
-      _enhancement, partial(_enhance, of=getattr(ImageEnhance, name))
+      _enhancement, partial(_enhance, enhancer=getattr(ImageEnhance, name))
     )
     for name in ("Color", "Contrast", "Brightness", "Sharpness")
   },

@@ -1,4 +1,4 @@
-"""One interface over every place that images come from."""
+"""The interface of image sources, and opening one by its config."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -11,9 +11,8 @@ from spatial_mamba_jax.errors import one_line
 class Source(Protocol):
   """The records of one split, in a fixed order.
 
-  `source[i]` is a mapping, of which `Examples.read` makes sense. It raises an
-  exception where the record cannot be read. Worker processes receive a pickled
-  copy.
+  `source[i]` is a mapping that `Examples.read` decodes. It raises an exception
+  if the record cannot be read. Worker processes receive a pickled copy.
   """
 
   def __len__(self) -> int: ...
@@ -21,7 +20,7 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
   def name(self, index: int) -> str:
-    """What a person would call record `index`: a file name, mostly."""
+    """Returns a name of record `index` for messages, mostly a file name."""
     ...
 
 
@@ -29,18 +28,18 @@ class Source(Protocol):
 class LabelledSource(Source, Protocol):
   """Images with one label each.
 
-  Its records have "image", an encoded image file (bytes) or its pixels (uint8
+  A record has "image", an encoded image file (bytes) or its pixels (uint8
   [H, W, 3]), and "label", an int below `num_classes`.
   """
 
   @property
   def num_classes(self) -> int:
-    """How many classes there are, with or without images."""
+    """The number of classes, with or without images."""
     ...
 
   @property
   def classes(self) -> Sequence[str]:
-    """The classes' names by label; numbers where they have no others."""
+    """The class names by label; without names, the labels as text."""
     ...
 
 
@@ -50,14 +49,14 @@ def open_source(config: DataConfig, split: str) -> LabelledSource:
   `digits` is prepared on first use; the others must already be there.
 
   Args:
-    config: the data settings.
+    config: the config of the pipeline.
     split: "train" or "validation".
 
   Returns:
     The images, read lazily.
 
   Raises:
-    DataError: if a setting is wrong, or the data set is missing or malformed.
+    DataError: the config is wrong, or the data set is missing or malformed.
   """
   config.validate()
   if split not in SPLITS:

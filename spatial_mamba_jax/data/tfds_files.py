@@ -1,8 +1,7 @@
-"""The files in which TensorFlow Datasets keeps a data set, each checked.
+"""Reads and checks the files of a data set that TensorFlow Datasets prepared.
 
-TFDS itself would import whatever module `features.json` names, which may be a
-file that came with the data. So the files are read here, and nothing in them is
-imported.
+TFDS itself imports any module that `features.json` names, which may be a file
+that came with the data. Here nothing that a file names is imported.
 """
 
 import functools
@@ -20,18 +19,20 @@ from array_record.python import array_record_data_source
 from spatial_mamba_jax.data.config import DataError
 from spatial_mamba_jax.errors import one_line
 
-# Classes that a data set may have: each has a name in memory.
+# Most classes of a data set; their names are held in memory.
 MAX_CLASSES = 10**6
-# Bytes of a JSON file or a list of names; those of ImageNet have under 100 kB.
+# Most bytes of a JSON file or a list of names; ImageNet's have under 100 kB.
 _MAX_BYTES = 2**26
+# TFDS's default template of a shard's file name, the only one that is read.
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 # Keys under which TFDS looks for the name of a class.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+# Threads that check shards.
 _READERS = 16
 
 
 class DamageError(Exception):
-  """A file is missing, or is not what TFDS writes; says which, and why."""
+  """A file is missing or is not as TFDS writes it; the message says why."""
 
   def __init__(self, path: pathlib.Path, why: object):
     if isinstance(why, OSError):
@@ -40,13 +41,13 @@ class DamageError(Exception):
 
 
 class Shard(NamedTuple):
-  """A file of records, as array_record's data source wants it told.
+  """A file of records, as array_record's data source takes it.
 
   Attributes:
-    filename: its path.
-    skip: records left out at the beginning.
-    take: records after these.
-    examples_in_shard: records that it has.
+    filename: path of the file.
+    skip: number of records to skip at the beginning.
+    take: number of records to read after these.
+    examples_in_shard: number of records in the file.
   """
 
   filename: bytes
@@ -56,10 +57,10 @@ class Shard(NamedTuple):
 
 
 class Contents(NamedTuple):
-  """What a data set's features are.
+  """The features of a data set.
 
   Attributes:
-    classes: names by label; numbers where they have no others.
+    classes: class names by label; without names, the labels as text.
     has_file_name: whether records have a `file_name`.
   """
 
@@ -68,15 +69,15 @@ class Contents(NamedTuple):
 
 
 def read_shards(directory: pathlib.Path, split: str) -> list[Shard]:
-  """The shards of a split, which have as many records as they should.
+  """Returns the shards of a split, after checking their number of records.
 
   Args:
     directory: `DATA_DIR/NAME/VERSION`.
-    split: which part of the data set.
+    split: name of the split.
 
   Raises:
-    DataError: if there is no such split, or no random access to it.
-    DamageError: if `dataset_info.json` or a shard is damaged.
+    DataError: there is no such split, or no random access to it.
+    DamageError: `dataset_info.json` or a shard is damaged.
   """
   path = directory / "dataset_info.json"
   info = _read_json(path)
@@ -109,7 +110,7 @@ def read_shards(directory: pathlib.Path, split: str) -> list[Shard]:
     for i in range(len(lengths))
   ]
   with futures.ThreadPoolExecutor(_READERS) as executor:
-    # One after another, so that the first is named that is wrong.
+    # Results come in order, so that the first damaged shard is reported.
     for _ in executor.map(_check_shard, paths, lengths):
       pass
   return [
@@ -135,7 +136,7 @@ def _read_lengths(path: pathlib.Path, split: dict[str, Any]) -> list[int]:
 
 def _check_shard(path: pathlib.Path, length: int) -> None:
   try:
-    # array_record itself opens a directory, and says little of other damage.
+    # array_record opens even a directory, and explains little of other damage.
     with path.open("rb"):
       pass
     reader = array_record_data_source.array_record_module.ArrayRecordReader(
@@ -154,14 +155,14 @@ def _check_shard(path: pathlib.Path, length: int) -> None:
 
 
 def read_contents(directory: pathlib.Path) -> Contents:
-  """What `features.json` says of an image classification data set.
+  """Reads the features of an image classification data set.
 
   Args:
     directory: `DATA_DIR/NAME/VERSION`.
 
   Raises:
-    DamageError: if it, or the file of the classes' names, is damaged, or if it
-      names a class that is not one of TFDS' features.
+    DamageError: `features.json` or the file of the classes' names is damaged,
+      or `features.json` names a Python class other than TFDS's own features.
   """
   path = directory / "features.json"
   features = _read_json(path)
@@ -211,7 +212,7 @@ def _read_class_names(path: pathlib.Path, num_classes: int) -> list[str]:
 
 
 def _of_class(feature: Any, of: type, key: str) -> dict[str, Any] | None:
-  """What describes a feature, if it is of that class."""
+  """Returns the description of a feature if it has this class, else None."""
   if not isinstance(feature, dict):
     return None
   class_name, content = feature.get("pythonClassName"), feature.get(key)
@@ -222,7 +223,7 @@ def _of_class(feature: Any, of: type, key: str) -> dict[str, Any] | None:
 
 @functools.cache
 def _feature_classes() -> dict[str, type]:
-  """TFDS' own features, by the names that TFDS knows them by."""
+  """Returns {name: class} of TFDS's own features, with all their aliases."""
   return {
     name: feature
     for feature in vars(tfds.features).values()
@@ -236,7 +237,7 @@ def _feature_classes() -> dict[str, type]:
 
 
 def _class_names(value: Any) -> Iterator[str]:
-  """All names of classes at any depth, in JSON within strings as well."""
+  """Yields all names of Python classes, also those in JSON within strings."""
   if isinstance(value, dict):
     for key, item in value.items():
       if key in _CLASS_KEYS and isinstance(item, str):
@@ -280,7 +281,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _count(value: Any) -> int | None:
-  """A count as protobuf writes it in JSON, as digits in a string mostly."""
+  """Parses a count of protobuf's JSON, mostly a string of digits, else None."""
   if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
     return int(value)
   if not isinstance(value, int) or isinstance(value, bool):

@@ -16,10 +16,10 @@ from spatial_mamba_jax.paths import local_path
 
 
 def data_directory(data_dir: str) -> pathlib.Path:
-  """The TFDS directory: the configured one, or TFDS's own default.
+  """Returns the TFDS directory: the configured one, or TFDS's default.
 
   Raises:
-    DataError: if it is not on this machine, or there is no home directory.
+    DataError: it is not on this machine, or there is no home directory.
   """
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   return local_path(data_dir or default, "config.data.data_dir")
@@ -36,17 +36,17 @@ class TfdsSource:
     remedy: str,
     in_memory: bool = False,
   ):
-    """Opens `DATA_DIR/NAME/VERSION`, whatever class had prepared it.
+    """Opens `DATA_DIR/NAME/VERSION`, whichever class prepared it.
 
     Args:
       directory: the data set's version directory.
-      split: which part of it.
-      remedy: what to do where it is damaged.
-      in_memory: read and decode everything now. Where images are tiny, this
-        is most of the work.
+      split: name of the split.
+      remedy: end of a message about damage: what to do.
+      in_memory: whether to read and decode everything now. For tiny images,
+        reading is most of the pipeline's work.
 
     Raises:
-      DataError: if the split is absent, is damaged or cannot be read in random
+      DataError: the split is missing, is damaged, or cannot be read in random
         order.
     """
     try:
@@ -57,39 +57,39 @@ class TfdsSource:
     self.classes = contents.classes
     self.num_classes = len(self.classes)
     self._split = split
-    self._examples = examples = _Examples(shards, contents)
+    self._records = records = _Records(shards, contents)
     if in_memory:
       try:
-        self._examples = [_decode(examples[i]) for i in range(len(examples))]
-      except Exception as error:  # Whatever reading and decoding make of it.
+        self._records = [_decode(records[i]) for i in range(len(records))]
+      except Exception as error:  # Readers and decoders raise any type.
         raise DataError(
           f"{directory} has a damaged record ({one_line(error)}): {remedy}"
         ) from error
 
   def __len__(self) -> int:
-    return len(self._examples)
+    return len(self._records)
 
   def __getitem__(self, index: int) -> Mapping[str, Any]:
-    return self._examples[index]
+    return self._records[index]
 
   def name(self, index: int) -> str:
-    """The file that image `index` was made from."""
+    """Returns the name of the file that image `index` came from."""
     try:
-      file_name = os.fsdecode(self._examples[index]["file_name"])
-    except Exception:  # The record is damaged, so that only its place is known.
+      file_name = os.fsdecode(self._records[index]["file_name"])
+    except Exception:  # A damaged record is known by its index alone.
       return f"{self._split}[{index}]"
     return f"{self._split}/{file_name}"
 
 
-class _Examples:
-  """Records as dictionaries; the image stays a file in bytes."""
+class _Records:
+  """Records as dictionaries; the image stays an encoded file."""
 
   def __init__(
     self, shards: list[tfds_files.Shard], contents: tfds_files.Contents
   ):
     # Any: a path is annotated as text, but may be bytes.
     paths: Any = shards
-    self._records = array_record_data_source.ArrayRecordDataSource(paths)
+    self._serialized = array_record_data_source.ArrayRecordDataSource(paths)
     features: dict[str, tfds.features.FeatureConnector] = {
       "image": tfds.features.Image(),
       "label": tfds.features.ClassLabel(num_classes=len(contents.classes)),
@@ -99,36 +99,36 @@ class _Examples:
     self._features = tfds.features.FeaturesDict(features)
 
   def __len__(self) -> int:
-    return len(self._records)
+    return len(self._serialized)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    # TFDS would decode the image with TensorFlow. Any: its annotations are
-    # wider than what it does.
-    example: Any = self._features.deserialize_example_np(
-      self._records[index], decoders={"image": tfds.decode.SkipDecoding()}
+    # TFDS would decode the image with TensorFlow. Any: TFDS annotates more
+    # types than it returns.
+    record: Any = self._features.deserialize_example_np(
+      self._serialized[index], decoders={"image": tfds.decode.SkipDecoding()}
     )
-    return example
+    return record
 
 
-def _decode(example: dict[str, Any]) -> dict[str, Any]:
-  image = transforms.decode_image(example["image"])
-  return {**example, "image": np.asarray(image)}
+def _decode(record: dict[str, Any]) -> dict[str, Any]:
+  image = transforms.decode_image(record["image"])
+  return {**record, "image": np.asarray(image)}
 
 
 def prepare(builder: tfds.core.GeneratorBasedBuilder) -> None:
   """Writes the builder's data set as array_record, all or nothing.
 
-  TFDS writes to a temporary directory and renames it, so that of several
-  processes that prepare the same data set at once the first to finish wins.
+  TFDS writes to a temporary directory and renames it. If several processes
+  prepare the same data set at once, the first to finish wins.
 
   Raises:
-    DataError: if a file cannot be read or written.
+    DataError: a file cannot be read or written.
   """
   try:
     builder.download_and_prepare(file_format="array_record")
   except Exception as error:
-    # A full disk is OSError, RuntimeError or ValueError, as TFDS, array_record
-    # and protobuf have it.
+    # A full disk raises OSError in TFDS, RuntimeError in array_record, and
+    # ValueError in protobuf.
     directory = pathlib.Path(builder.data_dir)
     if not (directory / "dataset_info.json").is_file():
       message = f"cannot prepare {directory}: {one_line(error)}"

@@ -1,8 +1,8 @@
-"""From an image file to the pixels of a batch, as the authors' recipe does it.
+"""Turns images into the pixels of a batch, as in the authors' recipe.
 
-The recipe uses timm 0.4.12 and torchvision; everything is Pillow underneath,
-and so is this, so that the same file gives the same pixels. Randomness comes
-from the generator that is passed in, and from nowhere else.
+The recipe uses timm 0.4.12 and torchvision, which call Pillow. This module
+calls Pillow too, so that the same file gives the same pixels. All randomness
+comes from the generator that is passed in.
 """
 
 import math
@@ -24,20 +24,19 @@ __all__ = [
 ]
 
 _CROP_ATTEMPTS = 10
-# Pixels of an enlarged image up to which Pillow makes the whole of it, although
-# only its centre is kept.
+# Most pixels of an enlarged image that Pillow computes whole, although only the
+# centre is used.
 _WHOLE_PIXELS = 2**24
-# Bits after the point of the weights with which Pillow resizes.
+# Fractional bits of the fixed-point weights with which Pillow resizes.
 _WEIGHT_BITS = 22
 
 
 def transform_for_training(
   image: Image.Image, config: DataConfig, rng: np.random.Generator
 ) -> np.ndarray:
-  """Crop, mirror image and RandAugment: uint8 [image_size, image_size, 3].
+  """Crops, mirrors and distorts: uint8 [image_size, image_size, 3].
 
-  What else the recipe does to a training image is done to batches on the
-  device.
+  The recipe's other augmentation is applied to batches, on the device.
   """
   image = random_resized_crop(image, config, rng)
   if rng.random() < config.flip_probability:
@@ -48,10 +47,10 @@ def transform_for_training(
 def transform_for_evaluation(
   image: Image.Image, config: DataConfig
 ) -> np.ndarray:
-  """The central part of the image: uint8 [image_size, image_size, 3].
+  """Resizes, and crops the centre: uint8 [image_size, image_size, 3].
 
-  The shorter side becomes `int(image_size / test_crop_ratio)`, then the centre
-  is cropped (torchvision's `Resize` and `CenterCrop`).
+  The shorter side becomes `int(image_size / test_crop_ratio)`. It computes the
+  same as torchvision's `Resize` and `CenterCrop`.
   """
   size = config.image_size
   short = int(size / config.test_crop_ratio)
@@ -61,7 +60,7 @@ def transform_for_evaluation(
   else:
     width, height = int(short * width / height), short
   left, top = round((width - size) / 2), round((height - size) / 2)
-  # All of a thin image would take more memory than there is.
+  # The whole of a very thin image, enlarged, may not fit into memory.
   if width * height > max(_WHOLE_PIXELS, image.width * image.height):
     columns = _enlarge(image.width, width, left, size)
     rows = _enlarge(image.height, height, top, size)
@@ -71,11 +70,11 @@ def transform_for_evaluation(
 
 
 class _Taps(NamedTuple):
-  """Which pixels along an axis make each new one, and how much of it.
+  """The taps of each new pixel along an axis.
 
   Attributes:
     pixel: [size, 5], indices of old pixels.
-    weight: [size, 5], times 2 to the power of `_WEIGHT_BITS`.
+    weight: [size, 5], their weights, times 2**_WEIGHT_BITS.
   """
 
   pixel: np.ndarray
@@ -83,55 +82,56 @@ class _Taps(NamedTuple):
 
 
 def _enlarge(old: int, new: int, first: int, size: int) -> _Taps:
-  """Pillow's bicubic taps (`precompute_coeffs` in its Resample.c) of a part.
+  """Returns the bicubic taps of a range of new pixels along an axis.
+
+  They equal Pillow's (`precompute_coeffs` in its Resample.c).
 
   Args:
-    old: pixels along the axis.
-    new: pixels after resizing, no fewer.
-    first: the part's first new pixel.
-    size: new pixels in the part.
+    old: number of old pixels along the axis.
+    new: number of new pixels, no fewer.
+    first: index of the range's first new pixel.
+    size: number of new pixels in the range.
   """
   centre = (np.arange(first, first + size)[:, None] + 0.5) * (old / new)
   start = np.maximum((centre - 2 + 0.5).astype(int), 0)
   end = np.minimum((centre + 2 + 0.5).astype(int), old)
-  pixel = start + np.arange(5)
-  x = np.abs(pixel - centre + 0.5)
+  index = start + np.arange(5)
+  x = np.abs(index - centre + 0.5)
   weight = np.where(
     x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
   )
-  weight = np.where((x < 2) & (pixel < end), weight, 0.0)
-  # Added in order, as Pillow does it.
+  weight = np.where((x < 2) & (index < end), weight, 0.0)
+  # `accumulate` adds in the order of Pillow.
   weight /= np.add.accumulate(weight, axis=1)[:, -1:]
   scaled = weight * (1 << _WEIGHT_BITS)
   rounded = (scaled + np.copysign(0.5, scaled)).astype(int)
-  return _Taps(np.minimum(pixel, old - 1), rounded)
+  return _Taps(np.minimum(index, old - 1), rounded)
 
 
 def _resample(image: Image.Image, columns: _Taps, rows: _Taps) -> np.ndarray:
-  """A part of the enlarged image as Pillow gives it: uint8 [H, W, 3]."""
+  """Computes a part of the image that Pillow would enlarge: uint8 [H, W, 3]."""
   left, right = int(columns.pixel.min()), int(columns.pixel.max()) + 1
   top, bottom = int(rows.pixel.min()), int(rows.pixel.max()) + 1
   pixels = np.asarray(image.crop((left, top, right, bottom)))
-  # Columns first, and rounded, as Pillow does it.
+  # Columns first, and rounded in between, as in Pillow.
   pixels = _weigh(pixels, columns.pixel - left, columns.weight)
-  turned = _weigh(pixels.swapaxes(0, 1), rows.pixel - top, rows.weight)
-  return turned.swapaxes(0, 1)
+  transposed = _weigh(pixels.swapaxes(0, 1), rows.pixel - top, rows.weight)
+  return transposed.swapaxes(0, 1)
 
 
 def _weigh(
-  pixels: np.ndarray, places: np.ndarray, weight: np.ndarray
+  pixels: np.ndarray, index: np.ndarray, weight: np.ndarray
 ) -> np.ndarray:
-  """[A, B, 3] to [A, size, 3], both uint8; places are along B."""
+  """Applies taps along the second axis: uint8 [A, B, 3] to [A, size, 3]."""
   half = 1 << (_WEIGHT_BITS - 1)
-  total = np.full((len(pixels), len(places), 3), half, np.int64)
-  for tap in range(places.shape[1]):
-    total += pixels[:, places[:, tap]] * weight[:, tap, None]
+  total = np.full((len(pixels), len(index), 3), half, np.int64)
+  for tap in range(index.shape[1]):
+    total += pixels[:, index[:, tap]] * weight[:, tap, None]
   return (total >> _WEIGHT_BITS).clip(0, 255).astype(np.uint8)
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-  # Pillow resizes rows first, so that in between there are new rows of the old
-  # number.
+  # Pillow resizes the width first, to an image of the new width and old height.
   check_size(size[0], max(image.height, size[1]))
   return image.resize(size, Image.Resampling.BICUBIC)
 
@@ -139,7 +139,7 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def random_resized_crop(
   image: Image.Image, config: DataConfig, rng: np.random.Generator
 ) -> Image.Image:
-  """A random part of the image, resized to a square of `image_size` pixels."""
+  """Crops at random, and resizes to a square of `image_size` pixels."""
   box = sample_crop(
     *image.size, scale=config.crop_scale, ratio=config.crop_ratio, rng=rng
   )
@@ -158,15 +158,15 @@ def sample_crop(
   """Draws a crop (timm 0.4.12, `RandomResizedCropAndInterpolation`).
 
   Args:
-    width: of the image, in pixels.
-    height: of the image, in pixels.
+    width: width of the image, in pixels.
+    height: height of the image, in pixels.
     scale: range of the crop's area as a share of the image's; uniform.
     ratio: range of the crop's width / height; log-uniform.
-    rng: where the draws come from.
+    rng: random generator.
 
   Returns:
-    left, top, right and bottom in pixels. If no draw fits into the image: the
-    largest central crop whose aspect ratio is in range.
+    left, top, right and bottom in pixels. If no draw fits into the image, they
+    are those of the largest central crop whose aspect ratio is in range.
   """
   for _ in range(_CROP_ATTEMPTS):
     area = rng.uniform(*scale) * width * height

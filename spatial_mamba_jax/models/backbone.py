@@ -1,7 +1,7 @@
 """Hierarchical networks: a stem, then stages with downsampling between them.
 
-What makes one family of networks is its `Family` of parts; what mixes tokens
-is the mixer of its config.
+A family of networks defines the parts in its `Family`; the config selects the
+token mixer.
 
 Axis letters: B batch, H and W height and width, C channels, K classes.
 """
@@ -25,14 +25,14 @@ from spatial_mamba_jax.models.stage import Block, Stage
 
 
 class Family(NamedTuple):
-  """The parts by which one family of networks differs from another.
+  """The constructors of the parts of a family of networks.
 
-  Each is a constructor with the keyword arguments `config` and `rngs`.
+  Each also takes the keyword arguments `config` and `rngs`.
 
   Attributes:
-    stem: (dim) -> images to tokens.
-    block: (dim, variant) -> a block; `variant` is its mixer's.
-    downsampling: (dim, dim_out) -> halves height and width.
+    stem: (dim) -> a module that maps images to tokens.
+    block: (dim, variant) -> a block; see `MixerConfig.variant`.
+    downsampling: (dim, dim_out) -> a module that halves height and width.
   """
 
   stem: Callable[..., nnx.Module]
@@ -44,7 +44,7 @@ class Trunk(nnx.Module):
   """Stem, stages and the downsampling between them.
 
   Attributes:
-    family: what it is made of; a subclass sets it.
+    family: constructors of the parts, set by a subclass.
     config: the architecture.
   """
 
@@ -76,7 +76,7 @@ class Trunk(nnx.Module):
   def _stage_features(
     self, images: ArrayLike, rngs: nnx.Rngs | None
   ) -> Iterator[Float[Array, "B H W C"]]:
-    """The tokens that leave each stage, before they are downsampled."""
+    """Yields each stage's tokens, before downsampling."""
     channels = self.config.in_channels
     x = self.stem(check_images(images, channels).astype(self.config.dtype))
     scales = self._drop_path_scales(rngs, x.shape[0])
@@ -87,7 +87,7 @@ class Trunk(nnx.Module):
       yield x
 
   def _drop_path_scales(self, rngs, batch):
-    """What each stage takes."""
+    """Returns the argument `scales` of each stage."""
     depths = self.config.depths
     if self.deterministic or not self.config.drop_path_rate:
       return [None] * len(depths)
@@ -106,7 +106,7 @@ def _create_block(family, config, dim, variant, rngs):
 
 
 def _places(depths: Sequence[int]) -> Iterator[list[Place]]:
-  """The places of each stage's blocks."""
+  """Yields the places of the blocks, a list for each stage."""
   index = itertools.count()
   for stage, depth in enumerate(depths):
     yield [Place(stage, block, next(index)) for block in range(depth)]
@@ -134,14 +134,14 @@ class Classifier(Trunk):
     Args:
       images: [B, H, W, in_channels], floating point, normalised; RGB by
         ImageNet's mean and standard deviation.
-      rngs: the stream `drop_path`, needed in training mode where
-        `drop_path_rate` is not 0.
+      rngs: random streams; `drop_path` is needed in training mode, unless
+        `drop_path_rate` is 0.
 
     Returns:
-      Logits [B, K], float32 (float64 where the model's dtype is).
+      Logits [B, K], float32 (float64 if the model's dtype is float64).
 
     Raises:
-      ValueError: `images` has another shape or type, or `rngs` is missing.
+      ValueError: `images` has a wrong shape or dtype, or `rngs` is missing.
     """
     *_, x = self._stage_features(images, rngs)
     return self.head(jnp.mean(self.norm(x), axis=(1, 2)))
@@ -177,15 +177,15 @@ class Backbone(Trunk):
   def __call__(
     self, images: ArrayLike, *, rngs: nnx.Rngs | None = None
   ) -> list[Float[Array, "B Hi Wi Ci"]]:
-    """Feature maps of images of any height and width.
+    """Computes feature maps of images of any height and width.
 
     Args:
       images: as for a classifier.
       rngs: as for a classifier.
 
     Returns:
-      For each of the model's `out_indices`, in rising order, the normalised
-      features [B, H / (4 * 2**i), W / (4 * 2**i), dims[i]] (rounded up).
+      The normalised features of each stage i in `out_indices`, in rising order,
+      [B, H / (4 * 2**i), W / (4 * 2**i), dims[i]] (rounded up).
 
     Raises:
       ValueError: as for a classifier.
@@ -198,7 +198,7 @@ class Backbone(Trunk):
 
 
 def check_images(images: ArrayLike, channels: int) -> Array:
-  """The images as an array; a ValueError where they cannot be."""
+  """Returns the images as an array, or raises a ValueError."""
   array = jnp.asarray(images)
   if array.ndim != 4 or array.shape[-1] != channels or not array.size:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What defines an architecture."""
+"""The config of an architecture."""
 
 import dataclasses
 from typing import Any
@@ -15,22 +15,22 @@ from spatial_mamba_jax.models.mixers.structure_aware import (
 )
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# Channels of a stage: twice those of the widest vision transformer, of 22
-# billion parameters (arXiv 2302.05442).
+# Most channels of a stage: more than twice the width of the vision transformer
+# of 22 billion parameters (arXiv 2302.05442).
 MAX_CHANNELS = 2**14
-# Blocks of all stages: more than the 1,001 layers of the deepest ResNet (arXiv
-# 1603.05027). Each is traced, which takes a tenth of a second or more.
+# Most blocks of all stages together: more than the 1,001 layers of the deepest
+# ResNet (arXiv 1603.05027). Tracing a block takes a tenth of a second or more.
 MAX_BLOCKS = 2**10
-# Classes: a head of so many over 768 channels takes 3 GiB.
+# Most classes: over 768 channels the weights of the head take 3 GiB.
 MAX_CLASSES = 2**20
-# Channels of an image: those of hyperspectral cameras are some hundreds.
+# Most channels of an image: hyperspectral cameras have a few hundred.
 MAX_IMAGE_CHANNELS = 2**10
 
 
 def _dtype_name(dtype: Any) -> str:
-  """The name of a dtype, however it is given; empty where it is none."""
+  """Returns a dtype's name, or "" for what is not a dtype."""
   try:
-    # NumPy takes None for float64.
+    # NumPy reads None as float64.
     return "" if dtype is None else jnp.dtype(dtype).name
   except (SyntaxError, TypeError, ValueError):
     return ""
@@ -38,7 +38,7 @@ def _dtype_name(dtype: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """One architecture.
+  """The config of an architecture.
 
   Attributes:
     dims: channels of each stage.
@@ -46,16 +46,17 @@ class ModelConfig:
     in_channels: channels of the images.
     num_classes: classes of the head.
     mixer: the token mixer of every block.
-    mlp_ratio: hidden channels of the MLP, over the channels of its stage.
-    drop_path_rate: stochastic depth of the last block; it grows linearly from
-      0 at the first.
-    dtype: precision of activations. Parameters, states and statistics are
-      float32, and all is float64 where this is.
-    layer_implementation: of depthwise convolutions, norms and MLPs: None for
-      the platform's best, "xla" for no kernels. The mixer has its own.
-    remat: whether training runs the blocks of a stage in a loop, and makes most
-      of each again in the backward pass: it takes half of the memory and less
-      time to compile. None: unless the default device is a GPU.
+    mlp_ratio: hidden channels of the MLP, divided by the stage's channels.
+    drop_path_rate: probability of dropping a branch of the last block
+      (stochastic depth). It grows linearly from 0 in the first block.
+    dtype: dtype of activations. Parameters, states and statistics are float32,
+      or float64 if this is float64.
+    layer_implementation: implementation of depthwise convolutions, norms and
+      MLPs: None for the platform's best, "xla" for no kernels. The mixer's
+      implementation is in the mixer's config.
+    remat: whether training scans over the blocks of a stage and recomputes most
+      of each block in the backward pass. This halves memory and shortens
+      compilation. None: False if the default device is a GPU, else True.
   """
 
   dims: tuple[int, ...] = number(least=1, most=MAX_CHANNELS)
@@ -100,12 +101,12 @@ class ModelConfig:
 
   @property
   def param_dtype(self) -> jnp.dtype:
-    """float32, or float64 where `dtype` is."""
+    """The dtype of parameters: float64 if `dtype` is float64, else float32."""
     return at_least_float32(self.dtype)
 
   @property
   def drop_path_rates(self) -> tuple[tuple[float, ...], ...]:
-    """The rate of every block, stage by stage."""
+    """The drop path rate of every block, by stage."""
     steps = max(sum(self.depths) - 1, 1)
     rates = iter(
       self.drop_path_rate * i / steps for i in range(sum(self.depths))

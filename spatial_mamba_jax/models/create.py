@@ -1,4 +1,4 @@
-"""Models by their names."""
+"""Creates models by name."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def create_model(
 
   Args:
     name: one of `list_models()`.
-    rngs: the stream `params`.
+    rngs: random streams; `params` initialises the weights.
     **overrides: fields of `ModelConfig` to replace, e.g. num_classes=10.
 
   Raises:
@@ -42,8 +42,8 @@ def create_backbone(
 
   Args:
     name: one of `list_models()`.
-    out_indices: the stages whose features are returned.
-    rngs: the stream `params`.
+    out_indices: indices of the stages whose features are returned.
+    rngs: random streams; `params` initialises the weights.
     **overrides: fields of `ModelConfig` to replace.
 
   Raises:

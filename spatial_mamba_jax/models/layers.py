@@ -1,4 +1,4 @@
-"""The layers that Flax does not have, or has with other numbers than PyTorch.
+"""Layers that Flax lacks, or initialises differently from PyTorch.
 
 Axis letters: B batch, H and W height and width, C channels.
 """
@@ -15,15 +15,16 @@ from jax.typing import DTypeLike
 from spatial_mamba_kernels.shapes import at_least_float32, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
-# The authors truncate theirs at +-2 absolute, a hundred deviations away.
+# Initialiser of linear layers. The authors truncate theirs at +-2, which is 100
+# standard deviations from 0.
 _normal = nnx.initializers.normal(0.02)
 
 
 def uniform_fan_in(fan_in: int) -> nnx.Initializer:
-  """Uniform in +-1/sqrt(fan_in): how PyTorch starts convolutions and Linear.
+  """Returns the initialiser of PyTorch's Conv2d and Linear.
 
-  It is Kaiming's uniform with a = sqrt(5) for kernels, and the default for
-  biases.
+  It draws kernels and biases uniformly from +-1/sqrt(fan_in). For kernels this
+  is Kaiming's uniform initialisation with a = sqrt(5).
   """
   bound = 1 / math.sqrt(fan_in)
 
@@ -34,7 +35,10 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class DepthwiseConv(nnx.Module):
-  """Depthwise 3x3 convolution with a bias, zero padding, and what is around."""
+  """Depthwise 3x3 convolution with bias and zero padding.
+
+  Each method fuses it with the operations next to it.
+  """
 
   def __init__(
     self,
@@ -53,16 +57,16 @@ class DepthwiseConv(nnx.Module):
     self.implementation = implementation
 
   def residual(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """`x`, and the convolution of it."""
-    return self._of_stride_1(smk.residual_depthwise_conv, x)
+    """Returns the sum of x and conv(x)."""
+    return self._unstrided(smk.residual_depthwise_conv, x)
 
   def silu(
     self, x: Float[Array, "B H W C"], projection: Float[Array, "C P"]
   ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W P"]]:
-    """SiLU of the convolution of `x`, and its projection."""
-    return self._of_stride_1(smk.silu_depthwise_conv, x, projection)
+    """Returns y, the SiLU of conv(x), and y @ projection."""
+    return self._unstrided(smk.silu_depthwise_conv, x, projection)
 
-  def _of_stride_1(self, operator, x, *others):
+  def _unstrided(self, operator, x, *others):
     assert self.stride == 1
     arrays = x, self.kernel[...], self.bias[...], *others
     return operator(*arrays, implementation=self.implementation)
@@ -103,10 +107,7 @@ class Mlp(nnx.Module):
     residual: Float[Array, "B H W C"],
     branch_scale: Float[Array, "B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """`residual`, and the branch of `x` times `branch_scale`.
-
-    See `drop_path_scales`.
-    """
+    """Returns residual + branch_scale * mlp(x); see `drop_path_scales`."""
     first, second = self.fc1, self.fc2
     assert first.bias is not None
     assert second.bias is not None
@@ -132,7 +133,7 @@ def linear(
   dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> nnx.Linear:
-  """A linear layer that starts as most of the authors' do."""
+  """Creates a linear layer, by default initialised as most of the authors'."""
   return nnx.Linear(
     features_in,
     features_out,
@@ -148,7 +149,10 @@ def linear(
 def uniform_linear(
   features_in: int, features_out: int, **kwargs: Any
 ) -> nnx.Linear:
-  """A linear layer or 1x1 convolution that starts as PyTorch starts both."""
+  """Creates a linear layer with PyTorch's default initialisation.
+
+  It also stands for a 1x1 convolution.
+  """
   init = uniform_fan_in(features_in)
   return linear(
     features_in, features_out, kernel_init=init, bias_init=init, **kwargs
@@ -163,7 +167,7 @@ def conv3x3(
   dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
-  """A full 3x3 convolution without bias, zero padding."""
+  """Creates a full 3x3 convolution with zero padding, without bias."""
   return nnx.Conv(
     features_in,
     features_out,
@@ -183,17 +187,17 @@ def drop_path_scales(
 ) -> Float[Array, "depth 2 B"]:
   """Draws which residual branches are dropped (stochastic depth).
 
-  All at once, because draws in each block, and again in its backward pass,
-  would be much of what there is to compile in a training step.
+  One operation draws for all blocks. Separate draws in each block, recomputed
+  in its backward pass, would take much of a training step's compile time.
 
   Args:
     key: random key.
-    rates: of each block, the share of samples of which it drops a branch.
-    batch: samples.
+    rates: for each block, the probability of dropping a branch of a sample.
+    batch: number of samples.
 
   Returns:
-    What to multiply each sample of a block's two branches by: 0, or what makes
-    up for the dropped ones.
+    Factors of the two branches of each block, for each sample: 0 drops the
+    branch, otherwise 1 / (1 - rate).
   """
   keep = 1 - jnp.asarray(rates, float)[:, None, None]
   kept = jax.random.bernoulli(key, keep, (len(rates), 2, batch))

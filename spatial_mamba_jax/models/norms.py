@@ -18,9 +18,9 @@ from spatial_mamba_kernels.typing import Array, Float
 class BatchNorm(nnx.Module):
   """Batch normalisation with PyTorch's running statistics.
 
-  `flax.nnx.BatchNorm` keeps the biased variance; PyTorch, whose checkpoints
-  are to be read and written, the unbiased one. Under `jit` with a sharded
-  batch, statistics are those of the whole batch.
+  The running variance is unbiased, as in PyTorch's checkpoints;
+  `flax.nnx.BatchNorm` has the biased variance. Under `jit` with a sharded
+  batch, statistics are over the whole batch.
   """
 
   def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -30,7 +30,7 @@ class BatchNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(features, param_dtype))
     self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype))
     self.var = nnx.BatchStat(jnp.ones(features, param_dtype))
-    # Unused but by PyTorch, which finds its own count again.
+    # PyTorch's `num_batches_tracked`, only for conversion.
     self.num_batches = nnx.BatchStat(jnp.zeros((), jnp.int32))
     self.momentum = 0.9
     self.use_running_average = True
@@ -47,7 +47,7 @@ class BatchNorm(nnx.Module):
     return y.astype(x.dtype)
 
   def affine(self) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-    """(scale, bias) of a normalisation by the running statistics."""
+    """Returns (scale, bias) such that eval mode computes x * scale + bias."""
     scale = self.scale * jax.lax.rsqrt(self.var + EPSILON)
     return scale, self.bias - self.mean * scale
 
@@ -65,7 +65,7 @@ class BatchNorm(nnx.Module):
 class LayerNorm(nnx.Module):
   """Layer normalisation of each token.
 
-  By itself its result has the dtype given; as a part of a block, that of x.
+  Calling it returns the layer's dtype; `residual` and `gated` return x's dtype.
   """
 
   def __init__(
@@ -90,7 +90,7 @@ class LayerNorm(nnx.Module):
   def residual(
     self, x: Float[Array, "B H W C"]
   ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
-    """`x`, and what a residual branch takes of it."""
+    """Returns `x` for the skip connection, and norm(x) for the branch."""
     return smk.residual_layer_norm(
       x, self.scale[...], self.bias[...], implementation=self.implementation
     )
@@ -101,10 +101,7 @@ class LayerNorm(nnx.Module):
     gate: Float[Array, "B H W C"],
     branch_scale: Float[Array, "B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """Normalised, times silu(gate) and `branch_scale`.
-
-    See `drop_path_scales`.
-    """
+    """Returns norm(x) * silu(gate) * branch_scale; see `drop_path_scales`."""
     return smk.gated_layer_norm(
       x,
       self.scale[...],

@@ -1,4 +1,4 @@
-"""The named architectures, as the authors' configs give them."""
+"""The named architectures, from the authors' configs."""
 
 import dataclasses
 from typing import Any
@@ -30,19 +30,19 @@ _PRESETS = {
 
 
 def list_models() -> list[str]:
-  """The names that `create_model` and `create_backbone` take."""
+  """Returns the names that `create_model` and `create_backbone` accept."""
   return sorted(_PRESETS)
 
 
 def _plain(value: Any) -> Any:
-  """Python's numbers and tuples, in place of NumPy's numbers and of lists."""
+  """Converts NumPy scalars to Python's, and arrays and lists to tuples."""
   if isinstance(value, np.generic | np.ndarray):
     value = value.tolist()
   return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def get_model_config(name: str, **overrides: Any) -> ModelConfig:
-  """A named architecture, with some of its fields replaced.
+  """Returns the config of a named architecture, with some fields replaced.
 
   Args:
     name: one of `list_models()`.
@@ -51,7 +51,7 @@ def get_model_config(name: str, **overrides: Any) -> ModelConfig:
 
   Raises:
     ValueError: the name, a field or a value is wrong, or the dtype is float64
-      while JAX computes in no more than float32.
+      without JAX_ENABLE_X64.
   """
   if name not in list_models():
     raise UserError(
@@ -63,18 +63,19 @@ def get_model_config(name: str, **overrides: Any) -> ModelConfig:
   if not isinstance(mixer, MixerConfig):
     raise UserError(f"mixer must be a MixerConfig, got {show(mixer)}")
   fields = [field.name for field in dataclasses.fields(preset)]
-  of_mixer = [
+  mixer_fields = [
     field.name
     for field in dataclasses.fields(mixer)
     if field.name not in fields
   ]
   for key in overrides:
-    if key not in (*fields, *of_mixer):
+    if key not in (*fields, *mixer_fields):
       raise UserError(
-        f"{key!r} is no field of a model{suggestion(key, fields + of_mixer)}"
+        f"{key!r} is no field of a model"
+        f"{suggestion(key, fields + mixer_fields)}"
       )
   mixer = dataclasses.replace(
-    mixer, **{k: overrides.pop(k) for k in of_mixer if k in overrides}
+    mixer, **{k: overrides.pop(k) for k in mixer_fields if k in overrides}
   )
   config = dataclasses.replace(preset, mixer=mixer, **overrides)
   if jax.dtypes.canonicalize_dtype(config.dtype) != config.dtype:

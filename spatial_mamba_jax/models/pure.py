@@ -1,4 +1,4 @@
-"""A network as pure functions over its weights."""
+"""A network as pure functions of its weights."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,26 +16,26 @@ from spatial_mamba_jax.models.stage import Stage
 
 T = TypeVar("T")
 
-# {path: array}, e.g. of "stages.0.blocks.mixer.in_proj.kernel" of all blocks of
-# the stage. No stricter, because JAX and orbax rebuild trees with shapes or
-# options for arrays.
+# {path: array}. An array at a path like "stages.0.blocks.mixer.in_proj.kernel"
+# has the weights of all blocks of the stage. The type is Any, because JAX and
+# orbax rebuild such trees with shapes or options as leaves.
 Arrays = Any
 
 # The path of a weight of all blocks of a stage: no index follows "blocks".
 _OF_BLOCKS = re.compile(r"(?:^|.*\.)stages\.\d+\.blocks\.")
 _STACKED = re.compile(r"((?:^|.*\.)stages\.\d+\.blocks)\.(?!\d+\.)(.*)")
-# The parts of a backbone that have learning rates of their own, and those that
-# have the head's.
+# Parts of a backbone whose layers have their own learning rates, and parts that
+# have the head's learning rate.
 _LAYERED = ("stem", "stages", "downsamples")
 _NORMS = ("norm", "norms")
 
 
 @flax.struct.dataclass
 class Weights:
-  """What a model needs to be applied.
+  """The weights of a model.
 
   Attributes:
-    params: {path: array} that the optimizer changes.
+    params: {path: array}, the parameters.
     stats: {path: array}, the running statistics of BatchNorm.
   """
 
@@ -44,15 +44,18 @@ class Weights:
 
 
 class PureModel:
-  """A network as functions over `Weights`, alike blocks of a stage stacked.
+  """A network as pure functions of `Weights`.
+
+  The weights of a stage's blocks are stacked, if the blocks have the same
+  structure.
 
   Attributes:
-    shapes: the weights' shapes and types.
-    decays: {path of a parameter that is trained: whether it, or one block's
-      part of it, has two dimensions or more}.
-    layers: {path: number of the layer}, 0 for the stem of a backbone, then a
-      number for each of its blocks (an array for the blocks of a stage); the
-      last one for all else.
+    shapes: the weights' shapes and dtypes.
+    decays: {path of a trained parameter: whether weight decay applies}: whether
+      one block's parameter has two dimensions or more.
+    layers: {path of a parameter: index of its layer}, for layer-wise learning
+      rates: 0 for the stem of a backbone, then an index for each block (an
+      array for stacked blocks); the last index for everything else.
   """
 
   def __init__(
@@ -64,11 +67,10 @@ class PureModel:
     """Traces the network; computes nothing.
 
     Args:
-      create: (rngs=nnx.Rngs) -> the network, in whatever mode. Its backbone may
-        lie under any path.
-      linear_probe: whether the backbone stays as it is: its parameters are not
-        trained, and it computes as in eval mode, BatchNorm and drop path
-        included.
+      create: (rngs=nnx.Rngs) -> the network, in any mode. Its backbone may have
+        any path.
+      linear_probe: whether the backbone is frozen: its parameters are not
+        trained, and its BatchNorm and drop path stay in eval mode.
     """
     self._create = create
     model = self.abstract()
@@ -108,20 +110,20 @@ class PureModel:
     return self._create(rngs=nnx.Rngs(key))
 
   def abstract(self) -> nnx.Module:
-    """The network as shapes alone."""
+    """Returns the network with shapes instead of arrays."""
     return nnx.eval_shape(self._fresh)
 
   def init(self, key: Array) -> Weights:
-    """Fresh weights, to be called under `jit`."""
+    """Returns fresh weights. Call it under `jit`."""
     return self.weights_of(self._fresh(key))
 
   @staticmethod
   def weights_of(model: nnx.Module) -> Weights:
-    """The weights of a network like this one."""
+    """Returns the weights of a network like this one."""
     return _weights_of(*nnx.split(model))
 
   def bind(self, weights: Weights) -> Any:
-    """A network with these weights, in eval mode."""
+    """Returns a network with these weights, in eval mode."""
     model = self.abstract()
     arrays = unstacked(weights)
     state = [
@@ -133,7 +135,7 @@ class PureModel:
     return model
 
   def trained(self, params: Arrays) -> Arrays:
-    """Those of the parameters that training changes."""
+    """Returns the parameters that are trained."""
     return {name: params[name] for name in self.decays}
 
   def apply(
@@ -142,12 +144,12 @@ class PureModel:
     """Calls a function with the network.
 
     Args:
-      weights: of the network.
-      function: whatever is to be computed with it.
-      train: whether the network is in training mode, or in eval mode.
+      weights: the network's weights.
+      function: takes the network, and returns any result.
+      train: whether the network is in training mode rather than eval mode.
 
     Returns:
-      The function's result, and the network's statistics after it.
+      The function's result, and the new running statistics.
     """
     graphdef = self._train_graphdef if train else self._eval_graphdef
     arrays = {**weights.params, **weights.stats}
@@ -164,20 +166,20 @@ class PureModel:
 
 
 def is_stacked(name: str) -> bool:
-  """Whether a path is of the weights of all blocks of a stage."""
+  """Returns whether a path has stacked weights."""
   return _STACKED.fullmatch(name) is not None
 
 
 def unstacked(weights: Weights) -> dict[str, Array]:
-  """{path in a network: array}, of each block by itself."""
+  """Returns {path: array} with a path for each block, as in a network."""
   arrays = {}
   for name, array in {**weights.params, **weights.stats}.items():
     match = _STACKED.fullmatch(name)
     if match is None:
       arrays[name] = array
       continue
-    for i, of_block in enumerate(array):
-      arrays[f"{match[1]}.{i}.{match[2]}"] = of_block
+    for i, block_array in enumerate(array):
+      arrays[f"{match[1]}.{i}.{match[2]}"] = block_array
   return arrays
 
 
@@ -207,7 +209,7 @@ def _name(path: tuple[Any, ...]) -> str:
 def _trunk_part(
   name: str, trunks: Mapping[str, Trunk]
 ) -> tuple[Trunk, list[str]] | None:
-  """The backbone that a parameter is part of, and its path there."""
+  """Returns a parameter's backbone and path in it; None if it is in none."""
   for prefix, trunk in trunks.items():
     if not prefix or name.startswith(f"{prefix}."):
       parts = name.removeprefix(f"{prefix}." if prefix else "").split(".")
@@ -231,7 +233,7 @@ def _layers(
 
 
 def _layer(parts: list[str], depths: tuple[int, ...]) -> int | np.ndarray:
-  """The layer of a parameter of a backbone, by its path."""
+  """Returns the layer index of a backbone's parameter, given its path."""
   if parts[0] == "stem":
     return 0
   stage = int(parts[1])

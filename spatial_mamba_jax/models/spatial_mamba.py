@@ -1,7 +1,7 @@
 """Spatial-Mamba (arXiv 2410.15091): the classifier and the backbone.
 
-Numerically the authors' PyTorch model (`classification/models` of
-github.com/EdwardChasel/Spatial-Mamba), without its CUDA extensions.
+It computes the same values as the authors' PyTorch model
+(`classification/models` of github.com/EdwardChasel/Spatial-Mamba).
 
 Axis letters: B batch, H and W height and width, C channels, K classes.
 """
@@ -30,10 +30,10 @@ from spatial_mamba_jax.models.norms import BatchNorm, LayerNorm
 
 
 class ConvNorm(nnx.Module):
-  """A convolution (or a pointwise one) and its batch normalisation.
+  """A convolution or linear layer, and batch normalisation.
 
-  In inference the weights are scaled and not what they make, so that a GPU's
-  convolution adds the bias and rectifies as it writes.
+  In eval mode the normalisation is folded into the weights, so that a GPU's
+  convolution can add the bias and apply ReLU before it writes its result.
   """
 
   def __init__(self, conv: nnx.Conv | nnx.Linear, features: int, **kwargs):
@@ -54,7 +54,7 @@ class ConvNorm(nnx.Module):
 
 
 class Stem(nnx.Module):
-  """Images to tokens of 4 x 4 pixels, by overlapping convolutions."""
+  """Maps images to tokens of 4 x 4 pixels, by overlapping convolutions."""
 
   def __init__(self, dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
     kwargs = {"dtype": config.dtype, "rngs": rngs}
@@ -81,7 +81,10 @@ class Stem(nnx.Module):
 
 
 class DownSampling(nnx.Module):
-  """Halves height and width, by a depthwise convolution at 4 times dim_out."""
+  """Halves height and width, by a depthwise convolution on 4 dim_out channels.
+
+  Linear layers before and after it change the number of channels.
+  """
 
   def __init__(
     self, dim: int, dim_out: int, *, config: ModelConfig, rngs: nnx.Rngs
@@ -124,7 +127,7 @@ class Block(nnx.Module):
     x: Float[Array, "B H W C"],
     scales: Float[Array, "2 B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """Without `scales` (`drop_path_scales`), no branch is dropped."""
+    """Computes the block's output; see `stage.Block`."""
     first, second = (None, None) if scales is None else scales
     x, branch = self.norm1.residual(self.conv1.residual(x))
     x = x + self.mixer(branch, first)
@@ -132,7 +135,7 @@ class Block(nnx.Module):
     return self.mlp(branch, x, second)
 
   def states(self, x: Float[Array, "B H W C"]) -> States:
-    """The states of the mixer in `self(x)`; for a mixer that has states."""
+    """Returns the mixer's states in `self(x)`; the mixer must have states."""
     assert isinstance(self.mixer, StructureAwareSSM)
     return self.mixer.states(self.norm1(self.conv1.residual(x)))
 

@@ -1,4 +1,4 @@
-"""Blocks of one resolution, one after the other.
+"""A stage: blocks of one resolution, applied in sequence.
 
 Axis letters: B batch, H and W height and width, C channels.
 """
@@ -20,24 +20,27 @@ from spatial_mamba_jax.models import fsdp
 
 @runtime_checkable
 class Block(Protocol):
-  """A block, an `nnx.Module`."""
+  """The interface of a block, which is an `nnx.Module`."""
 
   def __call__(
     self,
     x: Float[Array, "B H W C"],
     scales: Float[Array, "2 B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """The block's output.
+    """Computes the block's output.
 
-    `scales` are those of `drop_path_scales`; without, no branch is dropped.
+    Args:
+      x: tokens.
+      scales: factors of the two branches, from `drop_path_scales`. None drops
+        no branch.
     """
     ...
 
 
-# What a block's backward pass finds: the results of large products, and what
-# the operators keep by the same name. The rest it makes again, because keeping
-# it costs more memory traffic: elementwise work, depthwise convolutions and the
-# thin product that makes time steps.
+# Remat policy of a block: saves what operators and large products name
+# `CHECKPOINT_NAME`. The backward pass recomputes the rest (elementwise
+# operations, depthwise convolutions, the thin product of the time steps),
+# because saving it costs more memory traffic.
 _KEEP = jax.checkpoint_policies.save_only_these_names(smk.CHECKPOINT_NAME)
 
 
@@ -45,7 +48,7 @@ class Stage(nnx.Module):
   """Blocks of one resolution.
 
   Attributes:
-    blocks: a list of them; or one, which holds the weights of all (`stack`).
+    blocks: a list of blocks; after `stack`, one block with the weights of all.
   """
 
   def __init__(
@@ -60,9 +63,10 @@ class Stage(nnx.Module):
 
     Args:
       create: (variant, rngs) -> a block.
-      variants: of each block; blocks of equal variants are alike.
+      variants: the variant of each block; blocks of equal variants have the
+        same structure.
       remat: see `ModelConfig`.
-      rngs: the stream `params`.
+      rngs: random streams; `params` initialises the weights.
     """
     self.blocks = nnx.List(_fresh_blocks(create, variants, rngs))
     self.is_stacked = False
@@ -70,17 +74,18 @@ class Stage(nnx.Module):
     self.deterministic = True
 
   def stack(self) -> None:
-    """Puts one block in the place of all, where they are alike.
+    """Replaces the blocks by one, if they have the same structure.
 
-    Its weights are those of all blocks, stacked along a new first axis. A
-    program may then have one block, however deep the stage is, and an optimizer
-    as many arrays. Blocks that are unlike remain as they are.
+    Its weights are the blocks' weights, stacked along a new first axis. However
+    deep the stage is, a program can then compile one block, and an optimizer
+    updates as many arrays as one block has. Blocks of different structure stay
+    unchanged.
     """
     if self.is_stacked:
       return
-    states = _alike(self.blocks)
-    if states is not None:
-      graphdef, stacked = states
+    alike = _alike(self.blocks)
+    if alike is not None:
+      graphdef, stacked = alike
       self.blocks = nnx.merge(graphdef, stacked)
       self.is_stacked = True
 
@@ -90,7 +95,7 @@ class Stage(nnx.Module):
     scales: Float[Array, "depth 2 B"] | None = None,
   ) -> Float[Array, "B H W C"]:
     if self.deterministic and not self.is_stacked:
-      # Weights would have to be stacked, which costs a tenth of each call.
+      # A scan would stack the weights first, a tenth of each call's time.
       for block in self.blocks:
         x = block(x)
       return x
@@ -114,7 +119,7 @@ class Stage(nnx.Module):
     return x
 
   def _one_by_one(self, x, scales):
-    """Trains blocks that are unlike."""
+    """Applies blocks of different structure, in training mode."""
     for i, block in enumerate(self.blocks):
       graphdef, state = nnx.split(block)
       step = partial(_step, graphdef)
@@ -127,7 +132,7 @@ class Stage(nnx.Module):
     return x
 
   def _update(self, statistics):
-    """Keeps the new statistics of all blocks, stacked."""
+    """Updates the statistics of all blocks from stacked ones, in training."""
     if self.deterministic:
       return
     if self.is_stacked:
@@ -137,9 +142,9 @@ class Stage(nnx.Module):
       nnx.update(block, jax.tree.map(lambda x, i=i: x[i], statistics))
 
   def _has_remat(self):
-    # What a loop keeps for the backward pass a GPU does not compute in place:
-    # copies of it would be a quarter of a training step's memory traffic. On a
-    # CPU remat is faster, and a TPU may have no memory for more.
+    # On a GPU a scan copies what it saves for the backward pass, which would be
+    # a quarter of a training step's memory traffic. On a CPU remat is faster,
+    # and without it a TPU may run out of memory.
     if self.remat is None:
       return get_default_device().platform != "gpu"
     return self.remat
@@ -157,10 +162,10 @@ def _with_shards_saved(step):
 
 @partial(jax.jit, static_argnums=0)
 def _step(graphdef, x, block):
-  """One of a stage's blocks, as `jax.lax.scan` takes it; traced once.
+  """Applies one block, as the body of `jax.lax.scan`; jitted to be traced once.
 
   Returns:
-    Its output, and its new BatchNorm statistics.
+    The block's output, and its new BatchNorm statistics.
   """
   state, scales = block
   module = nnx.merge(graphdef, fsdp.gather(state))
@@ -172,14 +177,15 @@ def _fresh_blocks(
   variants: Sequence[Hashable],
   rngs: nnx.Rngs,
 ) -> Iterator[Block]:
-  """Blocks with weights of their own."""
+  """Yields blocks with independently drawn weights."""
   keys = jax.random.split(rngs.params(), len(variants))
   if not isinstance(keys, Tracer):
     for variant, key in zip(variants, keys, strict=True):
       yield create(variant, nnx.Rngs(key))
     return
-  # The same weights (of JAX's default generator), drawn at once: with draws of
-  # each block a program would take longer to compile than a training step.
+  # Within `jit` one `vmap` draws the weights of all blocks. With JAX's default
+  # generator they equal those of separate draws, which would take longer to
+  # compile than a training step.
   drawn = {}
   for variant in dict.fromkeys(variants):
     indices = [i for i, other in enumerate(variants) if other == variant]
@@ -189,22 +195,23 @@ def _fresh_blocks(
 
 
 def _draw(create, variant, keys, indices):
-  """The blocks of one variant, by their indices."""
+  """Yields the blocks at these indices, which have this variant."""
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(variant, nnx.Rngs(0))))
   if len(indices) < len(keys):
     keys = keys[jnp.array(indices)]
   stacked = jax.vmap(lambda key: nnx.state(create(variant, nnx.Rngs(key))))(
     keys
   )
-  # By constant indices, so that XLA undoes it where blocks are stacked again.
+  # Constant indices, so that XLA removes the slices where blocks are stacked
+  # again.
   for i in range(len(indices)):
     yield nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
 
 
 def _alike(blocks: Sequence[Block]) -> tuple[Any, Any] | None:
-  """What the blocks have in common, and their weights along a new axis.
+  """Returns the blocks' common graphdef, and their stacked state.
 
-  None where their structures or the shapes of their weights differ.
+  Returns None if their structures or the shapes of their weights differ.
   """
   graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
   shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(s)] for s in states]
@@ -220,7 +227,7 @@ def _stack_trees(trees: Sequence[Any]) -> Any:
 
 
 def _unstacked(tree: Any) -> Iterator[Any]:
-  """The same tree of each element along the first axis of its arrays."""
+  """Yields a tree for each index of the arrays' first axis."""
   leaves, structure = jax.tree.flatten(tree)
   for elements in zip(*map(_unstack, leaves), strict=True):
     yield jax.tree.unflatten(structure, elements)
@@ -228,13 +235,13 @@ def _unstacked(tree: Any) -> Iterator[Any]:
 
 @jax.custom_vjp
 def _unstack(x):
-  # Constant indices would make each block's fusions different, to be compiled
-  # apart.
+  # With constant indices the blocks' fusions would differ, and each would be
+  # compiled separately.
   indices = [jax.lax.optimization_barrier(jnp.int32(i)) for i in range(len(x))]
   return [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for i in indices]
 
 
-# JAX's derivative would add up arrays of the whole stage.
+# JAX's own derivative would add arrays of the whole stage's size.
 _unstack.defvjp(
   lambda x: (_unstack(x), None), lambda _, cotangents: (jnp.stack(cotangents),)
 )

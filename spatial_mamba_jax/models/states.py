@@ -1,4 +1,4 @@
-"""What the forward pass keeps to itself: the states of a block.
+"""The states of a block, which the forward pass does not return.
 
 Axis letters: B batch, H and W height and width, D inner channels, N states.
 """
@@ -13,29 +13,30 @@ from spatial_mamba_jax.models.spatial_mamba import Block
 def block_states(
   model: Trunk, images: ArrayLike, stage: int, block: int
 ) -> States:
-  """The states of one block before and after fusion (equations 2 and 4).
+  """Returns a block's states before and after fusion (equations 2 and 4).
 
       states = block_states(model, images, stage=2, block=0)
       states.before  # [B, H / 16, W / 16, 512, 1] of the tiny model
       jit = nnx.jit(block_states, static_argnames=("stage", "block"))
 
-  The network is run up to this block, and its states, which the forward pass
-  never writes out, are computed by `selective_scan` and `state_fusion`.
+  It runs the network up to this block, and computes the block's states by
+  `selective_scan` and `state_fusion`. The forward pass itself fuses these
+  operators, and never writes the states to memory.
 
   Args:
     model: from `create_model` or `create_backbone`, in eval mode.
     images: as for `SpatialMamba`.
-    stage: counted from 0.
-    block: of the stage, counted from 0.
+    stage: index of the stage, from 0.
+    block: index of the block in its stage, from 0.
 
   Returns:
     `before` and `after`, [B, H / (4 * 2**stage), W / (4 * 2**stage), D, N]
     (rounded up) with D = expand * dims[stage] and N = d_state, float32 (float64
-    where the model's dtype is).
+    if the model's dtype is float64).
 
   Raises:
     ValueError: there is no such block, the model is in training mode, or
-      `images` has another shape or type.
+      `images` has a wrong shape or dtype.
   """
   depths = model.config.depths
   if not (0 <= stage < len(depths) and 0 <= block < depths[stage]):
@@ -44,7 +45,7 @@ def block_states(
       f" {tuple(range(len(depths)))} have {depths} blocks, counted from 0"
     )
   if not model.deterministic:
-    raise ValueError("states are those of inference: call model.eval() first")
+    raise ValueError("states need eval mode: call model.eval() first")
   channels, dtype = model.config.in_channels, model.config.dtype
   x = model.stem(check_images(images, channels).astype(dtype))
   for i in range(stage):

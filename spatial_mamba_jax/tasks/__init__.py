@@ -1,1 +1,1 @@
-"""What networks are trained for: a folder a task, behind one interface."""
+"""Training tasks, one folder each, behind the interface in `base`."""

@@ -1,7 +1,7 @@
-"""What the training loop knows of a task.
+"""The interface between the training loop and a task.
 
-A config file brings a task in, as the `TaskConfig` of its experiment. The loop
-and the evaluation call the `Task` that it creates, and import no task.
+A config file imports a task's `TaskConfig`. The loop and the evaluation call
+the `Task` that it creates, and import no task themselves.
 """
 
 import abc
@@ -21,34 +21,34 @@ from spatial_mamba_jax.fields import Section
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.pure import Arrays
 
-# A batch by the names of its arrays.
+# {name: array} of a batch.
 Batch = Mapping[str, Array]
 
 
 class Loss(NamedTuple):
-  """What a task makes of one part of a batch in training.
+  """The loss of one part of a batch.
 
   Attributes:
-    value: what is differentiated; the mean over the part.
-    sums: {name: sum over the part} for each of `Task.sums`.
+    value: the mean over the part; it is differentiated.
+    sums: {name: sum over the part}, for each name in `Task.sums`.
   """
 
   value: Float[Array, ""]
   sums: dict[str, Float[Array, ""]]
 
 
-def _plain(value: Any) -> float | int:
+def _python_scalar(value: Any) -> float | int:
   return value.item() if isinstance(value, np.generic | np.ndarray) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """How good some weights are.
+  """The result of evaluating a model's weights.
 
   Attributes:
-    score: a float, by which the best checkpoint is kept; higher is better.
-    values: {name: number}, for the log and for programs.
-    line: the same for a person.
+    score: a float that selects the best checkpoint; higher is better.
+    values: {name: value}, for the log and for JSON.
+    line: the values as one line of text.
   """
 
   score: Any
@@ -56,18 +56,18 @@ class Evaluation:
   line: str
 
   def __post_init__(self):
-    """Turns NumPy's numbers into Python's, which JSON has."""
+    """Converts NumPy scalars to Python's, which JSON accepts."""
     if taken := self.values.keys() & {"kind", "score", "step"}:
       raise ValueError(f"values must not be called {', '.join(taken)}")
-    plain = {name: _plain(value) for name, value in self.values.items()}
-    object.__setattr__(self, "values", plain)
+    values = {name: _python_scalar(x) for name, x in self.values.items()}
+    object.__setattr__(self, "values", values)
     object.__setattr__(self, "score", float(self.score))
 
   def __str__(self) -> str:
     return self.line
 
   def to_json(self) -> dict[str, float | int | None]:
-    """The values; None for NaN and infinity, which JSON has not."""
+    """Returns the values, with None for NaN and infinity, which JSON lacks."""
     return {
       name: value if np.isfinite(value) else None
       for name, value in self.values.items()
@@ -76,33 +76,34 @@ class Evaluation:
 
 @runtime_checkable
 class Meter(Protocol):
-  """Takes in the predictions of an evaluation, on the host."""
+  """Accumulates the predictions of an evaluation, on the host."""
 
   def add(self, columns: dict[str, np.ndarray]) -> None:
-    """Takes in one batch of what `Task.predict` returned.
+    """Adds the predictions for one batch.
 
     Args:
-      columns: {name: [B, ...]} and "index" [B], the examples' indices in the
-        source; without padding and without unreadable examples.
+      columns: the result of `Task.predict`, {name: [B, ...]}, and "index" [B],
+        the examples' indices in the source. Padding and unreadable examples are
+        already removed.
     """
     ...
 
   def result(self, unreadable: int) -> Evaluation:
-    """The evaluation; `unreadable` examples were left out."""
+    """Returns the evaluation; `unreadable` counts the unreadable examples."""
     ...
 
   def write(self, directory: pathlib.Path) -> None:
-    """Writes the predictions into a directory, which is there."""
+    """Writes the predictions into an existing directory."""
     ...
 
 
 class Line(NamedTuple):
-  """A line of a panel: a value of the log's records of one kind.
+  """A line of a panel: one logged value over time.
 
   Attributes:
-    kind: "train", "evaluation" or "evaluation_raw".
-    value: the value's name.
-    name: of the line; empty where it is the only one.
+    kind: kind of the log's records: "train", "evaluation" or "evaluation_raw".
+    value: name of the value in these records.
+    name: the line's legend; empty for a panel's only line.
   """
 
   kind: str
@@ -111,12 +112,12 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """A panel of `report.py`'s picture.
+  """A panel of the figure in a report.
 
   Attributes:
-    title: above it.
-    unit: of its vertical axis.
-    lines: what it shows.
+    title: the title.
+    unit: unit of the vertical axis.
+    lines: the lines.
     scale: factor from the logged values to the unit.
   """
 
@@ -127,12 +128,12 @@ class Panel(NamedTuple):
 
 
 class Column(NamedTuple):
-  """A column of `report.py`'s table of evaluations.
+  """A column of the table of evaluations in a report.
 
   Attributes:
-    value: the name of one of an evaluation's values.
-    name: above it.
-    form: of `format`, e.g. ".2%".
+    value: name of a value in `Evaluation.values`.
+    name: the column's heading.
+    form: format specification of the value, e.g. ".2%".
   """
 
   value: str
@@ -142,13 +143,13 @@ class Column(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-  """What a network is trained for. It holds no state.
+  """A training task. It holds no state.
 
   Attributes:
-    sums: names of what `loss` sums up over a batch.
-    score: the name of that of an evaluation's values which is its score.
-    panels: what `report.py` draws beside loss, learning rate and speed.
-    columns: of the report's table of evaluations.
+    sums: names of the sums in `Loss.sums`.
+    score: name of the value in `Evaluation.values` that is the score.
+    panels: a report's panels, beside those of loss, learning rate and speed.
+    columns: columns of a report's table of evaluations.
   """
 
   sums: tuple[str, ...]
@@ -164,46 +165,52 @@ class Task(Protocol):
     """Opens the "train" or "validation" records.
 
     Raises:
-      UserError: they are not there, or are not of this task.
+      UserError: the records are missing, or do not fit the task.
     """
     ...
 
   def examples(self) -> Examples:
-    """What makes examples of records."""
+    """Returns the functions that turn records into examples."""
     ...
 
   def prepare(self, batch: Batch, key: Array) -> Arrays:
-    """Prepares a batch for training, on the device: augments, makes targets.
+    """Augments a training batch and computes its targets, on the device.
 
     Args:
-      batch: of `Examples.train`.
-      key: of all that is random in it.
+      batch: a batch of results of `Examples.train`.
+      key: random key of the augmentation.
     """
     ...
 
   def loss(
     self, network: Any, batch: Arrays, key: Array, teacher: Arrays | None
   ) -> Loss:
-    """The loss of a prepared batch.
+    """Computes the loss of a prepared batch.
 
     Args:
-      network: in training mode.
-      batch: from `prepare`.
-      key: of all that is random in the network.
-      teacher: what `teach` returned, for self-distillation; None without. It is
-        all zeros before self-distillation begins, and must then add nothing.
+      network: the network in training mode.
+      batch: the result of `prepare`.
+      key: random key of the network, for drop path and the like.
+      teacher: the result of `teach`; None without self-distillation. It is all
+        zeros before self-distillation begins, and must then add 0 to the loss.
     """
     ...
 
   def teach(self, network: Any, batch: Arrays) -> Arrays:
-    """What the moving average predicts of a prepared batch (MESA).
+    """Computes the teacher's predictions for a prepared batch (MESA).
 
-    `network` is in eval mode.
+    Args:
+      network: the moving average of the network, in eval mode.
+      batch: the result of `prepare`.
     """
     ...
 
   def predict(self, network: Any, batch: Batch) -> dict[str, Array]:
-    """What a network in eval mode makes of a batch of `Examples.evaluate`.
+    """Computes predictions for an evaluation.
+
+    Args:
+      network: the network in eval mode.
+      batch: a batch of results of `Examples.evaluate`.
 
     Returns:
       {name: [B, ...]}.
@@ -211,24 +218,24 @@ class Task(Protocol):
     ...
 
   def meter(self, source: Source) -> Meter:
-    """A meter of predictions of a source."""
+    """Returns an empty meter for the predictions of a source."""
     ...
 
   def logged(self, sums: Mapping[str, float]) -> dict[str, float]:
-    """What the log has of a window of steps, beside loss and gradient norm.
+    """Returns further values to log for a window of steps, beside the loss.
 
     Args:
-      sums: `self.sums` over the window, and "images" and "steps".
+      sums: {name: sum over the window}, for `self.sums`, "images" and "steps".
     """
     ...
 
 
 @dataclasses.dataclass
 class TaskConfig(Section, abc.ABC):
-  """The settings of a task.
+  """The config of a task.
 
   Attributes:
-    kind: names the task in saved experiments.
+    kind: identifies the task in saved experiments.
   """
 
   kind: ClassVar[str]
@@ -245,5 +252,5 @@ class TaskConfig(Section, abc.ABC):
       mesa_weight: weight of the loss against the moving average's predictions.
 
     Raises:
-      UserError: they do not fit one another.
+      UserError: the configs do not fit one another.
     """

@@ -98,7 +98,7 @@ class TestWhatIsRead:
     assert len(self.names(tree)) == 12
     (line,) = caplog.messages
     assert line == (
-      f"{tree}/train: files passed over for their suffix: 2 .heic, "
+      f"{tree}/train: files skipped for their suffix: 2 .heic, "
       "1 without a suffix, 1 .tga"
     )
 

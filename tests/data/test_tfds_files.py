@@ -60,7 +60,7 @@ def refuse(data_dir, named, name="imagenet2012") -> str:
   assert "\n" not in message
   assert named in message
   assert "remove " in message
-  remedy = "is prepared anew" if name == "digits" else "prepare_imagenet"
+  remedy = "is prepared again" if name == "digits" else "prepare_imagenet"
   assert remedy in message
   return message
 

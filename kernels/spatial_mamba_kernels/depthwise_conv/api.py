@@ -1,4 +1,4 @@
-"""Depthwise 3x3 convolution, zero padding, and what it is part of."""
+"""Depthwise 3x3 convolution, alone and fused with its neighbours."""
 
 import functools
 from functools import partial
@@ -23,7 +23,8 @@ def depthwise_conv(
 ) -> Array:
   """Convolves each channel with its own 3x3 kernel, without a bias.
 
-  Equal to this, but far faster on a CPU and lighter on memory on a GPU:
+  It computes the same as the following, but is far faster on a CPU and moves
+  less memory on a GPU:
 
       jax.lax.conv_general_dilated(
         x, kernel[:, :, None, :], (stride, stride), ((1, 1), (1, 1)),
@@ -33,8 +34,8 @@ def depthwise_conv(
     x: [B, H, W, D].
     kernel: [3, 3, D] (row, column, channel).
     stride: 1 or more.
-    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
-      and "associative", as elsewhere, are without a kernel.
+    implementation: None (best for the platform), "mosaic_gpu" (a kernel) or
+      "xla" (no kernel). "sequential" and "associative" mean "xla" here.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), D] in the dtype of `x`; sums are in
@@ -43,7 +44,8 @@ def depthwise_conv(
   Raises:
     ValueError: the shapes are inconsistent, stride < 1, or the implementation
       is unknown.
-    NotImplementedError: there is no such kernel, or it cannot serve.
+    NotImplementedError: the named kernel does not exist, or cannot serve these
+      arrays.
   """
   check_implementation(implementation, "depthwise_conv")
   if stride < 1:
@@ -61,7 +63,7 @@ def residual_depthwise_conv(
   *,
   implementation: str | None = None,
 ) -> Array:
-  """X + depthwise_conv(x, kernel) + bias.
+  """Computes x + depthwise_conv(x, kernel) + bias.
 
   Args:
     x: [B, H, W, D].
@@ -73,8 +75,8 @@ def residual_depthwise_conv(
     [B, H, W, D] in the dtype of `x`.
 
   Raises:
-    ValueError: as by `depthwise_conv`.
-    NotImplementedError: as by `depthwise_conv`.
+    ValueError: see `depthwise_conv`.
+    NotImplementedError: see `depthwise_conv`.
   """
   check_implementation(implementation, "residual_depthwise_conv")
   arrays = check_shapes(
@@ -96,24 +98,24 @@ def silu_depthwise_conv(
   *,
   implementation: str | None = None,
 ) -> tuple[Array, Array]:
-  """Y = silu(depthwise_conv(x, kernel) + bias), and y @ projection.
+  """Computes y = silu(depthwise_conv(x, kernel) + bias), and y @ projection.
 
-  Where a GPU is JAX's default device its backward pass makes the convolution
-  again; elsewhere it is kept, unless `jax.checkpoint` says otherwise.
+  If JAX's default device is a GPU, the backward pass recomputes the
+  convolution. Otherwise it is saved, unless `jax.checkpoint` says otherwise.
 
   Args:
     x: [B, H, W, D].
     kernel: [3, 3, D].
     bias: [D].
     projection: [D, P], cast to the dtype of `x`.
-    implementation: as for `depthwise_conv`; the kernel is for P up to 20.
+    implementation: as for `depthwise_conv`; the kernel serves P up to 20.
 
   Returns:
     [B, H, W, D] and [B, H, W, P] in the dtype of `x`.
 
   Raises:
-    ValueError: as by `depthwise_conv`.
-    NotImplementedError: as by `depthwise_conv`.
+    ValueError: see `depthwise_conv`.
+    NotImplementedError: see `depthwise_conv`.
   """
   check_implementation(implementation, "silu_depthwise_conv")
   arrays = check_shapes(

@@ -51,7 +51,7 @@ convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def plain(x: Array, kernel: Array, *, convolve: Callable[..., Array]) -> Array:
-  """The convolution alone."""
+  """See `depthwise_conv`, in the dtype of `x`."""
   return convolve(x, kernel).astype(x.dtype)
 
 
@@ -84,17 +84,17 @@ def projected(
 
 
 def project(y: Array, projection: Array) -> Array:
-  """[B, H, W, D] and [D, P] to [B, H, W, P]."""
+  """Returns y @ projection: [B, H, W, D] and [D, P] to [B, H, W, P]."""
   return y @ projection.astype(y.dtype)
 
 
 def biased(y: Array, bias: Array) -> Array:
-  """Y + bias, in the dtype of `y`."""
+  """Adds the bias in the dtype of `y`."""
   return y + with_rank_of(y, bias.astype(y.dtype))
 
 
 def grouped(x: Array, kernel: Array, *, stride: int) -> Array:
-  """As XLA's grouped convolution."""
+  """Convolves by XLA's grouped convolution."""
   dtype = state_dtype(x, kernel)
   y = stencil.grouped_convolution(
     x.astype(dtype), kernel.astype(dtype), stride=stride, padding=1
@@ -105,7 +105,7 @@ def grouped(x: Array, kernel: Array, *, stride: int) -> Array:
 def shifted(
   x: Array, kernel: Array, *, stride: int, dtype: DTypeLike | None = None
 ) -> Array:
-  """As a sum of shifted products, in this type, or that of `x`."""
+  """Convolves by shifted products; `dtype` is the result's, None for x's."""
   _, height, width, _ = x.shape
   y = stencil.correlate(
     _pad(x),
@@ -121,9 +121,9 @@ def shifted(
 def shifted_to_input(
   x: Array, kernel: Array, g: Array, *, stride: int
 ) -> Array:
-  """The cotangents of `x`, as a sum of shifted products."""
+  """Returns the cotangent of `x`, as a sum of shifted products."""
   _, height, width, _ = x.shape
-  # The transpose of a stride is zeros between the cotangents.
+  # The transpose of a stride inserts zeros between the cotangents.
   spread = jax.lax.pad(
     g,
     jnp.zeros((), g.dtype),

@@ -1,4 +1,4 @@
-"""Layer normalisation, before a residual branch and within one."""
+"""Layer normalisation at the start of a residual branch, and with a gate."""
 
 from spatial_mamba_kernels.layer_norm.api import (
   gated_layer_norm as gated_layer_norm,

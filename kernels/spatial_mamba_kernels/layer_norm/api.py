@@ -1,4 +1,4 @@
-"""Layer normalisation, before a residual branch and within one."""
+"""Layer normalisation at the start of a residual branch, and with a gate."""
 
 from typing import Any
 
@@ -45,25 +45,27 @@ def residual_layer_norm(
   *,
   implementation: str | None = None,
 ) -> tuple[Array, Array]:
-  """Where a residual branch begins: x itself, and x normalised for the branch.
+  """Returns x for the skip connection, and x normalised for the branch.
 
-  That the operator returns x, too, lets a GPU add up the cotangents of both in
-  one pass over memory, with those of the normalisation.
+  The operator also returns x so that a GPU adds the cotangents of skip
+  connection and normalisation in one pass over memory.
 
   Args:
     x: [B, H, W, C].
     scale: [C].
     bias: [C].
-    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
-      and "associative", as elsewhere, are without a kernel.
+    implementation: None (best for the platform), "mosaic_gpu" (a kernel) or
+      "xla" (no kernel). "sequential" and "associative" mean "xla" here.
 
   Returns:
-    `x`; and each token with mean 0 and variance 1 over its channels (1e-5 is
-    added to the variance), times `scale` plus `bias`, in the dtype of `x`.
+    `x`; and each token normalised to mean 0 and variance 1 over its channels
+    (1e-5 is added to the variance), times `scale` plus `bias`, in the dtype of
+    `x`.
 
   Raises:
     ValueError: the shapes are inconsistent, or the implementation is unknown.
-    NotImplementedError: there is no such kernel, or it cannot serve.
+    NotImplementedError: the named kernel does not exist, or cannot serve these
+      arrays.
   """
   check_implementation(implementation, "residual_layer_norm")
   arrays = check_shapes(
@@ -82,27 +84,27 @@ def gated_layer_norm(
   *,
   implementation: str | None = None,
 ) -> Array:
-  """silu(gate) times x normalised, or nothing of images that are dropped.
+  """Computes layer_norm(x) * silu(gate) * branch_scale.
 
   Statistics are in float32, or float64 for float64 inputs.
 
   Args:
     x: [B, H, W, C].
-    scale: [C], of the normalisation (see `residual_layer_norm`).
-    bias: [C].
+    scale: [C], the scale of the normalisation (see `residual_layer_norm`).
+    bias: [C], the bias of the normalisation.
     gate: [B, H, W, C].
-    branch_scale: [B], 0 or more, what to multiply each image by, if anything;
-      where it is 0, the result is, whatever is in the image. Nothing is
-      propagated back to it.
-    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
-      and "associative", as elsewhere, are without a kernel.
+    branch_scale: [B], a factor of each image, 0 or more; None for 1. Where it
+      is 0 the result is 0, even if the image is not finite. Its cotangent is 0.
+    implementation: None (best for the platform), "mosaic_gpu" (a kernel) or
+      "xla" (no kernel). "sequential" and "associative" mean "xla" here.
 
   Returns:
     [B, H, W, C] in the dtype of `x`.
 
   Raises:
     ValueError: the shapes are inconsistent, or the implementation is unknown.
-    NotImplementedError: there is no such kernel, or it cannot serve.
+    NotImplementedError: the named kernel does not exist, or cannot serve these
+      arrays.
   """
   check_implementation(implementation, "gated_layer_norm")
   *arrays, z, scales = check_shapes(
@@ -123,6 +125,6 @@ def gated_layer_norm(
 
 
 def _exact(x, scale, bias):
-  """The parameters in the precision of statistics."""
+  """Casts the parameters to the dtype of the statistics."""
   dtype = state_dtype(x, scale, bias)
   return x, scale.astype(dtype), bias.astype(dtype)

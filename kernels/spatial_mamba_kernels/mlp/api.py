@@ -37,31 +37,32 @@ def mlp(
   branch_scale: ArrayLike | None = None,
   implementation: str | None = None,
 ) -> Array:
-  """Residual + branch_scale * (gelu(x @ w1 + b1) @ w2 + b2), the exact GELU.
+  """Computes residual + branch_scale * (gelu(x @ w1 + b1) @ w2 + b2).
 
-  On GPUs that have a kernel for it (Hopper, in bfloat16, up to 256 channels)
-  the hidden units stay on the chip, and are made again in the backward pass.
-  Elsewhere the first product is kept, by the name `CHECKPOINT_NAME`.
+  The GELU is exact. The GPU kernel (Hopper, in bfloat16, up to 256 channels)
+  keeps the hidden units on the chip, and recomputes them in the backward pass.
+  Without it the first product is saved, under the name `CHECKPOINT_NAME`.
 
   Args:
     x: [B, H, W, C].
-    w1: [C, F], cast to the dtype of `x`, like all that follow.
+    w1: [C, F], cast to the dtype of `x`, as are all that follow.
     b1: [F].
     w2: [F, C].
     b2: [C].
-    residual: [B, H, W, C], cast to the dtype of `x`.
-    branch_scale: [B], 0 or more, what to multiply each image's branch by, if
-      anything; where it is 0, the result is the residual, whatever is in the
-      branch. Nothing is propagated back to it.
-    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
-      and "associative", as elsewhere, are without a kernel.
+    residual: [B, H, W, C].
+    branch_scale: [B], a factor of each image's branch, 0 or more; None for 1.
+      Where it is 0 the result is the residual, even if the branch is not
+      finite. Its cotangent is 0.
+    implementation: None (best for the platform), "mosaic_gpu" (a kernel) or
+      "xla" (no kernel). "sequential" and "associative" mean "xla" here.
 
   Returns:
     [B, H, W, C] in the dtype of `x`.
 
   Raises:
     ValueError: the shapes are inconsistent, or the implementation is unknown.
-    NotImplementedError: there is no such kernel, or it cannot serve.
+    NotImplementedError: the named kernel does not exist, or cannot serve these
+      arrays.
   """
   check_implementation(implementation, "mlp")
   arrays = check_shapes(

@@ -48,17 +48,18 @@ def selective_scan(
     A: [D, N], negative for a state that decays.
     B: [B, L, N], the input projection of each token.
     delta_bias: [D], or None for 0.
-    implementation: None (best for the platform), "sequential" (a loop over
-      tokens), "associative" (a parallel prefix), "mosaic_tpu" or "mosaic_gpu"
-      (kernels for TPUs and GPUs, of float32 and bfloat16).
+    implementation: None (best for the platform), "xla" (best without a kernel),
+      "sequential" (a loop over tokens), "associative" (a parallel prefix),
+      "mosaic_tpu" or "mosaic_gpu" (kernels for TPUs and GPUs, for float32 and
+      bfloat16).
 
   Returns:
     The states h, [B, L, D, N], in float32 (float64 for float64 inputs).
 
   Raises:
     ValueError: the shapes are inconsistent, or the implementation is unknown.
-    NotImplementedError: the kernel named cannot serve these arrays or this
-      mesh. On a platform that is not its own it fails when lowered.
+    NotImplementedError: the named kernel cannot serve these arrays or this
+      mesh. Lowering a kernel for another platform fails.
   """
   check_implementation(implementation, "selective_scan")
   if delta_bias is None:

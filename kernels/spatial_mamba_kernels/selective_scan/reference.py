@@ -1,4 +1,4 @@
-"""The selective scan as its equations stand, for the tests to compare with."""
+"""The selective scan written as its equations, the tests' reference."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """The selective scan in plain JAX, for every platform XLA compiles for.
 
-States are kept as [B, L, N, D] here: the channels, which are many, lie along
+States are [B, L, N, D] here, so that the channels, which are many, lie along
 the vector lanes.
 """
 
@@ -38,23 +38,23 @@ def _discretise(u, delta, A, B, delta_bias):
   return decay, _outer(dt * u, B)
 
 
-def _outer(x: Array, numbers: Array) -> Array:
-  """[..., D] and [..., N] to [..., N, D]."""
-  # A sum over channels that leaves an axis of one, the cotangent's, takes a CPU
-  # 30 times as long as one that leaves none.
-  if numbers.shape[-1] == 1:
-    return (x * numbers)[..., None, :]
-  return x[..., None, :] * numbers[..., None]
+def _outer(x: Array, y: Array) -> Array:
+  """Returns the outer product [..., N, D] of [..., D] and [..., N]."""
+  # For N = 1 the cotangent's sum over channels leaves an axis of size 1 in the
+  # general form, which takes a CPU 30 times as long.
+  if y.shape[-1] == 1:
+    return (x * y)[..., None, :]
+  return x[..., None, :] * y[..., None]
 
 
 def saving_states(arrays: Arrays, *, save: bool) -> Arrays:
-  """The forward pass; its result is all that the backward pass needs."""
+  """Runs the forward pass. The backward pass needs only its result."""
   del save
   return (states(*arrays, implementation=None),)
 
 
 def from_saved_states(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
-  """The backward pass, without scanning once more."""
+  """Runs the backward pass from saved states, without recomputing them."""
   (decay, _), pullback = jax.vjp(_discretise, *arrays)
   return pullback(_recurrence_bwd(None, (decay, *saved), g))
 

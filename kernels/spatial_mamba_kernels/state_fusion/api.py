@@ -15,7 +15,7 @@ from spatial_mamba_kernels.typing import Array
 @functools.cache
 def _operator(dilations):
   def fuse(arrays, *, implementation):
-    del implementation  # Without a recurrence they are the same.
+    del implementation  # Without a recurrence XLA has only one form.
     h, kernels, alpha = arrays
     return xla.fuse(h, kernels, alpha, dilations)
 
@@ -34,7 +34,7 @@ def state_fusion(
   dilations: tuple[int, ...] = xla.DILATIONS,
   implementation: str | None = None,
 ) -> Array:
-  """Adds to each state its neighbours', by dilated depthwise convolutions.
+  """Fuses each state with its neighbours, by dilated depthwise convolutions.
 
   Equation 4 of Spatial-Mamba (arXiv 2410.15091). With indices outside the
   image clamped to its border (replicate padding):
@@ -49,10 +49,10 @@ def state_fusion(
     h: [B, H, W, D], the states of a row-major scan.
     kernels: [M, 3, 3, D] (dilation, row, column, channel).
     alpha: [M], the weight of each dilation.
-    dilations: M of them, each 1 or more.
+    dilations: M integers, each 1 or more.
     implementation: None (best for the platform), "mosaic_tpu" or "mosaic_gpu"
-      (kernels for TPUs and GPUs, of float32 and bfloat16); "sequential" and
-      "associative", as elsewhere, are the same here, without a recurrence.
+      (kernels for TPUs and GPUs, for float32 and bfloat16), or "xla" (no
+      kernel). "sequential" and "associative" mean "xla" here.
 
   Returns:
     [B, H, W, D] in the dtype of `h`; sums are in float32, or float64 for
@@ -61,8 +61,8 @@ def state_fusion(
   Raises:
     ValueError: the shapes are inconsistent, a dilation is below 1, or the
       implementation is unknown.
-    NotImplementedError: the kernel named cannot serve these arrays or this
-      mesh. On a platform that is not its own it fails when lowered.
+    NotImplementedError: the named kernel cannot serve these arrays or this
+      mesh. Lowering a kernel for another platform fails.
   """
   check_implementation(implementation, "state_fusion")
   if min(dilations, default=0) < 1:

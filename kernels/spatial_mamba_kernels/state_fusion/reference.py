@@ -1,4 +1,4 @@
-"""State fusion as its equation stands, for the tests to compare with."""
+"""State fusion written as its equation, the tests' reference."""
 
 import jax.numpy as jnp
 

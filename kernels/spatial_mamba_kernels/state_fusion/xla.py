@@ -1,8 +1,8 @@
 """State fusion in plain JAX; see `stencil` for its two forms.
 
-As shifted products it is one stencil of all dilations: taps that fall on the
-same pixel (the centre) are merged, 27 into 25, and differentiation goes through
-the merged stencil.
+The shifted products are one stencil for all dilations. Taps on the same pixel
+(the centre) are merged, 27 into 25. The derivative is that of the merged
+stencil.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ DILATIONS = (1, 3, 5)
 
 Taps = dict[tuple[int, int], list[tuple[int, int, int]]]
 
-# Else XLA pads the image and merges the weights anew in each of many taps.
+# Barrier without which XLA pads the image and merges the weights in every tap.
 _computed_once = jax.lax.optimization_barrier
 
 
@@ -31,7 +31,7 @@ def fuse(
   alpha: Float[Array, " M"],
   dilations: tuple[int, ...],
 ) -> Float[Array, "B H W *N D"]:
-  """See `state_fusion`; several states a pixel share the channel's stencil."""
+  """See `state_fusion`; the N states of a channel share its stencil."""
   dtype = state_dtype(h, kernels, alpha)
   weighted = alpha.astype(dtype)[:, None, None, None] * kernels.astype(dtype)
   return _fuse(h, weighted, dilations)
@@ -72,7 +72,7 @@ _fuse.defvjp(_fuse_fwd, _fuse_bwd)
 
 
 def grouped(h: Array, kernels: Array, *, dilations: tuple[int, ...]) -> Array:
-  """One of XLA's grouped convolutions for each dilation."""
+  """Fuses by one of XLA's grouped convolutions for each dilation."""
   image = h.reshape(*h.shape[:3], -1)
   states = image.shape[-1] // kernels.shape[-1]
   padded = _replicate(image.astype(kernels.dtype), max(dilations))
@@ -101,8 +101,8 @@ def _shifted(h, kernels, *, dilations):
     height=height,
     width=width,
   )
-  # Else a reduction that follows (a LayerNorm) takes all 25 taps into itself,
-  # which on a GPU compiles for minutes.
+  # Without the barrier a reduction that follows (a LayerNorm) is fused with all
+  # 25 taps, which takes minutes to compile for a GPU.
   return jax.lax.optimization_barrier(y.astype(h.dtype))
 
 
@@ -111,8 +111,8 @@ def _shifted_bwd(h, kernels, g, *, dilations):
   taps = stencil_taps(dilations, height, width)
   reach = _reach(taps)
   weights, unmerge = jax.vjp(partial(merge_weights, taps=taps), kernels)
-  # The cotangent of the padded image; its border then goes back to the pixels
-  # that it was replicated from.
+  # The cotangent of the padded image. `_fold` then adds its border to the
+  # pixels that were replicated.
   padded, weights = _computed_once((_zero_pad(g, 2 * reach), weights))
   dpadded = stencil.correlate(
     padded,
@@ -177,8 +177,8 @@ def _spatial_padding(x, by):
 
 
 def _replicate(x, by):
-  # `jnp.pad` also slices the axes that it adds nothing to, which JAX cannot do
-  # where these are split over a mesh of explicit axes.
+  # `jnp.pad` also slices the axes that it does not pad, which JAX cannot do if
+  # explicit mesh axes shard them.
   for axis in (1, 2):
     first, last = (
       jax.lax.slice_in_dim(x, start, start + 1, axis=axis)
@@ -194,7 +194,7 @@ def _zero_pad(x, by):
 
 
 def _fold(x: Array, by: int, *, axis: int) -> Array:
-  """The transpose of replicating the border `by` times along `axis`."""
+  """Computes the transpose of `_replicate` along one axis."""
   length = x.shape[axis] - 2 * by
   if length == 1:
     return jnp.sum(x, axis, keepdims=True)

@@ -21,7 +21,7 @@ def _xla(arrays, *, implementation):
 
 
 def _last_states(arrays):
-  """What kernels save: the state that each row leaves."""
+  """Returns the shape of what kernels save: the states after each row."""
   u, _, A, *_ = arrays
   batch, height, _, channels = u.shape
   shape = (height, A.shape[1], batch, channels)
@@ -58,7 +58,7 @@ def structure_aware_ssm(
       h = state_fusion(h, kernels, alpha)   # each state by the same stencil
       y = sum over n of C[n] * h[n] + D * u
 
-  The authors' code does this for N = 1 alone.
+  The authors' code supports only N = 1.
 
   For forward-mode derivatives see `spatial_mamba_kernels`.
 
@@ -72,18 +72,16 @@ def structure_aware_ssm(
     kernels: [3, 3, 3, D] (dilation 1, 3 or 5; row; column; channel).
     alpha: [3], the weight of each dilation.
     delta_bias: [D], or None for 0.
-    implementation: None (best for the platform), "sequential", "associative",
-      "mosaic_tpu" or "mosaic_gpu" (kernels for TPUs and GPUs, of float32 and
-      bfloat16).
+    implementation: as for `selective_scan`.
 
   Returns:
-    y, [B, H, W, D] in the dtype of `u`. States are kept in float32, or float64
-    for float64 inputs.
+    y, [B, H, W, D] in the dtype of `u`. States are in float32, or float64 for
+    float64 inputs.
 
   Raises:
     ValueError: the shapes are inconsistent, or the implementation is unknown.
-    NotImplementedError: the kernel named cannot serve these arrays or this
-      mesh. On a platform that is not its own it fails when lowered.
+    NotImplementedError: the named kernel cannot serve these arrays or this
+      mesh. Lowering a kernel for another platform fails.
   """
   check_implementation(implementation, "structure_aware_ssm")
   if delta_bias is None:

@@ -1,4 +1,4 @@
-"""The structure-aware SSM from the reference operators."""
+"""The structure-aware SSM composed of the reference operators."""
 
 import jax
 import jax.numpy as jnp

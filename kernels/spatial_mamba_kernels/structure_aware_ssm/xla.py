@@ -42,8 +42,8 @@ def structure_aware_ssm(
 
 
 def _observe(C: Array, states: Array) -> Array:
-  """[..., N] and [..., N, D] to [..., D]."""
-  # As in the scan, for the sake of the cotangent of C on a CPU.
+  """Sums C[n] * states[n] over n: [..., N] and [..., N, D] to [..., D]."""
+  # As in the scan: for N = 1 this form makes C's cotangent faster on a CPU.
   if C.shape[-1] == 1:
     return C * jnp.squeeze(states, -2)
   return jnp.sum(C[..., None] * states, axis=-2)

@@ -1,4 +1,4 @@
-"""Token mixers: one file a mixer, each behind the interface of `base`."""
+"""Token mixers, one file each, behind the interface in `base`."""
 
 from spatial_mamba_jax.models.mixers.base import Mixer, MixerConfig, Place
 from spatial_mamba_jax.models.mixers.structure_aware import (

@@ -1,4 +1,4 @@
-"""What a block takes as its token mixer.
+"""The interface of a token mixer.
 
 Axis letters: B batch, H and W height and width, C channels, D inner channels.
 """
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a block stands in a network, all counted from 0.
+  """A block's position in a network. All indices count from 0.
 
   Attributes:
-    stage: its stage.
-    block: its index in the stage.
-    index: its index in the whole network.
+    stage: index of the block's stage.
+    block: index of the block in its stage.
+    index: index of the block in the whole network.
   """
 
   stage: int
@@ -36,19 +36,19 @@ class Place:
 # flags set its fields.
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class MixerConfig(Section, abc.ABC):
-  """A kind of token mixer, and its settings.
+  """The config of a token mixer.
 
   Attributes:
-    name: of the kind, as a saved config has it.
+    name: identifies the kind of mixer in saved configs.
   """
 
   name: ClassVar[str]
 
   def variant(self, place: Place) -> Hashable:
-    """What of the mixer's static structure depends on its place.
+    """Returns the part of the static structure that depends on the place.
 
-    Blocks of one stage with equal variants are alike: they are traced once, and
-    their weights can be stacked.
+    Blocks of one stage with equal variants have the same structure: they are
+    traced once, and their weights can be stacked. By default all are equal.
     """
     del place
     return None
@@ -61,9 +61,9 @@ class MixerConfig(Section, abc.ABC):
 
     Args:
       dim: C, channels of the block.
-      variant: as `variant` gives it for the block's place.
-      config: the network's.
-      rngs: the stream `params`.
+      variant: the result of `variant` for the block's place.
+      config: the network's config.
+      rngs: random streams; `params` initialises the weights.
     """
 
 
@@ -71,8 +71,7 @@ class MixerConfig(Section, abc.ABC):
 class Mixer(Protocol):
   """A token mixer, an `nnx.Module`: the first residual branch of a block.
 
-  What it computes is `mix(*select(x))`, and after that whatever is done token
-  by token.
+  It computes `mix(*select(x))`, then operations on each token alone.
   """
 
   def __call__(
@@ -80,16 +79,16 @@ class Mixer(Protocol):
     x: Float[Array, "B H W C"],
     branch_scale: Float[Array, "B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """The branch of `x`, times `branch_scale` (see `drop_path_scales`)."""
+    """Computes the branch, times `branch_scale` (see `drop_path_scales`)."""
     ...
 
   def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Any]:
-    """The values [B, H, W, D] that are mixed, and the operands that say how."""
+    """Returns the values [B, H, W, D] to mix, and the operands of `mix`."""
     ...
 
   def mix(self, values: Array, operands: Any) -> Float[Array, "B H W D"]:
     """Mixes values between tokens.
 
-    It is linear in `values`: its Jacobian is the mixing matrix.
+    The result is linear in `values`; its Jacobian is the mixing matrix.
     """
     ...

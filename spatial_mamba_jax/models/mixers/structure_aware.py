@@ -27,16 +27,16 @@ from spatial_mamba_jax.models.norms import LayerNorm
 if TYPE_CHECKING:
   from spatial_mamba_jax.models.config import ModelConfig
 
-# States a channel: four times those of Mamba-2 (arXiv 2405.21060), whose
-# scan does not keep them.
+# Most states a channel: four times Mamba-2's (arXiv 2405.21060).
 MAX_STATES = 2**10
-# Inner over outer channels, of the mixer and of the MLP; networks have 1 to 8.
+# Greatest ratio of inner to outer channels, in the mixer and in the MLP;
+# networks have 1 to 8.
 MAX_EXPANSION = 2**6
 
 
-# (delta, A, B, C): time steps before bias and softplus [B, H, W, D], decays
-# [D, N], input and output projections [B, H, W, N]. No NamedTuple, because
-# `nnx.tabulate` fails at those.
+# (delta, A, B, C): time steps before bias and softplus [B, H, W, D], diagonal
+# state matrices [D, N], input and output projections [B, H, W, N]. A plain
+# tuple, because `nnx.tabulate` fails on a NamedTuple.
 Operands = tuple[Array, Array, Array, Array]
 
 
@@ -44,8 +44,8 @@ class States(NamedTuple):
   """The states of one block, for each of its tokens.
 
   Attributes:
-    before: [B, H, W, D, N], as the scan leaves them.
-    after: the same, each fused with its neighbours'.
+    before: [B, H, W, D, N], after the scan and before the fusion.
+    after: [B, H, W, D, N], after the fusion with neighbouring states.
   """
 
   before: Float[Array, "B H W D N"]
@@ -58,9 +58,9 @@ class StructureAwareConfig(MixerConfig):
 
   Attributes:
     d_state: N, states a channel; the authors' models have 1.
-    expand: inner channels, over those of the stage.
-    implementation: of scan and fusion; see `spatial_mamba_kernels`. None for
-      the platform's best.
+    expand: inner channels, divided by the stage's channels.
+    implementation: implementation of scan and fusion, None for the platform's
+      best; see `spatial_mamba_kernels`.
   """
 
   name: ClassVar[str] = "structure_aware"
@@ -78,7 +78,7 @@ class StructureAwareConfig(MixerConfig):
 
 
 class StateFusion(nnx.Module):
-  """The learned stencil over states; all ones at first, as the authors'."""
+  """The parameters of the state fusion, initially ones as the authors'."""
 
   def __init__(self, features: int, *, dtype: DTypeLike):
     self.kernels = nnx.Param(jnp.ones((3, 3, 3, features), dtype))
@@ -88,9 +88,9 @@ class StateFusion(nnx.Module):
 class StructureAwareSSM(nnx.Module):
   """Gated structure-aware SSM (figure 3 of the paper).
 
-  x and a gate z are projected from the input; x passes a depthwise
-  convolution, and makes its own time steps, input and output projections; the
-  SSM's output is normalised, gated and projected back.
+  The input is projected to x and a gate z. x passes a depthwise convolution,
+  and is projected to the SSM's time steps, B and C. The SSM's output is
+  normalised, gated by z and projected back.
   """
 
   def __init__(
@@ -124,13 +124,13 @@ class StructureAwareSSM(nnx.Module):
     x: Float[Array, "B H W C"],
     branch_scale: Float[Array, "B"] | None = None,
   ) -> Float[Array, "B H W C"]:
-    """The branch of `x`, times `branch_scale` (see `drop_path_scales`)."""
+    """Computes the branch, times `branch_scale` (see `drop_path_scales`)."""
     x, z = self._project(x)
     y = self.mix(*self._select(x))
     return keep(self.out_proj(self.norm.gated(y, z, branch_scale)))
 
   def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Operands]:
-    """The input u of the SSM, and what the tokens make of it."""
+    """Returns the SSM's input u, and its operands, computed from the tokens."""
     return self._select(self._project(x)[0])
 
   def mix(
@@ -148,7 +148,7 @@ class StructureAwareSSM(nnx.Module):
     )
 
   def states(self, x: Float[Array, "B H W C"]) -> States:
-    """The states that `self(x)` observes, which it keeps to itself."""
+    """Returns the states in `self(x)`, computed by separate operators."""
     u, (delta, A, B, _) = self.select(x)
     batch, height, width, _ = u.shape
 
@@ -173,13 +173,13 @@ class StructureAwareSSM(nnx.Module):
     return States(before, jnp.moveaxis(after, 0, -1))
 
   def _project(self, x):
-    """The x that is scanned, and the gate."""
+    """Returns the SSM branch's x, and the gate z."""
     if not gpu_device.is_default():
       return jnp.split(keep(self.in_proj(x)), 2, axis=-1)
-    # By two products, because kernels read no half of an array: XLA would copy
-    # both. For a CPU two of them are slower than one.
+    # Two products, because a kernel cannot read half of an array, so that XLA
+    # would copy both halves of one product. On a CPU one product is faster.
     halves = jnp.split(self.in_proj.kernel.astype(x.dtype), 2, axis=1)
-    # Of products of the same array it would make one again, and copies.
+    # The barrier keeps XLA from merging the two products into one.
     same = x, jax.lax.optimization_barrier(x)
     return [keep(x @ half) for x, half in zip(same, halves, strict=True)]
 
@@ -195,7 +195,7 @@ def dt_rank(dim: int) -> int:
 
 
 def _dt_bias(key, features, dtype):
-  """Softplus of it is log-uniform in [.001, .1], but never below 1e-4."""
+  """Draws biases whose softplus is log-uniform in [0.001, 0.1]."""
   low, high = math.log(1e-3), math.log(1e-1)
   dt = jnp.exp(jax.random.uniform(key, (features,), dtype, low, high))
   dt = jnp.maximum(dt, 1e-4)

@@ -1,4 +1,4 @@
-"""The settings of classification."""
+"""The config of classification."""
 
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
@@ -18,10 +18,12 @@ class MixingConfig(Section):
   """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899) of a batch.
 
   Attributes:
-    probability: with which a batch is mixed at all; 0 for never.
-    cutmix_probability: with which a mixed batch gets cutmix, and not mixup.
-    mixup_alpha: mixup's share of each image is Beta(mixup_alpha, mixup_alpha).
-    cutmix_alpha: the same of cutmix, for the area that stays.
+    probability: probability of mixing a batch at all.
+    cutmix_probability: probability that a mixed batch gets cutmix, not mixup.
+    mixup_alpha: mixup draws an image's weight from Beta(mixup_alpha,
+      mixup_alpha).
+    cutmix_alpha: cutmix draws the share of the area that an image keeps from
+      Beta(cutmix_alpha, cutmix_alpha).
   """
 
   probability: float = number(1.0, least=0, most=1)
@@ -37,7 +39,7 @@ class ClassificationConfig(TaskConfig):
   Attributes:
     num_classes: classes of the data set.
     mixing: mixup and cutmix.
-    erasing_probability: with which a box of a training image is filled with
+    erasing_probability: probability of filling a box of a training image with
       noise (random erasing, arXiv 1708.04896).
     label_smoothing: share of the target spread over all classes.
   """
@@ -58,7 +60,7 @@ class ClassificationConfig(TaskConfig):
         f"config.model.in_channels must be 3 for images of {data.name}, got"
         f" {model.in_channels}"
       )
-    # Here, because a config is read where no network is needed.
+    # Imported here, so that reading a config imports no training code.
     from spatial_mamba_jax.tasks.classification.task import Classification
 
     model = dataclasses.replace(model, num_classes=self.num_classes)

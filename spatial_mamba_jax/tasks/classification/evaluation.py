@@ -1,4 +1,4 @@
-"""How right predicted classes are.
+"""Accuracy, loss and calibration of predicted classes.
 
 Axis letters: N images, K classes, M = min(5, K).
 """
@@ -17,16 +17,16 @@ _CALIBRATION_BINS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """What some weights make of each image, in the source's order.
+  """Predictions for each image, in the source's order.
 
   Attributes:
-    index: [N], the images' indices in the source.
-    label: [N], their classes.
-    predicted: [N], the classes that score highest; -1 for those undecided.
-    rank: [N], how many other classes score no less than the label.
+    index: [N], the image's index in the source.
+    label: [N], the true class.
+    predicted: [N], the class that scores highest; -1 if undecided.
+    rank: [N], how many other classes score at least as high as the label.
     loss: [N], cross-entropy in nats.
-    top_classes: [N, M], the likeliest classes.
-    top_probabilities: [N, M], theirs.
+    top_classes: [N, M], the most probable classes.
+    top_probabilities: [N, M], their probabilities.
   """
 
   index: np.ndarray
@@ -48,18 +48,22 @@ class Predictions:
     return (self.rank < 5) & ~np.isnan(self.loss)
 
   def evaluation(self, unreadable: int = 0) -> Evaluation:
-    """The means over all images; `unreadable` are named, and not counted.
+    """Returns the means over all images.
 
-    Its values:
+    Args:
+      unreadable: number of images that could not be read.
+
+    Returns:
+      An evaluation with the values
       `top1`: share of images whose label scores highest; the score.
       `top5`: share of images whose label is among the five highest.
       `loss`: mean cross-entropy, in nats.
       `ece`: expected calibration error, see `calibration_error`.
-      `images`: images counted.
-      `undecided`: those of them for which no single class scores highest,
+      `images`: number of images, without unreadable ones.
+      `undecided`: number of images for which no single class scores highest,
         because of a tie or of logits that are not finite. They count as wrong;
         loss and calibration error are NaN if logits are not finite.
-      `unreadable`: images that could not be read, and are not counted.
+      `unreadable`: as given.
     """
     images = len(self.index)
     values = {
@@ -75,7 +79,7 @@ class Predictions:
     return Evaluation(values["top1"], values, _line(values))
 
   def confusion(self, num_classes: int) -> np.ndarray:
-    """Images [K, K] by label (row) and prediction, but for those undecided."""
+    """Counts the decided images by label (row) and prediction: [K, K]."""
     decided = self.predicted >= 0
     rows = self.label[decided].astype(np.int64)
     cells = rows * num_classes + self.predicted[decided]
@@ -84,17 +88,17 @@ class Predictions:
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-  """The expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+  """Computes the expected calibration error (equation 3 of arXiv 1706.04599).
 
-  The mean distance between confidence and accuracy in 15 bins of equal width,
-  open below and closed above, weighted by the images in each.
+  It is the mean distance between confidence and accuracy over 15 bins of equal
+  width, open below and closed above, weighted by the images in each bin.
 
   Args:
-    confidence: [N], the probability of the likeliest class.
-    correct: [N], whether it is the label.
+    confidence: [N], the probability of the most probable class.
+    correct: [N], whether that class is the label.
 
   Returns:
-    From 0 to 1; NaN where a confidence is.
+    The error, from 0 to 1; NaN if a confidence is NaN.
   """
   if np.isnan(confidence).any():
     return float("nan")
@@ -105,24 +109,24 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
 
 
 class ClassificationMeter:
-  """Gathers the predictions of all images; it implements `Meter`."""
+  """Accumulates the predictions for all images; it implements `Meter`."""
 
   def __init__(self, source: LabelledSource):
-    """Has none yet; `source` names the images and classes."""
+    """Starts empty; `source` has the names of images and classes."""
     self._source = source
     self._parts: list[dict[str, np.ndarray]] = []
 
   def add(self, columns: dict[str, np.ndarray]) -> None:
-    """Takes in a batch of `Classification.predict`."""
+    """Adds a batch of results of `Classification.predict`."""
     self._parts.append(columns)
 
   def result(self, unreadable: int) -> Evaluation:
-    """The means over all images."""
+    """Returns the means over all images."""
     return self.predictions().evaluation(unreadable)
 
   def write(self, directory: pathlib.Path) -> None:
-    """Writes what `write_predictions` says."""
-    # Here, because it needs matplotlib.
+    """Writes the files of `write_predictions`."""
+    # Imported here, because it needs matplotlib.
     from spatial_mamba_jax.tasks.classification.prediction_files import (
       write_predictions,
     )
@@ -130,7 +134,7 @@ class ClassificationMeter:
     write_predictions(directory, self.predictions(), self._source)
 
   def predictions(self) -> Predictions:
-    """Those of all images, in the source's order."""
+    """Returns the predictions for all images, in the source's order."""
     columns = {
       field.name: np.concatenate([part[field.name] for part in self._parts])
       for field in dataclasses.fields(Predictions)

@@ -1,4 +1,4 @@
-"""What a report shows of classification."""
+"""The panels and columns of a report on classification."""
 
 from spatial_mamba_jax.tasks.base import Column, Line, Panel
 

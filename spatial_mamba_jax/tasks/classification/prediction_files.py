@@ -1,6 +1,6 @@
-"""Predictions as files: each image, each class, and which are taken for which.
+"""Writes predictions: tables of images and classes, and a confusion matrix.
 
-By itself, because it needs matplotlib.
+This is a module of its own, because it needs matplotlib.
 """
 
 import csv
@@ -18,9 +18,9 @@ from spatial_mamba_jax.data import LabelledSource
 from spatial_mamba_jax.errors import naming
 from spatial_mamba_jax.tasks.classification.evaluation import Predictions
 
-# With more classes than this, names and numbers would not be legible.
+# Most classes for which names, and counts, are legible in the figure.
 _NAMED_CLASSES = 50
-_NUMBERED_CLASSES = 20
+_COUNTED_CLASSES = 20
 
 
 def write_predictions(
@@ -28,15 +28,16 @@ def write_predictions(
   predictions: Predictions,
   source: LabelledSource,
 ) -> None:
-  """Writes three files into a directory, which is there.
+  """Writes three files into an existing directory.
 
-  `predictions.csv`: a line an image in the source's order: `image`, `status`
-    (`ok`; `undecided`, where no single class scores highest; `unreadable`),
-    `label`, and the likeliest classes with their probabilities, `predicted_1`
-    and `probability_1` to 5. The undecided count as wrong.
-  `per_class.csv`: a line a class: its number, name, images, and the shares of
-    them in top-1 and top-5, empty where it has no images.
-  `confusion.png`: for each class, which classes its images are taken for.
+  `predictions.csv`: a line for each image in the source's order: `image`,
+    `status` (`ok`; `undecided`, if no single class scores highest;
+    `unreadable`), `label`, and the most probable classes with their
+    probabilities, `predicted_1` and `probability_1` to 5. Undecided images
+    count as wrong.
+  `per_class.csv`: a line for each class: its label, name, number of images, and
+    top-1 and top-5 accuracy, empty for a class without images.
+  `confusion.png`: the confusion matrix, as shares of each true class.
   """
   names = [source.name(index) for index in range(len(source))]
   classes = source.classes
@@ -45,7 +46,7 @@ def write_predictions(
   _write_csv(directory / "per_class.csv", _class_rows(predictions, classes))
   figure = confusion_figure(predictions, classes, directory.name)
   with warnings.catch_warnings():
-    # Of a class name's letters that the font lacks: boxes must do.
+    # Matplotlib draws a box for a letter that its font lacks.
     warnings.filterwarnings("ignore", message="Glyph ")
     figure.savefig(directory / "confusion.png")
 
@@ -53,12 +54,12 @@ def write_predictions(
 def confusion_figure(
   predictions: Predictions, classes: Sequence[str], weights: str
 ) -> Figure:
-  """The confusion matrix as shares of each true class."""
+  """Draws the confusion matrix as shares of each true class."""
   num_classes = len(classes)
   counts = predictions.confusion(num_classes)
   images = np.bincount(predictions.label, minlength=num_classes)
   shares = counts / np.maximum(images, 1)[:, None]
-  # Two pixels a class at least, as far as files stay small.
+  # At least two pixels a class, up to a resolution that keeps the file small.
   figure = Figure(
     figsize=(8, 7.2),
     dpi=min(max(150, num_classes / 3), 600),
@@ -66,9 +67,9 @@ def confusion_figure(
   )
   axes = figure.add_subplot()
   image = axes.imshow(
-    np.ma.masked_equal(shares, 0),  # White, unlike the rarest confusion.
+    np.ma.masked_equal(shares, 0),  # Zero is white, unlike rare confusions.
     cmap="magma_r",
-    # Rare confusions are many, and would be invisible on a linear scale.
+    # Most confusions are rare, and would be invisible on a linear scale.
     norm=PowerNorm(1 / 3, 0, 1),
     interpolation="nearest",
   )
@@ -90,7 +91,7 @@ def confusion_figure(
   else:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-  if num_classes <= _NUMBERED_CLASSES:
+  if num_classes <= _COUNTED_CLASSES:
     for row, column in np.argwhere(counts):
       axes.text(
         column,
@@ -105,7 +106,7 @@ def confusion_figure(
 
 
 def _name_classes(axes: Any, classes: Sequence[str]) -> None:
-  # A directory's name may be bytes that are no UTF-8.
+  # A directory's name may not be UTF-8.
   names = [name.encode(errors="replace").decode() for name in classes]
   short = [
     name if len(name) <= 20 else f"{name[:19]}\N{HORIZONTAL ELLIPSIS}"
@@ -113,11 +114,11 @@ def _name_classes(axes: Any, classes: Sequence[str]) -> None:
   ]
   is_wide = sum(map(len, short)) > 60
   for axis, rotation in ((axes.xaxis, 90 if is_wide else 0), (axes.yaxis, 0)):
-    # Names are no formulas, whatever dollar signs they have.
+    # A dollar sign in a name starts no formula.
     axis.set_ticks(
       range(len(classes)),
       short,
-      fontsize=8 if len(classes) <= _NUMBERED_CLASSES else 6,
+      fontsize=8 if len(classes) <= _COUNTED_CLASSES else 6,
       rotation=rotation,
       parse_math=False,
     )
@@ -163,7 +164,7 @@ def _class_rows(
 
 
 def _write_csv(path: pathlib.Path, rows: Iterable[Sequence[Any]]) -> None:
-  # So may a file's.
+  # A file's name may not be UTF-8: `surrogateescape` writes its bytes.
   with (
     naming(path),
     path.open("w", -1, "utf-8", "surrogateescape", newline="") as file,

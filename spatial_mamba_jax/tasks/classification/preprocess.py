@@ -1,7 +1,7 @@
-"""What the device does to a training batch before the model sees it.
+"""Augments a training batch on the device.
 
-Random erasing of each image, then mixup or cutmix of the batch, as the authors'
-recipe has them (timm 0.4.12, `RandomErasing` and `Mixup`).
+Random erasing of each image, then mixup or cutmix of the batch, as in the
+authors' recipe (timm 0.4.12, `RandomErasing` and `Mixup`).
 
 Axis letters: B batch, H and W height and width, K classes.
 """
@@ -24,21 +24,23 @@ from spatial_mamba_jax.tasks.classification.config import (
 )
 from spatial_mamba_jax.tasks.classification.losses import smoothed_targets
 
+# Ranges of the erased box's share of the area, and of its height / width.
 _ERASED_AREA = (0.02, 1 / 3)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 _ERASING_ATTEMPTS = 10
-_QUANTILES = 2**16  # As many as a uint16 tells apart.
+# Number of quantiles that represent a Beta distribution; a uint16 is the index.
+_QUANTILES = 2**16
 
 
 def prepare(
   batch: Mapping[str, Array], key: Array, config: ClassificationConfig
 ) -> tuple[Float[Array, "B H W 3"], Float[Array, "B K"]]:
-  """Normalisation, random erasing, label smoothing, mixup and cutmix.
+  """Normalises, erases, smooths labels, and applies mixup or cutmix.
 
   Args:
     batch: "image", uint8 [B, H, W, 3], and "label", int32 [B].
-    key: of all draws.
-    config: how much of each.
+    key: random key.
+    config: the task's config.
 
   Returns:
     Normalised images and soft targets.
@@ -54,7 +56,7 @@ def prepare(
 
 
 def normalise(images: Array) -> Float[Array, "B H W 3"]:
-  """Bytes to floats with ImageNet's mean 0 and deviation 1."""
+  """Converts bytes to floats of mean 0 and deviation 1 over ImageNet."""
   mean = 255 * jnp.asarray(IMAGENET_MEAN, jnp.float32)
   std = 255 * jnp.asarray(IMAGENET_STD, jnp.float32)
   images = images.astype(jnp.float32)
@@ -68,8 +70,8 @@ def random_erasing(
 
   Args:
     images: normalised, so that noise is N(0, 1) in each pixel and channel.
-    key: of all draws.
-    probability: with which an image is chosen.
+    key: random key.
+    probability: probability of erasing in an image.
   """
   if not probability:
     return images
@@ -89,10 +91,10 @@ def random_erasing(
 def erased_boxes(
   key: Array, count: int, height: int, width: int
 ) -> tuple[Int[Array, " B"], ...]:
-  """Draws a box for each image, which is empty if no draw fits into it.
+  """Draws a box for each image; it is empty if none of ten draws fits.
 
-  The share of the area is uniform, the aspect ratio log-uniform, the place
-  uniform; of ten draws the first is taken that is smaller than the image.
+  The box's share of the area is uniform, its aspect ratio log-uniform, its
+  position uniform. The first of ten draws smaller than the image is taken.
 
   Returns:
     top, left, bottom and right, in pixels.
@@ -124,9 +126,9 @@ def mix(
   key: Array,
   config: MixingConfig,
 ) -> tuple[Float[Array, "B H W 3"], Float[Array, "B K"]]:
-  """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899) of a batch.
+  """Applies mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899) to a batch.
 
-  All images of a batch are mixed alike, image i with image B - 1 - i.
+  Image i is mixed with image B - 1 - i. All images share the same draw.
   """
   if not config.probability:
     return images, target
@@ -136,11 +138,11 @@ def mix(
   box_mask, box_lam = cutmix_box(cutmix_key, height, width, config.cutmix_alpha)
   is_cutmix = jax.random.bernoulli(switch_key, config.cutmix_probability)
   is_mixed = jax.random.bernoulli(mixed_key, config.probability)
-  # The share of its own that each pixel keeps.
-  kept = jnp.where(is_cutmix, 1 - box_mask, lam)
-  kept = jnp.where(is_mixed, kept, 1).astype(images.dtype)[None, :, :, None]
+  # The weight of an image itself, in each pixel.
+  own = jnp.where(is_cutmix, 1 - box_mask, lam)
+  own = jnp.where(is_mixed, own, 1).astype(images.dtype)[None, :, :, None]
   lam = jnp.where(is_mixed, jnp.where(is_cutmix, box_lam, lam), 1)
-  mixed = kept * images + (1 - kept) * images[::-1]
+  mixed = own * images + (1 - own) * images[::-1]
   lam = lam.astype(target.dtype)
   return mixed, lam * target + (1 - lam) * target[::-1]
 
@@ -148,13 +150,13 @@ def mix(
 def cutmix_box(
   key: Array, height: int, width: int, alpha: float
 ) -> tuple[Float[Array, "H W"], Float[Array, ""]]:
-  """Draws the box that cutmix takes from the partner.
+  """Draws the box that cutmix takes from the other image.
 
-  Its sides are the root of 1 - lambda of the image's, lambda ~ Beta(alpha,
-  alpha); its centre is uniform, and what reaches beyond the image is cut off.
+  Its sides are sqrt(1 - lambda) times the image's, with lambda ~ Beta(alpha,
+  alpha). Its centre is uniform, and it is clipped to the image.
 
   Returns:
-    1 within the box and 0 elsewhere; the share of the area outside of it.
+    A mask that is 1 in the box; and the share of the area outside of the box.
   """
   lam_key, row_key, column_key = jax.random.split(key, 3)
   side = jnp.sqrt(1 - _draw_beta(lam_key, alpha))
@@ -170,10 +172,10 @@ def cutmix_box(
 
 
 def _draw_beta(key: Array, alpha: float) -> Float[Array, ""]:
-  """A number of Beta(alpha, alpha).
+  """Draws from Beta(alpha, alpha), as one of many quantiles.
 
-  One of many quantiles, because `jax.random.beta` has loops of its own that are
-  a fifth of what there is to compile in a training step.
+  The loops of `jax.random.beta` would be a fifth of a training step's compile
+  time.
   """
   return jnp.asarray(_beta_quantiles(alpha), float)[
     jax.random.bits(key, (), jnp.uint16)
@@ -187,7 +189,7 @@ def _beta_quantiles(alpha: float) -> np.ndarray:
 
 
 def _inside(low: Int[Array, "*B"], high: Int[Array, "*B"], size: int) -> Array:
-  """Whether low <= index < high for the indices 0 to size - 1."""
+  """Returns whether low <= index < high, for the indices 0 to size - 1."""
   low, high = low[..., None], high[..., None]
   indices = with_rank_of(low, jnp.arange(size))
   return (low <= indices) & (indices < high)

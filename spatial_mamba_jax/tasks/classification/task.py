@@ -36,8 +36,8 @@ class Prepared(NamedTuple):
   """A batch that is ready for training.
 
   Attributes:
-    images: normalised.
-    target: the share of each class.
+    images: normalised images.
+    target: distributions over classes.
   """
 
   images: Float[Array, "B H W 3"]
@@ -69,10 +69,11 @@ class Classification:
     return SpatialMamba(self._model, rngs=rngs)
 
   def source(self, split: str) -> LabelledSource:
-    """The images of a split, which must have the network's number of classes.
+    """Opens the images of a split.
 
     Raises:
-      UserError: it has not, or there are no such images.
+      UserError: the number of classes differs from the network's, or the images
+        are missing.
     """
     source = open_source(self._data, split)
     if source.num_classes != self._config.num_classes:
@@ -84,8 +85,8 @@ class Classification:
     return source
 
   def examples(self) -> Any:
-    """Images with labels."""
-    # Here, because it needs Pillow.
+    """Returns the functions that turn records into labelled images."""
+    # Imported here, because it needs Pillow.
     from spatial_mamba_jax.data.labelled_images import LabelledImages
 
     return LabelledImages(self._config.num_classes, self._data)
@@ -101,7 +102,7 @@ class Classification:
     key: Array,
     teacher: Float[Array, "B K"] | None,
   ) -> Loss:
-    """Cross-entropy against the targets, and against the teacher's."""
+    """Computes the cross-entropy against the targets and the teacher."""
     logits = network(batch.images, rngs=nnx.Rngs(drop_path=key))
     value = jnp.mean(soft_cross_entropy(logits, batch.target))
     if teacher is not None:
@@ -111,25 +112,25 @@ class Classification:
     return Loss(value, {"correct": jnp.sum(hits)})
 
   def teach(self, network: Any, batch: Prepared) -> Float[Array, "B K"]:
-    """The probabilities of the classes."""
+    """Computes the probabilities of the classes."""
     return jax.nn.softmax(network(batch.images))
 
   def predict(self, network: Any, batch: Batch) -> dict[str, Array]:
-    """What the network makes of each image.
+    """Predicts the class of each image.
 
     Returns:
-      `label` [B]: the batch's own.
-      `predicted` [B]: the class that scores highest; -1 where there is not one,
-        for ties and for logits that are not finite.
-      `rank` [B]: the number of other classes that score no less than the label.
-      `loss` [B]: cross-entropy in nats; NaN where the logits are not finite.
-      `top_classes`, `top_probabilities` [B, M]: the likeliest classes.
+      `label` [B]: the true class, from the batch.
+      `predicted` [B]: the class that scores highest; -1 (undecided) for a tie,
+        and for logits that are not finite.
+      `rank` [B]: how many other classes score at least as high as the label.
+      `loss` [B]: cross-entropy in nats; NaN if the logits are not finite.
+      `top_classes`, `top_probabilities` [B, M]: the most probable classes.
     """
     logits = network(normalise(batch["image"]))
     log_probabilities = jax.nn.log_softmax(logits)
     label = batch["label"][:, None]
     loss = -jnp.take_along_axis(log_probabilities, label, axis=-1)[:, 0]
-    # NaN is not less than anything, so that it ranks before the label.
+    # NaN counts as scoring at least as high: no comparison with it is true.
     own = jnp.take_along_axis(logits, label, axis=-1)
     rank = jnp.sum(~(logits < own), axis=-1) - 1
     highest = jnp.max(logits, axis=-1, keepdims=True)
@@ -149,10 +150,10 @@ class Classification:
     }
 
   def meter(self, source: Source) -> ClassificationMeter:
-    """Gathers the predictions of all images."""
+    """Returns an empty meter for the predictions of all images."""
     assert isinstance(source, LabelledSource)
     return ClassificationMeter(source)
 
   def logged(self, sums: Mapping[str, float]) -> dict[str, float]:
-    """The accuracy on augmented images."""
+    """Returns the accuracy on augmented images."""
     return {"accuracy": sums["correct"] / sums["images"]}
