@@ -23,7 +23,7 @@ PAGES = (
 )
 # A comment before a block says why it is not run.
 BLOCK = re.compile(
-  r"^(?P<not_run><!-- not run: .+ -->\n)?"
+  r"^(?P<not_run><!-- not run: [^\n]+ -->\n)?"
   r"```(?P<language>\S+)\n(?P<code>.*?)^```$",
   re.MULTILINE | re.DOTALL,
 )
@@ -79,9 +79,9 @@ def check_names(text):
   """Modules, files, targets, attributes and config fields are there."""
   for module in re.findall(r"python -m ([\w.]+)", text):
     assert importlib.util.find_spec(module), module
-  for path in re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w/]+(?:\.\w+)?", text):
-    is_example = f"# {path}\n" in text
-    assert is_example or (ROOT / path).exists(), path
+  for path in re.findall(rf"(?<![\w/])(?:{FOLDERS})/(?!_)[\w/.-]*\w", text):
+    is_block = f"# {path}\n" in text
+    assert is_block or (ROOT / path).exists(), path
   targets = (ROOT / "Makefile").read_text()
   for target in re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE):
     assert f"\n{target}:" in targets, target
@@ -89,16 +89,19 @@ def check_names(text):
     value = {"smj": smj, "smk": smk}[name]
     for part in attribute.split(".")[1:]:
       value = getattr(value, part)
-  for field in re.findall(r"\bconfig\.(\w[\w.]*\w)", without_code(text)):
+  python = "".join(x["code"] for x in BLOCK.finditer(text) if is_python(x))
+  prose = BLOCK.sub(lambda x: "" if is_python(x) else x[0], text)
+  for field in re.findall(r"\bconfig\.(?!json\b)(\w[\w.]*\w)", prose):
     section = load_config(str(ROOT / "configs/digits.py"))
     for part in field.split("."):
+      if f"\n  {part}: " in python:  # A field of the page's own.
+        break
       assert part in {x.name for x in dataclasses.fields(section)}, field
       section = getattr(section, part)
 
 
-def without_code(text):
-  """A page without its Python, whose variables may be called `config`."""
-  return BLOCK.sub(lambda x: "" if x["language"] == "python" else x[0], text)
+def is_python(block):
+  return block["language"] == "python"
 
 
 def check_links(page):
