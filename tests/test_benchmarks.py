@@ -11,6 +11,7 @@ import pytest
 import spatial_mamba_kernels as smk
 
 from benchmarks import (
+  ablation,
   aot,
   device,
   hlo,
@@ -26,6 +27,7 @@ from benchmarks import (
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models import presets as models
+from spatial_mamba_jax.training.config_file import load_config
 from tests import broken_work
 
 
@@ -37,6 +39,14 @@ def test_work_is_the_papers(size, gmac):
   assert network.forward_flops(config, 224) == pytest.approx(
     2e9 * gmac, rel=0.01
   )
+
+
+@pytest.mark.parametrize("part", ablation.PARTS)
+def test_ablation_switches_each_part_off(part):
+  recipe = load_config("configs/digits_recipe.py")
+  changed = ablation.without(recipe, ablation.PARTS[part])
+  changed.validate()
+  assert (changed == recipe) == (part == "nothing")
 
 
 def run(main, monkeypatch, capsys, *arguments):
