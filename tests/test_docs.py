@@ -76,7 +76,7 @@ def run_shell(code):
 
 
 def check_names(text):
-  """Modules, files, targets, attributes and config fields are there."""
+  """Checks modules, files, targets, attributes and config fields."""
   for module in re.findall(r"python -m ([\w.]+)", text):
     assert importlib.util.find_spec(module), module
   for path in re.findall(rf"(?<![\w/])(?:{FOLDERS})/(?!_)[\w/.-]*\w", text):
