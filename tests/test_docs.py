@@ -48,8 +48,9 @@ def run_page(text, monkeypatch, folder):
     if language == "python":
       file = FILE.match(code)
       if file:
-        module = types.ModuleType(file[1].replace("/", "."))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+        name = file[1].removeprefix("kernels/").replace("/", ".")
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
         run_file(code, vars(module))
       else:
         exec(compile(code, "block", "exec"), namespace)
