@@ -1,9 +1,9 @@
-"""What each part of the recipe does: `python -m benchmarks.ablation`.
+"""Trains without each part of the recipe: `python -m benchmarks.ablation`.
 
-Trains `configs/digits_recipe.py` as it is, and with each part off, and prints a
-table. Runs are kept in --workdir; the same command goes on where it stopped.
-The digits are few and easy: a row that differs by one image differs by 0.34%,
-so this shows that every part works, and not what it is worth on ImageNet.
+Trains `configs/digits_recipe.py` complete and with each part off, and prints a
+table. Runs are kept in --workdir; the same command resumes them. One validation
+image is 0.34%, so the table shows that every part works, and not what it brings
+on ImageNet.
 """
 
 import argparse
@@ -16,20 +16,20 @@ from collections.abc import Iterator
 from spatial_mamba_jax.training.config import TrainConfig
 from spatial_mamba_jax.training.loop import train
 
-# What is off, and the fields that turn it off.
+# {part: {field: the value that switches the part off}}.
 PARTS: dict[str, dict[str, float]] = {
   "nothing": {},
   "RandAugment": {"data.randaugment_operations": 0},
-  "random erasing": {"erasing_probability": 0.0},
-  "mixup": {"mixing.cutmix_probability": 1.0},
-  "cutmix": {"mixing.cutmix_probability": 0.0},
-  "mixup and cutmix": {"mixing.probability": 0.0},
-  "label smoothing": {"label_smoothing": 0.0},
+  "random erasing": {"task.erasing_probability": 0.0},
+  "mixup": {"task.mixing.cutmix_probability": 1.0},
+  "cutmix": {"task.mixing.cutmix_probability": 0.0},
+  "mixup and cutmix": {"task.mixing.probability": 0.0},
+  "label smoothing": {"task.label_smoothing": 0.0},
   "drop path": {"model.drop_path_rate": 0.0},
   "MESA": {"mesa_weight": 0.0},
 }
 
-# Column -> the kind of record and its value.
+# {column: (kind of the log record, name of its value)}.
 COLUMNS = {
   "top-1": ("evaluation", "top1"),
   "top-1, raw weights": ("evaluation_raw", "top1"),
@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 def main() -> None:
-  """Trains what is not trained yet, and prints the table."""
+  """Trains the runs that are not complete, and prints the table."""
   arguments = _parse()
   recipe = runpy.run_path(arguments.config)["get_config"]()
   print("| off | " + " | ".join(COLUMNS) + " |")
@@ -78,7 +78,7 @@ def without(recipe: TrainConfig, values: dict[str, float]) -> TrainConfig:
 
 
 def _row(logs: list[pathlib.Path]) -> Iterator[str]:
-  """The last values of the runs, each seed's."""
+  """The last value of each column, for every seed."""
   for kind, name in COLUMNS.values():
     last = [
       [r[name] for r in _records(log) if r["kind"] == kind][-1] for log in logs

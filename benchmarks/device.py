@@ -1,17 +1,17 @@
-"""Measures this project on the machine at hand: `python -m benchmarks.device`.
+"""Measures this project on this machine: `python -m benchmarks.device`.
 
-It checks every kernel's values and gradients against the reference, measures
-how fast the device copies and multiplies, times the operators at the stages of
-the tiny model, inference and the training step of tiny, small and base, and
-PyTorch's networks of the same size where they are installed. `timing` has the
-protocol. After `--minutes` nothing more is begun, and what is left out listed.
-What fails, for want of memory say, is listed with its error; the rest goes on,
-in a new process where it crashed or hung.
+It measures how fast the device copies and multiplies. It times inference and
+the training step of tiny, small and base, and PyTorch networks of the same size
+if they are installed. It compares every kernel's values and gradients with the
+reference, and times the operators at the stages of the tiny model. `timing` has
+the protocol. After `--minutes` it starts no further measurement, and lists
+those that it leaves out. It lists a measurement that fails with the error, and
+continues, in a new process after a crash or a hang.
 
-It writes one JSON file, by default into `benchmarks/results`, of which `python
--m benchmarks.table` makes the tables of `docs/measurements.md`. Needed are jax,
-flax and optax. On a CPU it measures less: the tiny network and the operators of
-one stage, in float32 (`--scale`).
+It writes one JSON file, by default into `benchmarks/results`. `python -m
+benchmarks.table` prints it as the tables of `docs/measurements.md`. It needs
+jax, flax and optax. On a CPU it measures less: the tiny network and the
+operators of one stage, in float32 (`--scale`).
 """
 
 import argparse
@@ -27,12 +27,12 @@ from typing import Any
 from benchmarks import processes, sections
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-# For something to be compiled and measured, before it is taken to hang.
+# Seconds without a message after which a measurement counts as hung.
 PATIENCE_SECONDS = 180
 
 
 def main() -> None:
-  """Measures, and writes what was measured; status 1 where something failed."""
+  """Measures and writes the record; exits with status 1 if anything failed."""
   arguments = _parse()
   if arguments.output:
     _make_room(arguments.output)
@@ -49,17 +49,17 @@ def main() -> None:
 
 @dataclasses.dataclass
 class Record:
-  """What was measured, and the file that has it at each moment.
+  """The measurements so far, and the file that holds them.
 
   Attributes:
-    file: None for one named after the device.
-    machine: what speed may depend on.
-    rows: {section: what was measured}.
-    begun: labels of what was measured, or is.
-    measuring: the label of what is.
-    together: whether programs are compiled several at once.
-    left_out: labels of what was not.
-    failed: {label: why}.
+    file: the JSON file; None for one named after the device.
+    machine: properties on which speed may depend.
+    rows: {section: its measurements}.
+    begun: labels of measurements that were started.
+    measuring: label of the running measurement.
+    together: whether several programs are compiled at once.
+    left_out: labels of measurements that were not started.
+    failed: {label: reason}.
   """
 
   file: pathlib.Path | None
@@ -74,7 +74,7 @@ class Record:
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def measure(self, section: str, scale: str | None, deadline: float) -> bool:
-    """Adds what one process measures of a section; returns whether it is all.
+    """Measures a section in one process; returns whether it is complete.
 
     For the arguments see `sections.work`.
     """
@@ -99,13 +99,13 @@ class Record:
     return True
 
   def _is_over(self, section, why):
-    """Whether nothing is left to try, of a section whose process has ended."""
+    """Returns whether a section is over after its process has crashed."""
     label, self.measuring = self.measuring, None
     if label is None and self.together:
-      # Something that was compiled: one at a time it can be told which.
+      # A compilation crashed; compiled one by one, the label will be known.
       self.together = False
       return False
-    # A failure may have been sent, and say more.
+    # A failure that the process sent says more.
     self.failed.setdefault(label or section, why)
     self._write()
     return label is None
@@ -134,7 +134,7 @@ class Record:
       "left_out": self.left_out,
       "failed": self.failed,
     }
-    # At once, because this process may end at any moment, too.
+    # Replaced atomically, because this process may end at any moment.
     whole = self.file.with_suffix(".part")
     whole.write_text(json.dumps(everything, indent=1) + "\n")
     os.replace(whole, self.file)
@@ -167,7 +167,7 @@ def _parse():
   parser.add_argument(
     "--scale",
     choices=sections.SCALES,
-    help="how large what is measured is; default: by what is there",
+    help="sizes to measure; default: by the device",
   )
   parser.add_argument("--minutes", type=float, default=6.5)
   parser.add_argument(

@@ -1,7 +1,7 @@
-"""GPUs to compile for where there is none, as XLA wants them described.
+"""Describes GPUs to XLA, to compile for them without the device.
 
-What a program is compiled to depends on these numbers: they are the vendor's
-for the boards named, as a device of that kind reports them.
+XLA's choices depend on these properties. They are the vendor's for the named
+boards, as the device reports them.
 """
 
 
@@ -18,7 +18,7 @@ def _describe(
   memory: int,
 ) -> str:
   major, minor = capability.split(".")
-  # Those of Hopper and later need to be asked for (sm_90a).
+  # Features of Hopper and later must be enabled (sm_90a).
   features = "ACCELERATED_FEATURES" if int(major) >= 9 else "NONE"
   fpus = 64 if capability == "8.0" else 128
   return f"""

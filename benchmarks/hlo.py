@@ -1,8 +1,9 @@
-"""What a compiled program moves through device memory, read off its text.
+"""Counts the bytes that a compiled program moves, from its HLO text.
 
-An instruction that is launched reads its operands and writes its result; what
-it merely slices it reads, and what it updates in place it writes, in part. A
-loop's body counts as often as it runs, a branch as the costliest.
+A launched instruction reads its operands and writes its result. Of an operand
+that it slices it reads the slice; of a result that it updates in place it
+writes the update. A loop's body counts once for each iteration. A conditional
+counts as its costliest branch.
 """
 
 import collections
@@ -22,18 +23,18 @@ _CALLED = re.compile(
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
-# Nothing is launched for these.
+# Opcodes that launch nothing.
 _FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
   *("after-all", "partition-id", "replica-id", "optimization-barrier"),
   *("iota", "domain", "add-dependency"),
 }
-# Nor for custom calls to these: memory that nothing has written yet, and slices
-# that a TPU has copied to where they lie side by side.
+# Custom calls that launch nothing: an uninitialised buffer, and slices that a
+# TPU has already copied next to each other.
 _FREE_CALL = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 
 _SLICES = ("slice", "dynamic-slice", "gather")
-# Copies while other instructions run, which give what they copy along.
+# Asynchronous copies, whose result includes their operand.
 COPY_STARTS = ("copy-start", "slice-start")
 
 
@@ -42,15 +43,15 @@ class Instruction:
   """One line of a computation.
 
   Attributes:
-    name: in its computation.
-    opcode: what it does.
-    size: of its result in device memory, in bytes; of a copy that it starts,
-      what is read and written there.
-    extent: of its result in bytes, wherever it lies.
-    operands: names of what it reads.
-    called: computations that it runs, by the attribute that names them.
-    line: all that is written of it after its operands.
-    is_root: it is its computation's result.
+    name: its name, unique in the computation.
+    opcode: its operation.
+    size: bytes of its result in device memory; for the start of a copy, bytes
+      read and written there.
+    extent: bytes of its result in any memory.
+    operands: names of its operands.
+    called: {attribute: computations that it runs}.
+    line: its text after the operands.
+    is_root: whether it is the result of its computation.
   """
 
   name: str
@@ -68,11 +69,11 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """An instruction as the device runs it.
+  """An instruction that the device runs.
 
   Attributes:
-    instruction: which one.
-    size: bytes read and written, each time.
+    instruction: the instruction.
+    size: bytes read and written each time.
     times: how often it runs.
   """
 
@@ -98,15 +99,15 @@ class Program:
     self._entry = entry
 
   def __contains__(self, name: str) -> bool:
-    """Whether one of its instructions has this name, loops among them."""
+    """Returns whether an instruction has this name, including loops."""
     return any(name in body for body in self._computations.values())
 
   def launches(self) -> list[Launch]:
-    """All that runs, in the order in which it is written."""
+    """Returns everything that runs, in the order of the text."""
     return self._of(self._entry)
 
   def functions(self, instruction: Instruction) -> tuple[str, ...]:
-    """Who made it: scopes and then functions of Python, the innermost first."""
+    """Returns its scopes, then its Python functions, the innermost first."""
     scopes = re.search(r'op_name="([^"]*)"', instruction.line)
     names = scopes[1].split("/")[::-1] if scopes else ()
     return *names, *self._frames.functions(instruction.line)
@@ -142,7 +143,7 @@ class Program:
   def _trips(self, loop):
     if known := _TRIPS.search(loop.line):
       return int(known[1])
-    # A TPU's program does not say it, but JAX counts from 0 to a constant.
+    # A TPU's program has no trip count, but JAX counts from 0 to a constant.
     condition = self._computations[loop.called["condition"][0]]
     for end in condition.values():
       if end.is_root and end.opcode == "compare" and "direction=LT" in end.line:
@@ -164,15 +165,16 @@ class Program:
       (body,) = instruction.called["calls"]
       reads, size = self._fused(body)
       return int(size + sum(x * y for x, y in zip(reads, sizes, strict=True)))
-    # What it is given twice it reads once.
+    # An operand that is given twice is read once.
     distinct = dict(zip(instruction.operands, sizes, strict=True))
     return instruction.size + sum(distinct.values())
 
   @functools.cache  # noqa: B019  As above.
   def _fused(self, computation):
-    """Of a fusion: which share of each operand it reads, and what it writes."""
+    """Returns the share of each operand that a fusion reads; bytes written."""
     body = self._computations[computation]
-    # Of each value a share: slices add up; all else is taken to need the same.
+    # {value: the share needed}. Shares of slices add up; any other use needs
+    # the same share as its result.
     needed = collections.defaultdict(float)
     sliced = collections.defaultdict(float)
     reads, written = {}, sum(x.size for x in body.values() if x.is_root)
@@ -181,13 +183,13 @@ class Program:
       share = max(instruction.is_root, needed[name], min(sliced[name], 1.0))
       shares, new = [1.0] * len(operands), instruction.size
       if instruction.opcode == "parameter":
-        place = re.match(r"\d+", instruction.line)
-        assert place is not None
-        reads[int(place[0])] = share
+        index = re.match(r"\d+", instruction.line)
+        assert index is not None
+        reads[int(index[0])] = share
       elif instruction.opcode in _SLICES:
         shares[0] = instruction.extent / max(body[operands[0]].extent, 1)
       elif instruction.opcode == "dynamic-update-slice":
-        # In place, as in a loop that fills an array step by step.
+        # It is in place, as in a loop that fills an array step by step.
         shares[0], new = 0.0, body[operands[1]].extent
       elif instruction.opcode == "fusion":
         (nested,) = instruction.called["calls"]
@@ -199,16 +201,16 @@ class Program:
           sliced[operand] += share * part
         else:
           needed[operand] = max(needed[operand], share)
-    return [reads[place] for place in sorted(reads)], max(written, 0)
+    return [reads[index] for index in sorted(reads)], max(written, 0)
 
 
 def total_bytes(launches: list[Launch]) -> int:
-  """Read and written by all of them."""
+  """Returns the bytes that all of them read and write."""
   return sum(launch.size * launch.times for launch in launches)
 
 
 def estimated_cycles(launches: list[Launch]) -> int:
-  """What a TPU's compiler expects of all but kernels and copies."""
+  """Returns the cycles that a TPU's compiler estimates, but for kernels."""
   estimates = [
     (_CYCLES.search(launch.instruction.line), launch.times)
     for launch in launches
@@ -217,7 +219,7 @@ def estimated_cycles(launches: list[Launch]) -> int:
 
 
 def total_launches(launches: list[Launch]) -> int:
-  """How often the device is asked to run something."""
+  """Returns the number of launches."""
   return sum(launch.times for launch in launches)
 
 
@@ -246,7 +248,7 @@ def _end_of_type(text):
 
 
 def _matching(text):
-  """Where the bracket closes that was open before."""
+  """Returns the index of the bracket that closes an open one."""
   depth = 1
   for match in re.finditer(r"[()]", text):
     depth += 1 if match[0] == "(" else -1
@@ -256,13 +258,13 @@ def _matching(text):
 
 
 def _bytes(kind):
-  """Of a type; not of what a TPU keeps in its own memory."""
+  """Returns the bytes of a type in device memory, without a TPU's own."""
   arrays = _ARRAY.findall(kind)
   return sum(map(_array_bytes, filter(_is_in_device_memory, arrays)))
 
 
 def _copied(kind):
-  """By a copy of this type: of its two arrays the smaller is what it copies."""
+  """Returns the bytes that a copy reads and writes in device memory."""
   arrays = _ARRAY.findall(kind)[:2]
   size = min(map(_array_bytes, arrays))
   return size * sum(map(_is_in_device_memory, arrays))
@@ -275,13 +277,13 @@ def _array_bytes(array):
 
 
 def _is_in_device_memory(array):
-  # A TPU has its vector memory as S(1), and a smaller one as S(2).
+  # S(1) is a TPU's vector memory, S(2) a smaller one.
   *_, layout = array
   return "S(1)" not in layout and "S(2)" not in layout
 
 
 class _Frames:
-  """The tables of a program's text that say who made an instruction."""
+  """The tables of a program's text that name the source of instructions."""
 
   def __init__(self, text):
     self._functions = dict(

@@ -1,10 +1,10 @@
-"""How fast files become training batches: `python -m benchmarks.input`.
+"""Times the input pipeline: `python -m benchmarks.input`.
 
-Times each stage of the pipeline by itself on one thread, then the pipeline as
-training runs it, in processor seconds an image, so that other work on the
-machine counts little; the best of several rounds is taken. What no pipeline
-could do without is Pillow's decoding and resizing alone, of the same crops of
-the same files. Last, the pipeline with a worker process a core, by the clock.
+It times each stage alone on one thread, then the pipeline as training runs it,
+in processor seconds an image, so that other work on the machine counts little;
+it takes the best of several rounds. The lower bound is Pillow's decoding and
+resizing alone, of the same crops of the same files. Last, it times the pipeline
+with one worker process a core, by wall clock.
 
 Without --data_dir, it reads noise of ImageNet's average size (500 x 375 pixels,
 some 110 kB), prepared as TFDS's imagenet2012.
@@ -41,7 +41,7 @@ from spatial_mamba_jax.training.config import MeshConfig
 from spatial_mamba_jax.training.sharding import make_mesh, shard_batch
 
 ROUNDS = 3
-# Of so few that grain's shuffle is no longer cheap, it would be what is timed.
+# Images of the synthetic dataset. With fewer, grain's shuffle would dominate.
 SYNTHETIC_IMAGES = 1024
 DISTINCT = 64
 
@@ -88,11 +88,11 @@ def _parse() -> argparse.Namespace:
 
 
 def measure(config: DataConfig, images: int, batch_size: int) -> dict[str, Any]:
-  """Every stage and the whole.
+  """Measures every stage and the whole pipeline.
 
   Args:
     config: the data and transforms.
-    images: timed in each round.
+    images: images to time in each round.
     batch_size: images in a batch.
   """
   source = open_source(config, "train")
@@ -117,7 +117,7 @@ def measure(config: DataConfig, images: int, batch_size: int) -> dict[str, Any]:
 def time_stages(
   source: Source, config: DataConfig, images: int, batch_size: int
 ) -> dict[str, float]:
-  """Processor seconds an image of each stage by itself."""
+  """Measures processor seconds an image of each stage alone."""
   rng = np.random.default_rng(0)
   order = rng.integers(len(source), size=images).tolist()
   files = [source[index]["image"] for index in order]
@@ -164,7 +164,7 @@ def _processor_seconds(call: Callable[[], Any]) -> float:
 def time_pipeline(
   source: Source, config: DataConfig, images: int, batch_size: int
 ) -> float:
-  """Processor seconds an image of what training runs, all threads' together."""
+  """Measures processor seconds an image of the pipeline, over all threads."""
   count = max(1, images // batch_size)
   with train_batches(source, config, batch_size=batch_size, seed=0) as batches:
 
@@ -184,9 +184,9 @@ def workers_speed(
   batch_size: int,
   workers: int,
 ) -> float:
-  """Images a second, by the clock, of a worker process a core."""
+  """Measures images a second, by wall clock, with worker processes."""
   config = dataclasses.replace(config, num_workers=workers)
-  # Until every worker has started, and none lives on what it had kept ready.
+  # Enough batches for every worker to start and to use up its prefetched ones.
   ready = workers * (config.prefetch + 1)
   count = max(ready, images // batch_size)
   with train_batches(source, config, batch_size=batch_size, seed=0) as batches:
@@ -208,7 +208,7 @@ def write_imagenet(data_dir: pathlib.Path, count: int) -> None:
     for index in range(images):
       path = tree / split / "n00000000" / f"{split}_{index:08d}.JPEG"
       path.write_bytes(files[index % len(files)])
-  # TFDS tells of its progress.
+  # TFDS prints its progress.
   with (
     open(os.devnull, "w") as nowhere,
     contextlib.redirect_stderr(nowhere),

@@ -1,9 +1,9 @@
-"""Which kind of layer made an instruction of a compiled program."""
+"""Maps an instruction of a compiled program to the kind of its layer."""
 
 from benchmarks import hlo
 
-# By the first of a launch's scopes and functions, the innermost first, that
-# begins so.
+# {prefix: kind of layer}. The innermost scope or function with one of these
+# prefixes decides.
 _KINDS = {
   "structure_aware_ssm": "structure-aware SSM",
   "depthwise_conv": "depthwise convolutions",
@@ -50,7 +50,7 @@ _KINDS = {
 
 
 def kind(program: hlo.Program, instruction: hlo.Instruction) -> str:
-  """What a reader of a table calls it; "other" for what no layer made."""
+  """Returns the kind of layer for tables; "other" if no layer made it."""
   for function in program.functions(instruction):
     for beginning, name in _KINDS.items():
       if function.startswith(beginning):

@@ -1,7 +1,7 @@
-"""Speed and memory of a model: `python -m benchmarks.model`.
+"""Measures speed and memory of a model: `python -m benchmarks.model`.
 
-Prints the time to compile, images a second of inference and of the training
-step, the share of the matrix-multiplication rate measured in the same process,
+Prints the compile time, images a second of inference and of the training step,
+the share of the matrix-multiplication rate measured in the same process,
 and the peak memory of the compiled programs. `timing` has the protocol.
 """
 

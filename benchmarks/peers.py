@@ -1,8 +1,8 @@
-"""The speed of PyTorch's networks of the same size, where it is installed.
+"""Measures the speed of PyTorch networks of the same size.
 
-ConvNeXt-T and Swin-T of timm, in bfloat16 autocast, channels last, compiled by
-`torch.compile`; training by AdamW, of float images, without the augmentations
-and the drop path of this project's step. The protocol is that of `timing`.
+These are ConvNeXt-T and Swin-T of timm, channels last, compiled by
+`torch.compile`, in autocast for bfloat16. They train on float images by AdamW,
+without this project's augmentations and drop path. `timing` has the protocol.
 
     python -m benchmarks.peers --batch-size 8 --device cpu --dtype float32
 """
@@ -37,7 +37,7 @@ def main() -> None:
 def measure(
   batch_size: int, device: str, dtype: str, models: Any = MODELS
 ) -> Iterator[dict[str, Any]]:
-  """Images a second of inference and of the training step, at 224.
+  """Measures images a second of inference and of the training step, at 224.
 
   Raises:
     ImportError: torch or timm is not installed.
@@ -46,7 +46,7 @@ def measure(
   import torch  # pyright: ignore[reportMissingImports]
 
   torch.set_float32_matmul_precision("high")
-  # As XLA does, it tries what is fastest.
+  # It selects the fastest algorithms by trial, as XLA does.
   torch.backends.cudnn.benchmark = True
   images = torch.randn(batch_size, 3, 224, 224, device=device)
   images = images.to(memory_format=torch.channels_last)

@@ -1,36 +1,36 @@
-"""Work in a process of its own, because it may crash, or never end.
+"""Runs work in a process of its own, because it may crash or hang.
 
-After its first access out of bounds a GPU computes nothing more for a process,
-and a kernel that waits for what does not come waits forever.
+After an access out of bounds, a GPU computes nothing more for its process. A
+kernel that waits for a signal that never comes never ends.
 """
 
 import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# For a process that has done its work, or crashed, to let go of the device.
+# Seconds for a finished or crashed process to release the device.
 SECONDS_TO_END = 10
 
 
 class EndedError(Exception):
-  """The process did not come to the end of its work."""
+  """The process ended before its work did."""
 
 
 def messages(work: Callable[..., None], *, patience: float) -> Iterator[Any]:
-  """What `work(send)` sends, as it comes.
+  """Yields each message that `work(send)` sends.
 
   Args:
-    work: what another process can import.
-    patience: seconds to wait for each message before the process is ended.
+    work: a function that another process can import.
+    patience: seconds to wait for each message before the process is killed.
 
   Raises:
-    EndedError: it was, or crashed.
+    EndedError: the process was killed, or crashed.
   """
   context = multiprocessing.get_context("spawn")
   receiver, sender = context.Pipe(duplex=False)
   process = context.Process(target=_work, args=(work, sender))
   process.start()
-  # So that none holds it but the process.
+  # The pipe must close when the process ends.
   sender.close()
   try:
     while (message := _receive(receiver, process, patience)) is not None:
@@ -51,7 +51,7 @@ def _receive(receiver, process, patience):
   try:
     if receiver.poll(patience):
       return receiver.recv()
-  # A process that is killed may have sent half a message.
+  # A killed process may have sent half a message.
   except (EOFError, OSError) as error:
     process.join(SECONDS_TO_END)
     why = f"its process ended with status {process.exitcode}"

@@ -1,14 +1,14 @@
-"""Where time goes on the machine at hand, by kind of layer.
+"""Measures where time goes on this machine, by kind of layer.
 
     python -m benchmarks.profile
 
-JAX's profiler times every instruction of inference and of the training step;
-what a kind of layer takes stands beside the bytes that it moves, as `hlo`
-counts them. Times are those of the instructions: on a GPU or TPU what is
-missing to the time of a call is time in which the device waits, and on a CPU,
-whose cores work at once, they may add up to more.
+JAX's profiler times every instruction of inference and of the training step.
+The tables give the time of each kind of layer and the bytes that it moves, as
+`hlo` counts them. On a GPU or TPU, the times add up to less than the time of a
+call, because the device also waits. On a CPU they may add up to more, because
+cores run instructions in parallel.
 
-Needed are jax, flax and optax.
+It needs jax, flax and optax.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks import hlo, kinds, network
 
 CALLS = 3
 LONGEST = 20
-# {a profile's device: how those of its lines begin that have instructions}
+# {device in a profile: prefix of its lines that hold instructions}.
 _LINES = {
   "/device:GPU:0": "Stream",
   "/device:TPU:0": "XLA Ops",
@@ -39,12 +39,12 @@ _LINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """Of a table, for a call.
+  """A row of a table; figures are for one call.
 
   Attributes:
-    name: of what it is about.
-    seconds: in which instructions ran.
-    launches: how many.
+    name: the kind of layer, or the instruction.
+    seconds: time in which its instructions ran.
+    launches: number of its instructions.
     size: bytes that they move.
   """
 
@@ -57,7 +57,7 @@ class Row:
 def main() -> None:
   """Prints two Markdown tables for each program: by kind, and the longest."""
   arguments = _parse()
-  # A GPU's graph of kernels would be one launch.
+  # A command buffer would be a single launch.
   flags = os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
   config = network.experiment(
@@ -83,10 +83,10 @@ def main() -> None:
 
 
 def profile(call: Callable[[], Any]) -> tuple[float, dict[str, float]]:
-  """Seconds of a call, and {instruction: seconds in which it ran}.
+  """Returns seconds of a call, and {instruction: seconds in which it ran}.
 
   Args:
-    call: queues a program, and returns what it will compute.
+    call: queues a program and returns its results.
   """
   jax.block_until_ready(call())
   options = jax.profiler.ProfileOptions()
@@ -105,7 +105,7 @@ def profile(call: Callable[[], Any]) -> tuple[float, dict[str, float]]:
 
 
 def sum_spans(profiled: Any) -> dict[str, float]:
-  """{instruction: seconds of a call} of the first device; a CPU is the host.
+  """Returns {instruction: seconds of a call} of the first device, or the CPU.
 
   Args:
     profiled: a `jax.profiler.ProfileData` of `CALLS` calls.
@@ -124,7 +124,7 @@ def sum_spans(profiled: Any) -> dict[str, float]:
 def _instruction(event, device):
   name = dict(event.stats).get("hlo_op")
   if name is None and device != "/host:CPU":
-    # A TPU's are named by the whole of it, a library's kernels as they are.
+    # A TPU's event is named by the whole instruction, a kernel's by itself.
     name = re.sub(r"^%([\w.\-]+) = .*", r"\1", event.name, flags=re.S)
   return name
 
@@ -132,13 +132,13 @@ def _instruction(event, device):
 def rows(
   program: hlo.Program, spans: dict[str, float]
 ) -> tuple[list[Row], list[Row]]:
-  """Of each kind of layer, and of each instruction, the longest first.
+  """Returns rows by kind of layer and by instruction, the longest first.
 
   Args:
-    program: what was profiled.
-    spans: {instruction: seconds}. Loops and branches, which instructions run
-      in, are left out; what else the program does not have, a library's kernel
-      say, is of the kind "unknown".
+    program: the profiled program.
+    spans: {instruction: seconds}. Loops and branches are left out, because
+      their instructions count. A name that the program lacks, such as a
+      library's kernel, is of the kind "unknown".
   """
   by_kind = collections.defaultdict(list)
   launched = {x.instruction.name: x for x in program.launches()}

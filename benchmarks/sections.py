@@ -1,4 +1,4 @@
-"""What `benchmarks.device` measures: the machine, and section by section."""
+"""Measures the machine and each section for `benchmarks.device`."""
 
 import concurrent.futures
 import dataclasses
@@ -20,29 +20,29 @@ import jax.numpy as jnp
 from benchmarks import network, operators, peers, timing
 from spatial_mamba_jax.training import provenance
 
-# What speed may depend on.
+# Packages and variables on which speed may depend.
 PACKAGES = (
   *("jax", "jaxlib", "flax", "optax"),
   *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"),
 )
 ENVIRONMENT = ("GLIBC_TUNABLES", "JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS")
-# Programs compiled at once: what more of them try out on a GPU would wait.
+# Programs compiled at once. More would wait for each other's autotuning on a
+# GPU.
 COMPILING = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """How large what is measured is.
+  """The sizes to measure.
 
   Attributes:
     stages: (H = W, D) of the operators.
-    batch_sizes: of the operators.
-    networks: (model, size of the images, implementation; none for the best), at
-      the first of the batch sizes.
-    dtype: of the networks, of their peers and of the product.
-    peers: names of PyTorch's networks.
-    matmul: rows and columns of the product whose rate is measured.
-    copy: bytes copied.
+    batch_sizes: batch sizes of the operators; networks use the first.
+    networks: (model, image size, implementation); "" for the platform's best.
+    dtype: precision of networks, peers and matrix product.
+    peers: names of PyTorch networks.
+    matmul: rows and columns of the matrix product.
+    copy: bytes to copy.
   """
 
   stages: tuple[tuple[int, int], ...]
@@ -109,19 +109,19 @@ def work(
   """Measures a section.
 
   Args:
-    send: takes pairs: "machine" and its description; "compiled" and a number;
-      "begin" and a label; "row" and what was measured; "failed" and {label: why
-      there are no more rows}; "end" and the label; "left_out" and a label.
+    send: takes pairs: "machine" and its description; "compiled" and the number
+      of compiled programs; "begin" and a label; "row" and a measurement;
+      "failed" and {label: reason}; "end" and a label; "left_out" and a label.
     section: one of `SECTIONS`.
-    scale: one of `SCALES`; None for what the device can do.
-    machine: as it was sent before, or empty.
+    scale: one of `SCALES`; None to choose by the device.
+    machine: the description that was sent before, or empty.
     begun: labels that were sent before.
-    together: whether programs are compiled several at once, before what needs
-      them is begun.
-    deadline: Unix time after which nothing is begun.
+    together: whether several programs are compiled at once, before they are
+      measured.
+    deadline: Unix time after which no measurement is started.
 
   Raises:
-    Exception: what failed last, after which the device computes nothing more.
+    Exception: the last failure, after which the device computes nothing more.
   """
   if section == "peers":
     # JAX would take most of a GPU's memory from PyTorch.
@@ -145,7 +145,7 @@ def work(
     try:
       for row in task():
         send(("row", row))
-    # Whatever it was: a machine's time is too dear to lose the rest.
+    # Any failure: the other measurements must not be lost.
     except Exception as error:
       send(("failed", {label: f"{type(error).__name__}: {error}"}))
       if section == "peers" or not _computes():
@@ -155,7 +155,7 @@ def work(
 
 
 def _computes():
-  """Whether the device does, which no failure has kept from it."""
+  """Returns whether the device still computes."""
   try:
     jax.block_until_ready(jnp.zeros(8) + 1)
   except jax.errors.JaxRuntimeError:
@@ -164,7 +164,7 @@ def _computes():
 
 
 def _describe_machine(scale):
-  """Where and with what all that follows was measured."""
+  """Returns the properties of the machine on which speed may depend."""
   device = jax.devices()[0]
   scale = scale or ("cpu" if device.platform == "cpu" else "accelerator")
   sizes = SCALES[scale]
@@ -188,7 +188,7 @@ def _describe_machine(scale):
   }
 
 
-# What to call it, and what measures it; None where nothing can.
+# A label, and the function that measures; None where it cannot be measured.
 Task = tuple[str, Callable[[], Iterable[dict[str, Any]]] | None]
 
 
@@ -235,9 +235,9 @@ def _compile_together(
   whats: Collection[tuple[Any, ...]],
   send: Send,
 ) -> Callable[..., Any]:
-  """What `compile_one` made of each; nothing is compiled any more when it is.
+  """Compiles all programs, and returns a function that looks one up.
 
-  So that while something is timed, nothing is compiled.
+  Nothing is compiled while a program is timed.
   """
   with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
     futures = {x: pool.submit(compile_one, *x) for x in whats}
@@ -286,5 +286,5 @@ def _operators(machine, begun, compiled_of) -> Iterator[Task]:
       )
 
 
-# In the order in which they are measured, the longest last.
+# {section: its measurements}, in order, the longest last.
 SECTIONS = {"networks": _networks, "peers": _peers, "operators": _operators}

@@ -1,8 +1,8 @@
-"""The tables of a device, as `docs/measurements.md` has them.
+"""Prints the tables of a device for `docs/measurements.md`.
 
     python -m benchmarks.table FILE
 
-FILE is what `benchmarks.device` wrote.
+FILE was written by `benchmarks.device`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main() -> None:
-  """Prints Markdown."""
+  """Prints the tables in Markdown."""
   parser = argparse.ArgumentParser(prog="python -m benchmarks.table")
   parser.add_argument("file", type=pathlib.Path)
   file = parser.parse_args().file
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def networks(record: dict[str, Any]) -> Iterator[str]:
-  """What was measured where, and the networks' table."""
+  """Yields the machine, the table of the networks, and remarks."""
   versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
   commit = record["commit"]
   yield (
@@ -85,9 +85,10 @@ def _remarks(record):
 
 
 def operators(rows: list[dict[str, Any]]) -> Iterator[str]:
-  """A line for each operator, precision and batch size; its stages in cells.
+  """Yields a line for each operator, precision and batch size.
 
-  Of the default; its rival is XLA's form, of a scan the associative one.
+  A cell lists the stages. The default is compared with XLA's form, which is the
+  associative one for a scan.
   """
   of = {(*_case(row), row["implementation"], _stage(row)): row for row in rows}
   stages = sorted({_stage(row) for row in rows}, reverse=True)
@@ -127,14 +128,14 @@ def operators(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _error(rows):
-  """The default's greatest, and who was found wrong."""
+  """Returns the default's largest error, and the implementations in error."""
   errors = [
     error
     for row in rows
     if row["implementation"] == "default"
     for error in row["errors"].values()
   ]
-  # One that is no number is the greatest.
+  # NaN counts as the largest.
   greatest = max(errors, key=lambda x: (x != x, x), default=math.nan)
   wrong = {row["implementation"] for row in rows if not row["ok"]}
   return " ".join([f"{greatest:.0e}", *(f"**{x} is wrong**" for x in wrong)])
@@ -149,7 +150,7 @@ def _stage(row):
 
 
 def _digits(x):
-  """Three digits, or all before the point."""
+  """Formats three digits, or all digits before the point."""
   return f"{x:,.{max(0, 2 - math.floor(math.log10(x)))}f}"
 
 

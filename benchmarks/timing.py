@@ -1,12 +1,12 @@
-"""How a program is timed, and with what its time is compared.
+"""Times programs, and measures the rates to compare them with.
 
-Arguments are resident on the device, and the same in each call: what fits into
-its cache may be there. After warm-up, calls are queued in groups that take some
-10 ms, so that a clock's tick does not count; the time of a call is the median
-group's. All of it is done twice, and how far the two medians lie apart is
-stated with each figure. Python takes some 10 to 20 us to queue an operator's
-call, and more for a network's many weights: no program is seen to take less.
-Operators multiply float32 in full precision, networks as JAX does by default.
+Arguments are resident on the device and the same in each call, so they may be
+in its cache. After warm-up, calls are queued in groups of some 10 ms, which is
+long against the resolution of the clock. The time of a call is the median over
+groups. Each measurement is repeated, and every figure states the spread of the
+two medians. Python takes 10 to 20 us to queue an operator's call, and more for
+the many weights of a network: this is the shortest time that can be measured.
+Operators multiply float32 in full precision, networks at JAX's default.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ GROUPS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Of one program.
+  """The time of one program.
 
   Attributes:
-    seconds: of a call.
-    spread: how far two measurements of it lay apart, relative to it.
+    seconds: time of a call.
+    spread: difference of two measurements, relative to `seconds`.
   """
 
   seconds: float
@@ -43,8 +43,8 @@ def time_calls(
   """Times a program.
 
   Args:
-    call: queues it, and returns what it will compute.
-    wait: until the last of what `call` returned has been computed.
+    call: queues the program and returns its results.
+    wait: waits until the results of the last `call` are computed.
   """
   wait(call())
   count = max(1, math.ceil(GROUP_SECONDS / _seconds(call, wait, 1)))
@@ -66,15 +66,15 @@ def _seconds(call, wait, count):
 
 
 def matmul_rate(dtype: Any, size: int) -> float:
-  """FLOP/s of a square matrix product in this precision."""
+  """Measures FLOP/s of a square matrix product in this precision."""
   x = jax.random.normal(jax.random.key(0), (size, size), dtype)
   product = jax.jit(jnp.matmul)
   return 2 * size**3 / time_calls(lambda: product(x, x)).seconds
 
 
 def copy_rate(size: int) -> float:
-  """Bytes/s read and written, of copying an array of `size` bytes."""
+  """Measures bytes/s, read and written, of a copy of `size` bytes."""
   x = jnp.zeros(size // 4, jnp.int32)
-  # A sign that changes, because XLA would alias a plain copy.
+  # The copy changes the sign, because XLA would alias a plain copy.
   copy = jax.jit(jnp.negative)
   return 2 * x.nbytes / time_calls(lambda: copy(x)).seconds

@@ -1,13 +1,14 @@
-"""Bytes that a network moves through device memory; no device is needed.
+"""Counts the bytes that a network moves; no device is needed.
 
     python -m benchmarks.traffic --target H200
 
-Of inference and of the training step of the tiny model, compiled for a GPU or
-TPU: bytes an image and launches, by kind of layer, as `hlo` counts them, beside
-what must move with all fused that can be (`network.forward_bytes`,
-`network.training_bytes`). A fusion counts for the layer that made its result.
+Compiles inference and the training step for a GPU or TPU, and prints bytes an
+image in device memory and launches by kind of layer, as `hlo` counts them. The
+last row is the ideal, with everything fused that can be
+(`network.forward_bytes`, `network.training_bytes`). A fusion counts for the
+layer of its result.
 
-Needs `pip install ".[train,aot]"`. Takes some minutes on two cores.
+It needs `pip install ".[train,aot]"`, and some minutes on two cores.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from benchmarks import kinds as layers
 from benchmarks.tpu_static import compiled
 from spatial_mamba_jax.models.presets import get_model_config
 
-# {program: what it must move}
+# {program: (config, image size) -> ideal bytes an image}.
 PROGRAMS = {
   "inference": network.forward_bytes,
   "step": network.training_bytes,
@@ -51,7 +52,7 @@ def main() -> None:
 def count(
   program: str, target: str, model: str, batch_size: int
 ) -> dict[str, tuple[int, int]]:
-  """{kind of layer: (bytes, launches)} of a program, all of them first."""
+  """Compiles a program and returns {kind of layer: (bytes, launches)}."""
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "program.txt")
     compiled(
@@ -64,7 +65,7 @@ def count(
 
 
 def by_kind(program: hlo.Program) -> dict[str, tuple[int, int]]:
-  """{kind of layer: (bytes, launches)}, all of them first, then the largest."""
+  """Returns {kind of layer: (bytes, launches)}, the sum first, as "all"."""
   kinds = collections.defaultdict(list)
   launches = program.launches()
   for launch in launches:

@@ -1,4 +1,4 @@
-"""The site of the documentation: `make docs`."""
+"""Configures the documentation site: `make docs`."""
 
 import pathlib
 import re
@@ -9,12 +9,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 project = "spatial_mamba_jax"
 author = "The spatial_mamba_jax authors"
+copyright = author
 html_theme = "furo"
 html_title = project
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
-# GitHub renders the same pages, whose headings link so.
+# Headings get the anchors that GitHub gives them.
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -25,10 +26,11 @@ napoleon_use_ivar = True
 
 
 def as_rst(app, what, name, obj, options, lines):
-  """Makes reStructuredText of docstrings, which are plain text.
+  """Turns plain-text docstrings into reStructuredText.
 
-  Names between single backticks become code, stars are stars, and an example,
-  which is indented by four spaces, becomes a block of code.
+  Names between single backticks become code. Stars, bars and trailing
+  underscores are escaped. An example, indented by four spaces, becomes a code
+  block.
   """
   del app, what, name, obj, options
   result, is_code, indent = [], False, 0
@@ -55,5 +57,5 @@ def _escaped(line):
 
 
 def setup(app):
-  """Registers what this file adds to Sphinx."""
+  """Registers the conversion of docstrings."""
   app.connect("autodoc-process-docstring", as_rst, priority=400)

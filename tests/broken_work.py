@@ -7,12 +7,12 @@ LABELS = ("first", "crash", "hang", "last")
 
 
 def work(send, *, machine, begun, together, **rest):
-  """Like `benchmarks.sections.work`."""
+  """Stands in for `benchmarks.sections.work`."""
   del rest
   if not machine:
     send(("machine", {"device": "none"}))
   if together:
-    os._exit(2)  # What is compiled at once, before anything is begun.
+    os._exit(2)  # Crashes while programs are compiled together.
   for label in LABELS:
     if label in begun:
       continue
@@ -26,13 +26,13 @@ def work(send, *, machine, begun, together, **rest):
 
 
 def never_begins(send, **rest):
-  """Where the device is lost, and cannot be had again."""
+  """Stands in for a device that is lost after it was described."""
   del rest
   send(("machine", {"device": "none"}))
   os._exit(5)
 
 
 def dead(send, **rest):
-  """Where there is no device."""
+  """Stands in for a machine without a device."""
   del send, rest
   os._exit(4)

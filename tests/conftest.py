@@ -1,4 +1,4 @@
-"""Settings of every test, golden numbers, and a small tree of images."""
+"""Settings of every test, golden values, and a small tree of images."""
 
 import contextlib
 import ctypes
@@ -27,19 +27,19 @@ KEPT = 3 * 2**29
 
 @pytest.fixture(autouse=True)
 def _drop_programs():
-  """Lets go of compiled programs where a worker has grown by them."""
+  """Drops compiled programs if the worker has grown beyond `KEPT`."""
   yield
   if resident_bytes() > KEPT:
     jax.clear_caches()
     gc.collect()
-    # Otherwise the allocator keeps the memory, which huge pages make worse.
+    # Otherwise the allocator keeps the memory; huge pages make it worse.
     with contextlib.suppress(OSError, AttributeError):
       ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
 def _default_signals():
-  """Children do not ignore what `nohup` or a shell's `&` made us ignore."""
+  """Restores signals that `nohup` or a shell's `&` has set to be ignored."""
   defaults = {
     signal.SIGHUP: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,
@@ -53,7 +53,7 @@ def _default_signals():
 
 
 def resident_bytes():
-  """Memory of this process; 0 where the system does not tell."""
+  """Returns the memory of this process; 0 if the system does not tell."""
   try:
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
   except OSError:
@@ -63,7 +63,7 @@ def resident_bytes():
 
 @functools.cache
 def load_golden(name):
-  """The arrays of one golden file, {name: array}."""
+  """Loads the arrays of one golden file, {name: array}."""
   with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
     return dict(arrays)
 
@@ -75,7 +75,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def named_weights():
-  """The module that makes weights and images from names and seeds."""
+  """Returns the module that draws weights and images from names and seeds."""
   spec = importlib.util.spec_from_file_location(
     "named_weights", GOLDEN / "named_weights.py"
   )
@@ -104,7 +104,7 @@ def strict():
 @pytest.fixture(scope="session")
 def image_tree(tmp_path_factory):
   """3 classes, 4 training and 3 validation images each, in several modes."""
-  # Here, because kernels are tested where there is no Pillow.
+  # Imported here, because kernels are tested in environments without Pillow.
   from PIL import Image
 
   root = tmp_path_factory.mktemp("images")

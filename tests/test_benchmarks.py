@@ -1,4 +1,4 @@
-"""The benchmarks run, and count what they say."""
+"""The benchmarks run, and their counts equal counts by hand."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import pytest
 import spatial_mamba_kernels as smk
 
 from benchmarks import (
+  ablation,
   aot,
   device,
   hlo,
@@ -26,21 +27,30 @@ from benchmarks import (
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
 from spatial_mamba_jax.models import presets as models
+from spatial_mamba_jax.training.config_file import load_config
 from tests import broken_work
 
 
 @pytest.mark.parametrize(
   ("size", "gmac"), [("tiny", 4.43), ("small", 7.07), ("base", 15.72)]
 )
-def test_work_is_the_papers(size, gmac):
+def test_flops_are_those_of_the_paper(size, gmac):
   config = models.get_model_config(f"spatial_mamba_{size}")
   assert network.forward_flops(config, 224) == pytest.approx(
     2e9 * gmac, rel=0.01
   )
 
 
+@pytest.mark.parametrize("part", ablation.PARTS)
+def test_ablation_switches_each_part_off(part):
+  recipe = load_config("configs/digits_recipe.py")
+  changed = ablation.without(recipe, ablation.PARTS[part])
+  changed.validate()
+  assert (changed == recipe) == (part == "nothing")
+
+
 def run(main, monkeypatch, capsys, *arguments):
-  """What a benchmark prints."""
+  """Runs a benchmark and returns what it prints."""
   monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
   main()
   return capsys.readouterr().out
@@ -77,7 +87,7 @@ def test_input_benchmark(monkeypatch, capsys):
 
 @pytest.fixture
 def two_blocks(monkeypatch):
-  """What micro has, so that compiling takes seconds."""
+  """A model of two blocks, which compiles in seconds."""
   monkeypatch.setitem(
     models._PRESETS,
     "spatial_mamba_micro",
@@ -168,7 +178,7 @@ backend_config={"known_trip_count":{"n":"2"}}
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-  """What the device benchmark's own processes do, with what tests replace."""
+  """Runs the device benchmark in this process, where tests can patch it."""
 
   def messages(work, *, patience):
     del patience
@@ -205,7 +215,7 @@ def test_device_benchmark(
   assert "wrong" not in table_of_file
 
 
-def test_the_page_of_measurements_has_what_was_measured():
+def test_the_measurements_page_has_the_recorded_figures():
   page = device.RESULTS.parents[1] / "docs" / "measurements.md"
   text = page.read_text()
   files = list(device.RESULTS.glob("*.json"))
@@ -248,13 +258,13 @@ def test_a_wrong_operator_fails_the_device_benchmark(
 def test_rounding_is_no_error(op):
   case = operators.Case(op, (1, 7, 7, 1024), "bfloat16")
   for measured in operators.measure(case, operators.compile_case, 1e9):
-    # A bias's cotangents XLA sums on a CPU in half precision.
+    # On a CPU, XLA sums the cotangents of a bias in half precision.
     errors = {k: x for k, x in measured["errors"].items() if k != "bias"}
     assert max(errors.values()) <= case.tolerance, errors
 
 
 @pytest.mark.parametrize("still_computes", [True, False])
-def test_what_fails_is_listed_and_the_rest_measured(
+def test_a_failure_is_listed_and_the_rest_is_measured(
   monkeypatch, capsys, tmp_path, in_this_process, still_computes
 ):
   monkeypatch.setattr(sections, "_computes", lambda: still_computes)
@@ -282,8 +292,8 @@ def test_what_fails_is_listed_and_the_rest_measured(
   assert "Failed: Case" in run(table.main, monkeypatch, capsys, file)
 
 
-def test_what_is_checked_is_multiplied_in_full_precision():
-  """Also what is traced only when a program is lowered."""
+def test_checks_multiply_in_full_precision():
+  """Also in kernels, which are traced when a program is lowered."""
 
   case = operators.Case("silu_depthwise_conv", (1, 3, 3, 8), "float32")
   texts = [x.as_text() for x in operators._lower(case, "default")]
@@ -293,7 +303,9 @@ def test_what_is_checked_is_multiplied_in_full_precision():
     assert "precision = [HIGHEST, HIGHEST]" in product
 
 
-def test_what_there_is_no_time_for_is_listed(monkeypatch, capsys, tmp_path):
+def test_a_measurement_after_the_deadline_is_listed(
+  monkeypatch, capsys, tmp_path
+):
   """In a process of its own, as users run it."""
   file = tmp_path / "device.json"
   run(
@@ -337,7 +349,7 @@ def test_a_section_that_never_begins(monkeypatch, capsys, tmp_path):
 
 
 def test_one_program_at_a_time(monkeypatch, capsys, tmp_path, in_this_process):
-  """What is measured after a process that ended as it compiled."""
+  """After a crash during compilation, programs are compiled one by one."""
   compiled = []
 
   def crash(*arguments):
@@ -369,7 +381,7 @@ def test_another_device_is_not_measured():
     )
 
 
-def test_a_device_that_computes_no_more(monkeypatch):
+def test_a_lost_device_is_noticed(monkeypatch):
   def lost(x):
     raise jax.errors.JaxRuntimeError("INTERNAL: an illegal memory access")
 
@@ -378,7 +390,7 @@ def test_a_device_that_computes_no_more(monkeypatch):
   assert not sections._computes()
 
 
-def test_where_nothing_can_be_measured(monkeypatch, capsys, tmp_path):
+def test_a_machine_without_a_device_is_one_line(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(sections, "work", broken_work.dead)
   with pytest.raises(SystemExit, match="ended with status 4"):
     run(device.main, monkeypatch, capsys, "--output", tmp_path / "device.json")
@@ -411,7 +423,7 @@ def test_a_file_of_another_kind(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["v0e:2x2", "H200:none"])
-def test_a_target_that_is_none(target):
+def test_an_unknown_target_is_refused(target):
   with pytest.raises(SystemExit, match=f"nothing here .*--target {target}"):
     aot._mesh(target)
 

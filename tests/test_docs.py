@@ -1,60 +1,162 @@
-"""What the pages tell a reader to run, runs."""
+"""The pages are true: their code runs, and what they name exists."""
 
+import dataclasses
 import importlib.util
+import os
 import pathlib
 import re
+import subprocess
+import sys
+import types
 
 import pytest
+import spatial_mamba_kernels as smk
+
+import spatial_mamba_jax as smj
+from spatial_mamba_jax.training.config_file import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-# A comment says why a block is not run: it needs data that is not here.
+PAGES = (
+  *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+  ROOT / "examples/README.md",
+  *sorted((ROOT / "docs").rglob("*.md")),
+)
+# A comment before a block says why it is not run.
 BLOCK = re.compile(
-  r"^(?P<not_run><!-- not run: .+ -->\n)?"
-  r"```(?P<language>\w+)\n(?P<code>.*?)^```$",
+  r"^(?P<not_run><!-- not run: [^\n]+ -->\n)?"
+  r"```(?P<language>\S+)\n(?P<code>.*?)^```$",
   re.MULTILINE | re.DOTALL,
 )
+# Blocks that are not code.
+OTHER_LANGUAGES = {"bibtex", "text", "{eval-rst}", "{toctree}"}
+# The first line of a block that is a file.
+FILE = re.compile(r"# (\S+)\.py\n")
+FOLDERS = "benchmarks|configs|docs|examples|kernels|spatial_mamba_jax|tests"
 
 
-def blocks(page, language):
-  return [
-    match
-    for match in BLOCK.finditer(page.read_text())
-    if match["language"] == language
-  ]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python(page, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
+def run_page(text, monkeypatch, folder):
+  """Runs a page's blocks from top to bottom, as a reader does."""
+  blocks = list(BLOCK.finditer(text))
+  assert 2 * len(blocks) == len(re.findall(r"^\s*```", text, re.MULTILINE))
+  monkeypatch.chdir(folder)
   namespace = {}
-  for block in blocks(page, "python"):
-    if not block["not_run"]:
-      exec(compile(block["code"], page.name, "exec"), namespace)
+  for block in blocks:
+    language, code = block["language"], block["code"]
+    assert language in {"python", "sh", *OTHER_LANGUAGES}
+    if block["not_run"]:
+      continue
+    if language == "python":
+      file = FILE.match(code)
+      if file:
+        name = file[1].removeprefix("kernels/").replace("/", ".")
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        run_file(code, vars(module))
+      else:
+        exec(compile(code, "block", "exec"), namespace)
+    elif language == "sh":
+      run_shell(code)
+
+
+def run_file(code, namespace):
+  exec(compile(code, namespace["__name__"], "exec"), namespace)
   if "get_config" in namespace:
-    namespace["get_config"]().validate()
+    config = namespace["get_config"]()
+    config.validate()
+    config.count_steps(len(config.create_task().source("train")))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands(page):
-  """Modules, scripts, configs and targets that commands name are there."""
+def run_shell(code):
+  path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+  python_path = f"{ROOT}:{ROOT / 'kernels'}"
+  subprocess.run(
+    ("bash", "-ec", code),
+    env={**os.environ, "PATH": path, "PYTHONPATH": python_path},
+    check=True,
+  )
+
+
+def check_names(text):
+  """Checks modules, files, targets, attributes and config fields."""
+  for module in re.findall(r"python -m ([\w.]+)", text):
+    assert importlib.util.find_spec(module), module
+  for path in re.findall(rf"(?<![\w/])(?:{FOLDERS})/(?!_)[\w/.-]*\w", text):
+    is_block = f"# {path}\n" in text
+    assert is_block or (ROOT / path).exists(), path
   targets = (ROOT / "Makefile").read_text()
-  for block in blocks(page, "sh"):
-    for module in re.findall(r"python -m ([\w.]+)", block["code"]):
-      assert importlib.util.find_spec(module), module
-    for path in re.findall(
-      r"python (\w+\.py)|=(configs/\w+\.py)", block["code"]
-    ):
-      assert (ROOT / "".join(path)).is_file(), path
-    for target in re.findall(r"^make (\w+)", block["code"], re.MULTILINE):
-      assert f"\n{target}:" in targets, target
+  for target in re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE):
+    assert f"\n{target}:" in targets, target
+  for name, attribute in re.findall(r"\b(smj|smk)((?:\.\w+)+)", text):
+    value = {"smj": smj, "smk": smk}[name]
+    for part in attribute.split(".")[1:]:
+      value = getattr(value, part)
+  python = "".join(x["code"] for x in BLOCK.finditer(text) if is_python(x))
+  prose = BLOCK.sub(lambda x: "" if is_python(x) else x[0], text)
+  for field in re.findall(r"\bconfig\.(?!json\b)(\w[\w.]*\w)", prose):
+    section = load_config(str(ROOT / "configs/digits.py"))
+    for part in field.split("."):
+      if f"\n  {part}: " in python:  # A field of the page's own.
+        break
+      assert part in {x.name for x in dataclasses.fields(section)}, field
+      section = getattr(section, part)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links(page):
+def is_python(block):
+  return block["language"] == "python"
+
+
+def check_links(page):
   for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
     if "://" not in link:
       assert (page.parent / link).exists(), link
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def page(request):
+  return request.param
+
+
+def test_blocks_run(page, monkeypatch, tmp_path):
+  run_page(page.read_text(), monkeypatch, tmp_path)
+
+
+def test_names_exist(page):
+  check_names(page.read_text())
+
+
+def test_links_lead_somewhere(page):
+  check_links(page)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "```python\nimport spatial_mamba_jax as smj\nsmj.no_such_name\n```\n",
+    "```python\n# a/file.py\n1 / 0\n```\n",
+    "```sh\npython -c 'import no_such_module'\ntrue\n```\n",
+    "```\nno language\n```\n",
+    "```python\nno end\n",
+    "    ```python\n    1 / 0\n    ```\n",
+  ],
+)
+def test_a_broken_block_fails(text, monkeypatch, tmp_path):
+  with pytest.raises((Exception, AssertionError)):
+    run_page(text, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "`python -m benchmarks.no_such_module`",
+    "`configs/no_such_file.py`",
+    "`make no_such_target`",
+    "`smj.no_such_name`",
+    "`--config.model.no_such_field=1`",
+  ],
+)
+def test_a_name_that_is_not_there_fails(text):
+  with pytest.raises((AssertionError, AttributeError)):
+    check_names(text)
 
 
 def test_the_front_page_is_short():

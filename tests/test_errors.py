@@ -1,4 +1,4 @@
-"""Mistakes are told in one line."""
+"""Commands report mistakes in one line."""
 
 import errno
 import io
@@ -61,7 +61,7 @@ def test_a_mistake_is_one_line_and_a_status(capsys, error, status, line):
 @pytest.mark.parametrize(
   "error", [ModuleNotFoundError(name="ours"), TypeError()]
 )
-def test_what_is_no_mistake_is_raised(error):
+def test_any_other_error_is_raised(error):
   def fail():
     raise error
 
@@ -88,7 +88,7 @@ def test_an_error_of_the_system_names_its_file(tmp_path):
 
 
 class Disconnected(io.StringIO):
-  """A terminal that was closed."""
+  """A stream of a closed terminal."""
 
   def write(self, text):
     raise OSError(errno.EIO, "Input/output error")
@@ -96,7 +96,7 @@ class Disconnected(io.StringIO):
 
 @pytest.mark.parametrize("how", ["terminal", "descriptor"])
 def test_a_closed_standard_error_takes_no_lines(monkeypatch, capsys, how):
-  # Python has no standard error where a shell closes it, with 2>&-.
+  # Python has no standard error if a shell closes it (2>&-).
   closed = Disconnected() if how == "terminal" else None
 
   def fail():

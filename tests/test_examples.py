@@ -124,7 +124,7 @@ def test_classify_folder_tells_mistakes_in_one_line(
 def test_classify_folder_keeps_rows_and_names(
   run, tmp_path, monkeypatch, capsys
 ):
-  """Relative paths, names that are no UTF-8, and an end half way."""
+  """Paths may be relative, names may not be UTF-8, and a run may stop."""
   monkeypatch.chdir(tmp_path)
   names = [b"%02d.png" % i for i in range(8)] + [b"caf\xe9.png", b"z.png"]
   (tmp_path / "images" / ".hidden").mkdir(parents=True)
@@ -165,7 +165,7 @@ def test_classify_folder_keeps_rows_and_names(
 
 
 def test_kernels_only():
-  """In a process that has no package but JAX."""
+  """Runs in a process that has JAX alone."""
   path = EXAMPLES / "kernels_only.py"
   without = "import sys; sys.modules.update(flax=None, optax=None)"
   result = subprocess.run(

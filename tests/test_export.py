@@ -24,7 +24,7 @@ from spatial_mamba_jax.training.experiment import to_dict
 from spatial_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from spatial_mamba_jax.training.state import initial_state
 
-# What someone runs who was given the file alone.
+# A script that has only the file.
 STRANGER = """
 import sys
 sys.modules.update(dict.fromkeys(
@@ -51,7 +51,7 @@ def images_of(*shape):
 
 
 def run_elsewhere(path, batches):
-  """What a fresh process makes of each batch."""
+  """Returns the outputs of a fresh process for each batch."""
   names = [str(path.with_name(f"{i}.npy")) for i in range(len(batches))]
   for name, batch in zip(names, batches, strict=True):
     np.save(name, batch)
@@ -73,7 +73,9 @@ def apply(model, images):
   [(16, [(1, 16, 16), (3, 16, 16)]), (None, [(2, 16, 16), (1, 21, 5)])],
   ids=["fixed", "any"],
 )
-def test_a_stranger_gets_the_models_logits(tmp_path, image_size, shapes):
+def test_a_process_without_the_project_gets_the_logits(
+  tmp_path, image_size, shapes
+):
   model = create(d_state=2, implementation="associative")
   path = tmp_path / "model.stablehlo"
   exported = smj.export_model(model, path, image_size=image_size)
@@ -127,7 +129,7 @@ def test_a_wrong_call_is_explained_and_keeps_the_old_file(tmp_path):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-  """A run's directory of two checkpoints, of which the first is better."""
+  """A run with two checkpoints, of which the first is better."""
   config = TrainConfig(
     task=ClassificationConfig(num_classes=3),
     model=ModelSection(dims=(4, 4), depths=(1, 2)),
@@ -202,7 +204,7 @@ def test_a_mistake_is_one_line(
   assert message in line
 
 
-def test_what_is_known_is_told_before_a_model_is_traced(
+def test_a_known_mistake_is_reported_before_tracing(
   tmp_path, monkeypatch, capsys
 ):
   def trace(*arguments, **options):
@@ -217,7 +219,7 @@ def test_what_is_known_is_told_before_a_model_is_traced(
     patch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(ImportError, match="flatbuffers is missing: pip"):
       smj.export_model(model, tmp_path / "x")
-    # Nor is a checkpoint read.
+    # No checkpoint is read either.
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert line == 'export: flatbuffers is missing: pip install ".[export]"'

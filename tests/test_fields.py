@@ -89,7 +89,7 @@ def test_an_integer_of_too_many_digits_to_print():
     Config(steps=10**5000).validate()
 
 
-def test_what_is_accepted():
+def test_accepted_values():
   config = Config(pair=(1, 0.5), sizes=(9,), anything=object())
   config.share = 1e-300
   config.where = "a/ü.py"
@@ -118,7 +118,7 @@ def test_fields_without_a_path():
     check_fields(plain, mistake=MixerError)
 
 
-def test_values_are_shown_on_a_line_that_is_not_too_long():
+def test_values_are_shown_on_a_short_line():
   class Broken:
     def __repr__(self):
       raise RuntimeError

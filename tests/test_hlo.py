@@ -1,4 +1,4 @@
-"""Bytes and launches of programs small enough to be counted by hand."""
+"""Bytes and launches of small programs, counted by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import hlo, traffic
 
-# A loop of three turns, each of which reads a row of [3, 8] float32, and writes
-# one of the result in place; then a branch, of which one side copies.
+# A loop of three iterations: each reads a row of [3, 8] float32 and writes one
+# row of the result in place. Then a conditional, one branch of which copies.
 LOOP = """\
 HloModule loop, is_scheduled=true
 
@@ -80,7 +80,7 @@ ASYNCHRONOUS = LOOP.replace(
   "  %new = f32[3,8]{1,0} fusion-done(%copy)\n  ROOT %out",
 )
 
-# As a TPU's program has it, which does not say how often it runs.
+# The same in a TPU's program, which has no trip count.
 COUNTED = LOOP.replace("known_trip_count", "unknown").replace(
   "  ROOT %go = pred[] constant(true)",
   "  %i = s32[]{:T(128)} get-tuple-element(%state), index=0\n"
@@ -89,7 +89,7 @@ COUNTED = LOOP.replace("known_trip_count", "unknown").replace(
 )
 
 
-# As it fuses what is fused already.
+# The same with a fusion inside a fusion.
 NESTED = LOOP.replace("%row (", "%inner (").replace(
   "%body (state",
   """\
@@ -129,7 +129,7 @@ def test_a_loop_without_an_end_is_refused():
 
 
 def test_an_operand_given_twice_is_read_once():
-  """The twelve numbers of x, from which a product makes sixteen."""
+  """x has 12 elements, and its product 16."""
   program = hlo.Program(
     "ENTRY %main (x: f32[4,3]) -> f32[4,4] {\n"
     "  %x = f32[4,3]{1,0} parameter(0)\n"
@@ -139,8 +139,8 @@ def test_an_operand_given_twice_is_read_once():
   assert hlo.total_bytes(program.launches()) == (12 + 16) * 4
 
 
-def test_a_copy_that_is_started_moves_what_it_copies():
-  """Into a TPU's own memory, S(1): read there, and not written."""
+def test_an_asynchronous_copy_counts_its_operand():
+  """A copy into a TPU's own memory, S(1), reads HBM and does not write it."""
   program = hlo.Program(
     "ENTRY %main (x: f32[8,4]) -> f32[8,4] {\n"
     "  %x = f32[8,4]{1,0} parameter(0)\n"
@@ -159,7 +159,7 @@ def test_a_copy_that_is_started_moves_what_it_copies():
 
 
 def test_a_slice_that_goes_to_a_tpus_own_memory_is_read():
-  """Two rows of eight, of four numbers each; nothing is written to HBM."""
+  """Two of eight rows of four elements are read; HBM is not written."""
   program = hlo.Program(
     "%rows (p: f32[8,4], i: s32[]) -> f32[2,4] {\n"
     "  %p = f32[8,4]{1,0} parameter(0)\n"
@@ -177,8 +177,8 @@ def test_a_slice_that_goes_to_a_tpus_own_memory_is_read():
   assert hlo.total_bytes(program.launches()) == 2 * 4 * 4 + index
 
 
-def test_memory_that_is_only_allocated_moves_nothing():
-  """But the four rows of eight that are read and written do."""
+def test_an_allocation_moves_nothing():
+  """Only the four of eight rows that are read and written count."""
   program = hlo.Program(
     "ENTRY %main (x: f32[8,4]) -> (f32[8,4], f32[4,4]) {\n"
     "  %x = f32[8,4]{1,0} parameter(0)\n"
@@ -194,7 +194,7 @@ def test_memory_that_is_only_allocated_moves_nothing():
 
 
 def test_a_real_program():
-  """A product, and a sum over each of its rows."""
+  """A matrix product and a sum over each of its rows."""
 
   def function(a, b):
     return jnp.sum(jnp.tanh(a @ b), axis=1)
@@ -204,5 +204,5 @@ def test_a_real_program():
   size = hlo.total_bytes(hlo.Program(text).launches())
   product = 64 * 48 * 4
   least = a.nbytes + b.nbytes + 2 * product + 64 * 4
-  # What is not fused goes to memory and back.
+  # Without a fusion, the product is written and read.
   assert least <= size <= least + 3 * product

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "spatial_mamba_jax"
-# Layer -> what of the project it may import.
+# {layer: layers that it may import}.
 ALLOWED = {
   "kernels": {"kernels"},
   "models": {"errors", "fields", "kernels", "models"},
@@ -27,7 +27,7 @@ ALLOWED = {
 
 
 def layer_of(module):
-  """The layer of a dotted module name, or None outside the project."""
+  """Returns the layer of a dotted module name; None outside the project."""
   parts = module.split(".")
   if parts[0] == "spatial_mamba_kernels":
     return "kernels"
@@ -48,7 +48,7 @@ def imports(path):
 @pytest.mark.parametrize("layer", ALLOWED)
 def test_imports_run_one_way(layer):
   folder = ROOT / ("kernels" if layer == "kernels" else f"{PACKAGE}/{layer}")
-  # A __main__ is a script, which stands above all.
+  # A __main__ is a script, above all layers.
   files = [x for x in folder.rglob("*.py") if x.name != "__main__.py"]
   assert files
   for path in files:
@@ -68,7 +68,7 @@ def test_there_is_no_utils():
 
 
 def imported_packages(statement):
-  """Top-level packages in a fresh interpreter after `statement`."""
+  """Returns the top-level packages of a new process after `statement`."""
   code = (
     f"{statement}; import sys; print(*{{m.split('.')[0] for m in sys.modules}})"
   )
@@ -84,7 +84,7 @@ def imported_packages(statement):
 
 
 def test_kernels_need_jax_alone():
-  # Pallas takes absl where it is installed, and does without elsewhere.
+  # Pallas imports absl if it is installed.
   packages = imported_packages(
     "import sys; sys.modules['absl'] = None; import spatial_mamba_kernels"
   )

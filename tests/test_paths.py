@@ -44,9 +44,9 @@ def test_no_home_directory_is_a_mistake(monkeypatch):
   assert local_path("runs") == pathlib.Path(os.getcwd(), "runs")
 
 
-def test_a_file_in_the_place_of_a_directory(tmp_path):
+def test_a_file_instead_of_a_directory_is_refused(tmp_path):
   make_directory(tmp_path / "a" / "b")
-  make_directory(tmp_path / "a")  # It may be there.
+  make_directory(tmp_path / "a")  # It may exist.
   file = tmp_path / "file"
   file.write_text("")
   for path in (file, file / "below"):

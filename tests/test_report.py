@@ -20,13 +20,13 @@ VALUES = {
   "images_per_second": 400.0,
   "data_wait": 0.25,
 }
-# What is drawn of them, in the panels' units.
+# The drawn values, in the panels' units.
 DRAWN = {**VALUES, "accuracy": 50.0, "data_wait": 25.0}
 RUN = {
   "config": {"length": "4 epochs", "model": {"name": "tiny"}},
   "epoch_steps": 10,
   "steps": 40,
-  # As JSON has it.
+  # NaN in JSON.
   "task": {
     "kind": "classification",
     "score": "top1",
@@ -56,7 +56,7 @@ def write(workdir, records, run=RUN):
 
 
 class Page(html.parser.HTMLParser):
-  """Its tags, what they refer to, and the cells of its tables."""
+  """Collects the tags, links and table cells of a page."""
 
   def __init__(self, text):
     super().__init__()
@@ -84,7 +84,7 @@ class Page(html.parser.HTMLParser):
 
 
 def report(workdir, capsys):
-  """The page and the picture that the command writes."""
+  """Runs the command; returns the page and the picture."""
   assert main([str(workdir)]) == 0
   paths = [workdir / "report.png", workdir / "report.html"]
   assert capsys.readouterr().out.split() == list(map(str, paths))
@@ -93,7 +93,7 @@ def report(workdir, capsys):
   (source,) = page.sources
   assert source == "data:image/png;base64," + base64.b64encode(png).decode()
   assert "script" not in page.tags
-  # Nothing is left of how they were written.
+  # No partial file is left.
   assert {path.name for path in workdir.iterdir()} <= {
     *("metrics.jsonl", "run.json", "report.png", "report.html")
   }
@@ -101,7 +101,7 @@ def report(workdir, capsys):
 
 
 def drawn(workdir):
-  """{(panel, line): (steps, values)} of what the figure shows."""
+  """Returns {(panel, line): (steps, values)} of the figure."""
   return {
     (axes.get_title(loc="left"), line.get_label().replace("_child0", "")): (
       line.get_data()
@@ -168,8 +168,8 @@ def test_every_logged_value_is_drawn(tmp_path, capsys):
     assert row in page.rows
 
 
-def test_a_run_of_before_there_were_tasks(tmp_path, capsys):
-  """Its report is the same, but for what its `run.json` has."""
+def test_a_run_of_a_version_before_tasks(tmp_path, capsys):
+  """Its report is the same, except for `run.json`."""
   old = {**RUN, "config": {"epochs": 4}}
   del old["steps"], old["task"]
   figures, pages = [], []
@@ -235,7 +235,7 @@ def test_another_task_draws_its_own_panels_and_columns(tmp_path, capsys):
     {**RUN["task"], "columns": [[[], "y", ".2%"]]},
   ],
 )
-def test_a_task_that_makes_no_sense_is_named(tmp_path, capsys, task):
+def test_an_invalid_task_is_named(tmp_path, capsys, task):
   write(tmp_path, [train(10), evaluation(10, 0.5)], run={**RUN, "task": task})
   page, _ = report(tmp_path, capsys)
   assert "run.json cannot be read" in page.text
@@ -255,8 +255,8 @@ def test_one_window_of_an_older_log_without_evaluation(tmp_path, capsys):
   assert "run.json cannot be read" in page.text
 
 
-def test_an_evaluation_alone_and_equal_ones(tmp_path, capsys):
-  """The later of two equal ones is the best, as among checkpoints."""
+def test_one_evaluation_and_equal_evaluations(tmp_path, capsys):
+  """Of two equal evaluations the later is the best, as among checkpoints."""
   write(tmp_path, [evaluation(10, 0.5), evaluation(20, 0.5)])
   page, _ = report(tmp_path, capsys)
   assert page.rows[1][:3] == ["best and last", "moving average", "20"]
@@ -266,7 +266,7 @@ HUGE = "1" + 400 * "0"
 
 
 @pytest.mark.parametrize("description", ["{", "[" * 100_000])
-def test_what_is_damaged_is_left_out_and_named(tmp_path, capsys, description):
+def test_damaged_files_are_left_out_and_named(tmp_path, capsys, description):
   write(tmp_path, [train(1), train(2), train(40)])
   path = tmp_path / "metrics.jsonl"
   text = path.read_text() + '"a string"\n[1\n'
@@ -288,9 +288,7 @@ def test_what_is_damaged_is_left_out_and_named(tmp_path, capsys, description):
     '{"epoch_steps": 5e-324, "config": {"epochs": 1e308}}',
   ],
 )
-def test_numbers_that_no_float_holds_are_not_drawn(
-  tmp_path, capsys, description
-):
+def test_values_beyond_a_float_are_not_drawn(tmp_path, capsys, description):
   write(tmp_path, [train(1), train(2)])
   path = tmp_path / "metrics.jsonl"
   path.write_text(
@@ -340,7 +338,9 @@ def test_text_is_escaped(tmp_path, capsys):
   assert workdir.name in page.text
 
 
-def test_paths_are_taken_as_elsewhere(tmp_path, monkeypatch, capsys):
+def test_paths_may_be_relative_or_of_the_home_directory(
+  tmp_path, monkeypatch, capsys
+):
   monkeypatch.setenv("HOME", str(tmp_path))
   (tmp_path / "run").mkdir()
   write(tmp_path / "run", [train(1), train(2)])

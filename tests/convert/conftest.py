@@ -29,7 +29,7 @@ def _named(module, name):
 
 
 class _Pickler(pickle.Pickler):
-  """Arrays become tensors; their bytes are kept for records of their own."""
+  """Pickles arrays as tensors, and keeps their bytes for storage records."""
 
   def __init__(self, file, modules):
     super().__init__(file, protocol=2)
@@ -59,7 +59,7 @@ class _Storage:
 
 
 def _write_archive(path, data, records=(), root="archive/"):
-  """A zip file with a pickle and the bytes of storages."""
+  """Writes a zip file with a pickle and the bytes of storages."""
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr(f"{root}data.pkl", data)
     archive.writestr(f"{root}byteorder", "little")
@@ -101,7 +101,7 @@ def write_checkpoint(monkeypatch):
 
 @pytest.fixture(scope="session")
 def micro_checkpoint(named_weights, tmp_path_factory):
-  """What the authors' trainer saved for micro, but for the optimizer's bytes.
+  """Returns micro's checkpoint of the authors' trainer, without its optimizer.
 
   The pickle is theirs. The weights follow from names: seed 0 for `model`, seed
   1 for `model_ema`.
@@ -132,6 +132,6 @@ def small():
 
 @pytest.fixture(scope="session")
 def small_backbone():
-  """Its trunk, with the features of the second stage."""
+  """Its backbone, with the features of the second stage."""
   config = smj.ModelConfig(dims=(4, 4), depths=(1, 2))
   return smj.SpatialMambaBackbone(config, out_indices=(1,), rngs=nnx.Rngs(0))

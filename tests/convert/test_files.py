@@ -1,4 +1,4 @@
-"""Weights from any file to any file, and models as directories."""
+"""Conversion of weights from every format to every format."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_the_authors_checkpoint_gives_their_logits(
   images = named_weights.named_images(2, 64, 64, 0).transpose(0, 2, 3, 1)
   logits = nnx.jit(lambda model, images: model(images))(model, images)
   expected = golden("checkpoint_micro")[key]
-  # Both are float32, summed in other orders.
+  # Both are float32 and sum in different orders.
   np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
@@ -65,9 +65,9 @@ def test_presets_are_inferred_from_their_tensors(named_weights, size):
   assert infer_config(tensors) == expected
 
 
-# Two channels over 98 are a float that, times 98, is less than 2.
+# The float 2 / 98, times 98, is less than 2.
 @pytest.mark.parametrize("mlp_ratio", [0.0205, 1.1, 3.3, 4.0])
-def test_all_that_tensors_tell_is_inferred(mlp_ratio):
+def test_the_architecture_is_inferred_from_tensors(mlp_ratio):
   config = smj.ModelConfig(
     dims=(98, 49),
     depths=(2, 1),
@@ -120,7 +120,7 @@ def test_tensors_that_differ_are_named(
   assert [x.name for x in tmp_path.iterdir()] == ["x.pth"]
 
 
-def test_every_kind_to_every_kind(small, write_checkpoint, tmp_path):
+def test_every_format_to_every_format(small, write_checkpoint, tmp_path):
   path = write_checkpoint(
     tmp_path / "x.pth", {"model": smj.convert.to_torch(small)}
   )
@@ -139,7 +139,7 @@ def test_every_kind_to_every_kind(small, write_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x", "0", "x.safetensors"])
-def test_what_exists_is_left_alone(small, tmp_path, capsys, name):
+def test_an_existing_destination_is_refused(small, tmp_path, capsys, name):
   smj.save_pretrained(small, tmp_path / "model")
   (tmp_path / name).write_text("mine")
   assert main([str(tmp_path / "model"), str(tmp_path / name)]) == 2
@@ -175,13 +175,13 @@ def test_a_failure_leaves_nothing(small, tmp_path, monkeypatch, name):
     ("x.pth", "PyTorch reads x.safetensors"),
   ],
 )
-def test_destinations_that_are_none(small, tmp_path, name, message):
+def test_impossible_destinations_are_named(small, tmp_path, name, message):
   smj.save_pretrained(small, tmp_path / "model")
   with pytest.raises(ValueError, match=message):
     convert(tmp_path / "model", tmp_path / name)
 
 
-def test_sources_that_are_none(tmp_path, capsys):
+def test_impossible_sources_are_named(tmp_path, capsys):
   (tmp_path / "empty").mkdir()
   (tmp_path / "x.safetensors").write_text("not one")
   (tmp_path / "x.pth").write_text("not one")
@@ -190,7 +190,7 @@ def test_sources_that_are_none(tmp_path, capsys):
     error = capsys.readouterr().err
     assert name in error
     assert len(error.splitlines()) == 1, error
-  # A pipe would be waited for.
+  # Reading a pipe would block.
   os.mkfifo(tmp_path / "pipe")
   assert main([str(tmp_path / "pipe"), str(tmp_path / "out")]) == 2
   assert "pipe is no file" in capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_sources_that_are_none(tmp_path, capsys):
 
 def test_a_full_disk_is_one_line(small, tmp_path):
   smj.save_pretrained(small, tmp_path / "model")
-  # A limit on the size of files stands for the disk.
+  # A limit on file sizes simulates the disk.
   script = """
 import resource, sys
 sys.dont_write_bytecode = True  # Or half of it would be written.
@@ -291,7 +291,7 @@ def test_half_precision_files_are_read(small, tmp_path):
       np.testing.assert_array_equal(x, expected.astype(x.dtype), strict=True)
 
 
-def test_cut_off_safetensors(small, tmp_path):
+def test_truncated_safetensors(small, tmp_path):
   smj.save_pretrained(small, tmp_path / "x")
   path = tmp_path / "x" / "model.safetensors"
   data = path.read_bytes()
@@ -310,7 +310,7 @@ def test_without_safetensors(small, tmp_path, monkeypatch, capsys):
   assert not list(tmp_path.iterdir())
 
 
-def test_the_command_says_what_it_takes():
+def test_help_lists_the_formats():
   result = run_python("-m", "spatial_mamba_jax.convert", "--help")
   assert result.returncode == 0
   words = (".safetensors", ".pth", "config.json", "checkpoints/0", "--raw")

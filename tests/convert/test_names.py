@@ -38,7 +38,7 @@ def test_names_and_shapes_are_the_authors(named_weights, size, parameters):
   assert sum(x.size for x in learned) == parameters
 
 
-def test_what_does_not_fit_is_named_and_changes_nothing(micro, named_weights):
+def test_a_mismatch_is_named_and_changes_nothing(micro, named_weights):
   before = smj.convert.to_torch(micro)
   state_dict = named_weights.named_state_dict("micro")
   del state_dict["head.bias"]
@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(micro, named_weights):
   assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_what_is_left_out_where_not_strict(micro, named_weights):
+def test_mismatches_are_ignored_if_not_strict(micro, named_weights):
   state_dict = named_weights.named_state_dict("micro")
   bias = smj.convert.to_torch(micro)["head.bias"]
   del state_dict["head.bias"]

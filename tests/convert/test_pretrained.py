@@ -21,7 +21,7 @@ def assert_same_weights(model, expected):
 
 @pytest.fixture(scope="module")
 def saved(small, tmp_path_factory):
-  """A directory of the small model, which tests leave as it is."""
+  """A directory of the small model, which no test changes."""
   path = tmp_path_factory.mktemp("saved") / "x"
   smj.save_pretrained(small, path)
   return path
@@ -159,7 +159,7 @@ def test_every_field_is_checked(saved, load, tmp_path):
     (b" " * 2**20 + b"{}", "longer than 1,048,576 bytes"),
   ],
 )
-def test_what_is_no_config(load, content, message):
+def test_an_invalid_config_is_refused(load, content, message):
   with pytest.raises(ValueError, match=rf"config\.json .*{message}") as error:
     load(content)
   assert len(str(error.value)) < 400
@@ -171,7 +171,7 @@ def test_encodings_of_json(saved, load, small):
     assert load(text.encode(encoding)).config == small.config
 
 
-def test_directories_that_are_none(small, tmp_path):
+def test_invalid_directories_are_named(small, tmp_path):
   with pytest.raises(FileNotFoundError, match="is no directory: download"):
     smj.from_pretrained("someone/spatial-mamba-tiny")
   smj.save_pretrained(small, tmp_path / "x")

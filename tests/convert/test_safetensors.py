@@ -1,4 +1,4 @@
-"""Safetensors files of real, damaged and hostile origin."""
+"""Reads safetensors files: real, damaged and hostile ones."""
 
 import json
 import re
@@ -14,12 +14,12 @@ import spatial_mamba_jax as smj
 from spatial_mamba_jax.convert.__main__ import convert, main
 from spatial_mamba_jax.convert.safetensors_file import read_safetensors
 
-# Every case ends in milliseconds, but for the blocks: 2 s.
+# Every case takes milliseconds, except the one with blocks: 2 s.
 SECONDS = 120
 
 
 def write(path, header, size=0, *, length=None):
-  """A file with a header (JSON or bytes) and `size` bytes, which are a hole."""
+  """Writes a file with a header (JSON or bytes) and a hole of `size` bytes."""
   if not isinstance(header, bytes):
     header = json.dumps(header).encode()
   with path.open("wb") as file:
@@ -36,7 +36,7 @@ def entry(shape=(1,), begin=0, end=4, dtype="F32"):
 
 
 def of_shapes(path, shapes):
-  """A file of float32 zeros, {name: shape}."""
+  """Writes a file of float32 zeros, {name: shape}."""
   header, at = {}, 0
   for name, shape in shapes.items():
     end = at + 4 * int(np.prod(shape))
@@ -65,7 +65,7 @@ def test_files_of_the_package_are_read(tmp_path):
 
 
 HUGE = 2**36
-# {what: (header, bytes after it, length it claims, message)}
+# {case: (header, bytes after it, length it claims, message)}.
 HEADERS = {
   "nothing": (b"{}", 0, None, "is missing among 0 tensors (none)"),
   "longer than the file": (b"{}", 0, 2**64 - 1, "a huge number bytes"),
@@ -124,7 +124,7 @@ def test_hostile_headers_end_in_one_line(tmp_path, capsys, name):
 
 
 def skeleton(dim, blocks, width):
-  """What architectures are inferred from; matrices are of `width` inputs."""
+  """Returns shapes that define an architecture of `width` channels."""
   shapes = {
     "head.weight": [3, width],
     "patch_embed.conv1.conv.weight": [min(dim // 2, 1000), 3, 3, 3],
@@ -157,7 +157,7 @@ def skeleton(dim, blocks, width):
      "20,000 models"),
   ],
 )  # fmt: skip
-def test_models_that_a_file_only_claims(tmp_path, shapes, message):
+def test_models_larger_than_their_file_are_refused(tmp_path, shapes, message):
   path = of_shapes(tmp_path / "x.safetensors", shapes)
   since = time.perf_counter()
   with pytest.raises(ValueError, match=re.escape(message)) as error:
@@ -189,7 +189,7 @@ def test_names_of_a_file_are_escaped(small, tmp_path, capsys):
   assert "left out 1 tensors" in said
 
 
-def test_files_are_no_part_of_the_model(small, tmp_path):
+def test_weights_are_copied_from_the_file(small, tmp_path):
   tensors = smj.convert.to_torch(small)
   expected = {name: x.copy() for name, x in tensors.items()}
   model = smj.SpatialMamba(small.config, rngs=nnx.Rngs(1))

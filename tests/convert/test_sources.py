@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: keys, wrappers, counters, no head."""
+"""Checkpoints with other keys, wrappers, counters, or without a head."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def tensors(small):
 
 @pytest.fixture(scope="session")
 def other(tensors):
-  """Another model's, which is not to be taken."""
+  """Tensors of another model, which must not be read."""
   return {name: np.zeros_like(x) for name, x in tensors.items()}
 
 
@@ -38,7 +38,7 @@ def module(modules):
   return modules["mmengine"].HistoryBuffer()
 
 
-# {what: (content of what is wanted and what is not, options, words)}
+# {case: (content from the right and the wrong tensors, options, words)}.
 TAKEN = {
   "timm's average": (
     lambda x, y: {"state_dict": y, "state_dict_ema": x},
@@ -128,7 +128,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_what_is_taken_is_said(
+def test_the_command_says_what_it_reads(
   tensors, other, write_checkpoint, tmp_path, name
 ):
   make, options, words = TAKEN[name]
@@ -201,7 +201,7 @@ def test_counts_of_updates_are_not_required(
     ),
   ],
 )  # fmt: skip
-def test_what_is_not_taken_is_explained(
+def test_the_command_explains_what_it_refuses(
   tensors, write_checkpoint, tmp_path, make, options, message
 ):
   path = write_checkpoint(
@@ -249,7 +249,7 @@ def test_a_head_without_a_bias(small, write_checkpoint, tmp_path):
   model = smj.from_pretrained(tmp_path / "out")
   assert isinstance(model, smj.SpatialMamba)
   assert model.head.bias is None
-  # Checkpoints are of heads with one.
+  # The checkpoints of a run always have a bias.
   convert(path, tmp_path / "run" / "1")
   convert(tmp_path / "run", tmp_path / "back")
   found = smj.convert.to_torch(smj.from_pretrained(tmp_path / "back"))

@@ -1,4 +1,4 @@
-"""PyTorch's files, of real and of hostile origin."""
+"""Reads PyTorch checkpoints: real, damaged and hostile ones."""
 
 import copy
 import pathlib
@@ -20,11 +20,11 @@ from spatial_mamba_jax.convert import read_torch_checkpoint
 # Written by torch.save of PyTorch 2.13: many types, views and containers.
 TENSORS = pathlib.Path(__file__).parents[1] / "golden" / "torch_tensors.pth"
 PROTO = b"\x80\x02"
-SECONDS = 20  # Of the worst of them here: 3, beside other work 6.
+SECONDS = 20  # At most; the slowest case takes 3, beside other work 6.
 
 
 def text(value):
-  """A string as an opcode."""
+  """Encodes a string as an opcode."""
   data = value.encode()
   return b"X" + len(data).to_bytes(4, "little") + data
 
@@ -64,7 +64,7 @@ def read(write_archive, tmp_path):
 @pytest.mark.parametrize(
   ("key", "weights_seed"), [("model", 0), ("model_ema", 1)]
 )
-def test_what_the_authors_trainer_saved(
+def test_a_checkpoint_of_the_authors_trainer(
   micro_checkpoint, named_weights, key, weights_seed
 ):
   before = set(sys.modules)
@@ -146,12 +146,12 @@ def test_a_file_of_tensors_alone(write_checkpoint, tmp_path):
     ("negated", r"'x' is 'a conjugated or negated view', no plain tensor"),
   ],
 )
-def test_what_is_not_there_or_no_tensor(key, message):
+def test_a_missing_key_or_another_type_is_named(key, message):
   with pytest.raises(ValueError, match=f"torch_tensors.pth: .*{message}"):
     read_torch_checkpoint(TENSORS, key)
 
 
-def test_nothing_is_called(read, tmp_path):
+def test_the_pickle_calls_nothing(read, tmp_path):
   made = tmp_path / "made"
   command = text(f"touch {made}")
   calls = {
@@ -182,7 +182,7 @@ def test_nothing_is_called(read, tmp_path):
 
 
 def test_a_tensor_is_read(read):
-  # The one that the next test's are variations of.
+  # The next test varies this one.
   np.testing.assert_array_equal(read(tensor())["x"], [0, 1, 2, 3])
   odd = tensor(offset=1, size=(1, 3), stride=(2**62, 1))
   np.testing.assert_array_equal(read(odd)["x"], [[1, 2, 3]])
@@ -223,7 +223,7 @@ def test_a_tensor_is_read(read):
     ("'torch.load', which is not read", {"kind": "load"}),
   ],
 )
-def test_tensors_that_are_none(read, message, changes):
+def test_invalid_tensors_are_named(read, message, changes):
   with pytest.raises(ValueError, match=rf"x\.pth.*{message}"):
     read(tensor(**changes))
 
@@ -407,7 +407,7 @@ def test_other_formats(tmp_path):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-  """Reads changed bytes: the same tensors, or an error that names the file."""
+  """Reads changed bytes; returns the tensors, or an error with the file."""
   path = tmp_path_factory.mktemp("fuzz") / "damaged.pth"
   expected = read_torch_checkpoint(TENSORS, "views")
 
@@ -425,7 +425,7 @@ def damaged(tmp_path_factory):
     else:
       assert may_differ or tensors.keys() == expected.keys()
     for name, x in tensors.items():
-      x.copy()  # Is within its memory.
+      x.copy()  # Reads only its own memory.
       assert may_differ or np.array_equal(x, expected[name]), name
 
   return read
@@ -434,7 +434,7 @@ def damaged(tmp_path_factory):
 @seed(0)
 @settings(max_examples=150, deadline=None, database=None)
 @given(share=st.floats(0, 1))
-def test_cut_off_files(damaged, share):
+def test_truncated_files(damaged, share):
   data = TENSORS.read_bytes()
   damaged(data[: int(share * (len(data) - 1))])
 

@@ -1,4 +1,4 @@
-"""Weights of any kind where training and evaluation read them."""
+"""Training and evaluation read weights in every format."""
 
 import pathlib
 from functools import partial
@@ -50,7 +50,7 @@ def experiment(small):
 
 @pytest.fixture
 def sources(small, write_checkpoint, tmp_path):
-  """The small model's weights, of every kind."""
+  """The small model's weights in every format."""
   path = write_checkpoint(
     tmp_path / "x.pth", {"model": smj.convert.to_torch(small)}
   )
@@ -60,7 +60,7 @@ def sources(small, write_checkpoint, tmp_path):
   return [path, *(tmp_path / name for name in (*names, "run"))]
 
 
-def test_evaluation_takes_every_kind(experiment, sources, small):
+def test_evaluation_reads_every_format(experiment, sources, small):
   other = smj.SpatialMamba(small.config, rngs=nnx.Rngs(1))
   path = sources[0].with_name("other")
   smj.save_pretrained(other, path)
@@ -75,7 +75,7 @@ def test_evaluation_takes_every_kind(experiment, sources, small):
   assert different.values["loss"] != expected.values["loss"]
 
 
-def test_evaluation_names_what_differs(experiment, sources, tmp_path):
+def test_evaluation_names_a_mismatch(experiment, sources, tmp_path):
   experiment.model.mixer.d_state = 3
   for path in sources:
     with pytest.raises(
@@ -89,12 +89,12 @@ def test_evaluation_names_what_differs(experiment, sources, tmp_path):
       evaluate_checkpoint(experiment, tmp_path / name)
 
 
-def test_converted_weights_are_no_run_to_resume(experiment, sources):
+def test_converted_weights_cannot_be_resumed(experiment, sources):
   with pytest.raises(TrainingError, match=r"weights alone.*another workdir"):
     train(experiment, sources[-1])
 
 
-def test_a_run_gives_its_average_or_its_weights(small, tmp_path):
+def test_a_run_gives_its_average_or_raw_weights(small, tmp_path):
   pure = PureModel(partial(smj.SpatialMamba, small.config))
   weights = pure.weights_of(small)
   state = initial_state(weights, optax.adam(1.0), ("correct",))
@@ -109,7 +109,7 @@ def test_a_run_gives_its_average_or_its_weights(small, tmp_path):
       np.testing.assert_array_equal(found[name], factor * x)
 
 
-def test_a_run_is_found_from_where_one_is(
+def test_a_run_is_found_by_relative_and_home_paths(
   sources, small, tmp_path, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)
@@ -121,6 +121,6 @@ def test_a_run_is_found_from_where_one_is(
       np.testing.assert_array_equal(found[name], x)
 
 
-def test_weights_alone_have_no_raw_ones(sources, tmp_path):
+def test_a_file_without_an_average_refuses_raw(sources, tmp_path):
   with pytest.raises(TrainingError, match="one set of weights alone"):
     convert(sources[-1], tmp_path / "out", raw=True)

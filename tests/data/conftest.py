@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture
 def break_image() -> Callable[[pathlib.Path, str], None]:
-  """Spoils a file in one of the ways in which files get spoilt."""
+  """Damages a file in one of several ways."""
 
   def spoil(path: pathlib.Path, how: str) -> None:
     content = path.read_bytes()

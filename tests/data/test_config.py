@@ -1,3 +1,5 @@
+"""The fields of `DataConfig`."""
+
 import pytest
 
 from spatial_mamba_jax.data import DataConfig, DataError
@@ -45,7 +47,7 @@ def test_defaults_are_valid():
 )
 def test_wrong_values_end_in_one_line_that_names_them(field, value):
   config = DataConfig()
-  setattr(config, field, value)  # As an override on the command line does.
+  setattr(config, field, value)  # An override on the command line does this.
   with pytest.raises(DataError) as caught:
     config.validate()
   message = str(caught.value)

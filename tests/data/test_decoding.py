@@ -25,7 +25,7 @@ def encode(
 
 
 def tiff(values: bytes, width: int, height: int, **tags) -> bytes:
-  """A TIFF file of one strip, as Pillow does not write all of them."""
+  """Writes a TIFF file of one strip; Pillow does not write all kinds."""
   numbers = {
     256: width, 257: height, 258: tags.get("bits", 16), 259: 1,
     262: tags.get("photometric", 1), 273: 0, 277: 1, 278: height,
@@ -71,7 +71,7 @@ DEEP = {
 def test_deep_pixels_keep_their_picture(kind):
   pixels = np.asarray(decoding.decode_image(DEEP[kind]))
   expected = np.repeat(RAMP[:, :, None] * 255, 3, axis=2)
-  # Rounded or cut to 8 bits, from the few values that 12 bits have.
+  # 12-bit values are rounded or truncated to 8 bits.
   np.testing.assert_allclose(pixels, expected, atol=1.1)
 
 
@@ -90,7 +90,7 @@ def test_white_may_be_zero(bits, sample_format, dtype):
   np.testing.assert_array_equal(zero, 255 - one)
 
 
-def test_values_that_are_no_numbers():
+def test_nan_pixels():
   values = np.array([[np.nan, -np.inf, 2, 3, 4, np.inf]], np.float32)
   pixels = np.asarray(decoding.decode_image(encode(values, "TIFF")))
   assert pixels[0, :, 0].tolist() == [0, 0, 0, 128, 255, 255]
@@ -152,7 +152,7 @@ def test_every_suffix_is_pillows_of_that_format():
   Image.init()
   pillows = Image.registered_extensions()
   for file_format, suffixes in decoding.FORMATS.items():
-    for suffix in set(suffixes) - {".dib"}:  # BMP files bear it, too.
+    for suffix in set(suffixes) - {".dib"}:  # BMP files use it too.
       assert pillows[suffix] == file_format
   assert {".jfif", ".jpe", ".avif", ".gif", ".jp2", ".pnm"} < set(EXTENSIONS)
   assert set(decoding.FORMATS).isdisjoint({"EPS", "WMF", "TGA"})
@@ -170,7 +170,7 @@ def test_every_suffix_is_pillows_of_that_format():
     [1, 2, 3],
   ],
 )
-def test_what_is_no_image(encoded):
+def test_a_file_without_an_image_is_refused(encoded):
   with pytest.raises((TypeError, ValueError), match="must be"):
     decoding.decode_image(encoded)
 
@@ -199,7 +199,7 @@ def test_memory_has_a_bound(monkeypatch, tmp_path, kind):
 
 
 class TestBothDecoders:
-  """simplejpeg decides nothing that Pillow would decide otherwise."""
+  """simplejpeg accepts and decodes exactly what Pillow does."""
 
   def files(self) -> list[bytes]:
     rng = np.random.default_rng(0)

@@ -1,3 +1,5 @@
+"""The embedded digits."""
+
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ from sklearn import datasets
 from spatial_mamba_jax.data import DataConfig, DataError, open_source
 from spatial_mamba_jax.errors import UserError
 
-# Opens the digits as a training run would, and names modules it should not use.
+# Opens the digits as a run does, and names modules that it must not import.
 RUN = """
 import sys
 from spatial_mamba_jax.data import *
@@ -79,7 +81,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     ("~nobody-of-that-name", "there is no home directory for ~nobody"),
   ],
 )
-def test_directories_that_there_cannot_be(data_dir, expected):
+def test_impossible_directories_are_named(data_dir, expected):
   with pytest.raises(UserError, match=expected) as caught:
     open_source(DataConfig(data_dir=data_dir), "train")
   assert "\n" not in str(caught.value)

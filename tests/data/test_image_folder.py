@@ -1,3 +1,5 @@
+"""Trees of image files."""
+
 import os
 import pathlib
 import shutil

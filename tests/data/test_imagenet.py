@@ -1,3 +1,5 @@
+"""TFDS's ImageNet, prepared and read."""
+
 import json
 import os
 import pathlib
@@ -207,7 +209,7 @@ class TestTargetsThatCannotBeWritten:
     self.refuse(tree, "", capsys, "there is no home directory for ~")
 
   def test_a_disk_that_is_full_half_way(self, tree, tmp_path):
-    """Stands in for it: no file may be larger than some records."""
+    """Stands in for a full disk: no file may be larger than some records."""
     code = (
       "import resource, signal, sys\n"
       "from spatial_mamba_jax.data.prepare_imagenet import main\n"

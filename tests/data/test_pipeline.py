@@ -1,3 +1,5 @@
+"""The pipeline: order, resuming, processes and workers."""
+
 import itertools
 import multiprocessing
 import os
@@ -21,7 +23,7 @@ from spatial_mamba_jax.data import (
 
 
 def numbered(count: int, **settings) -> tuple:
-  """Synthetic images whose label tells which one it is."""
+  """Synthetic images whose label is their index."""
   config = DataConfig(
     name="synthetic",
     image_size=8,
@@ -205,7 +207,7 @@ class TestEvaluationBatches:
         assert batch["mask"].dtype == np.bool_
         assert not batch["image"][~batch["mask"]].any()
         seen += batch["label"][batch["mask"]].tolist()
-        # Labels are places here; padding has the places after the last.
+        # Labels are indices here; padding has the indices after the last.
         is_image = batch["index"] < 23
         np.testing.assert_array_equal(is_image, batch["mask"])
         np.testing.assert_array_equal(

@@ -1,3 +1,5 @@
+"""RandAugment against timm's."""
+
 import math
 
 import numpy as np
@@ -19,7 +21,7 @@ GREY = Image.new("RGB", (4, 4))
 
 @pytest.fixture
 def recorded(monkeypatch):
-  """What is applied instead of being applied: (name, argument)."""
+  """Records (name, argument) of operations instead of applying them."""
   log = []
 
   def record(name, operation):
@@ -73,8 +75,8 @@ def test_no_bits_kept_is_black():
   assert not np.asarray(black).any()
 
 
-def test_what_is_drawn(recorded):
-  """Two of fifteen, half of them applied, at N(9, 0.5) up to 10."""
+def test_the_distribution_of_draws(recorded):
+  """Two of fifteen are drawn; half are applied, at N(9, 0.5) up to 10."""
   rng = np.random.default_rng(0)
   images = 6000
   for _ in range(images):
@@ -94,7 +96,7 @@ def test_what_is_drawn(recorded):
   magnitudes = 10 * np.abs(
     np.where(np.abs(shares) > 1, shares / 30, shares / 0.3)
   )
-  # Of N(9, 0.5), 2.3% are above 10 and are taken for 10.
+  # 2.3% of N(9, 0.5) are above 10 and become 10.
   assert_share(
     np.count_nonzero(magnitudes > 10 - 1e-9), len(magnitudes), 0.02275
   )

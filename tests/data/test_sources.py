@@ -1,3 +1,5 @@
+"""What `open_source` refuses."""
+
 import pytest
 
 from spatial_mamba_jax.data import DataConfig, DataError, open_source

@@ -1,3 +1,5 @@
+"""Synthetic images."""
+
 import numpy as np
 
 from spatial_mamba_jax.data import DataConfig, open_source

@@ -53,7 +53,7 @@ def open_train(data_dir, name="imagenet2012"):
 
 
 def refuse(data_dir, named, name="imagenet2012") -> str:
-  """The one line, which names a file and what to do."""
+  """Returns the error line, which names a file and the remedy."""
   with pytest.raises(DataError) as caught:
     open_train(data_dir, name)
   message = str(caught.value)
@@ -66,7 +66,7 @@ def refuse(data_dir, named, name="imagenet2012") -> str:
 
 
 def replace(path: pathlib.Path, value: object, *keys) -> None:
-  """Sets what the keys lead to in a JSON file; ... removes it."""
+  """Sets the value at the keys in a JSON file; `...` removes it."""
   content = inner = json.loads(path.read_text())
   for key in keys[:-1]:
     inner = inner[key]
@@ -101,7 +101,7 @@ SPOIL = {
 @pytest.mark.parametrize(
   "pattern", ["dataset_info.json", "features.json", "*-train.*"]
 )
-def test_spoilt_files(data_dir, name, pattern, how):
+def test_damaged_files(data_dir, name, pattern, how):
   (path,) = (data_dir / name).glob(f"*/{pattern}")
   SPOIL[how](path)
   refuse(data_dir, f"{path} is damaged", name)
@@ -184,7 +184,7 @@ def test_other_numbers_of_shards(data_dir, version):
 @pytest.mark.parametrize(
   "content", [b"", b"a\nb\n", b"a\nb\nb\n", b"\xff\xfe", b"a\nb\nc\nd\n"]
 )
-def test_class_names_that_are_not_as_many(data_dir, version, content):
+def test_another_number_of_class_names(data_dir, version, content):
   path = version / "label.labels.txt"
   path.write_bytes(content)
   refuse(data_dir, f"{path} is damaged")
@@ -245,7 +245,7 @@ class TestForeignCode:
 
   @pytest.fixture(autouse=True)
   def module(self, data_dir, version, monkeypatch):
-    """What would write a file if it were imported, and where it is found."""
+    """Returns code that would write a file if imported, and that file."""
     for directory in (data_dir, version):
       written = directory / "was_imported"
       (directory / f"{self.MODULE}.py").write_text(

@@ -1,3 +1,5 @@
+"""Decoding, crops and resizing."""
+
 import io
 import math
 
@@ -15,7 +17,7 @@ def encode(image: Image.Image, file_format: str, **options) -> bytes:
 
 
 class Draws(np.random.Generator):
-  """Stands in for a generator; gives what it is told, in order."""
+  """Stands in for a generator; returns the given draws in order."""
 
   def __init__(self, uniform, integers=(), random=()):
     super().__init__(np.random.PCG64())
@@ -27,7 +29,7 @@ class Draws(np.random.Generator):
     return low + (high - low) * next(self._draws["uniform"])
 
   def integers(self, high, size=None):
-    if size == 0:  # RandAugment's, where there is none.
+    if size == 0:  # RandAugment is off.
       return ()
     self.upper_bounds.append(high)
     return next(self._draws["integers"])

@@ -1,4 +1,4 @@
-"""Records that cannot become examples: named, counted, and tolerated so far."""
+"""Unreadable records are named, counted, and tolerated up to a limit."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ GREY = np.full((8, 8, 3), 99, np.uint8)
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """A source that gives, or raises, what it is told."""
+  """A source that returns or raises the given values."""
 
   records: tuple
   num_classes: int = 3
@@ -43,7 +43,7 @@ class Records:
 
 
 def with_one(record, count=12) -> Records:
-  """The record among good ones, at place 5."""
+  """Returns good records with this one at index 5."""
   records = [{"image": GREY, "label": i % 3} for i in range(count)]
   records[5] = record
   return Records(tuple(records))
@@ -56,7 +56,7 @@ def open_batches(split, source, config, batch_size=4):
 
 
 def take_epoch(split, source, config) -> tuple[list, tuple[str, ...]]:
-  """Three batches of 4, which are 12 images; and what was unreadable."""
+  """Returns three batches of 4, and the unreadable records."""
   with open_batches(split, source, config) as batches:
     return list(itertools.islice(batches, 3)), batches.unreadable
 
@@ -80,7 +80,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_whatever_a_source_gives(split, kind, caplog):
+def test_every_kind_of_wrong_record(split, kind, caplog):
   record, reason = UNREADABLE[kind]
   if isinstance(record, dict):
     record = {"label": 1, **record}
@@ -128,7 +128,7 @@ def test_transforms_count_as_reading(tmp_path, caplog, num_workers):
   )
 
 
-def test_interrupts_are_no_unreadable_images():
+def test_interrupts_are_not_unreadable_images():
   class Interrupted(Records):
     def __getitem__(self, index):
       raise KeyboardInterrupt

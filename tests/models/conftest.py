@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def refuse_promotion(strict):
-  """As programs are run whose authors look for their own mistakes."""
+  """Runs every test where JAX refuses implicit promotion."""

@@ -1,4 +1,4 @@
-"""Architectures that make no sense are refused before anything is built."""
+"""Invalid architectures are refused before anything is created."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ def test_fields_of_the_mixer_go_by_their_own_names(field, value, message):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class WithRatio(StructureAwareConfig):
-  """A mixer with a field that the model has, too."""
+  """A mixer with a field that the model has too."""
 
   mlp_ratio: float = 1.0
 
@@ -83,7 +83,7 @@ def test_a_mixer_keeps_its_fields():
     get_model_config("spatial_mamba_micro", mixer="x")
 
 
-def test_numbers_and_sequences_of_numpy_are_taken_by_name():
+def test_numpy_scalars_and_arrays_are_accepted():
   config = get_model_config(
     "spatial_mamba_micro",
     dims=np.array([4, 4]),

@@ -1,4 +1,4 @@
-"""The models against the authors' numbers."""
+"""The models against values of the authors' code."""
 
 import types
 from functools import partial
@@ -92,7 +92,7 @@ def test_tiny_logits_in_float32(create, images, golden, size):
 
 
 def training_gradients(model, images, target):
-  """(loss, logits, {torch name: gradient}, {torch name: statistic})."""
+  """Returns loss, logits, {torch name: gradient}, {torch name: statistic}."""
   model.train()
   graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
@@ -132,7 +132,7 @@ def test_micro_gradients_and_statistics(
   largest = max(np.abs(expected[k]).max() for k in compared)
   for key in compared:
     name = key.split("/")[1]
-    # A bias before a BatchNorm has no gradient but for rounding.
+    # The gradient of a bias before a BatchNorm is 0 up to rounding.
     scale = np.abs(expected[key]).max()
     if scale < 1e-12 * largest:
       scale = largest
@@ -158,7 +158,7 @@ def test_backbone_features(create, images, golden, named_weights):
     np.testing.assert_allclose(feature, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_backbone_returns_the_stages_asked_for(create, images):
+def test_backbone_returns_the_requested_stages(create, images):
   backbone = create("micro", smj.create_backbone, out_indices=(1, 3))
   shapes = [x.shape for x in apply(backbone, images("50x70"))]
   assert shapes == [(2, 7, 9, 32), (2, 2, 3, 128)]
@@ -222,7 +222,7 @@ def test_evaluation_follows_training(create, images):
 
 
 def test_more_states_than_one(images):
-  """Which the authors' code cannot run."""
+  """The authors' code cannot run this."""
   logits = []
   for implementation in ("sequential", "associative"):
     model = smj.create_model(
@@ -264,8 +264,8 @@ def test_drop_path_by_sample():
   scales = drop_path_scales(jax.random.key(0), (0.0, 0.25), 4000)
   assert (scales[0] == 1).all()
   assert set(np.unique(scales[1])) == {0.0, np.float32(1 / 0.75)}
-  # Three deviations of the mean of 4000 draws; of each branch, and of whether
-  # both are kept, which is chance.
+  # Three standard deviations of the mean of 4000 draws: of each branch, and of
+  # both at once.
   deviation = (0.25 / 0.75 / 4000) ** 0.5
   np.testing.assert_allclose(scales[1].mean(1), 1, atol=3 * deviation)
   both = np.mean(np.asarray(scales[1] > 0).all(0))
@@ -287,12 +287,12 @@ def test_layer_norm_with_its_gradients():
   for norm in (ours, theirs):
     norm.scale[...] = jnp.linspace(-1, 2, 6)
     norm.bias[...] = jnp.linspace(3, -1, 6)
-  # A token of one value, whose variance is 0, and one far from 0.
+  # One token is constant, with a variance of 0; one is far from 0.
   x = jnp.asarray(rng.normal(size=(2, 3, 4, 6))).at[0, 1, 2].set(0.7)
   x = x.at[1, 0, 0].add(1e3)
   g = jnp.asarray(rng.normal(size=x.shape))
   results = []
-  # Flax's promotes its epsilon.
+  # Flax's LayerNorm promotes its epsilon.
   for norm, promotion in ((ours, "strict"), (theirs, "standard")):
     graphdef, parameters = nnx.split(norm)
 
@@ -308,7 +308,7 @@ def test_layer_norm_with_its_gradients():
 
 
 def test_layer_norm_in_half_precision():
-  """As exact as what is rounded to bfloat16 allows, also far from 0."""
+  """The error is the rounding to bfloat16, also far from 0."""
   half = LayerNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert half.scale.dtype == jnp.float32
   x = np.random.default_rng(0).normal(size=(2, 3, 4, 64))
@@ -390,7 +390,7 @@ def _fresh(depth, key):
   return nnx.state(model)
 
 
-def test_a_compiled_model_starts_as_any_other():
+def test_a_model_created_under_jit_has_the_same_weights():
   key = jax.random.key(3)
   traced, eager = jax.jit(partial(_fresh, 3))(key), _fresh(3, key)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), traced, eager)
@@ -398,7 +398,7 @@ def test_a_compiled_model_starts_as_any_other():
   assert np.abs(first - second).max() > 0.1
 
 
-def test_draws_to_compile_do_not_grow_with_the_blocks():
+def test_the_number_of_compiled_draws_is_independent_of_depth():
   def count(depth):
     text = jax.jit(partial(_fresh, depth)).lower(jax.random.key(3)).as_text()
     return text.count("call @threefry"), text.count("call @_uniform")
@@ -438,14 +438,14 @@ def test_a_wrong_call_is_explained():
 
 
 def gradients(config, *, is_stacked):
-  """Of a stage in training: the result, the pullback and what it gives."""
+  """Returns the result of a stage in training, and its cotangents."""
   (dim,), (depth,) = config.dims, config.depths
   (stage,) = smj.SpatialMamba(config, rngs=nnx.Rngs(0)).stages
   if is_stacked:
     stage.stack()
   stage.train()
   graphdef, weights = nnx.split(stage)
-  # One that no two blocks could take for each other's.
+  # Different scales for each block.
   scales = 1 + jnp.arange(depth * 4.0).reshape(-1, 2, 2) / 9
 
   def run(weights, x):
@@ -459,7 +459,7 @@ def gradients(config, *, is_stacked):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("is_stacked", [True, False])
 def test_a_stage_trains_with_remat_or_without(monkeypatch, is_stacked):
-  """With it, in a loop; without it, as on a GPU, one block after the other."""
+  """With remat blocks run in a loop; without, as on a GPU, one by one."""
   found = {}
   for platform, remat in (
     ("cpu", None),
@@ -487,8 +487,8 @@ def test_a_stage_trains_with_remat_or_without(monkeypatch, is_stacked):
       np.testing.assert_allclose(actual, array, rtol=1e-11, atol=1e-11)
 
 
-def test_what_remat_keeps_of_a_block():
-  """Its input, four products and the SSM's result; no convolution's."""
+def test_the_residuals_of_a_block_with_remat():
+  """They are its input, four products and the SSM's result."""
   config = smj.ModelConfig(dims=(8,), depths=(3,), remat=True)
   _, pullback, _ = gradients(config, is_stacked=False)
   kept = [x.shape for x in jax.tree.leaves(pullback)]

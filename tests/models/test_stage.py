@@ -1,4 +1,4 @@
-"""Stages of blocks that are unlike, or have statistics."""
+"""Stages of unlike blocks, and of blocks with statistics."""
 
 import dataclasses
 from functools import partial
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.usefixtures("strict")]
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class RollConfig(MixerConfig):
-  """Mixes each token with its neighbour, of a row or of a column by turns."""
+  """Mixes each token with its neighbour in the row or the column, by turns."""
 
   name: ClassVar[str] = "roll"
 
@@ -76,7 +76,7 @@ def call(model):
 
 
 def one_by_one(model):
-  """The logits, each block called by itself."""
+  """Returns the logits of blocks that are called one by one."""
   x = model.stem(jnp.asarray(IMAGES))
   scales = model._drop_path_scales(nnx.Rngs(drop_path=KEY), 3)
   for i, stage in enumerate(model.stages):
@@ -102,7 +102,7 @@ def assert_equal_arrays(actual, expected):
 @pytest.mark.parametrize("alternates", [True, False])
 @pytest.mark.parametrize("remat", [True, False])
 def test_blocks_are_those_called_one_by_one(alternates, remat):
-  """Unlike blocks too; and their statistics move in training."""
+  """Holds for unlike blocks; and statistics move in training."""
   model = create(rngs=nnx.Rngs(0), alternates=alternates, remat=remat)
   plain = nnx.clone(model)
   np.testing.assert_allclose(call(model), one_by_one(plain), rtol=1e-10)
@@ -118,7 +118,7 @@ def test_blocks_are_those_called_one_by_one(alternates, remat):
 
 
 @pytest.mark.parametrize("alternates", [True, False])
-def test_a_pure_model_is_the_model(alternates):
+def test_a_pure_model_equals_the_model(alternates):
   """Alike blocks are stacked, unlike ones are not; both are trained."""
   pure = PureModel(partial(create, alternates=alternates))
   weights = pure.init(jax.random.key(0))
@@ -142,7 +142,7 @@ def smj_arrays(model):
   }
 
 
-def test_a_block_of_another_shape_is_no_reason_to_fail():
+def test_a_block_of_another_shape_is_trained_too():
   model = create(rngs=nnx.Rngs(0), alternates=False)
   block = model.stages[1].blocks[2]
   block.mixer.project = nnx.Linear(
@@ -156,7 +156,7 @@ def test_a_block_of_another_shape_is_no_reason_to_fail():
 
 
 class Nested(nnx.Module):
-  """A network that has its backbone under another name, and a head."""
+  """A network with a head, and a backbone under another name."""
 
   def __init__(self, *, rngs):
     config = smj.ModelConfig(dims=(4, 6), depths=(1, 2), dtype="float64")
@@ -165,7 +165,7 @@ class Nested(nnx.Module):
 
 
 def test_a_backbone_is_found_under_any_name():
-  """For the layers' learning rates, and for a linear probe."""
+  """Layer-wise learning rates and linear probes need it."""
   model = PureModel(Nested)
   layers = {name: np.max(x) for name, x in model.layers.items()}
   assert layers["encoder.stem.conv1.conv.kernel"] == 0

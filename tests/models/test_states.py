@@ -16,7 +16,7 @@ block_states = nnx.jit(smj.block_states, static_argnames=("stage", "block"))
 
 
 def create(make=smj.create_model, **overrides):
-  """A small model whose fusion is not that of its initialisation."""
+  """A small model with random fusion weights."""
   settings = {"dims": (4, 6), "depths": (1, 2), "d_state": 3, **overrides}
   if make is smj.create_backbone:
     settings["out_indices"] = (0, 1)
@@ -31,7 +31,7 @@ def create(make=smj.create_model, **overrides):
 
 @nnx.jit
 def reference_states(mixer, x):
-  """(before, after, observation) by the equations as they stand."""
+  """Returns (before, after, observation) by the reference equations."""
   x = jnp.split(mixer.in_proj(x), 2, axis=-1)[0]
   conv = mixer.conv
   y = smk.depthwise_conv(x, conv.kernel[...])
@@ -60,7 +60,7 @@ def reference_states(mixer, x):
 
 
 def compare(ours, reference):
-  """Of states a token is a sum, whose rounding is that of the largest."""
+  """Compares at the rounding of the largest state."""
   scale = np.abs(reference).max()
   np.testing.assert_allclose(ours, reference, rtol=1e-10, atol=1e-12 * scale)
 
@@ -97,7 +97,7 @@ def test_every_block_against_the_reference(monkeypatch):
 
 @pytest.mark.usefixtures("x64")
 def test_states_are_what_the_authors_observe(golden, named_weights):
-  """From the states to the authors' output of the mixer."""
+  """The states give the authors' output of the mixer."""
   g = golden("modules")
   model = smj.create_model(
     "spatial_mamba_micro",
@@ -141,7 +141,7 @@ def test_a_backbone_has_the_same_states():
 
 
 def test_the_forward_pass_is_the_same_program():
-  """Asking for states leaves nothing behind in the model."""
+  """`block_states` changes nothing in the model."""
   model = create()
   images = jnp.ones((1, 16, 16, 3))
 

@@ -1,4 +1,4 @@
-"""Models in other people's programs: what Flax and JAX do to any module."""
+"""Models under the transformations of Flax and JAX."""
 
 import copy
 import os
@@ -49,7 +49,7 @@ def test_a_table_of_the_model(make, mode, images):
   console = {"force_terminal": False, "width": 300}
   total = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
   rows = []
-  # At first of a model that was never compiled, then of one that was.
+  # The first model was never compiled, the second was.
   for depth in (1, None):
     table = nnx.tabulate(
       model, images, depth=depth, console_kwargs=console, **rngs()
@@ -59,7 +59,7 @@ def test_a_table_of_the_model(make, mode, images):
     nnx.jit(lambda model, x: model(x, **rngs()))(model, images)
   assert "stages/0/blocks/0/mixer/in_proj" in table
   assert rows == sorted(set(rows))
-  # Flax puts wrapped methods back.
+  # Flax restores the methods that it wraps.
   for layer in (model.stem.conv1.conv, nnx.Linear(3, 2, rngs=nnx.Rngs(0))):
     layer(images)
 
@@ -129,7 +129,7 @@ def test_transformations_are_the_model(images):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", [None, "associative"])
 def test_forward_mode_is_a_pullback_of_a_pullback(implementation, images):
-  """As `spatial_mamba_kernels` says, which is why jvp is refused."""
+  """The docstring of `spatial_mamba_kernels` shows it, because jvp fails."""
   model = create(dtype="float64", implementation=implementation, mode="train")
   graphdef, state = nnx.split(model)
   x = images.astype(jnp.float64)
@@ -227,7 +227,7 @@ for model, shape, names in (
   for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     np.testing.assert_allclose(np.asarray(a), b, rtol=1e-9, atol=1e-11 * scale)
 
-# What cannot be split is said.
+# Axes that cannot be split are named.
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
 with jax.set_mesh(mesh):
   columns = jax.device_put(images, NamedSharding(mesh, P(None, None, "data")))
@@ -243,7 +243,7 @@ with jax.set_mesh(mesh):
 
 
 def test_a_mesh_of_explicit_axes_is_one_device():
-  """Values and gradients; and a line about what cannot be split."""
+  """Values and gradients agree; an axis that cannot be split is one line."""
   flag = " --xla_force_host_platform_device_count=4"
   result = subprocess.run(
     (sys.executable, "-c", EXPLICIT),

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Two stages of four channels, so that compiling takes seconds: its tests need
-# none of the model's size.
+# Two stages of four channels, which compile in seconds; no test needs a larger
+# model.
 EXPERIMENT = """
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.tasks.classification import ClassificationConfig
@@ -39,7 +39,7 @@ def get_config():
 """
 
 
-# Seconds. It guards against hangs, and not against a busy machine.
+# Seconds before a process counts as hung, even on a busy machine.
 PATIENCE = 1800
 
 
@@ -68,26 +68,26 @@ class Experiment:
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      process_group=0,  # Of its own, so that all of it can be signalled.
+      process_group=0,  # A group of its own, which tests can signal.
     )
     self._started.append(process)
     return process
 
   def end(self):
-    """Ends what was started, where a test that failed has left it."""
+    """Ends processes that a failed test has left."""
     for process in self._started:
       with process:
         process.kill()
 
   def run(self, script, *arguments, **options):
-    """(status, standard output, standard error)."""
+    """Runs a script; returns (status, standard output, standard error)."""
     process = self.start(script, *arguments, **options)
     out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
   @staticmethod
   def records(workdir):
-    """What a run logged, without its speed."""
+    """Returns the records of a run without their speeds."""
     records = []
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
       record = json.loads(line)
@@ -98,7 +98,7 @@ class Experiment:
 
   @staticmethod
   def final_arrays(workdir):
-    """Every array of the newest checkpoint, by name."""
+    """Returns {name: array} of the newest checkpoint."""
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
       items = manager.restore(
         manager.latest_step(),
@@ -115,7 +115,7 @@ def make_experiment(tmp_path_factory):
   """Makes an experiment in a directory; all share what they compile."""
   cache = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
-    cache = cache.parent  # What one worker compiled serves the others.
+    cache = cache.parent  # Workers share compiled programs.
   cache /= "compiled"
   made = []
 

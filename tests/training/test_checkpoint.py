@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and what becomes of damaged ones."""
+"""Checkpoints: which are kept, and how damage is handled."""
 
 import gc
 import hashlib
@@ -29,7 +29,7 @@ from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.weights import load_weights
 
-# Of the callbacks that a failed save or restore leaves behind.
+# Warnings of callbacks that a failed save or restore leaves behind.
 pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
   pytest.mark.filterwarnings("ignore:coroutine .* was never awaited"),
@@ -39,7 +39,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _collect():
   yield
-  gc.collect()  # Here, so that no other test is blamed for them.
+  gc.collect()  # So that no other test is blamed for them.
 
 
 def state_after(step):
@@ -100,7 +100,7 @@ def test_the_best_outlives_a_restart(tmp_path):
 
 
 @pytest.mark.parametrize("worst", [float("nan"), -float("inf")])
-def test_a_score_that_is_no_number_is_the_worst(tmp_path, worst):
+def test_a_nan_score_is_the_worst(tmp_path, worst):
   save(tmp_path, {1: worst, 2: -3.0, 3: worst, 4: -4.0, 5: worst}, keep_last=1)
   with Checkpoints(tmp_path, create=False) as checkpoints:
     assert checkpoints.steps() == [2, 5]
@@ -108,7 +108,7 @@ def test_a_score_that_is_no_number_is_the_worst(tmp_path, worst):
     assert checkpoints.is_evaluated(5)
 
 
-def test_a_score_of_before_there_were_tasks(saved, tmp_path):
+def test_a_score_of_a_version_before_tasks(saved, tmp_path):
   copy = shutil.copytree(saved, tmp_path / "copy")
   for step, top1 in ((1, 0.9), (3, 0.1)):
     (copy / str(step) / "metrics" / "metrics").write_text(f'{{"top1": {top1}}}')
@@ -150,12 +150,12 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", [remove, empty, cut, flip, become_pipe])
-def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, capsys, damage):
-  """Whichever of its files is damaged; those before it are left."""
+def test_a_damaged_checkpoint_is_skipped(saved, tmp_path, capsys, damage):
+  """Any of its files may be damaged; earlier checkpoints stay."""
   files = [
     x.relative_to(saved) for x in (saved / "3").rglob("*") if x.is_file()
   ]
-  # What orbax writes last, and nothing is read of.
+  # Orbax writes it last, and nothing reads it.
   unread = ("3/_CHECKPOINT_METADATA", "3/commit_success.txt")
   assert len(files) > 15
   for i, file in enumerate(files):
@@ -226,7 +226,7 @@ def test_a_copy_under_the_name_of_another_step(saved, tmp_path):
 
 
 @pytest.mark.parametrize("removals", [4, 5])
-def test_one_that_its_run_removes_is_looked_for_again(
+def test_a_checkpoint_that_its_run_removes_is_searched_again(
   saved, tmp_path, monkeypatch, removals
 ):
   copy = shutil.copytree(saved, tmp_path / "copy")
@@ -256,7 +256,7 @@ def test_one_that_its_run_removes_is_looked_for_again(
   assert not left
 
 
-def test_half_of_one_and_foreign_ones(saved, tmp_path, capsys):
+def test_partial_and_foreign_checkpoints_are_skipped(saved, tmp_path, capsys):
   copy = shutil.copytree(saved, tmp_path / "copy")
   shutil.copytree(copy / "3", copy / "4.orbax-checkpoint-tmp")
   shutil.copytree(copy / "3", copy / "1.removed")
@@ -277,7 +277,7 @@ def test_half_of_one_and_foreign_ones(saved, tmp_path, capsys):
   )
 
 
-def test_where_none_is_left_a_line_says_what_to_remove(saved, tmp_path):
+def test_without_a_checkpoint_a_line_says_what_to_remove(saved, tmp_path):
   copy = shutil.copytree(saved, tmp_path / "copy")
   for step in (1, 2, 3):
     cut(copy / str(step) / "state" / "manifest.ocdbt")
@@ -290,7 +290,7 @@ def test_where_none_is_left_a_line_says_what_to_remove(saved, tmp_path):
     open_checkpoint(copy / "2").__enter__()
 
 
-def test_checkpoints_of_before_have_no_digests(saved, tmp_path):
+def test_checkpoints_of_earlier_versions_have_no_digests(saved, tmp_path):
   copy = shutil.copytree(saved, tmp_path / "copy")
   (copy / "3" / "digests.json").unlink()
   with Checkpoints(copy) as checkpoints:
@@ -301,8 +301,8 @@ def test_checkpoints_of_before_have_no_digests(saved, tmp_path):
       checkpoints.restore_state(3, state_after(0))
 
 
-def test_damage_that_no_digest_tells_is_one_line(saved, tmp_path):
-  """The command silences Orbax, which logs it as well."""
+def test_damage_without_digests_is_one_line(saved, tmp_path):
+  """The command silences Orbax, which logs the damage too."""
   copy = shutil.copytree(saved, tmp_path / "copy")
   remove(copy / "3" / "digests.json")
   empty(copy / "3" / "_CHECKPOINT_METADATA")
@@ -338,7 +338,9 @@ def test_a_save_that_fails_costs_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("is_told_by", ["check", "save", "add", "exit"])
-def test_a_failure_in_the_background_is_told(tmp_path, monkeypatch, is_told_by):
+def test_a_failure_in_the_background_is_reported(
+  tmp_path, monkeypatch, is_told_by
+):
   def fail(directory):
     raise OSError(28, "No space left on device")
 
@@ -368,7 +370,7 @@ def test_a_failure_in_the_background_is_told(tmp_path, monkeypatch, is_told_by):
   assert_restored(checkpoints, 2)
 
 
-def test_an_evaluation_that_cannot_be_added(saved, tmp_path, monkeypatch):
+def test_an_evaluation_that_cannot_be_written(saved, tmp_path, monkeypatch):
   def fail(files, step, metrics):
     raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Mistakes end in one line that says what to do; eval.py prints its line."""
+"""The scripts report mistakes in one line, and eval.py prints scores."""
 
 import json
 import os
@@ -21,8 +21,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def run_here(experiment, monkeypatch, capsys):
-  """Runs a command in this process: (status, standard output, error)."""
-  # Without it the cache of this user would be the suite's.
+  """Runs a command in this process; returns (status, output, error)."""
+  # Otherwise the tests would use the user's cache.
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.devnull)
 
   def run(*arguments, text=None, command=command_line.config):
@@ -160,7 +160,7 @@ IMPORT = (
   " from spatial_mamba_jax.tasks.classification import"
   " ClassificationConfig as Task\n"
 )
-# What a file holds, the line that is wrong, and what is said of it.
+# (content of a config file, number of the wrong line, message).
 FILES = [
   ("def get_config(:\n", 1, "SyntaxError: invalid syntax"),
   ("\nx='\n", 2, "SyntaxError: unterminated string"),
@@ -207,7 +207,7 @@ FILES = [
     *(3, "TypeError: missing a required argument: 'task'"),
   ),
 ]
-# What get_config does to a TrainConfig, and the arguments beside.
+# (statements on a TrainConfig in get_config, arguments, message).
 CHANGES = [
   (
     "c.length = 'many'",
@@ -256,7 +256,7 @@ def test_a_wrong_config_file_is_one_line(experiment, run_here):
     assert_one_line(run_here(*arguments, text=f"{text}  return c\n"), message)
 
 
-def test_what_flags_can_do(experiment, run_here, tmp_path):
+def test_flags_override_fields(experiment, run_here, tmp_path):
   seen = []
   text = experiment.path.read_text().replace(
     "def get_config():\n", "def get_config(word=''):\n  assert word != 'bad'\n"
@@ -300,9 +300,7 @@ def test_help(run_here, flag):
   ]
 
 
-def test_the_compilation_cache_is_given_up_where_it_cannot_be(
-  monkeypatch, tmp_path, capsys
-):
+def test_a_run_without_a_compilation_cache(monkeypatch, tmp_path, capsys):
   used = []
   monkeypatch.setattr(jax.config, "update", lambda _, path: used.append(path))
   monkeypatch.setattr(sys, "argv", ["train.py"])
@@ -436,7 +434,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(
   experiment, tmp_path
 ):
   workdir = tmp_path / "run"
-  # A step of 1e30 leaves weights whose loss is not a number.
+  # A learning rate of 1e30 leaves weights with a NaN loss.
   status, _, err = experiment.run(
     "train.py",
     f"--workdir={workdir}",
@@ -465,7 +463,7 @@ def test_evaluation(experiment, tmp_path):
     r"  images 24\n"
   )
   assert re.fullmatch(f"ema{numbers}raw{numbers}", out)
-  # Four devices evaluate what one device has trained.
+  # Four devices evaluate a model that one device has trained.
   status, text, err = experiment.run(
     "eval.py",
     f"--checkpoint={workdir / 'checkpoints' / '9'}",
@@ -523,7 +521,7 @@ def test_evaluation_at_another_resolution_and_crop(experiment, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(experiment, tmp_path):
-  """A limit of file sizes stands for it: saves fail, and the log does not."""
+  """A limit on file sizes simulates it: saves fail, and the log does not."""
   workdir = tmp_path / "run"
   flag = f"--workdir={workdir}"
   status, _, err = experiment.run("train.py", flag, "--config.length=2 epochs")

@@ -1,4 +1,4 @@
-"""Values that make no sense end in one line that names them."""
+"""Invalid values end in one line that names the field."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def fields_of(section, prefix=""):
-  """(path, value) of every field that is no section."""
+  """Yields (path, value) of every field that is not a section."""
   for field in dataclasses.fields(section):
     value = getattr(section, field.name)
     if dataclasses.is_dataclass(value):
@@ -48,14 +48,14 @@ def make_config(**fields):
 
 
 FIELDS = dict(fields_of(make_config()))
-# Of no type, of another type, or beyond any machine.
+# Values of a wrong type, or beyond any machine.
 NONSENSE = (
   *(None, object(), b"1", 1j, [], {}, set(), (), "many", "\0", "\ud800", ""),
   *(True, -1, 10**20, -(10**20), 10**5000, 0.5, 8.0, 1e300, -1e300, 1e999),
   *(math.nan, math.inf, -math.inf, int, print, (1,), (1, 2, 3), (0.0, 1.0)),
   *(("a", "b"), (None, 1), (True, True), (1, math.inf), (math.nan, 1.0)),
 )
-# What a field takes of it; a bool is no number, nor a whole float an int.
+# The accepted ones: a bool is not a number, and 1.0 is not an int.
 SENSE = {
   bool: (True,),
   int: (),
@@ -64,7 +64,7 @@ SENSE = {
   tuple: (),
   type(None): (None,),
 }
-# Texts that say how long.
+# Fields that hold a length of time.
 TIMES = {
   **dict.fromkeys(("length", "evaluate_every", "log_every"), ()),
   "optimizer.warmup": (),
@@ -99,7 +99,7 @@ def test_defaults_are_valid():
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_nonsense_is_refused_everywhere(path):
+def test_invalid_values_are_refused_in_every_field(path):
   if path in TIMES:
     taken = TIMES[path]
   else:
@@ -228,7 +228,7 @@ def test_float64_where_jax_computes_in_it():
   config.validate()
 
 
-def test_a_field_that_is_none_is_told_of():
+def test_an_unknown_field_is_named():
   config = make_config()
   config.optimizer.learning_rates = 1.0
   assert message_of(config) == (
@@ -267,7 +267,7 @@ def test_images_that_memory_cannot_hold(monkeypatch):
     ("0 steps", Interval(0, "steps")),
   ],
 )
-def test_times_are_read(text, expected):
+def test_lengths_are_parsed(text, expected):
   assert parse_interval(text, "config.length") == expected
   assert expected.steps(7) == expected.count * (
     7 if expected.unit == "epochs" else 1
@@ -284,14 +284,14 @@ def test_times_are_read(text, expected):
     ("", None),
   ],
 )
-def test_times_between_checkpoints_are_read(text, expected):
+def test_lengths_between_checkpoints_are_parsed(text, expected):
   config = make_config(checkpoint_every=text)
   config.validate()
   assert config.checkpoint_interval() == expected
 
 
-def test_times_are_counted_in_steps():
-  """Whether they are given in epochs or in steps."""
+def test_lengths_are_converted_to_steps():
+  """Lengths may be given in epochs or in steps."""
 
   def count(images, warmup, **times):
     optimizer = OptimizerConfig(warmup=warmup)
@@ -316,7 +316,7 @@ def test_times_are_counted_in_steps():
     )
   )
   config = make_config(batch_size=100, length="21 epochs")
-  assert config.count_steps(250).mesa_from is None  # Without a weight.
+  assert config.count_steps(250).mesa_from is None  # `mesa_weight` is 0.
 
 
 def test_steps_are_counted_in_int32():
@@ -343,7 +343,7 @@ def test_steps_are_counted_in_int32():
   ("length", "warmup"), [("10 epochs", "20 steps"), ("20 steps", "10 epochs")]
 )
 def test_the_warm_up_ends_whatever_it_is_counted_in(length, warmup):
-  """With epochs of two steps, which `validate` does not know."""
+  """An epoch has two steps, which `validate` does not know."""
   config = make_config(batch_size=100, length=length)
   config.optimizer.warmup = warmup
   config.validate()
@@ -355,7 +355,7 @@ def test_the_warm_up_ends_whatever_it_is_counted_in(length, warmup):
   assert config.count_steps(250).warmup == 19
 
 
-def test_a_line_averages_over_what_float32_counts():
+def test_a_log_window_is_one_that_float32_counts():
   def count(log_every, length="999999999 steps"):
     config = make_config(batch_size=1, length=length, log_every=log_every)
     config.optimizer.warmup = "0 steps"
@@ -506,7 +506,7 @@ def the_same_experiment():
   )
 
 
-def test_an_experiment_of_before_is_the_same_as_now():
+def test_an_experiment_of_an_earlier_version_is_equal():
   now = describe(the_same_experiment(), 1000, SUMS)
   check_same_experiment(VERSION_1, now, "run")
   # Presets may be renamed, and given by their stages.
@@ -514,7 +514,7 @@ def test_an_experiment_of_before_is_the_same_as_now():
   config.model.name = "spatial_mamba_base"
   config.model.dims, config.model.depths = (64, 128, 256, 512), [2, 4, 8, 4]
   check_same_experiment(VERSION_1, describe(config, 1000, SUMS), "run")
-  # What earlier versions called the kernels' choice.
+  # The name of `implementation` in earlier versions.
   for old, mixer, layers in (
     ("sequential", "sequential", "xla"),
     ("associative", "associative", "xla"),
@@ -552,7 +552,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("field", OTHERS)
-def test_another_experiment_than_that_of_before_is_named(field):
+def test_a_changed_experiment_of_an_earlier_version_is_named(field):
   value, before = OTHERS[field]
   config = the_same_experiment()
   set_field(config, field, value)
@@ -562,7 +562,7 @@ def test_another_experiment_than_that_of_before_is_named(field):
   assert difference.startswith(f"{field} was {before!r} and is ")
 
 
-def test_times_are_the_same_however_they_are_written():
+def test_equal_lengths_may_be_written_differently():
   config, other = the_same_experiment(), the_same_experiment()
   other.length, other.optimizer.warmup = "4epoch", " 01 epochs"
   saved, now = (describe(x, 1000, SUMS) for x in (config, other))

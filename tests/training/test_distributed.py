@@ -9,7 +9,7 @@ import socket
 import numpy as np
 import pytest
 
-# Without randomness of its own, the two see the images that one would.
+# Without augmentation, two processes see the same images as one.
 PLAIN = (
   "--config.model.drop_path_rate=0",
   "--config.data.crop_scale=(1.0,1.0)",
@@ -113,7 +113,7 @@ def test_two_processes_evaluate_as_one(experiment, image_tree, tmp_path):
   )
   outcomes = [process.communicate(timeout=1800) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outcomes
-  # One of them prints, and for both; the other lines are XLA's.
+  # One process prints for both; the other lines are XLA's.
   (line,) = [
     line
     for out, _ in outcomes

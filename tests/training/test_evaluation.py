@@ -1,4 +1,4 @@
-"""Predictions and their numbers, against loops in double precision."""
+"""Evaluations of classification, against loops in double precision."""
 
 import csv
 import dataclasses
@@ -36,7 +36,7 @@ SCALES = {"ema": 1.0, "raw": -2.0}
 
 
 class Pixels(nnx.Module):
-  """Its logits are an image's first values, times the weight."""
+  """A model whose logits are an image's first values, times the weight."""
 
   def __init__(self, num_classes, *, rngs):
     self._num_classes = num_classes
@@ -80,7 +80,7 @@ class Noise:
     return f"image {index}, \u00e4.png"
 
   def logits(self, scale):
-    """In double precision, of the readable images."""
+    """Computes the values in double precision, of the readable images."""
     readable = np.delete(np.arange(len(self)), self.unreadable)
     mean = np.array([0.485, 0.456, 0.406])
     std = np.array([0.229, 0.224, 0.225])
@@ -125,7 +125,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("num_classes", [1, 3, 10])
-def test_numbers_are_those_of_loops(num_classes):
+def test_values_equal_those_of_loops(num_classes):
   source = Noise(61, num_classes, unreadable=(7, 60))
   for name, found in found_of(source, 8).items():
     readable, logits = source.logits(SCALES[name])

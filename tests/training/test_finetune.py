@@ -1,4 +1,4 @@
-"""Runs that start from weights, and not from random numbers."""
+"""Runs that start from given weights."""
 
 import pathlib
 import runpy
@@ -40,7 +40,7 @@ def pretrained(tmp_path_factory):
 
 
 def model_of(config):
-  """A model and random weights of it."""
+  """A model and random weights for it."""
   model = PureModel(partial(smj.SpatialMamba, config))
   return model, jax.jit(model.init)(jax.random.key(0))
 
@@ -65,7 +65,7 @@ def assert_equal_but(names, actual, expected):
     (3, HEAD, "a head drawn at random: it has 5 classes"),
   ],
 )
-def test_what_a_run_starts_from(pretrained, num_classes, drawn, words):
+def test_a_run_starts_from_given_weights(pretrained, num_classes, drawn, words):
   model, fresh = model_of(config_of(num_classes))
   weights, said = start_from(pretrained, model, fresh)
   assert words in said
@@ -93,8 +93,8 @@ def test_a_backbone_has_no_head(tmp_path):
     np.testing.assert_array_equal(found[name], own[name])
 
 
-def test_what_a_checkpoint_without_a_head_has(tmp_path):
-  """Its last norm is kept; drawn are what it lacks and no more."""
+def test_a_checkpoint_without_a_head_keeps_its_norm(tmp_path):
+  """Only missing weights are drawn."""
   config = config_of(3)
   model, fresh = model_of(config)
   own = tensors_of(fresh, model)
@@ -175,7 +175,7 @@ def finetune(image_tree, pretrained):
   config.data.image_size = 24
   config.data.num_workers = 0
   config.optimizer.warmup = "0 epochs"
-  # At the true one four steps move some weights by less than their last digit.
+  # At the real learning rate, four steps round to nothing for some weights.
   config.optimizer.learning_rate *= 100
   config.batch_size = config.evaluation_batch_size = 4
   config.length = "2 epochs"
@@ -194,7 +194,7 @@ def test_fine_tuning_on_a_folder_of_ones_own(finetune, tmp_path, capfd):
     if name not in HEAD and x.dtype == np.float32
   }
   assert min(moved.values()) > 0
-  # The stem moves less than the last block, by the fall of learning rates.
+  # Layer-wise learning rates move the stem less than the last block.
   weight = "self_attention.in_proj.weight"
   first, last = (
     moved[f"layers.{i}.{weight}"] for i in ("0.blocks.0", "1.blocks.1")

@@ -1,4 +1,4 @@
-"""What is logged after a checkpoint is logged anew by the resumed run."""
+"""Logs: a resumed run logs again what followed its checkpoint."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from spatial_mamba_jax.training.metrics import (
 
 
 def read_events(path):
-  """TensorBoard's records: length, checksum of it, bytes, checksum of them."""
+  """Yields TensorBoard's records: length, checksum, bytes, checksum."""
   content, events = path.read_bytes(), []
   while content:
     (length,) = struct.unpack("<Q", content[:8])
@@ -55,7 +55,7 @@ def test_a_resumed_run_drops_what_it_will_log_again(tmp_path):
   assert (event.step, value.tag, value.simple_value) == (30, "train/loss", 2.0)
 
 
-def test_how_long_the_loop_waits(monkeypatch):
+def test_the_data_wait_is_measured(monkeypatch):
   now = 0.0
   monkeypatch.setattr(time, "perf_counter", lambda: now)
 
@@ -138,9 +138,9 @@ def strict(constant):
   raise ValueError(f"{constant} is not JSON")
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_a_value_that_is_not_finite_is_null(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  # As earlier versions wrote it.
+  # Earlier versions wrote NaN.
   path.write_text('{"step": 1, "kind": "train", "loss": NaN}\n')
   with MetricWriter(tmp_path, resumed_step=1) as writer:
     writer.write(2, "train", {"loss": float("nan"), "rate": float("-inf")})
@@ -154,8 +154,8 @@ def test_what_is_not_finite_is_null(tmp_path):
   ]
 
 
-def test_what_is_written_survives_a_kill(tmp_path):
-  """Both files have it at once, and not when the writer is closed."""
+def test_a_written_record_survives_a_kill(tmp_path):
+  """Both files have it before the writer is closed."""
   with MetricWriter(tmp_path, resumed_step=0) as writer:
     writer.write(3, "train", {"loss": 0.25})
     assert '"step": 3' in (tmp_path / "metrics.jsonl").read_text()
@@ -175,7 +175,7 @@ def test_a_log_that_is_removed_begins_anew(tmp_path):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_log_that_is_no_file_is_refused(tmp_path, make):
+def test_a_log_that_is_not_a_file_is_refused(tmp_path, make):
   make(path := tmp_path / "metrics.jsonl")
   with pytest.raises(TrainingError, match=f"{path} is no file: move it away"):
     MetricWriter(tmp_path, resumed_step=0)

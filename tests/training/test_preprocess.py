@@ -28,7 +28,7 @@ DRAWS = 4000
 
 
 def assert_same_distribution(ours, theirs):
-  """Kolmogorov-Smirnov, two samples, at the 0.1% level; seeds are fixed."""
+  """Compares two samples by Kolmogorov-Smirnov at the 0.1% level."""
   ours, theirs = np.sort(np.asarray(ours)), np.sort(theirs)
   if not len(ours):
     assert not len(theirs)
@@ -48,7 +48,7 @@ def assert_share(count, of, share):
 
 
 def erased_by_timm(rng, height, width):
-  """One box by timm 0.4.12's loop: top, left, bottom, right."""
+  """Draws a box by timm 0.4.12's loop: top, left, bottom, right."""
   for _ in range(10):
     area = rng.uniform(0.02, 1 / 3) * height * width
     aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -127,7 +127,7 @@ def mixed(settings, count=2000):
     keys
   )
   pixels, targets = np.asarray(pixels), np.asarray(targets)
-  # The second image of each batch is the first's complement.
+  # The second image of each batch is the complement of the first.
   np.testing.assert_allclose(pixels.sum(1), 1, rtol=1e-6)
   np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
   np.testing.assert_allclose(targets.sum(2), 1, rtol=1e-6)
@@ -147,7 +147,7 @@ def test_mixup():
 
 
 def cut_by_timm(rng, alpha, height, width):
-  """One box by timm 0.4.12's rand_bbox: top, bottom, left, right."""
+  """Draws a box by timm 0.4.12's rand_bbox: top, bottom, left, right."""
   ratio = math.sqrt(1 - rng.beta(alpha, alpha))
   cut_h, cut_w = int(height * ratio), int(width * ratio)
   cy, cx = rng.integers(height), rng.integers(width)
@@ -175,7 +175,7 @@ def test_cutmix_boxes_are_timms(alpha, height, width):
   masks = np.asarray(masks) == 1
   np.testing.assert_allclose(1 - masks.mean((1, 2)), shares, atol=1e-6)
   rows, columns = masks.any(2), masks.any(1)
-  # A box, and not something else of these rows and columns.
+  # The changed pixels are exactly this box.
   assert (masks == rows[:, :, None] & columns[:, None]).all()
   assert np.count_nonzero(np.diff(rows, axis=1), axis=1).max() <= 2
   rng = np.random.default_rng(0)
@@ -217,7 +217,7 @@ def test_partners_are_mirrored():
   )
 
 
-def test_the_whole_of_it():
+def test_the_complete_augmentation():
   config = ClassificationConfig()
   batch = {
     "image": jnp.arange(4 * 9 * 8 * 3, dtype=jnp.uint8).reshape(4, 9, 8, 3),

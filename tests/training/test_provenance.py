@@ -1,4 +1,4 @@
-"""A run names the commit of this project, and never that of a repository."""
+"""A run names the commit of this project, not of a repository around it."""
 
 import importlib.util
 import pathlib
@@ -23,7 +23,7 @@ def git(directory, *arguments):
 
 
 def commit_of(root):
-  """What the module says when it lies below a directory."""
+  """Returns the commit that the module finds below a directory."""
   path = root / FILE
   path.parent.mkdir(parents=True, exist_ok=True)
   shutil.copy(provenance.__file__, path)
@@ -52,7 +52,7 @@ def test_a_checkout_names_its_commit(repository, monkeypatch):
   git(repository, "add", ".")
   git(repository, "commit", "-qm", "this project")
   head = git(repository, "rev-parse", "HEAD")
-  # As in a hook of another repository.
+  # A hook of another repository sets these.
   monkeypatch.setenv("GIT_DIR", "/nowhere")
   assert commit_of(repository) == head
   (repository / ".gitignore").write_text("")

@@ -1,4 +1,4 @@
-"""The scripts on files as users have them: ImageNet's, and a folder's."""
+"""The scripts on image files: ImageNet and a folder."""
 
 import re
 import runpy
@@ -9,7 +9,7 @@ from spatial_mamba_jax.data.prepare_imagenet import main as prepare_imagenet
 from spatial_mamba_jax.training.experiment import to_dict
 
 IMAGENET = ("imagenet_tiny", "imagenet_small", "imagenet_base")
-# Two stages of four channels in place of its model; the rest is the experiment.
+# Replaces the model by two stages of four channels.
 IMAGENET_CONFIG = """
 import runpy
 
@@ -40,17 +40,17 @@ def imagenet(image_tree, tmp_path_factory):
   return data_dir
 
 
-def test_preparing_says_where(image_tree, tmp_path, capsys):
+def test_preparation_prints_its_directory(image_tree, tmp_path, capsys):
   prepare_imagenet([f"--image_folder={image_tree}", f"--data_dir={tmp_path}"])
   assert f"prepared {tmp_path}" in capsys.readouterr().out
 
 
 def test_the_imagenet_configs_differ_by_model_alone():
-  """So that one of them needs to be trained."""
+  """Therefore the tests train one of them."""
 
   def rest(name):
     config = runpy.run_path(f"configs/{name}.py")["get_config"]()
-    # Drawn, or weighted, all the same.
+    # All use drop path and MESA, at different rates.
     assert config.model.drop_path_rate > 0
     assert config.mesa_weight > 0
     config.model.name = "spatial_mamba_tiny"

@@ -1,4 +1,4 @@
-"""A run that is killed and restarted is the run that was left alone."""
+"""A run that is killed and restarted equals an uninterrupted run."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from spatial_mamba_jax.training.workdir import WorkdirLock
 
 @pytest.fixture(scope="module")
 def whole(make_experiment, tmp_path_factory):
-  """The uninterrupted run: its records and its last arrays."""
+  """Runs without interruption; returns records and final arrays."""
   directory = tmp_path_factory.mktemp("whole")
   experiment = make_experiment(directory)
   workdir = directory / "run"
@@ -38,14 +38,14 @@ def assert_same_run(experiment, workdir, whole):
 
 def wait_for(condition, process):
   """Waits until the condition holds or the process has ended."""
-  until = time.monotonic() + 1800  # It guards against hangs alone.
+  until = time.monotonic() + 1800  # Only a hang takes longer.
   while process.poll() is None and not condition():
     assert time.monotonic() < until
     time.sleep(0.001)
 
 
 def test_killed_at_many_moments(experiment, tmp_path, whole):
-  """After a logged step, while a checkpoint is being saved, and after one."""
+  """Kills after a logged step, during a save, and after a save."""
   workdir = tmp_path / "run"
   log = workdir / "metrics.jsonl"
   checkpoints = workdir / "checkpoints"
@@ -77,8 +77,8 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
   assert is_saved(18)
-  # What SIGKILL can leave behind in the log: half a line. What a disk can do to
-  # the rest: a block of zeros, and a checkpoint whose file is cut off.
+  # SIGKILL can leave half a line in the log. A disk can leave a block of zeros,
+  # and a checkpoint with a truncated file.
   with log.open("a") as file:
     file.write("\0\0\0\n" + '{"step": 1')
   (checkpoints / "18" / "state" / "manifest.ocdbt").write_bytes(b"")
@@ -90,7 +90,7 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
 
 
 def test_signals_save_first(experiment, tmp_path, whole):
-  """To the process group, as a terminal sends them, and so to workers."""
+  """A terminal signals the process group, and so the workers too."""
   workdir = tmp_path / "run"
   log = workdir / "metrics.jsonl"
   for stop, workers, reached in (
@@ -118,7 +118,7 @@ def test_signals_save_first(experiment, tmp_path, whole):
 
 
 def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
-  """Each after four steps, beside those of epochs, three steps each."""
+  """One is saved after four steps, and one after each epoch of three."""
   workdir = tmp_path / "run"
   flags = (f"--workdir={workdir}", "--config.evaluate_every=8 epochs")
   process = experiment.start(
@@ -128,13 +128,13 @@ def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
   process.kill()
   process.communicate()
   assert process.returncode == -signal.SIGKILL
-  # A run that holds the directory is the only one that writes there.
+  # A second run must not write into the directory.
   with WorkdirLock(workdir):
     status, _, err = experiment.run("train.py", *flags)
   assert status == 2
   (line,) = err.splitlines()
   assert f"{workdir} is in use by the run of " in line
-  # Nor does it matter what else JAX is told to refuse.
+  # JAX's strict modes must not matter.
   status, _, err = experiment.run(
     "train.py",
     *flags,

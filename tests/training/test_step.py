@@ -1,4 +1,4 @@
-"""Steps: sharding, accumulation, averages, sums; all in double precision."""
+"""Training steps in double precision: sharding, accumulation, averages."""
 
 import os
 import pathlib
@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def task_of(architecture):
-  """Classification of batches that are prepared already."""
+  """Classification of prepared batches."""
   task = ClassificationConfig(num_classes=3).create(
     architecture, DataConfig(), mesa_weight=0.0
   )
@@ -85,13 +85,13 @@ def assert_same_weights(actual, expected, tolerance):
 
 
 @pytest.mark.usefixtures("x64")
-def test_stacked_blocks_are_the_model():
+def test_stacked_blocks_equal_the_model():
   config = ModelConfig(
     dims=(4, 6), depths=(2, 3), num_classes=3, dtype="float64"
   )
   pure = PureModel(partial(smj.SpatialMamba, config))
   model = SpatialMamba(config, rngs=nnx.Rngs(0))
-  # As after some training: nothing that one block could take for another's.
+  # Different weights for each block, as after some training.
   rng = np.random.default_rng(0)
   state = nnx.state(model, nnx.Param)
   nnx.update(
@@ -124,7 +124,7 @@ def test_stacked_blocks_are_the_model():
 
 
 @pytest.mark.usefixtures("x64")
-def test_accumulation_is_the_whole_batch_where_parts_are_alike(small):
+def test_accumulation_of_equal_parts_equals_the_whole_batch(small):
   """Each part holds the same images, and so the same BatchNorm statistics."""
   batch = batch_of(4, copies=2)  # Parts interleave: [0, 2, 4, 6], [1, 3, 5, 7].
   plain, state = step_of(small)
@@ -154,7 +154,7 @@ def optax_moment(state, name):
 
 
 @pytest.mark.usefixtures("x64")
-def test_moving_average_is_of_parameters_and_statistics(small):
+def test_the_moving_average_covers_parameters_and_statistics(small):
   step, state = step_of(small)
   after = step(state, batch_of(4))
   for old, new, average in zip(
@@ -206,15 +206,15 @@ def test_schedule_by_hand():
 
 
 @pytest.mark.usefixtures("x64")
-def test_what_decays(small):
-  """Without gradients, AdamW moves nothing but by decay."""
+def test_which_parameters_decay(small):
+  """Without gradients, AdamW only decays."""
   _, _, optimizer, state = small
   params = state.weights.params
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, *_ = optimizer.update(zeros, optimizer.init(params), params)
   decayed = {name for name, x in updates.items() if jnp.any(x != 0)}
   could = {name for name, x in params.items() if jnp.any(x != 0)}
-  # A_log is log(1) = 0 here, and is left out by that alone.
+  # A_log is log(1) = 0, which decay does not change.
   matrices = {name for name in could if name.endswith(("kernel", "kernels"))}
   assert decayed == matrices
   np.testing.assert_allclose(
@@ -241,7 +241,7 @@ def test_learning_rates_fall_from_layer_to_layer():
   expected = {
     "stem": 1 / 16,
     "stages.0": 1 / 8,
-    "downsamples.0": 1 / 4,  # With the block that comes after it.
+    "downsamples.0": 1 / 4,  # The layer of the block after it.
     "stages.1": np.array([1 / 4, 1 / 2]),
     "norm": 1,
     "head": 1,
@@ -277,7 +277,7 @@ def test_a_linear_probe_leaves_the_backbone_untouched():
       if not np.array_equal(x, {**old.params, **old.stats}[name])
     }
     assert changed == head
-  # The loss is that of eval mode: no dropped paths, no batch's statistics.
+  # The loss is that of eval mode, without drop path and batch statistics.
   logits = evaluate(model, before.weights, batch["image"])
   expected = jnp.mean(soft_cross_entropy(logits, batch["target"]))
   one = step(before, batch)
@@ -343,7 +343,7 @@ for other in results[1:]:
   for a, b in zip(*map(jax.tree.leaves, (results[0], other)), strict=True):
     np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-9)
 
-# Augmentation, which pairs images of different devices.
+# Mixup pairs images of different devices.
 batch = {
   "image": rng.integers(0, 256, (8, 12, 12, 3), np.uint8),
   "label": np.arange(8, dtype=np.int32),
@@ -367,8 +367,8 @@ print("equal")
 """
 
 
-def test_sharded_is_unsharded():
-  """BatchNorm and gradients over the global batch, without an all-gather."""
+def test_a_sharded_step_equals_an_unsharded_one():
+  """BatchNorm and gradients cover the global batch, without an all-gather."""
   result = subprocess.run(
     (sys.executable, "-c", SHARDED),
     env={

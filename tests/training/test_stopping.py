@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-# A long call outside of Python, in which Python's own handlers do not run; and
-# one that ends with the first signal, as a run's loop does.
+# A long call outside Python, during which Python's handlers do not run; then a
+# loop that ends with the first signal, as a run's does.
 SCRIPT = """
 import hashlib, signal, sys, time
 from spatial_mamba_jax.training.stopping import (
@@ -68,7 +68,7 @@ def assert_ended(process, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_closed_standard_error_is_no_reason_to_go_on(start, number):
+def test_a_signal_stops_with_a_closed_standard_error(start, number):
   process = start()
   process.stderr.close()
   process.send_signal(number)
@@ -86,14 +86,14 @@ def is_alive(process, seconds=1.0):
 @pytest.mark.parametrize(
   "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 )
-def test_before_there_is_anything_to_save_one_ends_it(start, number):
+def test_one_signal_ends_a_process_with_nothing_to_save(start, number):
   process = start()
   process.send_signal(number)
   assert_ended(process, number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_one_ends_what_is_compiling(start, number):
+def test_a_second_signal_ends_a_compilation(start, number):
   process = start("loop")
   process.send_signal(number)
   assert is_alive(process)
@@ -101,7 +101,7 @@ def test_a_second_one_ends_what_is_compiling(start, number):
   assert_ended(process, number)
 
 
-def test_a_closed_terminal_may_say_so_twice(start):
+def test_a_second_sighup_does_not_end_the_process(start):
   process = start("loop", "python")
   process.send_signal(signal.SIGHUP)
   assert process.stdout.readline() == "saving SIGHUP\n"
@@ -112,7 +112,7 @@ def test_a_closed_terminal_may_say_so_twice(start):
   assert_ended(process, signal.SIGTERM)
 
 
-def test_what_nohup_ignores_stays_ignored(start):
+def test_a_signal_that_nohup_ignores_stays_ignored(start):
   process = start("loop", "python", "ignore")
   process.send_signal(signal.SIGHUP)
   assert is_alive(process)

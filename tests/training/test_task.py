@@ -32,8 +32,8 @@ def pixels(experiment):
   return experiment
 
 
-def test_a_second_task_is_trained_as_the_first(pixels, tmp_path, capsys):
-  """Killed and resumed, bit for bit; its best by its own score."""
+def test_a_second_task_trains_resumes_and_reports(pixels, tmp_path, capsys):
+  """It resumes bit for bit, and keeps the best by its own score."""
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   status, _, err = pixels.run("train.py", f"--workdir={whole}")
   assert status == 0, err
@@ -80,7 +80,7 @@ def test_a_second_task_is_trained_as_the_first(pixels, tmp_path, capsys):
   ]
 
 
-def test_numbers_of_numpy_are_logged():
+def test_numpy_scalars_are_logged():
   evaluation = Evaluation(
     np.float32(0.5), {"iou": np.float32(0.25), "images": np.int64(3)}, ""
   )
@@ -92,14 +92,14 @@ def test_numbers_of_numpy_are_logged():
 
 @dataclasses.dataclass(frozen=True)
 class Masked(PixelExamples):
-  """Its labels have the name of what the pipeline says of an example."""
+  """Examples with a name that the pipeline reserves."""
 
   def blank(self, *, train):
     example = super().blank(train=train)
     return {"image": example["image"], "mask": example["labels"]}
 
 
-def test_names_that_are_taken_are_refused():
+def test_reserved_names_are_refused():
   source, config = Stripes(16, 24, "train"), DataConfig(image_size=16)
   with pytest.raises(ValueError, match="must not have arrays called mask"):
     evaluation_batches(source, config, batch_size=8, examples=Masked(16))
@@ -119,7 +119,7 @@ def test_a_network_that_keeps_random_streams_is_refused():
     PureModel(WithDropout)
 
 
-def test_images_of_other_channels_are_no_classification():
+def test_classification_refuses_other_image_channels():
   model = ModelSection(in_channels=4).build()
   with pytest.raises(UserError, match=r"in_channels must be 3 .* got 4"):
     ClassificationConfig().create(model, DataConfig(), mesa_weight=0.0)

@@ -1,4 +1,4 @@
-"""Twelve steps of the authors' recipe, MESA included, number by number."""
+"""Twelve steps of the authors' recipe with MESA, against their values."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def golden_batch(named_weights, seed, step):
 
 
 @pytest.mark.usefixtures("x64")
-def test_twelve_steps_are_the_authors(golden, named_weights):
+def test_twelve_steps_equal_the_authors(golden, named_weights):
   trace = golden("train_trace")
   seed, steps = int(trace["seed"]), len(trace["loss"])
   config = TrainConfig(

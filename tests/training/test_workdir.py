@@ -45,7 +45,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-  for _ in range(2):  # Free at once after a kill, and after an orderly end.
+  for _ in range(2):  # The lock is free after a kill and after a normal end.
     with WorkdirLock(tmp_path) as lock:
       lock.check()
 
@@ -60,7 +60,7 @@ def other_host(tmp_path, monkeypatch):
   return path
 
 
-def test_another_host_that_is_long_silent_is_dead(other_host, capsys):
+def test_a_lock_of_a_silent_host_is_taken(other_host, capsys):
   os.utime(other_host, (0, 0))
   with WorkdirLock(other_host.parent) as lock:
     lock.check()
@@ -68,8 +68,8 @@ def test_another_host_that_is_long_silent_is_dead(other_host, capsys):
 
 
 @pytest.mark.parametrize("ahead", [0, 10**6])
-def test_another_host_is_waited_for(other_host, capsys, ahead):
-  """For no longer than that, also where its clock runs ahead."""
+def test_a_run_waits_for_another_host(other_host, capsys, ahead):
+  """The wait is bounded, even if that host's clock is ahead."""
   os.utime(other_host, (time.time() + ahead,) * 2)
   with WorkdirLock(other_host.parent) as lock:
     lock.check()
@@ -77,7 +77,7 @@ def test_another_host_is_waited_for(other_host, capsys, ahead):
   assert "for a sign of life of the run of node7, process 12" in line
 
 
-def test_another_host_that_lives_is_not_disturbed(other_host):
+def test_a_lock_of_a_living_host_is_respected(other_host):
   ended = threading.Event()
 
   def beat():
@@ -98,7 +98,7 @@ def test_another_host_that_lives_is_not_disturbed(other_host):
   assert json.loads(other_host.read_text())["host"] == "node7"
 
 
-def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
+def test_the_holder_touches_its_lock(tmp_path, monkeypatch):
   monkeypatch.setattr(module, "_BEAT", 0.01)
   path = tmp_path / "lock"
   with WorkdirLock(tmp_path):
@@ -109,7 +109,7 @@ def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
       time.sleep(0.01)
 
 
-def test_a_lock_that_was_lost_is_noticed(tmp_path):
+def test_a_lost_lock_is_noticed(tmp_path):
   with WorkdirLock(tmp_path) as lock:
     path = tmp_path / "lock"
     path.write_text(json.dumps({"host": "node7", "pid": 12}))
@@ -120,7 +120,7 @@ def test_a_lock_that_was_lost_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\0" * 9, "[" * 99_999])
-def test_a_damaged_lock_of_nobody_is_taken(tmp_path, content):
+def test_a_damaged_lock_without_a_holder_is_taken(tmp_path, content):
   (tmp_path / "lock").write_text(content)
   with WorkdirLock(tmp_path) as lock:
     lock.check()
