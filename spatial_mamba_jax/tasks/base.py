@@ -111,7 +111,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """A panel of `report.py`'s picture.
+  """A panel of the report's picture.
 
   Attributes:
     title: above it.
@@ -127,7 +127,7 @@ class Panel(NamedTuple):
 
 
 class Column(NamedTuple):
-  """A column of `report.py`'s table of evaluations.
+  """A column of the report's table of evaluations.
 
   Attributes:
     value: the name of one of an evaluation's values.
@@ -147,7 +147,7 @@ class Task(Protocol):
   Attributes:
     sums: names of what `loss` sums up over a batch.
     score: the name of that of an evaluation's values which is its score.
-    panels: what `report.py` draws beside loss, learning rate and speed.
+    panels: what the report draws beside loss, learning rate and speed.
     columns: of the report's table of evaluations.
   """
 
