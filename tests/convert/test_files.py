@@ -193,7 +193,7 @@ def test_sources_that_are_none(tmp_path, capsys):
   # A pipe would be waited for.
   os.mkfifo(tmp_path / "pipe")
   assert main([str(tmp_path / "pipe"), str(tmp_path / "out")]) == 2
-  assert "pipe is no file" in capsys.readouterr().err
+  assert "pipe is not a file" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 

@@ -180,7 +180,7 @@ def test_directories_that_are_none(small, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config\.json"):
     smj.from_pretrained(tmp_path / "x")
   config.mkdir()
-  with pytest.raises(OSError, match=r"config\.json is no file"):
+  with pytest.raises(OSError, match=r"config\.json is not a file"):
     smj.from_pretrained(tmp_path / "x")
 
 

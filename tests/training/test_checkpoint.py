@@ -169,8 +169,8 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, capsys, damage):
         continue
       assert checkpoints.best() == checkpoints.newest() == 2, file
     for line in capsys.readouterr().err.splitlines():
-      assert "passing over step 3, which is damaged (" in line
-      assert line.endswith(": taking step 2")
+      assert "skipping step 3, which is damaged (" in line
+      assert line.endswith(": using step 2")
       checkpoints.set_aside_after(2)
       assert checkpoints.steps() == [1, 2]
     assert (copy / "3.damaged").is_dir()
@@ -211,8 +211,8 @@ def test_digests_of_files_elsewhere_are_not_read(saved, tmp_path, capsys):
     with Checkpoints(copy) as checkpoints:
       assert checkpoints.newest() == 2
     assert capsys.readouterr().err == (
-      f"{copy}: passing over step 3, which is damaged (digests.json names"
-      f" {name}): taking step 2\n"
+      f"{copy}: skipping step 3, which is damaged (digests.json names"
+      f" {name}): using step 2\n"
     )
 
 
@@ -251,7 +251,7 @@ def test_one_that_its_run_removes_is_looked_for_again(
   if removals == 4:
     assert load()["ema"].params["w"][0] == 3.5
   else:
-    with pytest.raises(RemovedError, match="3 was removed meanwhile: try agai"):
+    with pytest.raises(RemovedError, match="3 was removed while it was"):
       load()
   assert not left
 
@@ -269,8 +269,8 @@ def test_half_of_one_and_foreign_ones(saved, tmp_path, capsys):
     checkpoints.set_aside_after(3)
     assert checkpoints.steps() == [1, 2, 3]
   assert capsys.readouterr().err == (
-    f"{copy}: passing over step 7, which is none of this project's:"
-    " taking step 3\n"
+    f"{copy}: skipping step 7, which is not a checkpoint of this project:"
+    " using step 3\n"
   )
   assert sorted(x.name for x in copy.iterdir()) == (
     ["1", "2", "3", "7.damaged", "8", "notes"]
@@ -343,7 +343,7 @@ def test_a_failure_in_the_background_is_told(tmp_path, monkeypatch, is_told_by):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(
-    "spatial_mamba_jax.training.checkpoint.write_digests", fail
+    "spatial_mamba_jax.training.checkpoint_items.write_digests", fail
   )
   told = pytest.raises(
     SaveError,
