@@ -47,7 +47,7 @@ def _one_of(*values: Any) -> _Rule:
 
 
 def _is_integer(value: Any, low: int) -> bool:
-  return type(value) is int and low <= value <= _MAX_NUMBER
+  return type(value) is int and low <= value <= _MAX_INTEGER
 
 
 def _is_number(value: Any) -> bool:
@@ -56,7 +56,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _integer() -> _Rule:
-  return _Rule(lambda x: _is_integer(x, 1), f"an integer of 1 to {_MAX_NUMBER}")
+  return _Rule(
+    lambda x: _is_integer(x, 1), f"an integer of 1 to {_MAX_INTEGER}"
+  )
 
 
 def _integers(low: int) -> _Rule:
@@ -64,7 +66,7 @@ def _integers(low: int) -> _Rule:
     lambda x: (
       isinstance(x, list) and bool(x) and all(_is_integer(i, low) for i in x)
     ),
-    f"a list of integers of {low} to {_MAX_NUMBER}",
+    f"a list of integers of {low} to {_MAX_INTEGER}",
   )
 
 
