@@ -64,6 +64,25 @@ class Tensor(NamedTuple):
   stride: tuple[int, ...]
 
 
+# Opcodes that push their argument.
+_LITERALS = frozenset((
+  "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
+  "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+  "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+  "BINSTRING", "SHORT_BINSTRING",
+))  # fmt: skip
+# Opcodes that push a constant or a new container.
+_CONSTRUCTORS: dict[str, Callable[[], Any]] = {
+  "NONE": lambda: None,
+  "NEWTRUE": lambda: True,
+  "NEWFALSE": lambda: False,
+  "EMPTY_TUPLE": tuple,
+  "EMPTY_LIST": list,
+  "EMPTY_DICT": lambda: Dictionary([]),
+  "EMPTY_SET": lambda: Inert("set"),
+}
+
+
 def unpickle(data: bytes) -> Any:
   """Returns what a pickle describes, with placeholders for its calls.
 
@@ -71,122 +90,82 @@ def unpickle(data: bytes) -> Any:
     FormatError: the pickle is too long or has an opcode that is not supported.
     Exception: of any type, where the pickle is malformed.
   """
-  machine = _Machine()
-  for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+  stack: list[Any] = []
+  marked: list[list[Any]] = []  # The stacks below each MARK.
+  memo: dict[int, Any] = {}
+  argument: Any
+  opcodes = pickletools.genops(data)
+  for count, (opcode, argument, _) in enumerate(opcodes):
     if count >= _MAX_OPCODES:
       raise FormatError("has a longer pickle than any checkpoint needs")
-    machine.execute(opcode.name, argument)
-  return machine.stack.pop()
-
-
-class _Machine:
-  """Executes opcodes on a stack and a memo.
-
-  Attributes:
-    stack: the values above the last MARK.
-    marked: the stacks below each MARK.
-    memo: values that later opcodes refer to.
-  """
-
-  def __init__(self):
-    self.stack: list[Any] = []
-    self.marked: list[list[Any]] = []
-    self.memo: dict[int, Any] = {}
-
-  def execute(self, opcode: str, argument: Any) -> None:
-    """Executes one opcode."""
-    match opcode:
+    match opcode.name:
       case "PROTO" | "FRAME" | "STOP":
         pass
-      case (
-        "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT"
-        | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8"
-        | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8"
-        | "BINSTRING" | "SHORT_BINSTRING"
-      ):  # fmt: skip
-        self.stack.append(argument)
-      case "NONE":
-        self.stack.append(None)
-      case "NEWTRUE":
-        self.stack.append(True)
-      case "NEWFALSE":
-        self.stack.append(False)
+      case name if name in _LITERALS:
+        stack.append(argument)
+      case name if name in _CONSTRUCTORS:
+        stack.append(_CONSTRUCTORS[name]())
       case "BINPUT" | "LONG_BINPUT":
-        self.memo[argument] = self.stack[-1]
+        memo[argument] = stack[-1]
       case "MEMOIZE":
-        self.memo[len(self.memo)] = self.stack[-1]
+        memo[len(memo)] = stack[-1]
       case "BINGET" | "LONG_BINGET":
-        self.stack.append(self.memo[argument])
+        stack.append(memo[argument])
       case "MARK":
-        self.marked.append(self.stack)
-        self.stack = []
-      case _:
-        self._execute_container(opcode, argument)
-
-  def _pop_to_mark(self) -> list[Any]:
-    items, self.stack = self.stack, self.marked.pop()
-    return items
-
-  def _execute_container(self, opcode: str, argument: Any) -> None:
-    """Executes an opcode of tuples, lists, dictionaries or sets."""
-    match opcode:
-      case "EMPTY_TUPLE":
-        self.stack.append(())
-      case "TUPLE1" | "TUPLE2" | "TUPLE3":
-        items = [self.stack.pop() for _ in range(int(opcode[-1]))]
-        self.stack.append(tuple(reversed(items)))
-      case "TUPLE":
-        items = tuple(self._pop_to_mark())
-        self.stack.append(items)
-      case "EMPTY_LIST":
-        self.stack.append([])
+        marked.append(stack)
+        stack = []
+      case "TUPLE" | "APPENDS" | "SETITEMS" | "ADDITEMS" | "FROZENSET" as name:
+        items, stack = stack, marked.pop()
+        _take_items(name, items, stack)
+      case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+        items = [stack.pop() for _ in range(int(name[-1]))]
+        stack.append(tuple(reversed(items)))
       case "APPEND":
-        _extend(self.stack[-2], [self.stack.pop()])
-      case "APPENDS":
-        items = self._pop_to_mark()
-        _extend(self.stack[-1], items)
-      case "EMPTY_DICT":
-        self.stack.append(Dictionary([]))
+        _extend(stack[-2], [stack.pop()])
       case "SETITEM":
-        value, key = self.stack.pop(), self.stack.pop()
-        _update(self.stack[-1], [key, value])
-      case "SETITEMS":
-        items = self._pop_to_mark()
-        _update(self.stack[-1], items)
-      case "EMPTY_SET":
-        self.stack.append(Inert("set"))
-      case "ADDITEMS":
-        self._pop_to_mark()
-      case "FROZENSET":
-        self._pop_to_mark()
-        self.stack.append(Inert("frozenset"))
-      case _:
-        self._execute_call(opcode, argument)
+        value, key = stack.pop(), stack.pop()
+        _update(stack[-1], [key, value])
+      case name:
+        _execute_call(name, argument, stack)
+  return stack.pop()
 
-  def _execute_call(self, opcode: str, argument: Any) -> None:
-    """Executes an opcode of globals, storages or calls."""
-    stack = self.stack
-    match opcode:
-      case "GLOBAL":
-        stack.append(Global(argument.replace(" ", ".", 1)))
-      case "STACK_GLOBAL":
-        name, module = stack.pop(), stack.pop()
-        stack.append(Global(f"{_identifier(module)}.{_identifier(name)}"))
-      case "BINPERSID":
-        stack.append(_storage(stack.pop()))
-      case "REDUCE":
-        arguments, function = stack.pop(), stack.pop()
-        stack.append(_call(function, arguments))
-      case "NEWOBJ":
-        stack.pop()
-        stack.append(Inert(_name(stack.pop())))
-      case "NEWOBJ_EX":
-        del stack[-2:]
-        stack.append(Inert(_name(stack.pop())))
-      case "BUILD":
-        stack.pop()  # The attributes of the object below.
-      case _:
-        raise FormatError(f"has a pickle with {opcode}, which is not supported")
+
+def _take_items(opcode: str, items: list[Any], stack: list[Any]) -> None:
+  """Executes an opcode that takes all items above a MARK."""
+  match opcode:
+    case "TUPLE":
+      stack.append(tuple(items))
+    case "APPENDS":
+      _extend(stack[-1], items)
+    case "SETITEMS":
+      _update(stack[-1], items)
+    case "FROZENSET":
+      stack.append(Inert("frozenset"))
+
+
+def _execute_call(opcode: str, argument: Any, stack: list[Any]) -> None:
+  """Executes an opcode of globals, storages or calls."""
+  match opcode:
+    case "GLOBAL":
+      stack.append(Global(argument.replace(" ", ".", 1)))
+    case "STACK_GLOBAL":
+      name, module = stack.pop(), stack.pop()
+      stack.append(Global(f"{_identifier(module)}.{_identifier(name)}"))
+    case "BINPERSID":
+      stack.append(_storage(stack.pop()))
+    case "REDUCE":
+      arguments, function = stack.pop(), stack.pop()
+      stack.append(_call(function, arguments))
+    case "NEWOBJ":
+      stack.pop()
+      stack.append(Inert(_name(stack.pop())))
+    case "NEWOBJ_EX":
+      del stack[-2:]
+      stack.append(Inert(_name(stack.pop())))
+    case "BUILD":
+      stack.pop()  # The attributes of the object below.
+    case _:
+      raise FormatError(f"has a pickle with {opcode}, which is not supported")
 
 
 def _extend(target: Any, items: list[Any]) -> None:
