@@ -118,7 +118,7 @@ def read_first(
       raise ValueError(f"{os.fspath(path)}: {error}") from error
     except MemoryError as error:
       raise ValueError(
-        f"{os.fspath(path)} needs more memory than there is"
+        f"{os.fspath(path)} needs more memory than this machine has"
       ) from error
     except Exception as error:
       # A malformed file makes the parsers raise many types of errors.
@@ -250,7 +250,7 @@ def _select(
       for key in keys
       if key in entries
     )
-    + f"; --key takes one of {listed(named)}" * bool(or_only and named)
+    + f"; --key can be one of {listed(named)}" * bool(or_only and named)
   )
 
 

@@ -89,7 +89,7 @@ class Checkpoints:
       self.wait()
       self._checkpointer.close()
     else:
-      with suppress(Exception):  # The first error is the one to report.
+      with suppress(Exception):  # The first error is reported.
         self._checkpointer.close()
 
   def steps(self) -> list[int]:
@@ -181,8 +181,8 @@ class Checkpoints:
       except Exception as error:
         raise SaveError(
           f"the evaluation of step {step} cannot be added to its checkpoint in"
-          f" {self._files.root}: {_cause(error)}; once it can be written, the"
-          " same command resumes"
+          f" {self._files.root}: {_cause(error)}; the same command resumes once"
+          " it can be written"
         ) from error
       self._files.prune(self._keep_last)
 
@@ -248,8 +248,8 @@ class Checkpoints:
 
     Args:
       step: the step of the checkpoint.
-      like: shapes, types and shardings. With None, the model may be any, and
-        its weights are put on one device.
+      like: shapes, types and shardings. With None, weights of any model are
+        restored to one device.
 
     Returns:
       "ema", the moving average, and "raw", the weights themselves. A checkpoint
@@ -287,12 +287,14 @@ class Checkpoints:
     except Exception as error:
       self._saving = None
       self._files.clear_partial(step)
-      newest = self.steps()[-1:]
+      steps = self.steps()
+      newest = (
+        f"the newest is of step {steps[-1]}" if steps else "there is none"
+      )
       raise SaveError(
         f"the checkpoint of step {step} cannot be saved in {self._files.root}:"
-        f" {_cause(error)}; the newest there is"
-        f" {f'of step {newest[0]}' if newest else 'none'}; once it can be"
-        " written, the same command resumes"
+        f" {_cause(error)}; {newest}; the same command resumes once it can be"
+        " written"
       ) from error
 
   def _restore(self, step: int, **items: Any) -> Any:
@@ -341,7 +343,7 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
   """Opens one checkpoint, or the best undamaged one of a directory.
 
   Args:
-    path: a working directory, its `checkpoints`, or one checkpoint in these.
+    path: a working directory, its `checkpoints`, or one checkpoint in there.
 
   Yields:
     The checkpoints and the step to read.
@@ -366,7 +368,7 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
 
 
 def _cause(error: Exception) -> str:
-  """Returns the operating system's message, or the beginning of another."""
+  """Returns the message of the operating system, or a truncated one."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   text = one_line(error)

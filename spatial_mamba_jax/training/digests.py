@@ -86,7 +86,7 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
 def regular(path: pathlib.Path) -> pathlib.Path:
   """Returns the path; raises an OSError where it is a pipe or a device."""
   if path.exists() and not path.is_file():
-    raise OSError(f"{path.name} is no file")
+    raise OSError(f"{path.name} is not a file")
   return path
 
 

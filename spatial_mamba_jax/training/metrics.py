@@ -29,7 +29,7 @@ from spatial_mamba_jax.training.digests import write_whole
 # Fraction of a window's time above which waiting for data causes a warning.
 MOST_DATA_WAIT = 0.1
 
-# Metrics that are not shown on the terminal, or in another form.
+# Metrics that a line on the terminal omits, or has in another form.
 _NOT_SHOWN = ("grad_norm", "learning_rate", "images_per_second", "data_wait")
 
 

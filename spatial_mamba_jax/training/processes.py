@@ -28,7 +28,7 @@ def from_first_process(function: Callable[[], Any]) -> Any:
   if not jax.process_index():
     try:
       outcome = {"result": function()}
-    except Exception as error:  # The other processes wait for a message.
+    except Exception as error:  # The other processes wait for the outcome.
       outcome, raised = {"error": one_line(error)}, error
     message = json.dumps(outcome).encode()
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))

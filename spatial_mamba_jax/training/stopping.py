@@ -12,9 +12,9 @@ from jax.experimental import multihost_utils
 # Signals that stop a run. A closed terminal sends SIGHUP; Slurm sends SIGUSR1
 # before a time limit.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Signals of which a second one ends the process at once. SIGHUP is not among
-# them, because both the shell and the kernel send it when a terminal is closed.
-_INSISTING = (signal.SIGINT, signal.SIGTERM)
+# Signals of which a second one ends the process at once. The others may come
+# twice for one event: a closed terminal makes shell and kernel send SIGHUP.
+_ENDING_IF_REPEATED = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(Exception):
@@ -26,10 +26,8 @@ class StoppedError(Exception):
     self.status = 128 + stopped_by
 
 
-class _Listeners:
-  """Whether `stop_signals` is active: a run that saves before it stops."""
-
-  is_saving_first = False
+# Set while `stop_signals` is active: a run then saves before it stops.
+_saves_first = threading.Event()
 
 
 def end_on_signals(name: str) -> None:
@@ -53,9 +51,9 @@ def end_on_signals(name: str) -> None:
       received = signal.Signals(os.read(reader, 1)[0])
       if received not in _STOPPING:
         continue
-      if _Listeners.is_saving_first and not is_stopping:
+      if _saves_first.is_set() and not is_stopping:
         is_stopping = True
-      elif received in _INSISTING or not is_stopping:
+      elif received in _ENDING_IF_REPEATED or not is_stopping:
         with suppress(OSError):  # Standard error may be a closed terminal.
           os.write(2, f"{name}: stopped by {received.name}\n".encode())
         os._exit(128 + received)
@@ -67,8 +65,8 @@ def end_on_signals(name: str) -> None:
 def stop_signals() -> Iterator[list[signal.Signals]]:
   """Collects the signals to stop; a second one ends the process at once.
 
-  With several processes, a signal may reach only one of them. It is then sent
-  on as SIGTERM to JAX's own handler, which lets all processes stop after the
+  With several processes, a signal may reach only one of them. That one sends
+  itself SIGTERM, and JAX's handler of SIGTERM lets all processes stop after the
   same step.
 
   Yields:
@@ -84,17 +82,17 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
   def handle(number, frame):
     del frame
     received.append(signal.Signals(number))
-    if number in _INSISTING:
+    if number in _ENDING_IF_REPEATED:
       signal.signal(number, before[number])
     if not is_alone:
       os.kill(os.getpid(), signal.SIGTERM)
 
   before = {stop: signal.signal(stop, handle) for stop in handled}
-  _Listeners.is_saving_first = True
+  _saves_first.set()
   try:
     yield received
   finally:
-    _Listeners.is_saving_first = False
+    _saves_first.clear()
     for stop, handler in before.items():
       signal.signal(stop, handler)
 

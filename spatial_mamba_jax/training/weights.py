@@ -91,8 +91,8 @@ def start_from(
   if fits:
     message = f"starting from {path}, including its head"
   else:
-    classes = "none" if head is None else f"{len(head)} classes"
-    message = f"starting from {path} with a random head: it has {classes}"
+    found_head = "no head" if head is None else f"{len(head)} classes"
+    message = f"starting from {path}, with a random head: it has {found_head}"
     from_fresh += ["head.kernel", "head.bias"]
   if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
     from_fresh += ["norm.scale", "norm.bias"]

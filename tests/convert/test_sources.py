@@ -171,7 +171,7 @@ def test_counts_of_updates_are_not_required(
     (
       lambda _, x: {"student": x, "teacher": x},
       {},
-      "its keys are 'student', 'teacher'; --key takes one of student, teacher",
+      "its keys are 'student', 'teacher'; --key can be one of student, teacher",
     ),
     (
       lambda _, x: {"model": x},

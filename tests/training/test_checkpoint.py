@@ -378,7 +378,7 @@ def test_an_evaluation_that_cannot_be_added(saved, tmp_path, monkeypatch):
     with pytest.raises(
       SaveError,
       match="^the evaluation of step 3 cannot be added to its checkpoint in"
-      f" {copy}: No space left on device; once",
+      f" {copy}: No space left on device; the",
     ):
       checkpoints.add_evaluation(3, evaluation(0.9))
     assert_restored(checkpoints, checkpoints.newest())

@@ -542,8 +542,8 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(experiment, tmp_path):
   assert told == [
     f"resuming {workdir} after step 3",
     f"train.py: the checkpoint of step 6 cannot be saved in"
-    f" {workdir / 'checkpoints'}: File too large; the newest there is of step"
-    " 3; once it can be written, the same command resumes",
+    f" {workdir / 'checkpoints'}: File too large; the newest is of step 3;"
+    " the same command resumes once it can be written",
   ]
   status, _, err = experiment.run("train.py", flag, "--config.length=2 epochs")
   assert status == 0, err

@@ -104,8 +104,8 @@ def test_what_a_checkpoint_without_a_head_has(tmp_path):
   expected["head.bias"] = np.arange(1, 4, dtype=np.float32)
   counts = {x for x in expected if x.endswith("num_batches_tracked")}
   for lacks, words in (
-    (HEAD, "a random head: it has none"),
-    (HEAD | NORM | counts, "a random head: it has none"),
+    (HEAD, "a random head: it has no head"),
+    (HEAD | NORM | counts, "a random head: it has no head"),
     ({"head.bias"}, "including its head"),
   ):
     tensors = {
