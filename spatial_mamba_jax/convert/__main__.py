@@ -19,7 +19,8 @@ The name of DST, which must not exist, decides its format:
                          Face hub: config.json, model.safetensors, README.md
 
 The architecture is inferred from the tensors. Prefixes that wrappers add to
-tensor names (module., _orig_mod., model., backbone., ...) are removed.
+tensor names (module., _orig_mod., model., backbone., ...) are removed and
+reported.
 """
 
 import argparse

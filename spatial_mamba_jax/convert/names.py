@@ -202,7 +202,7 @@ def _check(mismatch: Mismatch, misshapen: Sequence[str]) -> None:
   ]
   if problems:
     raise ValueError(
-      "the state dict does not fit this model, of its tensors: "
+      "the state dict does not fit the tensors of this model: "
       + "; ".join(problems)
     )
 

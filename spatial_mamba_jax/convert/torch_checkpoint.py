@@ -176,13 +176,13 @@ class _Archive:
       )
     self._root = roots[0].removesuffix("data.pkl")
     if f"{self._root}constants.pkl" in names:
-      raise FormatError("is a TorchScript program, and not a checkpoint")
+      raise FormatError("is a TorchScript program, not a checkpoint")
     if len(set(names)) < len(names):
       raise FormatError("has two records of one name")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
       raise FormatError("is compressed, which torch.save never does")
     if sum(info.file_size for info in infos) > file.seek(0, os.SEEK_END):
-      raise FormatError("has records that overlap, or are cut off")
+      raise FormatError("has records that overlap or are cut off")
     if f"{self._root}byteorder" in names:
       order = self.record("byteorder")
       if order != b"little":

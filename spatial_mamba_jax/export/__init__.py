@@ -11,7 +11,7 @@ The packages jax and flatbuffers suffice to run the file on RGB images:
       model = export.deserialize(bytearray(file.read()))
     mean = jnp.array([0.485, 0.456, 0.406])
     std = jnp.array([0.229, 0.224, 0.225])
-    images = (pixels / 255 - mean) / std  # [B, 224, 224, 3], from 0 .. 255
+    images = (pixels / 255 - mean) / std  # pixels [B, 224, 224, 3], 0 .. 255
     logits = model.call(images)  # [B, 1000]
 
 The mean and standard deviation are ImageNet's. `jax.jit(model.call)` compiles
@@ -43,8 +43,8 @@ def export_model(
   """Writes a model and its weights as StableHLO, by `jax.export`.
 
   The file has one program for CPUs, NVIDIA GPUs and TPUs and for any batch
-  size, and one copy of the weights: 101 MiB for tiny. JAX guarantees to read it
-  for six months. The program takes normalised images [B, H, W, in_channels] and
+  size, and one copy of the weights: 101 MiB for tiny. JAX reads it for at least
+  six months. The program takes normalised images [B, H, W, in_channels] and
   returns what the model returns; `in_avals` and `out_avals` give the types.
 
   The program has no Pallas kernels, because these are compiled for one batch

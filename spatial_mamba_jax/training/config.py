@@ -39,10 +39,10 @@ from spatial_mamba_jax.tasks.base import Task, TaskConfig
 
 # Largest batch size: 16 times the largest that ImageNet was trained with.
 MAX_BATCH = 2**20
-# Most steps that a logged line averages over. Their number is a float32, which
-# holds no larger consecutive integers.
+# Largest `log_every` in steps. Steps are counted in float32, exactly up to this
+# number.
 MAX_LOG_EVERY = 2**24
-# Most checkpoints to keep. Each is a directory that a run reads at its start.
+# Largest `keep_last`. A run reads the directory of each checkpoint at its start.
 MAX_KEPT = 10**4
 # Memory of a worker process without images: Python and its packages.
 _WORKER_BYTES = 2**26
@@ -128,8 +128,8 @@ class OptimizerConfig(Section):
     beta2: decay rate of the mean of squared gradients.
     epsilon: constant added to the root of the mean of squared gradients.
     clip_norm: largest global norm of the gradients; inf for no clipping.
-    layer_decay: factor between the learning rates of a layer and of the next
-      layer, from the head down to the stem (layer-wise learning-rate decay, for
+    layer_decay: ratio of a layer's learning rate to that of the next layer,
+      from the head down to the stem (layer-wise learning-rate decay, for
       fine-tuning; arXiv 2106.08254 uses 0.65).
   """
 
