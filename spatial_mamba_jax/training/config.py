@@ -42,7 +42,7 @@ MAX_BATCH = 2**20
 # Largest `log_every` in steps. Steps are counted in float32, exactly up to this
 # number.
 MAX_LOG_EVERY = 2**24
-# Largest `keep_last`. A run reads the directory of each checkpoint at its start.
+# Largest `keep_last`. A run reads every checkpoint directory when it starts.
 MAX_KEPT = 10**4
 # Memory of a worker process without images: Python and its packages.
 _WORKER_BYTES = 2**26

@@ -44,7 +44,7 @@ def check_same_experiment(
     TrainingError: the experiments differ; the message names the fields.
   """
   old, new = _of_version_1(_flatten(saved)), _flatten(now)
-  old, new = _with_same_spelling(old), _with_same_spelling(new)
+  old, new = _with_normalized_intervals(old), _with_normalized_intervals(new)
   differing = [
     f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
     for field in sorted(old.keys() | new.keys())
@@ -89,7 +89,7 @@ def describe(
 _INTERVALS = ("length", "optimizer.warmup")
 
 
-def _with_same_spelling(flat: dict[str, Any]) -> dict[str, Any]:
+def _with_normalized_intervals(flat: dict[str, Any]) -> dict[str, Any]:
   """Replaces "1 epoch", "1epoch" and the like by "1 epochs"."""
   intervals = {}
   for name in _INTERVALS:
