@@ -172,7 +172,7 @@ def test_a_failure_leaves_nothing(small, tmp_path, monkeypatch, name):
   [
     ("checkpoints", "checkpoints/0"),
     ("007", "write the step as 7"),
-    ("x.pth", "PyTorch reads x.safetensors"),
+    ("x.pth", "write x.safetensors and read it"),
   ],
 )
 def test_destinations_that_are_none(small, tmp_path, name, message):

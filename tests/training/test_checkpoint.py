@@ -347,7 +347,7 @@ def test_a_failure_in_the_background_is_told(tmp_path, monkeypatch, is_told_by):
   )
   told = pytest.raises(
     SaveError,
-    match=r"step 1 cannot be saved in .*: No space left on device; the newest",
+    match=r"step 1 cannot be saved in .*: No space left on device; there is",
   )
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(state_after(1), {})
