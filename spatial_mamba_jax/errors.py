@@ -1,4 +1,4 @@
-"""Mistakes of a user, each told in one line."""
+"""Mistakes of a user, each reported in one line."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 
-# Module -> the extra of pyproject.toml that installs it.
+# The extra of pyproject.toml that installs each module.
 _EXTRAS = {
   **dict.fromkeys(
     (
@@ -25,20 +25,20 @@ _EXTRAS = {
 
 
 class UserError(ValueError):
-  """A mistake of the user; the message says what to do about it."""
+  """A mistake of the user. The message says how to correct it."""
 
 
 def one_line(message: object) -> str:
-  """A message, or an exception's, as one line that a terminal can show.
+  """Returns a message, or the message of an exception, as one printable line.
 
-  White space becomes single spaces. What is not printable, such as a terminal's
-  escape sequences in a file's name, is escaped.
+  White space becomes single spaces. Characters that are not printable, such as
+  a terminal's escape sequences in a file's name, are escaped.
   """
   # A KeyError's str() is the repr of its message.
   if isinstance(message, KeyError) and message.args:
     message = message.args[0]
   if isinstance(message, OSError) and message.strerror:
-    message = _of_system(message)
+    message = _system_message(message)
   text = " ".join(str(message).split())
   if not text and isinstance(message, BaseException):
     text = type(message).__name__
@@ -61,26 +61,26 @@ def tell(text: str) -> None:
 
 
 def reason(error: OSError, path: str | os.PathLike[str]) -> str:
-  """The reason of an error, without the path where that is `path`.
+  """Returns the message of an error, without the path where it is `path`.
 
-  It is for messages that name `path` themselves.
+  This is for messages that name `path` themselves.
   """
   if error.strerror and error.filename in (None, path, os.fspath(path)):
     return error.strerror
   return one_line(error)
 
 
-def _of_system(error: OSError) -> str:
-  """The file and what the system says of it, without the error's number."""
+def _system_message(error: OSError) -> str:
+  """Returns the file and the system's message, without the error number."""
   if error.filename is None:
     return str(error.strerror)
   return f"{os.fsdecode(error.filename)}: {error.strerror}"
 
 
 def say(line: str) -> None:
-  """Prints a line on standard error, which may have been closed."""
-  # Where it was closed at the start there is none, and print() would choose
-  # standard output.
+  """Prints a line on standard error; does nothing where it is closed."""
+  # sys.stderr is None if it was closed when Python started. print() would then
+  # choose standard output.
   if sys.stderr is not None:
     with contextlib.suppress(OSError):
       print(one_line(line), file=sys.stderr, flush=True)
@@ -88,9 +88,9 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Adds the file to an OSError raised within that names none.
+  """Sets the file name of an OSError raised inside that has none.
 
-  The system names no file where a write fails, as on a full disk.
+  The system names no file when a write fails, for example on a full disk.
   """
   try:
     yield
@@ -103,22 +103,22 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def silence_threads() -> None:
   """Silences the background threads of a command's process.
 
-  Their errors reach the main thread, which reports them. A library that runs in
-  another program's process must not call this.
+  Their errors reach the main thread, which reports them. Only a command may
+  call this, because it changes logging for the whole process.
   """
-  # Orbax logs every exception that it raises, and warns of options that this
+  # Orbax logs every exception that it raises, and warns about options that this
   # project sets on purpose.
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   warnings.filterwarnings("ignore", "coroutine .* was never awaited")
   hook = sys.unraisablehook
 
-  def of_main_thread(unraisable):
-    # After a failure TensorStore's threads raise hundreds of these.
+  def report_in_main_thread(unraisable):
+    # After a failure, TensorStore's threads raise hundreds of these.
     if threading.current_thread() is threading.main_thread():
       hook(unraisable)
 
-  sys.unraisablehook = of_main_thread
+  sys.unraisablehook = report_in_main_thread
 
 
 def run_command(
@@ -126,17 +126,17 @@ def run_command(
   command: Callable[[], int | None],
   mistakes: tuple[type[Exception], ...] = (UserError, OSError),
 ) -> int:
-  """Runs a command, and tells a mistake in one line on standard error.
+  """Runs a command; reports a mistake in one line on standard error.
 
   Args:
-    name: the command's, which begins that line.
-    command: returns its exit status, None for 0.
-    mistakes: the exceptions that are a user's mistake. One with an attribute
-      `status` sets the exit status.
+    name: the name of the command, with which the line begins.
+    command: returns its exit status; None means 0.
+    mistakes: the exceptions that a user's mistake raises. An attribute `status`
+      of the exception sets the exit status.
 
   Returns:
-    The exit status: that of `command`, 2 for a mistake (or its `status`), 130
-    after Ctrl-C.
+    The exit status: the status of `command`, 2 for a mistake (or its `status`),
+    130 after Ctrl-C.
   """
   try:
     return command() or 0

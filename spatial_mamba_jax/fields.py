@@ -1,7 +1,7 @@
-"""Dataclasses whose fields know what they accept.
+"""Dataclasses whose fields check their values.
 
-A field has a type, its annotation, and a requirement: the bounds of `number`,
-or the names of `choice`. One without either is bounded by the machine alone.
+The annotation of a field gives its type. `number` adds bounds, and `choice` the
+accepted names. A number without bounds must fit an int32 or a finite float32.
 
     @dataclasses.dataclass
     class OptimizerConfig(Section):
@@ -18,20 +18,20 @@ from typing import Any, ClassVar
 
 from spatial_mamba_jax.errors import UserError
 
-# Largest finite float32, in which all is computed.
+# Largest finite float32. All results are float32.
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
-# Smallest float32 above 0 that a device does not flush to 0.
+# Smallest normal float32; devices flush smaller ones to 0.
 FLOAT32_TINY = 2.0**-126
-# Largest float32 below 1; what is closer to 1 is rounded to it.
+# Largest float32 below 1; values closer to 1 round to 1.
 FLOAT32_BELOW_1 = 1 - 2.0**-24
-# Weights of losses, decays and the like: far more than any is, and a product of
-# some of them is finite in float32.
+# Upper bound of loss weights, weight decay and the like: far above any useful
+# value, and the product of several is finite in float32.
 MAX_WEIGHT = 10**6
-# Largest int32, in which steps, labels and indices are counted.
+# Largest int32, the type of steps, labels and indices.
 INT32_MAX = 2**31 - 1
 
-_LONGEST = 80  # Characters of a value in a message.
-# (value) -> what it must be instead, "" where it is accepted.
+_MAX_SHOWN = 80  # Maximum length of a value in a message, in characters.
+# Maps a value to what it must be instead; to "" where it is accepted.
 _Requirement = Callable[[Any], str]
 
 
@@ -43,17 +43,17 @@ def number(
   most: int | float | None = None,
   below: int | float | None = None,
 ) -> Any:
-  """A field of a number, or of a tuple of them, with bounds.
+  """Creates a field for a number, or for a tuple of numbers, with bounds.
 
   Args:
-    default: the field's default; required where it has none.
+    default: the default; without it the field is required.
     least: smallest accepted value.
     above: exclusive lower bound.
     most: largest accepted value.
     below: exclusive upper bound.
 
-  A bound that is not given is that of int32, or of finite float32 where the
-  default is a float.
+  Where a bound is missing, the range of int32 is the bound, or the range of
+  finite float32 if the default is a float.
   """
   largest = FLOAT32_MAX if isinstance(default, float) else INT32_MAX
   if least is None and above is None:
@@ -65,7 +65,7 @@ def number(
     if isinstance(value, tuple | list):
       return next(filter(None, map(requirement, value)), "")
     if not isinstance(value, int | float):
-      return ""  # None, where the annotation has it.
+      return ""  # None, which the annotation allows.
     if value != value:
       return "a number"
     if above is not None and value <= above:
@@ -75,7 +75,7 @@ def number(
     if below is not None and value >= below:
       return f"below {below}"
     if most is not None and value != most:
-      # Where infinity is accepted, what only rounds to it is not.
+      # Infinity may be accepted, but not a finite value that rounds to it.
       largest_finite = min(most, FLOAT32_MAX)
       if value > largest_finite:
         return f"at most {largest_finite}"
@@ -89,7 +89,12 @@ def choice(
   *,
   among: Iterable[str] | Callable[[], Iterable[str]],
 ) -> Any:
-  """A field of one of several names; a callable is asked at each check."""
+  """Creates a field for one of several names.
+
+  Args:
+    default: the default; without it the field is required.
+    among: the names, or a function that returns them at each check.
+  """
 
   def requirement(value: Any) -> str:
     names = tuple(among() if callable(among) else among)
@@ -107,10 +112,10 @@ def _field(default: Any, requirement: _Requirement) -> Any:
 
 
 class Section:
-  """A dataclass of a config that checks itself, and the sections in it.
+  """A section of a config: a dataclass that checks its fields and subsections.
 
-  A subclass whose fields depend on one another overrides `validate`: it calls
-  this one first, then `require`.
+  A subclass whose fields depend on one another overrides `validate`, calls
+  `super().validate` first, and then `require`.
   """
 
   mistake: ClassVar[type[UserError]] = UserError
@@ -119,15 +124,15 @@ class Section:
     """Checks every field: its type, then its requirement.
 
     Args:
-      path: what a message calls this section.
+      path: the name of this section in messages.
 
     Raises:
-      UserError: of the class `mistake`; it names the first wrong field.
+      UserError: a field is wrong; the class of the error is `mistake`.
     """
     check_fields(self, path, self.mistake)
 
   def require(self, accepted: bool, path: str, field: str, what: str) -> None:
-    """Raises where a field's value is not accepted; `what` it must be."""
+    """Raises an error that the field must be `what`, unless `accepted`."""
     if not accepted:
       raise self.mistake(
         f"{path}.{field} must be {what}, got {show(getattr(self, field))}"
@@ -141,11 +146,11 @@ def check_fields(
 
   Args:
     instance: the dataclass.
-    path: what a message calls it; empty for the fields' names alone.
-    mistake: the class of what is raised.
+    path: the name of the dataclass in messages; empty for none.
+    mistake: the class of the error.
 
   Raises:
-    UserError: naming the first wrong field.
+    UserError: a field is wrong, missing or unknown.
   """
   prefix = f"{path}." if path else ""
   fields = {field.name: field for field in dataclasses.fields(instance)}
@@ -160,8 +165,8 @@ def check_fields(
     if not _is_a(value, annotation):
       what = type_name(annotation)
     else:
-      by_machine = number(0 if annotation is int else 0.0).metadata
-      requirement = {**by_machine, **field.metadata}["requirement"]
+      by_type = number(0 if annotation is int else 0.0).metadata
+      requirement = {**by_type, **field.metadata}["requirement"]
       what = requirement(value)
     if what:
       raise mistake(f"{prefix}{name} must be {what}, got {show(value)}")
@@ -174,31 +179,31 @@ def check_fields(
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-  """The end of a message about a name that is none of `names`."""
+  """Returns the end of a message about a name that is not among `names`."""
   if near := nearest(name, names):
     return f"; did you mean {near}?"
   return f"; choose from {', '.join(names)}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """Which of the names was meant; empty where none is like it."""
+  """Returns the most similar of the names; "" where none is similar."""
   return next(iter(difflib.get_close_matches(name, names, 1, 0.5)), "")
 
 
 def show(value: Any) -> str:
-  """A value as a message has it, not too long."""
+  """Returns the representation of a value for a message, truncated."""
   if dataclasses.is_dataclass(value):
     kind = value if isinstance(value, type) else type(value)
     return f"{'the class' if kind is value else 'a'} {kind.__name__}"
   try:
     text = repr(value)
-  except Exception:  # Such as that of an int of more than 4,300 digits.
+  except Exception:  # For example, an int of more than 4,300 digits.
     return f"a value of type {type(value).__name__}"
-  return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+  return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def type_name(annotation: Any) -> str:
-  """What a message calls the values of a type."""
+  """Returns what a message calls the values of a type, e.g. "a number"."""
   arguments = typing.get_args(annotation)
   match typing.get_origin(annotation):
     case typing.Union | types.UnionType:
@@ -213,7 +218,7 @@ def type_name(annotation: Any) -> str:
     bool: "True or False",
     float: "a number",
     int: "an integer",
-    str: "a text",
+    str: "a string",
     types.NoneType: "None",
   }
   return names.get(annotation, f"a {getattr(annotation, '__name__', 'value')}")
@@ -243,7 +248,7 @@ def _is_a(value: Any, annotation: Any) -> bool:
 
 
 def _fits_a_file_name(text: str) -> bool:
-  # Every text of a config is a name or a path.
+  # Every string of a config is a name or a path.
   try:
     return "\0" not in os.fsdecode(os.fsencode(text))
   except UnicodeError:

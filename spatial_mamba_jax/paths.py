@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Paths as users write them: relative, with `~`, or by mistake a URL."""
 
 import errno
 import os
@@ -7,15 +7,16 @@ import re
 
 from spatial_mamba_jax.errors import UserError
 
-# A URL, also after pathlib has made one slash of two. One letter is a drive.
+# The beginning of a URL; pathlib turns two slashes into one. One letter and a
+# colon would be a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def make_directory(path: pathlib.Path) -> None:
-  """Makes a directory and its parents, if it is not there.
+  """Creates a directory and its parents where they do not exist.
 
   Raises:
-    OSError: it cannot be made, or another file is in its place.
+    OSError: the directory cannot be created, or the path is another file.
   """
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -27,15 +28,15 @@ def make_directory(path: pathlib.Path) -> None:
 def local_path(
   path: str | os.PathLike[str], field: str = "the path"
 ) -> pathlib.Path:
-  """A path on this machine as an absolute one, its `~` expanded.
+  """Returns a path as an absolute path, with `~` expanded.
 
   Args:
-    path: as the user wrote it.
-    field: the setting it is the value of, for the message.
+    path: the path as the user wrote it.
+    field: the name of the setting, for messages.
 
   Raises:
-    UserError: it is a URL, is no path, or has a `~` but there is no such home
-      directory.
+    UserError: the path is a URL, is empty or has a NUL byte, or its home
+      directory is unknown.
   """
   text = os.fspath(path)
   if _URL.match(text):

@@ -184,7 +184,7 @@ def test_the_command(checkpoints, tmp_path, monkeypatch, capsys):
     ("run/checkpoints/3", "x", "does not exist"),
     ("run/checkpoints", "no/such/x", "No such file or directory"),
     ("run/checkpoints", "run", "Is a directory"),
-    ("run/checkpoints", "pipe", "is no file, and is left as it is"),
+    ("run/checkpoints", "pipe", "is not a file and is not overwritten"),
     ("run/checkpoints", "x" * 300, "File name too long"),
     ("run/checkpoints", "run/x/y", "Not a directory"),
     ("s3://bucket/run", "x", "of this machine"),

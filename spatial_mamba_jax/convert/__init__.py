@@ -1,6 +1,6 @@
-"""Weights in and out: the authors' PyTorch files, safetensors, directories.
+"""Conversion of weights: the authors' PyTorch files, safetensors, directories.
 
-`python -m spatial_mamba_jax.convert SRC DST` turns one into another.
+`python -m spatial_mamba_jax.convert SRC DST` converts one into another.
 """
 
 from spatial_mamba_jax.convert.names import Mismatch, from_torch, to_torch

@@ -1,25 +1,26 @@
-"""Turns weights of one kind into another.
+"""Converts weights from one format to another.
 
     python -m spatial_mamba_jax.convert SRC DST
 
-SRC is told by what it is:
-  FILE.pth (any suffix)  of the authors' trainer (model_ema, model), of another
-                         (state_dict_ema, state_dict, module, ...; --key takes
-                         what this does not), or of tensors alone
-  FILE.safetensors       with the authors' tensor names
-  DIR/model.safetensors  or the directory that has it, or pytorch_model.bin
+The content of SRC decides its format:
+  FILE.pth (any suffix)  a checkpoint of the authors' trainer (model_ema, model)
+                         or of another (state_dict_ema, state_dict, module, ...;
+                         --key selects any other), or a dictionary of tensors
+  FILE.safetensors       the authors' tensor names
+  DIR                    a directory with model.safetensors or pytorch_model.bin
   a working directory of train.py (its best checkpoint), its checkpoints, or
-  one of these, runs/tiny/checkpoints/1251
+  one checkpoint, e.g. runs/tiny/checkpoints/1251
 
-DST, which must not exist, by its last name:
+The name of DST, which must not exist, decides its format:
   FILE.safetensors       the authors' tensor names and PyTorch's layout
   DIR/NUMBER             a checkpoint, for eval.py --checkpoint, e.g.
                          runs/released/checkpoints/0
   DIR                    a directory for smj.from_pretrained and the Hugging
                          Face hub: config.json, model.safetensors, README.md
 
-The architecture is inferred from the tensors. What wrappers put before their
-names (module., _orig_mod., model., backbone., ...) is left out, and said.
+The architecture is inferred from the tensors. Prefixes that wrappers add to
+tensor names (module., _orig_mod., model., backbone., ...) are removed and
+reported.
 """
 
 import argparse
@@ -55,16 +56,12 @@ from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.spatial_mamba import SpatialMamba
 from spatial_mamba_jax.paths import local_path
 
-# What may be wrong with paths, files and packages, and with what files claim.
+# Exceptions of wrong paths, missing packages and malformed files.
 MISTAKES = (ValueError, OSError, ImportError, MemoryError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-  """Converts as the arguments say.
-
-  Returns:
-    The exit status, 2 for a mistake.
-  """
+  """Runs the command; returns its exit status, 2 for a mistake."""
   parser = argparse.ArgumentParser(
     prog="python -m spatial_mamba_jax.convert",
     description=__doc__,
@@ -76,17 +73,17 @@ def main(arguments: list[str] | None = None) -> int:
   which.add_argument(
     "--raw",
     action="store_true",
-    help="take the trained weights where SRC has their moving average, too",
+    help="convert the weights themselves, even if SRC has their moving average",
   )
   which.add_argument(
     "--key",
-    help="take what is below this key of SRC, e.g. model or state.model",
+    help="convert the tensors below this key of SRC, e.g. model or state.model",
   )
   options = parser.parse_args(arguments)
 
   def run():
-    said = convert(options.src, options.dst, raw=options.raw, key=options.key)
-    tell(one_line(said))
+    report = convert(options.src, options.dst, raw=options.raw, key=options.key)
+    tell(one_line(report))
 
   return run_command("convert", run, MISTAKES)
 
@@ -98,21 +95,21 @@ def convert(
   raw: bool = False,
   key: str | None = None,
 ) -> str:
-  """Writes the weights of `src` to `dst`; the module says of what kinds.
+  """Converts weights; the docstring of this module lists the formats.
 
   Args:
-    src: what to read.
-    dst: what to write, whole or not at all.
-    raw: whether to take the weights that have a moving average themselves.
-    key: which weights of a file to take, as `read_file` says.
+    src: the path to read.
+    dst: the path to write. A failure leaves nothing there.
+    raw: whether to prefer the weights themselves to their moving average.
+    key: the key of the weights in a file; see `read_file`.
 
   Returns:
-    What was done, in words.
+    A message about the model and its origin.
 
   Raises:
     OSError: `src` cannot be read, or `dst` exists or cannot be written.
-    ValueError: `src` is no model, or `dst` no name for one.
-    ImportError: a package is missing for these kinds.
+    ValueError: `src` is not a model, or the name of `dst` is wrong.
+    ImportError: a package for these formats is missing.
   """
   src, dst = local_path(src), local_path(dst)
   _check_destination(dst)
@@ -124,27 +121,27 @@ def convert(
     raise ValueError(f"{src}: {error}{found.origin()}") from error
   _write(model, dst)
   config = model.config
-  said = f"{dst}: {type(model).__name__} of dims {config.dims}, depths"
-  said += f" {config.depths}, d_state {flat_fields(config)['d_state']}"
+  report = f"{dst}: {type(model).__name__} of dims {config.dims}, depths"
+  report += f" {config.depths}, d_state {flat_fields(config)['d_state']}"
   if isinstance(model, SpatialMamba):
-    said += f", {config.num_classes} classes"
-    said += ", no bias in the head" * (model.head.bias is None)
-  return said + found.origin()
+    report += f", {config.num_classes} classes"
+    report += ", no bias in the head" * (model.head.bias is None)
+  return report + found.origin()
 
 
 def _check_destination(dst: pathlib.Path) -> None:
   if os.path.lexists(dst):
-    raise FileExistsError(f"{dst} exists, and is left as it is")
+    raise FileExistsError(f"{dst} exists and is not overwritten")
   if not dst.name.isdecimal():
     import_safetensors()
   if dst.name == "checkpoints":
-    raise ValueError(f"{dst}: a checkpoint is named by its step, {dst / '0'}")
+    raise ValueError(f"{dst}: name the checkpoint by its step, {dst / '0'}")
   if dst.name.isdecimal() and dst.name != str(int(dst.name)):
-    raise ValueError(f"{dst}: a step is written {int(dst.name)}")
+    raise ValueError(f"{dst}: write the step as {int(dst.name)}")
   if dst.suffix in (".pth", ".pt", ".bin", ".ckpt"):
     raise ValueError(
-      f"{dst}: PyTorch's own files are not written; PyTorch reads {dst.stem}"
-      ".safetensors with safetensors.torch.load_file"
+      f"{dst}: PyTorch's own format is not written; write"
+      f" {dst.stem}.safetensors and read it with safetensors.torch.load_file"
     )
 
 
@@ -152,8 +149,8 @@ def _read(src: pathlib.Path, raw: bool, key: str | None) -> Found:
   if is_of_weights(src):
     return read_file(src, raw=raw, key=key)
   if key is not None:
-    raise ValueError(f"{src} is no file: --key is for files")
-  # Here, because PyTorch's files need no orbax.
+    raise ValueError(f"{src} is not a file: --key is for files")
+  # Imported here, because PyTorch's files do not need Orbax.
   from spatial_mamba_jax.training.weights import read_checkpoint
 
   return read_checkpoint(src, raw=raw)
@@ -168,7 +165,7 @@ def _write(model: Trunk, dst: pathlib.Path) -> None:
   elif not isinstance(model, SpatialMamba):
     raise ValueError(
       f"{dst}: checkpoints are of classifiers; write this backbone to a"
-      " directory with another name than a number, or to a .safetensors"
+      " directory whose name is not a number, or to a .safetensors file"
     )
   else:
     from spatial_mamba_jax.models.pure import PureModel
@@ -187,9 +184,9 @@ def _write(model: Trunk, dst: pathlib.Path) -> None:
 
 
 def _check_room(path: pathlib.Path, size: int) -> None:
-  """Raises an OSError if the disk does not take a file of some bytes.
+  """Raises an OSError if the disk has no room for a file of `size` bytes.
 
-  Orbax finds out in threads that fill the terminal with tracebacks.
+  Orbax would fail in threads, which print their tracebacks.
   """
   try:
     with path.open("wb") as file:

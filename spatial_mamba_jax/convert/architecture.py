@@ -1,4 +1,4 @@
-"""Which model a state dict is of, as far as its tensors tell."""
+"""Infers the architecture of a model from the tensors of its state dict."""
 
 import dataclasses
 import itertools
@@ -23,37 +23,24 @@ from spatial_mamba_jax.models.spatial_mamba import (
 
 _BLOCK = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,4})\.")
 _STEM = "patch_embed.conv1.conv.weight"
-# Of all stages. The base model has 32; each takes a millisecond to make.
+# Maximum number of blocks in all stages. The base model has 32; creating one
+# takes a millisecond.
 _MAX_BLOCKS = 1000
 
 
 def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
-  """The architecture whose `from_torch` takes these tensors.
+  """Infers the architecture whose tensors these are.
 
-  What they cannot tell (drop_path_rate, dtype, implementation; num_classes of
-  a backbone) is `ModelConfig`'s default.
+  Fields that the tensors do not determine have the defaults of `ModelConfig`:
+  drop_path_rate, dtype, the implementations, and num_classes of a backbone.
 
   Args:
     state_dict: {the authors' tensor name: array}.
 
   Raises:
-    ValueError: they are not a Spatial-Mamba's; a tensor is named that should
-      be there.
+    ValueError: the tensors are not those of a Spatial-Mamba.
   """
-  blocks = {
-    (int(match[1]), int(match[2]))
-    for match in map(_BLOCK.match, state_dict)
-    if match
-  }
-  if len(blocks) > _MAX_BLOCKS:
-    raise ValueError(
-      f"a Spatial-Mamba of {len(blocks):,} blocks is not read: {_MAX_BLOCKS:,}"
-      " are allowed"
-    )
-  depths = {
-    stage: len(list(group))
-    for stage, group in itertools.groupby(sorted(blocks), lambda x: x[0])
-  }
+  depths = _depths(state_dict)
   stages = range(max(depths, default=0) + 1)
   dims = tuple(
     _shape(state_dict, _first(i) + "ln_1.weight", 1)[0] for i in stages
@@ -66,15 +53,7 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
   hidden = [
     _shape(state_dict, _first(i) + "mlp.fc1.weight", 2)[0] for i in stages
   ]
-  num_classes = ModelConfig.num_classes
-  if not _out_indices(state_dict):
-    if "head.weight" not in state_dict:
-      raise ValueError(
-        "these tensors are a classifier's without its head (head.weight), or a"
-        " backbone's without its norms (outnorm0.weight, ...): a run can start"
-        " from them, by config.init_from of train.py"
-      )
-    num_classes = _shape(state_dict, "head.weight", 2)[0]
+  num_classes = _num_classes(state_dict)
   try:
     return ModelConfig(
       dims=dims,
@@ -85,9 +64,38 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
       mlp_ratio=_mlp_ratio(dims, hidden),
     )
   except ValueError as error:
+    raise ValueError(f"not the weights of a Spatial-Mamba: {error}") from error
+
+
+def _depths(state_dict: Mapping[str, np.ndarray]) -> dict[int, int]:
+  """Returns {stage: number of blocks}."""
+  blocks = {
+    (int(match[1]), int(match[2]))
+    for match in map(_BLOCK.match, state_dict)
+    if match
+  }
+  if len(blocks) > _MAX_BLOCKS:
     raise ValueError(
-      f"these are no weights of a Spatial-Mamba: {error}"
-    ) from error
+      f"a Spatial-Mamba of {len(blocks):,} blocks is too deep: at most"
+      f" {_MAX_BLOCKS:,} are allowed"
+    )
+  return {
+    stage: len(list(group))
+    for stage, group in itertools.groupby(sorted(blocks), lambda x: x[0])
+  }
+
+
+def _num_classes(state_dict: Mapping[str, np.ndarray]) -> int:
+  """Returns the classes of a classifier; the default for a backbone."""
+  if _out_indices(state_dict):
+    return ModelConfig.num_classes
+  if "head.weight" not in state_dict:
+    raise ValueError(
+      "these tensors are a classifier's without its head (head.weight), or a"
+      " backbone's without its norms (outnorm0.weight, ...): config.init_from"
+      " of train.py can start a run from them"
+    )
+  return _shape(state_dict, "head.weight", 2)[0]
 
 
 def abstract_model(
@@ -96,11 +104,15 @@ def abstract_model(
   *,
   head_bias: bool = True,
 ) -> Trunk:
-  """A model of shapes alone, which `from_torch` fills.
+  """Creates a model with shapes instead of arrays, for `from_torch`.
 
-  A backbone where it has `out_indices`, else a classifier.
+  Args:
+    config: the architecture.
+    out_indices: the stages whose features a backbone returns; empty for a
+      classifier.
+    head_bias: whether the head of a classifier has a bias.
   """
-  # Blocks of a stage are alike, and take longer to trace than to copy.
+  # All blocks of a stage are equal, and copying one is faster than tracing it.
   single = dataclasses.replace(config, depths=(1,) * len(config.depths))
 
   def create():
@@ -123,23 +135,26 @@ def abstract_model(
   for stage, depth in zip(model.stages, config.depths, strict=True):
     stage.blocks = nnx.List([nnx.clone(stage.blocks[0]) for _ in range(depth)])
   for _, module in nnx.iter_graph(model):
-    if isinstance(module, BatchNorm):  # Files may lack it.
+    if isinstance(module, BatchNorm):
+      # Not a shape, because files may lack this count.
       module.num_batches.set_value(jnp.zeros((), jnp.int32))
   return model
 
 
 def infer_model(state_dict: Mapping[str, np.ndarray]) -> Trunk:
-  """A model of shapes alone, a backbone where there are `outnorm{i}`.
+  """Creates the model of these tensors, with shapes instead of arrays.
+
+  It is a backbone if the state dict has `outnorm{i}`, else a classifier.
 
   Raises:
-    ValueError: as `infer_config`.
+    ValueError: see `infer_config`.
   """
   config = infer_config(state_dict)
   out_indices = _out_indices(state_dict)
   stages = len(config.dims)
   if any(i >= stages for i in out_indices):
     raise ValueError(
-      f"outnorm{out_indices[-1]} belongs to no stage: there are {stages}"
+      f"outnorm{out_indices[-1]} belongs to no stage: there are {stages} stages"
     )
   return abstract_model(
     config, out_indices, head_bias="head.bias" in state_dict
@@ -147,7 +162,7 @@ def infer_model(state_dict: Mapping[str, np.ndarray]) -> Trunk:
 
 
 def with_head_bias(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The same classifier, whose head has a bias if it had none."""
+  """Adds a bias of zeros to the head of a classifier that has none."""
   head = state_dict.get("head.weight")
   if head is None or "head.bias" in state_dict:
     return state_dict
@@ -160,16 +175,16 @@ def _out_indices(state_dict: Mapping[str, np.ndarray]) -> list[int]:
 
 
 def _first(stage: int) -> str:
-  """What the names of a stage's first block begin with."""
+  """Returns the prefix of the tensor names of a stage's first block."""
   return f"layers.{stage}.blocks.0."
 
 
 def _check_channels(
   state_dict: Mapping[str, np.ndarray], stage: int, dim: int, expand: int
 ) -> None:
-  """Whether a matrix is as wide as a stage claims to be.
+  """Checks the shape of a matrix against the channels of its stage.
 
-  A vector alone claims a million channels in four megabytes.
+  The channels come from a vector, which can claim a million of them in 4 MB.
   """
   name = _first(stage) + "self_attention.in_proj.weight"
   shape = _shape(state_dict, name, 2)
@@ -182,25 +197,25 @@ def _check_channels(
 def _shape(
   state_dict: Mapping[str, np.ndarray], name: str, ndim: int
 ) -> tuple[int, ...]:
-  """Of a tensor that every Spatial-Mamba has."""
+  """Returns the shape of a tensor that every Spatial-Mamba has."""
   if name not in state_dict:
     raise ValueError(
-      f"these are no weights of a Spatial-Mamba: {name} is missing among"
+      f"not the weights of a Spatial-Mamba: {name} is missing among"
       f" {len(state_dict)} tensors ({listed(state_dict) or 'none'})"
     )
   shape = state_dict[name].shape
   if len(shape) != ndim or 0 in shape:
     raise ValueError(
-      f"{name} is {list(shape)} instead of {ndim} axes, none of them empty"
+      f"{name} has shape {list(shape)} instead of {ndim} non-empty axes"
     )
   return shape
 
 
 def _mlp_ratio(dims: Sequence[int], hidden: Sequence[int]) -> float:
-  """The smallest that gives every stage its hidden channels or more."""
+  """Returns the smallest ratio that gives each stage its hidden channels."""
   ratio = max(h / dim for h, dim in zip(hidden, dims, strict=True))
   is_low = any(
     int(ratio * dim) < h for h, dim in zip(hidden, dims, strict=True)
   )
-  # A quotient of floats can fall just short of what it was made from.
+  # The rounded quotient times its divisor can be just below the dividend.
   return math.nextafter(ratio, math.inf) if is_low else ratio

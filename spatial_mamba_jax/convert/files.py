@@ -1,4 +1,4 @@
-"""Weights in files, under the authors' tensor names."""
+"""Reads files of weights with the authors' tensor names."""
 
 import os
 import pathlib
@@ -12,42 +12,43 @@ import numpy as np
 from spatial_mamba_jax.convert.messages import listed, short
 from spatial_mamba_jax.convert.prefixes import is_average, unwrapped
 from spatial_mamba_jax.convert.safetensors_file import (
-  check_numbers,
+  check_element_count,
   read_safetensors,
 )
 from spatial_mamba_jax.convert.torch_checkpoint import Selected, read_first
 from spatial_mamba_jax.paths import make_directory
 
 SAFETENSORS = "model.safetensors"
-# Of a directory, in order of preference. The second is what Hugging Face's
-# Trainer wrote before there were safetensors.
+# Files of weights in a directory, in order of preference. Hugging Face's
+# Trainer wrote the second before it used safetensors.
 _IN_DIRECTORY = (SAFETENSORS, "pytorch_model.bin")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# Where trainers keep a model's weights, in order of preference.
+# Keys of weights in the checkpoints of trainers, in order of preference:
+# first of moving averages, then of the weights themselves.
 _AVERAGES = (
-  "model_ema",  # The authors', as Swin's and VMamba's.
-  "state_dict_ema",  # timm's.
+  "model_ema",  # The authors, Swin, VMamba.
+  "state_dict_ema",  # timm.
   "ema_state_dict",
-  "params_ema",  # BasicSR's.
+  "params_ema",  # BasicSR.
 )
 _WEIGHTS = (
-  "model",  # The authors', DeiT's, torchvision's.
-  "state_dict",  # timm's, mmengine's, Lightning's.
+  "model",  # The authors, DeiT, torchvision.
+  "state_dict",  # timm, mmengine, Lightning.
   "model_state_dict",  # PyTorch's tutorials.
-  "module",  # DeepSpeed's.
-  "params",  # BasicSR's.
+  "module",  # DeepSpeed.
+  "params",  # BasicSR.
 )
 
 
 class Found(NamedTuple):
-  """What a file holds.
+  """The weights found in a file or checkpoint.
 
   Attributes:
     state_dict: {the authors' tensor name: array}.
-    key: the dictionary of the file that was taken, where it has several.
-    left_out: names of tensors that are not the model's: of a detector around
-      the backbone, of a loss, counters.
-    prefixes: by which wrappers named all tensors, e.g. "module.".
+    key: the key that the weights have in the file; None for no key.
+    left_out: the names of tensors that do not belong to the model, such as a
+      detector's head, parameters of a loss, or counters.
+    prefixes: prefixes removed from the names, e.g. "module.".
     others: keys and prefixes of other weights in the file.
     is_average: whether the weights are a moving average.
   """
@@ -60,24 +61,24 @@ class Found(NamedTuple):
   is_average: bool = False
 
   def origin(self) -> str:
-    """What of the file was taken, in words that follow others."""
-    words = ""
+    """Returns the end of a message that says where the weights come from."""
+    text = ""
     if self.key is not None:
-      words += f", from '{short(self.key)}'"
+      text += f", from '{short(self.key)}'"
     if self.others:
-      words += f" (--key takes others: {listed(self.others)})"
+      text += f" (--key selects others: {listed(self.others)})"
     if self.prefixes:
-      words += f", without the prefixes {listed(self.prefixes, 6)}"
+      text += f", without the prefixes {listed(self.prefixes, 6)}"
     if self.left_out:
-      words += (
+      text += (
         f"; left out {len(self.left_out)} tensors that are not the model's"
         f" ({listed(self.left_out)})"
       )
-    return words
+    return text
 
 
 def is_of_weights(path: pathlib.Path) -> bool:
-  """Whether `read_file` takes the path; it is no checkpoint of a run then."""
+  """Whether `read_file` reads the path; otherwise it is a run's checkpoint."""
   names = (*_IN_DIRECTORY, *_INDICES)
   return not path.is_dir() or any((path / name).exists() for name in names)
 
@@ -89,16 +90,16 @@ def read_file(
 
   Args:
     path: a `.safetensors` file; a directory with a `model.safetensors` or a
-      `pytorch_model.bin`; or PyTorch's checkpoint, of tensors alone or of a
-      trainer, which keeps them below one of the keys that this module lists.
-      Of a detector, the backbone is taken.
-    raw: whether to take the weights even where there is a moving average.
-    key: of the dictionary to take, or a prefix of the tensors to take; one
-      inside another is "state.model".
+      `pytorch_model.bin`; or a PyTorch checkpoint, either a dictionary of
+      tensors or a trainer's, with one of the keys that this module lists. Of a
+      detector, the backbone is read.
+    raw: whether to prefer the weights themselves to their moving average.
+    key: the key of a dictionary, a prefix of tensor names, or both, e.g.
+      "state.model".
 
   Raises:
     OSError: the file cannot be opened.
-    ValueError: it holds no weights, or is damaged.
+    ValueError: the file has no weights, or is damaged.
   """
   path = _file_in(path)
   prefix = ""
@@ -108,27 +109,27 @@ def read_file(
     keys = (*_AVERAGES * (not raw), *_WEIGHTS)
     found = read_first(path, keys, or_only=True)
   else:
-    found = read_first(path, _outward(key))
+    found = read_first(path, _leading_keys(key))
   if key is not None:
     prefix = key.removeprefix(found.key or "").removeprefix(".")
   try:
     inner = unwrapped(_below(found.tensors, prefix), raw=raw)
     tensors = inner.tensors.values()
-    # Of tensors that overlap, a few bytes become any number when copied.
+    # Copying overlapping tensors can take any amount of memory.
     if sum(x.nbytes for x in tensors) > path.stat().st_size:
       raise ValueError("it has tensors that overlap")
-    check_numbers(sum(x.size for x in tensors))
+    check_element_count(sum(x.size for x in tensors))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   stem = "" if found.key is None else f"{found.key}."
   others = (f"{stem}{x}".removesuffix(".") for x in inner.others)
-  beside = [
+  without_prefix = [
     x for x in found.tensors if prefix and not x.startswith(f"{prefix}.")
   ]
   return Found(
     inner.tensors,
     key or found.key,
-    (*inner.left_out, *beside),
+    (*inner.left_out, *without_prefix),
     inner.prefixes,
     (*found.others, *others),
     any(map(is_average, (key or found.key or "", *inner.prefixes))),
@@ -136,7 +137,7 @@ def read_file(
 
 
 def _file_in(path: pathlib.Path) -> pathlib.Path:
-  """The path if it is a file, else the directory's file of weights."""
+  """Returns the path, or the file of weights if it is a directory."""
   names = _IN_DIRECTORY if path.is_dir() else ()
   file = next((path / x for x in names if (path / x).exists()), path)
   indices = [x for x in _INDICES if (path / x).exists() or path.name == x]
@@ -146,12 +147,12 @@ def _file_in(path: pathlib.Path) -> pathlib.Path:
       " one, with max_shard_size of save_pretrained"
     )
   if file.exists() and not file.is_file():
-    raise ValueError(f"{file} is no file")
+    raise ValueError(f"{file} is not a file")
   return file
 
 
-def _outward(key: str) -> list[str]:
-  """Of "a.b.c" itself, "a.b" and "a": the rest may be a prefix of names."""
+def _leading_keys(key: str) -> list[str]:
+  """Returns "a.b.c", "a.b" and "a"; the rest may be a prefix of names."""
   parts = key.split(".")
   return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
@@ -159,7 +160,7 @@ def _outward(key: str) -> list[str]:
 def _below(
   tensors: dict[str, np.ndarray], prefix: str
 ) -> dict[str, np.ndarray]:
-  """The tensors whose names begin with a prefix, named without it."""
+  """Returns the tensors whose names have a prefix, and removes the prefix."""
   if not prefix:
     return tensors
   dot = f"{prefix}."
@@ -178,16 +179,19 @@ def _below(
 
 @contextmanager
 def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A path to write to, which becomes `path` once all is written.
+  """Writes a file or directory atomically.
 
-  A failure leaves nothing behind, no parent directory either.
+  A failure leaves nothing behind, not even new parent directories.
+
+  Yields:
+    The path to write to, which is renamed to `path` at the end.
 
   Raises:
-    FileExistsError: `path` exists, and is no empty directory.
+    FileExistsError: `path` exists and is not an empty directory.
   """
   is_empty = path.is_dir() and not any(path.iterdir())
   if os.path.lexists(path) and not is_empty:
-    raise FileExistsError(f"{path} exists, and is left as it is")
+    raise FileExistsError(f"{path} exists and is not overwritten")
   absent = [x for x in path.parents if not x.exists()]
   make_directory(path.parent)
   try:
@@ -199,8 +203,8 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
       part.rename(path)
   except BaseException as error:
     for parent in absent:
-      with suppress(OSError):  # Others may have put something there.
+      with suppress(OSError):  # Another process may have written files there.
         parent.rmdir()
     if isinstance(error, OSError) and error.errno:
-      error.filename = str(path)  # The partial file is gone.
+      error.filename = str(path)  # Not the partial file, which is removed.
     raise

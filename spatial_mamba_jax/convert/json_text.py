@@ -1,4 +1,4 @@
-"""JSON from files of unknown origin."""
+"""Parses JSON from untrusted files."""
 
 import json
 from typing import Any
@@ -7,11 +7,11 @@ from spatial_mamba_jax.convert.messages import short
 
 
 def parse_json(text: bytes) -> Any:
-  """What JSON says.
+  """Parses JSON strictly.
 
   Raises:
-    ValueError: it is no JSON, in an encoding that is not Unicode, nested too
-      deeply, or has two values of one key, or a number that JSON has not.
+    ValueError: the text is not JSON, not Unicode or nested too deeply, has two
+      values for one key, or has NaN or infinity.
   """
   try:
     return json.loads(
@@ -26,9 +26,9 @@ def _dictionary(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(dictionary) < len(pairs):
     seen = set()
     twice = next(k for k, _ in pairs if k in seen or seen.add(k))
-    raise ValueError(f"it has two values of {short(twice)}")
+    raise ValueError(f"it has two values for {short(twice)}")
   return dictionary
 
 
 def _constant(name: str) -> Any:
-  raise ValueError(f"{name} is no number of JSON")
+  raise ValueError(f"{name} is not a number of JSON")

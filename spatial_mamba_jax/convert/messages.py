@@ -1,4 +1,4 @@
-"""What messages show of a file's text: little, and safe for a terminal."""
+"""Excerpts of untrusted text in messages: short and safe for a terminal."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,7 +9,7 @@ _LENGTH = 100
 
 
 def short(value: Any) -> str:
-  """One line of at most 100 characters, of what may be anything."""
+  """Returns any value as one line of at most 100 characters."""
   if isinstance(value, int) and abs(value) >= 2**63:
     return "a huge number"
   text = one_line(str(value)[: 2 * _LENGTH])
@@ -17,6 +17,6 @@ def short(value: Any) -> str:
 
 
 def listed(names: Collection[Any], limit: int = 3) -> str:
-  """The first of the names, each `short`."""
+  """Returns the first `limit` names, each shortened, separated by commas."""
   first = [short(name) for name, _ in zip(names, range(limit), strict=False)]
   return ", ".join([*first, *["..."] * (len(names) > limit)])

@@ -1,6 +1,6 @@
-"""The authors' PyTorch weights in and out, as dictionaries of NumPy arrays.
+"""Converts weights to and from the authors' names and PyTorch's layout.
 
-What maps to what is two tables: names, and the layouts of arrays.
+Two tables define the conversion: one of names, and one of array layouts.
 """
 
 import re
@@ -15,13 +15,13 @@ from jax.typing import ArrayLike
 from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.models.backbone import Trunk
 
-# What tools of PyTorch leave among the weights: thop's profile of each module,
-# and how often torch.optim.swa_utils has averaged.
+# Counters that PyTorch's tools add to a state dict: thop for each module it
+# profiles, and torch.optim.swa_utils for its averages.
 COUNTERS = ("total_ops", "total_params", "n_averaged")
-# BatchNorm's count of its updates, which no result depends on.
+# BatchNorm's count of updates, which does not affect any result.
 _UPDATES = "num_batches_tracked"
 
-# Our path -> the authors', applied one after the other.
+# Replacements that turn our path into the authors' name, applied in order.
 _NAMES = (
   (r"^stem\.", "patch_embed."),
   (r"^stages\.", "layers."),
@@ -49,7 +49,7 @@ _FUSION_KERNELS = ("kernel_3", "kernel_3_1", "kernel_3_2")
 
 
 class _Layout(NamedTuple):
-  """How one of our arrays stands in PyTorch: as one tensor, or as several."""
+  """Converts one of our arrays to one or several PyTorch tensors, and back."""
 
   to_torch: Callable[[np.ndarray], Sequence[np.ndarray]]
   from_torch: Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -74,14 +74,14 @@ _FUSION = _Layout(
 
 
 class Mismatch(NamedTuple):
-  """Names by which a state dict and a model differ.
+  """The tensor names in which a state dict and a model differ.
 
   Attributes:
     missing: tensors that the model has and the state dict lacks.
     unexpected: tensors that the state dict has and the model lacks.
 
-  Some differences are never errors: that `num_batches_tracked` is missing, and
-  that there are counters of thop or of PyTorch's averages.
+  A missing `num_batches_tracked` and the unexpected counters of thop or of
+  PyTorch's averages are never errors.
   """
 
   missing: tuple[str, ...]
@@ -89,14 +89,14 @@ class Mismatch(NamedTuple):
 
 
 def to_torch(model: Trunk) -> dict[str, np.ndarray]:
-  """The model's weights under the authors' names and in PyTorch's layout.
+  """Returns a model's weights with the authors' names and PyTorch's layout.
 
   Args:
     model: from `create_model` or `create_backbone`.
 
   Returns:
-    {tensor name: array}, float32 (float64 for a float64 model), and int64 for
-    `num_batches_tracked`.
+    {tensor name: array}, of float32 (float64 for a float64 model), and of int64
+    for `num_batches_tracked`.
   """
   return torch_tensors(
     {path: variable[...] for path, variable in _variables(model)}
@@ -104,7 +104,11 @@ def to_torch(model: Trunk) -> dict[str, np.ndarray]:
 
 
 def torch_tensors(arrays: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
-  """The same of {path in the model: array}, e.g. of "head.kernel"."""
+  """Converts arrays as `to_torch` does.
+
+  Args:
+    arrays: {path in the model: array}, e.g. of "head.kernel".
+  """
   state_dict = {}
   for path, values in arrays.items():
     array = np.asarray(values)
@@ -119,20 +123,20 @@ def torch_tensors(arrays: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
 def from_torch(
   model: Trunk, state_dict: Mapping[str, np.ndarray], *, strict: bool = True
 ) -> Mismatch:
-  """Replaces the model's weights by those of the authors' model, in place.
+  """Sets the model's weights to those of a state dict, in place.
 
   Args:
     model: from `create_model` or `create_backbone`.
     state_dict: {tensor name: array}, as PyTorch's `state_dict()` names them.
-    strict: whether every tensor must find its place. Otherwise what is missing
-      keeps its value, and what is unexpected is left out.
+    strict: whether missing and unexpected tensors are errors. Otherwise missing
+      weights keep their values, and unexpected tensors are ignored.
 
   Returns:
-    What was missing and unexpected.
+    The missing and unexpected names.
 
   Raises:
-    ValueError: tensors are missing or unexpected (where strict), misshapen or
-      no real numbers (always). The model is then unchanged.
+    ValueError: tensors are missing or unexpected and `strict` is true, or have
+      a wrong shape or a complex type. The model is then unchanged.
   """
   mismatch = check_tensors(model, state_dict, strict=strict)
   for path, variable in _variables(model):
@@ -140,7 +144,7 @@ def from_torch(
     if all(name in state_dict for name in names):
       tensors = [np.asarray(state_dict[name]) for name in names]
       array = _layout(path, variable.ndim).from_torch(tensors)
-      # A copy, or the model would change with the caller's array.
+      # Copied, because the caller may change its array.
       variable.set_value(jnp.array(array, variable.dtype))
   return mismatch
 
@@ -148,12 +152,12 @@ def from_torch(
 def check_tensors(
   model: Trunk, state_dict: Mapping[str, np.ndarray], *, strict: bool = True
 ) -> Mismatch:
-  """What `from_torch` checks, of names, shapes and types; none is read."""
+  """Checks names, shapes and types for `from_torch`, but reads no values."""
   unexpected = dict.fromkeys(state_dict)
   missing, unfit = [], []
   for path, variable in _variables(model):
     names = _torch_names(path)
-    # Without memory, as a shape from a file can be huge.
+    # Takes no memory; a shape from a file can be huge.
     like = np.broadcast_to(np.float32(0), variable.shape)
     wanted = _layout(path, variable.ndim).to_torch(like)
     for name, x in zip(names, wanted, strict=True):
@@ -174,12 +178,12 @@ def check_tensors(
 
 
 def is_counter(name: str) -> bool:
-  """Whether a tensor is one of `COUNTERS`, of whatever module."""
+  """Whether a tensor is one of `COUNTERS`, in any module."""
   return name.rpartition(".")[2] in COUNTERS
 
 
 def _is_real(dtype: np.dtype) -> bool:
-  # NumPy does not know ml_dtypes' as numbers.
+  # By JAX, because NumPy does not know the types of ml_dtypes.
   kinds = (jnp.floating, jnp.integer, jnp.bool_)
   return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
@@ -198,13 +202,13 @@ def _check(mismatch: Mismatch, misshapen: Sequence[str]) -> None:
   ]
   if problems:
     raise ValueError(
-      "the state dict does not fit this model, of its tensors: "
+      "the state dict does not fit the tensors of this model: "
       + "; ".join(problems)
     )
 
 
 def _variables(model: Trunk) -> Iterator[tuple[str, nnx.Variable]]:
-  """Every parameter and statistic with its path, e.g. head.kernel."""
+  """Yields every parameter and statistic with its path, e.g. head.kernel."""
   for path, variable in nnx.iter_graph(model):
     if isinstance(variable, nnx.Param | nnx.BatchStat):
       yield ".".join(map(str, path)), variable
@@ -221,7 +225,7 @@ def _torch_names(path: str) -> list[str]:
 
 
 def _layout(path: str, ndim: int) -> _Layout:
-  """The layout of a parameter by its path and number of axes."""
+  """Returns the layout of a parameter, by its path and number of axes."""
   if path.endswith("fusion.kernels"):
     return _FUSION
   if not path.endswith("kernel"):

@@ -1,4 +1,4 @@
-"""The tensors of a Spatial-Mamba among those of what it was wrapped in."""
+"""Finds the tensors of a Spatial-Mamba inside wrappers and larger models."""
 
 import re
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ import numpy as np
 from spatial_mamba_jax.convert.messages import short
 from spatial_mamba_jax.convert.names import is_counter
 
-# What PyTorch's wrappers put before the names of the module that they wrap, at
-# any depth: DistributedDataParallel and AveragedModel, torch.compile, FSDP,
-# activation checkpointing.
+# Prefixes that PyTorch's wrappers add to the names of a module, at any depth:
+# DistributedDataParallel and AveragedModel, torch.compile, FSDP, activation
+# checkpointing.
 _WRAPPERS = re.compile(
   r"(?:^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module"
   r"|_checkpoint_wrapped_module)\."
 )
-# Every Spatial-Mamba has tensors of this name, and hardly anything else has.
+# Beginning of names that every Spatial-Mamba has, and hardly any other model.
 _ANCHOR = "layers.0.blocks.0.self_attention."
-# In one file: every name is compared with the prefixes of all.
+# Maximum number of models in a file. Every name is compared with all prefixes.
 _MAX_MODELS = 16
 _AVERAGE = re.compile(r"(^|[._])(ema|average|averaged|avg|swa)([._]|$)")
 
@@ -28,9 +28,9 @@ class Unwrapped(NamedTuple):
 
   Attributes:
     tensors: {name in the model: array}.
-    prefixes: what stood before its names, e.g. ("module.", "backbone.").
-    others: the prefixes of other models, as they are in the file.
-    left_out: the names of the tensors that are not the model's.
+    prefixes: prefixes removed from its names, e.g. ("module.", "backbone.").
+    others: the prefixes of other models in the file.
+    left_out: the names of tensors that do not belong to the model.
   """
 
   tensors: dict[str, np.ndarray]
@@ -40,25 +40,24 @@ class Unwrapped(NamedTuple):
 
 
 def is_average(name: str) -> bool:
-  """Whether a key or prefix says that weights are a moving average."""
+  """Whether a key or prefix is the name of a moving average."""
   return bool(_AVERAGE.search(name))
 
 
 def unwrapped(
   state_dict: Mapping[str, np.ndarray], *, raw: bool = False
 ) -> Unwrapped:
-  """Leaves the prefixes out by which wrappers and detectors name a model.
+  """Removes the prefixes that wrappers and detectors add to a model's names.
 
-  Of several models in a file, a moving average is preferred, then the one with
-  the shortest prefix.
+  If a file has several models, moving averages are preferred, then short
+  prefixes.
 
   Args:
     state_dict: {name in the file: array}.
-    raw: whether a moving average is not preferred.
+    raw: whether to prefer models that are not moving averages.
 
   Raises:
-    ValueError: two tensors have one name but for wrappers, or there are too
-      many models.
+    ValueError: two names differ only in wrappers, or there are too many models.
   """
   wrappers: dict[str, None] = {}
   names: dict[str, str] = {}
@@ -67,8 +66,8 @@ def unwrapped(
     plain = _WRAPPERS.sub("", name)
     if plain in names:
       raise ValueError(
-        f"{short(names[plain])} and {short(name)} are one tensor but for"
-        " wrappers: save the weights of one model"
+        f"{short(names[plain])} and {short(name)} differ only in wrappers: save"
+        " the weights of one model"
       )
     names[plain] = name
   prefixes = {
@@ -78,17 +77,17 @@ def unwrapped(
   }
   if len(prefixes) > _MAX_MODELS:
     raise ValueError(
-      f"it has {len(prefixes):,} models, of which {_MAX_MODELS} are allowed"
+      f"it has {len(prefixes):,} models; at most {_MAX_MODELS} are allowed"
     )
   prefix = min(
     prefixes, key=lambda x: (is_average(x) == raw, len(x)), default=""
   )
-  # "" is a prefix of all others.
-  apart = tuple(x for x in prefixes if x != prefix and x.startswith(prefix))
+  # Models inside this one, such as all others if its prefix is "".
+  nested = tuple(x for x in prefixes if x != prefix and x.startswith(prefix))
   tensors, left_out = {}, []
   for plain, name in names.items():
-    is_its = plain.startswith(prefix) and not plain.startswith(apart)
-    if is_its and not is_counter(plain):
+    is_own = plain.startswith(prefix) and not plain.startswith(nested)
+    if is_own and not is_counter(plain):
       tensors[plain.removeprefix(prefix)] = state_dict[name]
     else:
       left_out.append(name)
@@ -99,6 +98,6 @@ def unwrapped(
 
 
 def _anchor(name: str) -> int:
-  """Where the name in the model begins, -1 if it is another tensor's."""
+  """Returns the index of the model's part of a name; -1 if it has none."""
   at = name.find(_ANCHOR)
   return at if at == 0 or name[at - 1 : at] == "." else -1

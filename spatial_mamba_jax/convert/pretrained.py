@@ -1,4 +1,4 @@
-"""Models as directories in the layout of the Hugging Face hub."""
+"""Saves and loads models as directories in the layout of Hugging Face's hub."""
 
 import dataclasses
 import os
@@ -39,7 +39,7 @@ from spatial_mamba_jax.models.spatial_mamba import (
 )
 from spatial_mamba_jax.paths import local_path
 
-# What changes neither the weights nor their shapes.
+# Fields that affect neither the weights nor their shapes.
 _OVERRIDES = (
   *("drop_path_rate", "dtype", "implementation", "layer_implementation"),
 )
@@ -69,40 +69,40 @@ model = smj.from_pretrained("path/to/this/directory")
 {result} = model(images)  # [B, H, W, 3], float32
 ```
 
-Images are RGB in [0, 1], less the mean (0.485, 0.456, 0.406), over the standard
-deviation (0.229, 0.224, 0.225).
+Images are RGB in [0, 1], minus the mean (0.485, 0.456, 0.406), divided by the
+standard deviation (0.229, 0.224, 0.225).
 
 `model.safetensors` has the tensor names and the layout of the authors' PyTorch
 code (https://github.com/EdwardChasel/Spatial-Mamba), whose `load_state_dict`
-takes it as it is. `config.json` has the fields of
+accepts them unchanged. `config.json` has the fields of
 `spatial_mamba_jax.ModelConfig`.
 
-Who publishes this directory states here what the model was trained on and how
-accurate it is, and above its `license`.
+To the publisher: state here what the model was trained on and how accurate it
+is, and set `license` above.
 """
 
 
 def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
   """Writes a directory that `from_pretrained` reads.
 
-  It has a `config.json`; a `model.safetensors` with the authors' tensor names
-  and PyTorch's layout, so that their code and this project's share one file;
-  and a `README.md`, the hub's model card, for its publisher to complete.
+  The directory has a `config.json`; a `model.safetensors` with the authors'
+  tensor names and PyTorch's layout, which the authors' code can read as well;
+  and a `README.md`, the hub's model card, for the publisher to complete.
 
   Args:
     model: from `create_model`, `create_backbone` or `from_pretrained`.
-      Its head may have been replaced by an `nnx.Linear` of other classes.
-    path: a directory that is new or empty. It appears whole or not at all.
+      Its head may be replaced by an `nnx.Linear` with other classes.
+    path: a new or empty directory. A failure leaves nothing there.
 
   Raises:
-    FileExistsError: `path` exists, and is no empty directory.
+    FileExistsError: `path` exists and is not an empty directory.
     OSError: `path` cannot be written.
-    ValueError: a part of the model has been replaced by one that the directory
+    ValueError: a part of the model was replaced by one that `config.json`
       cannot describe.
     ImportError: safetensors is missing.
   """
   import_safetensors()
-  config, out_indices = _described(model)
+  config, out_indices = _architecture(model)
   tensors = to_torch(model)
   like = abstract_model(config, out_indices, head_bias="head.bias" in tensors)
   try:
@@ -120,23 +120,23 @@ def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
 
 
 def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
-  """Reads a model that `save_pretrained` wrote; no network is needed.
+  """Loads a model that `save_pretrained` wrote; needs no network.
 
       model = smj.from_pretrained("spatial_mamba_tiny", dtype="bfloat16")
 
   Args:
     path: a directory with `config.json` and `model.safetensors`.
     **overrides: `drop_path_rate`, `dtype` or `layer_implementation` of
-      `ModelConfig`, or `implementation` of its mixer, in place of what the
-      directory has.
+      `ModelConfig`, or `implementation` of its mixer. They replace the values
+      in the directory.
 
   Returns:
     A `SpatialMamba` or `SpatialMambaBackbone`, in eval mode.
 
   Raises:
-    OSError: there is no such directory, or it lacks a file.
-    ValueError: a file is damaged, the two do not fit each other, or an
-      override is wrong.
+    OSError: the directory or a file in it does not exist.
+    ValueError: a file is damaged, the two files do not match, or an override is
+      wrong.
   """
   for name in overrides:
     if name not in _OVERRIDES:
@@ -146,7 +146,7 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
   path = local_path(path)
   if not path.is_dir():
     raise FileNotFoundError(
-      f"{path} is no directory: download one first, e.g. with hf download"
+      f"{path} is not a directory: download one first, e.g. with hf download"
     )
   config, out_indices = read_config(path / CONFIG, overrides)
   tensors = read_safetensors(path / SAFETENSORS)
@@ -161,13 +161,13 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
   return model
 
 
-def _described(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
-  """The architecture as it now is, and a backbone's out_indices."""
+def _architecture(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
+  """Returns the current architecture, and the out_indices of a backbone."""
   if isinstance(model, SpatialMambaBackbone):
     return model.config, tuple(sorted(map(int, model.norms)))
   if not isinstance(model, SpatialMamba):
     raise ValueError(
-      f"a {type(model).__name__} is none of create_model's or create_backbone's"
+      f"a {type(model).__name__} is not from create_model or create_backbone"
     )
   head = model.head
   if type(head) is not nnx.Linear:
@@ -180,14 +180,14 @@ def _described(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
 
 
 def _check_config(config: ModelConfig, inferred: ModelConfig) -> None:
-  said_of, found_of = map(flat_fields, (config, inferred))
+  written, actual = map(flat_fields, (config, inferred))
   for field in (
     *("dims", "depths", "in_channels", "num_classes", "d_state", "expand"),
   ):
-    said, found = said_of[field], found_of[field]
-    if said != found:
+    if written[field] != actual[field]:
       raise ValueError(
-        f"{CONFIG} has {field} {said}, and {SAFETENSORS} has {found}"
+        f"{CONFIG} has {field} {written[field]}, and {SAFETENSORS} has"
+        f" {actual[field]}"
       )
 
 

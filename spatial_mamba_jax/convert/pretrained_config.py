@@ -1,4 +1,4 @@
-"""The config.json of a directory of weights: written, and checked when read."""
+"""Writes the config.json of a directory of weights; reads and checks it."""
 
 import dataclasses
 import json
@@ -18,35 +18,36 @@ from spatial_mamba_jax.models.mixers import StructureAwareConfig
 
 CONFIG = "config.json"
 _MODEL_TYPE = "spatial_mamba"
-_MAX_BYTES = 2**20
-# More than any file of weights can hold (`safetensors_file.MAX_NUMBERS`).
-_MAX_NUMBER = 2**30
+_MAX_BYTES = 2**20  # Maximum size of the file.
+# Largest integer of a field: `safetensors_file.MAX_ELEMENTS`, which bounds the
+# elements of a file of weights.
+_MAX_INTEGER = 2**30
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class _Rule(NamedTuple):
-  """What a field may be.
+  """A requirement on the value of a field.
 
   Attributes:
-    takes: whether it takes a value of JSON.
-    words: the same for a message.
+    accepts: whether it accepts a value from JSON.
+    text: the requirement in words, for a message.
   """
 
-  takes: Callable[[Any], bool]
-  words: str
+  accepts: Callable[[Any], bool]
+  text: str
 
 
 def _one_of(*values: Any) -> _Rule:
-  words = ", ".join(json.dumps(x) for x in values)
-  # Not by `in`: 1 equals true.
+  text = ", ".join(json.dumps(x) for x in values)
+  # Types are compared as well, because 1 == True.
   return _Rule(
     lambda x: any(type(x) is type(y) and x == y for y in values),
-    f"one of {words}",
+    f"one of {text}",
   )
 
 
 def _is_integer(value: Any, low: int) -> bool:
-  return type(value) is int and low <= value <= _MAX_NUMBER
+  return type(value) is int and low <= value <= _MAX_INTEGER
 
 
 def _is_number(value: Any) -> bool:
@@ -55,7 +56,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _integer() -> _Rule:
-  return _Rule(lambda x: _is_integer(x, 1), f"an integer of 1 to {_MAX_NUMBER}")
+  return _Rule(
+    lambda x: _is_integer(x, 1), f"an integer of 1 to {_MAX_INTEGER}"
+  )
 
 
 def _integers(low: int) -> _Rule:
@@ -63,7 +66,7 @@ def _integers(low: int) -> _Rule:
     lambda x: (
       isinstance(x, list) and bool(x) and all(_is_integer(i, low) for i in x)
     ),
-    f"a list of integers of {low} to {_MAX_NUMBER}",
+    f"a list of integers of {low} to {_MAX_INTEGER}",
   )
 
 
@@ -96,9 +99,9 @@ _RULES = {
 def config_text(
   config: ModelConfig, out_indices: tuple[int, ...], class_name: str
 ) -> str:
-  """What `read_config` reads."""
+  """Returns the content of a config.json."""
   fields = flat_fields(config)
-  # What is best depends on the device.
+  # The best implementation depends on the device of the reader.
   del fields["implementation"], fields["layer_implementation"]
   fields["dtype"] = jnp.dtype(config.dtype).name
   if out_indices:
@@ -111,15 +114,18 @@ def config_text(
 def read_config(
   path: pathlib.Path, overrides: Mapping[str, Any]
 ) -> tuple[ModelConfig, tuple[int, ...]]:
-  """The architecture, and the stages whose features a backbone returns.
+  """Reads a config.json.
 
   Args:
     path: the file.
-    overrides: fields that replace the file's, of the same rules.
+    overrides: values that replace those in the file, and are checked likewise.
+
+  Returns:
+    The architecture, and the stages whose features a backbone returns.
 
   Raises:
     OSError: the file cannot be opened.
-    ValueError: it is no JSON, or a field is unknown, missing or wrong.
+    ValueError: the file is not JSON, or a field is unknown, missing or wrong.
   """
   try:
     fields = parse_json(_read(path))
@@ -130,29 +136,30 @@ def read_config(
     out_indices = fields.pop("out_indices")
     stages = len(fields["dims"])
     if any(i >= stages for i in out_indices):
-      raise ValueError(f"out_indices {out_indices} are not of {stages} stages")
-    mixer = StructureAwareConfig(**_taken(fields, StructureAwareConfig))
-    config = ModelConfig(mixer=mixer, **_taken(fields, ModelConfig))
+      raise ValueError(f"out_indices {out_indices} exceed the {stages} stages")
+    mixer = StructureAwareConfig(**_fields_of(StructureAwareConfig, fields))
+    config = ModelConfig(mixer=mixer, **_fields_of(ModelConfig, fields))
     return config, out_indices
   except ValueError as error:
-    raise ValueError(f"{path} is of no Spatial-Mamba: {error}") from error
+    raise ValueError(f"{path} is not of a Spatial-Mamba: {error}") from error
 
 
 def flat_fields(config: ModelConfig) -> dict[str, Any]:
-  """The fields of an architecture and of its mixer, in one dictionary."""
+  """Returns the fields of an architecture and its mixer in one dictionary."""
   fields = dataclasses.asdict(config)
-  of_mixer = fields.pop("mixer")
-  return {**fields, **of_mixer}
+  mixer_fields = fields.pop("mixer")
+  return {**fields, **mixer_fields}
 
 
-def _taken(fields: dict[str, Any], kind: type) -> dict[str, Any]:
+def _fields_of(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+  """Returns the entries of `fields` that are fields of a dataclass."""
   names = {field.name for field in dataclasses.fields(kind)}
   return {name: value for name, value in fields.items() if name in names}
 
 
 def _read(path: pathlib.Path) -> bytes:
   if path.exists() and not path.is_file():
-    raise IsADirectoryError(f"{path} is no file")
+    raise IsADirectoryError(f"{path} is not a file")
   with path.open("rb") as file:
     text = file.read(_MAX_BYTES + 1)
   if len(text) > _MAX_BYTES:
@@ -161,9 +168,9 @@ def _read(path: pathlib.Path) -> bytes:
 
 
 def _check(fields: Any, overrides: Mapping[str, Any]) -> None:
-  """Puts the overrides in and checks every field."""
+  """Adds the overrides to the fields and checks all fields."""
   if not isinstance(fields, dict):
-    raise ValueError("it is no dictionary")
+    raise ValueError("it is not a dictionary")
   if fields.get("model_type") != _MODEL_TYPE:
     raise ValueError(f"its model_type is not {_MODEL_TYPE}")
   for name, value in overrides.items():
@@ -173,9 +180,9 @@ def _check(fields: Any, overrides: Mapping[str, Any]) -> None:
       raise ValueError(
         f"unknown field {short(name)}: choose from {listed(_RULES, 20)}"
       )
-    if not _RULES[name].takes(value):
+    if not _RULES[name].accepts(value):
       raise ValueError(
-        f"{name} must be {_RULES[name].words}, not {short(repr(value))}"
+        f"{name} must be {_RULES[name].text}, not {short(repr(value))}"
       )
   for name in ("dims", "depths"):
     if name not in fields:
@@ -183,7 +190,7 @@ def _check(fields: Any, overrides: Mapping[str, Any]) -> None:
 
 
 def _dtype_name(dtype: Any) -> Any:
-  """Of what JAX takes as one; anything else as it is."""
+  """Returns the name of a type; returns any other value unchanged."""
   try:
     return dtype if dtype is None else jnp.dtype(dtype).name
   except TypeError:

@@ -1,9 +1,8 @@
-"""Safetensors files: read with NumPy alone, written by their own package.
+"""Reads safetensors files with NumPy; writes them with their own package.
 
-A file is the length of a header, the header in JSON, and the bytes of its
-tensors. All that the header claims is checked against the file before a tensor
-is made, and tensors are views of the mapped file, so that nothing is read
-before it is known to be wanted.
+A file has the length of a header, the header in JSON, and the bytes of the
+tensors. The header is checked against the file before an array is created.
+Arrays are views of the memory-mapped file, so that only those in use are read.
 """
 
 import math
@@ -19,10 +18,11 @@ import numpy as np
 from spatial_mamba_jax.convert.json_text import parse_json
 from spatial_mamba_jax.convert.messages import short
 
-# Bytes. The base model's has 90,000.
+# Maximum length of a header in bytes. The base model's has 90,000.
 _MAX_HEADER = 2**23
-# Numbers in the weights of one file, eleven times the base model's.
-MAX_NUMBERS = 2**30
+# Maximum number of elements in all tensors of a file, eleven times the base
+# model's.
+MAX_ELEMENTS = 2**30
 _MAX_AXES = 8
 _DTYPES = {
   "F64": np.float64,
@@ -42,25 +42,27 @@ _DTYPES = {
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """{tensor name: read-only array} of a safetensors file.
+  """Reads a safetensors file.
 
-  Arrays are views of the file, which must not be changed while they are used.
+  Returns:
+    {tensor name: read-only array}. The arrays are views of the file, which must
+    not be changed while they are in use.
 
   Raises:
     OSError: the file cannot be opened.
-    ValueError: it is damaged, or has tensors of a type that is not read.
+    ValueError: the file is damaged, or has a type that is not supported.
   """
   with path.open("rb") as file:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
       raise ValueError(
-        f"{path} is damaged, or no safetensors: its header is said to have"
+        f"{path} is damaged, or not a safetensors file: its header should have"
         f" {short(length)} bytes, and the file has {size}"
       )
     if length > _MAX_HEADER:
       raise ValueError(
-        f"{path} has a header of {length:,} bytes, of which {_MAX_HEADER:,} are"
+        f"{path} has a header of {length:,} bytes; at most {_MAX_HEADER:,} are"
         " allowed"
       )
     try:
@@ -68,7 +70,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       tensors = _entries(header, size - 8 - length)
     except ValueError as error:
       raise ValueError(
-        f"{path} is damaged, or of a kind that is not read: {error}"
+        f"{path} is damaged, or of a kind that is not supported: {error}"
       ) from error
     data: Any = b""
     if size > 8 + length:
@@ -87,7 +89,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def write_safetensors(
   path: pathlib.Path, state_dict: Mapping[str, np.ndarray]
 ) -> None:
-  """Writes tensors in PyTorch's layout.
+  """Writes tensors, which are in PyTorch's layout.
 
   Raises:
     ImportError: safetensors is missing.
@@ -97,24 +99,24 @@ def write_safetensors(
   path.touch()
   mode = path.stat().st_mode & 0o777
   try:
-    # What reads by layout looks for this word.
+    # Readers such as transformers require this entry, which names the layout.
     safetensors.numpy.save_file(
       dict(state_dict), path, metadata={"format": "pt"}
     )
   except safetensors.SafetensorError as error:
-    # The package has the system's number in its text: (os error 28).
+    # The package has the system's error number in its message: (os error 28).
     if code := re.search(r"os error (\d+)", str(error)):
       number = int(code[1])
       raise OSError(number, os.strerror(number), str(path)) from error
     raise OSError(f"{path} cannot be written: {error}") from error
-  path.chmod(mode)  # The package leaves a file to its owner alone.
+  path.chmod(mode)  # The package makes the file private to its owner.
 
 
 def import_safetensors() -> Any:
-  """The package.
+  """Imports safetensors; returns the package.
 
   Raises:
-    ImportError: it is missing.
+    ImportError: the package is missing.
   """
   try:
     import safetensors.numpy
@@ -125,11 +127,11 @@ def import_safetensors() -> Any:
   return safetensors
 
 
-def check_numbers(count: int) -> None:
-  """Raises a ValueError where a file has more numbers than any model."""
-  if count > MAX_NUMBERS:
+def check_element_count(count: int) -> None:
+  """Raises a ValueError where a file has more elements than any model."""
+  if count > MAX_ELEMENTS:
     raise ValueError(
-      f"it has {count:,} numbers, of which {MAX_NUMBERS:,} are allowed"
+      f"it has {count:,} elements; at most {MAX_ELEMENTS:,} are allowed"
     )
 
 
@@ -137,17 +139,21 @@ _Entry = tuple[Any, tuple[int, ...], int]
 
 
 def _entries(header: Any, size: int) -> dict[str, _Entry]:
-  """{name: (type, shape, first byte)}, of tensors that fill `size` bytes."""
+  """Parses the header of a file with `size` bytes of tensors.
+
+  Returns:
+    {name: (type, shape, first byte)}.
+  """
   if not isinstance(header, dict):
-    raise ValueError("its header is no dictionary")
+    raise ValueError("its header is not a dictionary")
   header.pop("__metadata__", None)
   tensors, spans = {}, []
   for name, entry in header.items():
     dtype, shape, (begin, end) = _entry(name, entry)
     if end - begin != math.prod(shape) * np.dtype(dtype).itemsize:
       raise ValueError(
-        f"{short(name)} has {short(end - begin)} bytes, which are not of shape"
-        f" {list(shape)}"
+        f"{short(name)} has {short(end - begin)} bytes, which do not match its"
+        f" shape {list(shape)}"
       )
     tensors[name] = dtype, shape, begin
     spans.append((begin, end, name))
@@ -163,7 +169,7 @@ def _entries(header: Any, size: int) -> dict[str, _Entry]:
     raise ValueError(
       f"its tensors have {short(at)} bytes, and the file has {size} for them"
     )
-  check_numbers(sum(math.prod(shape) for _, shape, _ in tensors.values()))
+  check_element_count(sum(math.prod(shape) for _, shape, _ in tensors.values()))
   return tensors
 
 
@@ -176,16 +182,17 @@ def _entry(name: str, entry: Any) -> tuple[Any, tuple[int, ...], list[int]]:
     }:
       pass
     case _:
-      raise ValueError(f"{short(name)} is no tensor's type, shape and offsets")
+      raise ValueError(f"{short(name)} has no type, shape and offsets")
   if dtype not in _DTYPES:
     raise ValueError(
-      f"{short(name)} is of type {short(dtype)}, which is not read"
+      f"{short(name)} is of type {short(dtype)}, which is not supported"
     )
   if len(shape) > _MAX_AXES or not all(map(_is_size, shape)):
-    raise ValueError(f"{short(name)} has no shape: {short(shape[:9])}")
-  check_numbers(math.prod(filter(None, shape)))  # NumPy counts no zeros, too.
+    raise ValueError(f"{short(name)} has a wrong shape: {short(shape[:9])}")
+  # Without zeros: NumPy refuses an empty array with huge other axes.
+  check_element_count(math.prod(filter(None, shape)))
   if len(ends) != 2 or not all(map(_is_size, ends)):
-    raise ValueError(f"{short(name)} has no offsets: {short(ends[:3])}")
+    raise ValueError(f"{short(name)} has wrong offsets: {short(ends[:3])}")
   return _DTYPES[dtype], tuple(shape), ends
 
 

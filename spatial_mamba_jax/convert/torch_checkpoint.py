@@ -1,7 +1,7 @@
-"""PyTorch's checkpoint files, read with NumPy alone.
+"""Reads PyTorch's checkpoint files without PyTorch.
 
-A checkpoint is a zip archive of a pickle and of the bytes of its tensors. The
-pickle is not run: see `torch_pickle`.
+A checkpoint is a zip archive with a pickle and the bytes of its tensors. No
+code in the pickle is run: see `torch_pickle`.
 """
 
 import io
@@ -25,13 +25,12 @@ from spatial_mamba_jax.convert.torch_pickle import (
   unpickle,
 )
 
-# How the format before PyTorch 1.6 begins, after the number of its protocol.
+# Magic number of the format before PyTorch 1.6, after the pickle protocol.
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
-# Bytes of what is read before it is known what it claims: the list of records,
-# and the pickle.
+# Maximum size in bytes of the list of records, and of the pickle.
 _MAX_INDEX = 2**26
-# Bytes of all tensors that are read of a file: a billion numbers in double
-# precision, as `safetensors_file.MAX_NUMBERS`.
+# Maximum size in bytes of all tensors of a file: `MAX_ELEMENTS` of
+# `safetensors_file`, in double precision.
 _MAX_BYTES = 2**33
 _DTYPES = {
   "torch.DoubleStorage": np.float64,
@@ -44,7 +43,7 @@ _DTYPES = {
   "torch.CharStorage": np.int8,
   "torch.ByteStorage": np.uint8,
   "torch.BoolStorage": np.bool_,
-  # Of untyped storages, whose tensors name their type themselves.
+  # Types of tensors in untyped storages.
   "torch.uint16": np.uint16,
   "torch.uint32": np.uint32,
   "torch.uint64": np.uint64,
@@ -54,26 +53,27 @@ _DTYPES = {
 def read_torch_checkpoint(
   path: str | os.PathLike[str], key: str = "model"
 ) -> dict[str, np.ndarray]:
-  """The tensors in a file that `torch.save` wrote.
+  """Reads the tensors in a file that `torch.save` wrote.
 
       state_dict = read_torch_checkpoint("tiny.pth", key="model_ema")
 
-  Neither PyTorch is needed nor the code that the file names; none of it runs.
+  Neither PyTorch nor the code that the file names is needed. No code of the
+  file is run.
 
   Args:
     path: the file, of PyTorch 1.6 or newer.
-    key: which of the file's dictionaries, e.g. "model_ema" or "state_dict", or
-      "state.model" for one inside another. A file that is itself a dictionary
-      of tensors has no such keys, and is read as it is.
+    key: the key of a dictionary in the file, e.g. "model_ema" or "state_dict",
+      or "state.model" for a nested one. It is ignored if the file itself is a
+      dictionary of tensors.
 
   Returns:
     {tensor name: read-only array}. Tensors that share memory in PyTorch share
-    it here. Numbers become arrays without axes.
+    it here. Python scalars become arrays without axes.
 
   Raises:
     OSError: the file cannot be opened.
-    ValueError: it is damaged, of another format, has no such key, or what the
-      key names are not tensors, or more than 8 GiB of them.
+    ValueError: the file is damaged, has another format or no such key, or the
+      key has values other than tensors, or more than 8 GiB of tensors.
   """
   return read_first(path, (key,)).tensors
 
@@ -82,7 +82,7 @@ class Selected(NamedTuple):
   """One dictionary of a file.
 
   Attributes:
-    key: its key, None for a file that is itself a dictionary of tensors.
+    key: its key; None if the file itself is a dictionary of tensors.
     others: the keys of the file's other dictionaries of tensors.
     tensors: {name: array}.
   """
@@ -95,13 +95,16 @@ class Selected(NamedTuple):
 def read_first(
   path: str | os.PathLike[str], keys: Sequence[str], *, or_only: bool = False
 ) -> Selected:
-  """The first of the keys that is there, and its tensors.
+  """Reads the tensors of the first key that a file has.
 
   Args:
-    path: as of `read_torch_checkpoint`, which says the rest, too.
-    keys: in order of preference.
-    or_only: whether, where there is none of them, the only dictionary of
-      tensors is taken, whatever its key.
+    path: the file.
+    keys: the keys, in order of preference.
+    or_only: whether a file with none of the keys, but with a single dictionary
+      of tensors, is read as well.
+
+  Raises:
+    OSError, ValueError: see `read_torch_checkpoint`.
   """
   with _File(path) as file:
     try:
@@ -115,21 +118,21 @@ def read_first(
       raise ValueError(f"{os.fspath(path)}: {error}") from error
     except MemoryError as error:
       raise ValueError(
-        f"{os.fspath(path)} needs more memory than there is"
+        f"{os.fspath(path)} needs more memory than this machine has"
       ) from error
     except Exception as error:
-      # Whatever the parser trips over, the file is what is wrong.
+      # A malformed file makes the parsers raise many types of errors.
       raise ValueError(
-        f"{os.fspath(path)} is damaged, or no checkpoint of PyTorch"
+        f"{os.fspath(path)} is damaged, or not a checkpoint of PyTorch"
         f" ({type(error).__name__}: {shown(error)})"
       ) from error
 
 
 class _File(io.BufferedReader):
-  """A file whose claims cost no more memory than is allowed at a time.
+  """A file that limits the size of a single read.
 
   Attributes:
-    allowed: bytes.
+    allowed: the limit, in bytes.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -139,28 +142,27 @@ class _File(io.BufferedReader):
   def read(self, size: int | None = -1) -> bytes:
     if size is not None and size > self.allowed:
       raise FormatError(
-        f"asks for {size:,} bytes at once, of which {self.allowed:,} are"
-        " allowed"
+        f"asks for {size:,} bytes at once; at most {self.allowed:,} are allowed"
       )
     return super().read(size)
 
 
 class _Archive:
-  """The records of a zip file as `torch.save` lays them out.
+  """The records of a zip file that `torch.save` wrote.
 
   Attributes:
-    allowed: bytes of records that may still be read.
+    allowed: the number of bytes that may still be read.
   """
 
   def __init__(self, file: _File):
     if _LEGACY_MAGIC in file.read(32):
       raise FormatError(
-        "is in the format of PyTorch before 1.6, which runs code to be read:"
-        " load it with torch.load and write it again with torch.save"
+        "is in the format of PyTorch before 1.6, which runs code when it is"
+        " read: load it with torch.load and rewrite it with torch.save"
       )
     if not zipfile.is_zipfile(file):
       raise FormatError(
-        "is no zip archive, as torch.save writes them, or its end is missing"
+        "is not a zip archive, as torch.save writes it, or its end is missing"
       )
     self._zip = zipfile.ZipFile(file)
     self._records: dict[str, bytes] = {}
@@ -174,35 +176,35 @@ class _Archive:
       )
     self._root = roots[0].removesuffix("data.pkl")
     if f"{self._root}constants.pkl" in names:
-      raise FormatError("is a TorchScript program, and not a checkpoint")
+      raise FormatError("is a TorchScript program, not a checkpoint")
     if len(set(names)) < len(names):
       raise FormatError("has two records of one name")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
       raise FormatError("is compressed, which torch.save never does")
     if sum(info.file_size for info in infos) > file.seek(0, os.SEEK_END):
-      raise FormatError("has records that overlap, or are cut off")
+      raise FormatError("has records that overlap or are cut off")
     if f"{self._root}byteorder" in names:
       order = self.record("byteorder")
       if order != b"little":
         raise FormatError(f"has the byte order {shown(order)}, not 'little'")
 
   def size(self, name: str) -> int:
-    """The bytes of a record, which is not read."""
+    """Returns the size of a record in bytes, without reading it."""
     return self._info(name).file_size
 
   def record(self, name: str) -> bytes:
-    """A record, whose checksum must fit."""
+    """Returns a record, and checks its checksum."""
     if name not in self._records:
       info = self._info(name)
       self.allowed -= info.file_size
       if self.allowed < 0:
         raise FormatError(
-          f"has larger records than are read: {shown(name)} is of"
+          f"has larger records than are allowed: {shown(name)} has"
           f" {info.file_size:,} bytes"
         )
       data = self._zip.read(info)
       if len(data) != info.file_size:
-        raise FormatError(f"has half of its record {shown(name)}")
+        raise FormatError(f"has only a part of its record {shown(name)}")
       self._records[name] = data
     return self._records[name]
 
@@ -216,7 +218,7 @@ class _Archive:
 def _select(
   value: Any, keys: Sequence[str], or_only: bool
 ) -> tuple[str | None, tuple[str, ...], dict[str, Any]]:
-  """As `Selected`, before tensors are read."""
+  """Selects a dictionary; returns the fields of `Selected`, tensors unread."""
   if not isinstance(value, Dictionary):
     raise FormatError(
       f"holds {describe(value)}, not a dictionary of tensors: save a"
@@ -225,7 +227,7 @@ def _select(
   entries = _entries(value)
   named = [key for key, x in entries.items() if _has_tensors(x)]
   found = {key: x for key in keys if (x := _inside(entries, key)) is not None}
-  # An empty one is taken where there is nothing better.
+  # A dictionary without tensors is the second choice.
   first = next((key for key, x in found.items() if _has_tensors(x)), None)
   if first is None:
     first = next(iter(found), None)
@@ -243,17 +245,17 @@ def _select(
     f" {', '.join(map(shown, list(entries)[:12])) or 'none'}"
     + ", ..." * (len(entries) > 12)
     + "".join(
-      f"; {shown(key)} is {describe(entries[key])}, no dictionary"
+      f"; {shown(key)} is {describe(entries[key])}, not a dictionary"
       + ": save its state_dict()" * isinstance(entries[key], Inert)
       for key in keys
       if key in entries
     )
-    + f"; --key takes one of {listed(named)}" * bool(or_only and named)
+    + f"; --key can be one of {listed(named)}" * bool(or_only and named)
   )
 
 
 def _inside(entries: dict[str, Any], key: str) -> Dictionary | None:
-  """The dictionary of a key, or of "outer.inner" keys."""
+  """Returns the dictionary at a key, or at nested keys "outer.inner"."""
   if isinstance(found := entries.get(key), Dictionary):
     return found
   outer, _, inner = key.partition(".")
@@ -273,14 +275,15 @@ def _entries(dictionary: Dictionary) -> dict[str, Any]:
 
 
 def _array(name: str, value: Any, archive: _Archive) -> np.ndarray:
+  """Returns a tensor as a view of its record, or a scalar as an array."""
   if isinstance(value, bool | int | float):
     return np.asarray(value, np.int64 if type(value) is int else None)
   if not isinstance(value, Tensor):
-    raise FormatError(f"{shown(name)} is {describe(value)}, no plain tensor")
+    raise FormatError(f"{shown(name)} is {describe(value)}, not a plain tensor")
   storage, dtype = value.storage, _DTYPES.get(value.dtype)
   if dtype is None:
     raise FormatError(
-      f"{shown(name)} is of type {shown(value.dtype)}, which is not read"
+      f"{shown(name)} is of type {shown(value.dtype)}, which is not supported"
     )
   itemsize = np.dtype(dtype).itemsize
   record = f"data/{storage.record}"
@@ -288,7 +291,7 @@ def _array(name: str, value: Any, archive: _Archive) -> np.ndarray:
   is_untyped = storage.kind == "torch.storage.UntypedStorage"
   if size != storage.elements * (1 if is_untyped else itemsize):
     raise FormatError(
-      f"the record of {shown(name)} has {size} bytes, which are not"
+      f"the record of {shown(name)} has {size} bytes, which do not match"
       f" {shown(storage.elements)} elements"
     )
   if _end(value) * itemsize > size:
@@ -313,7 +316,7 @@ def _array(name: str, value: Any, archive: _Archive) -> np.ndarray:
 
 
 def _end(tensor: Tensor) -> int:
-  """How many elements of its storage a tensor reaches over."""
+  """Returns the index after the last element of the storage in use."""
   if not math.prod(tensor.size):
     return 0
   last = sum(

@@ -1,8 +1,8 @@
-"""Models as single files that run with JAX alone, without this project.
+"""Exports models to single files that run with JAX, without this project.
 
     smj.export_model(model, "tiny.stablehlo")
 
-Whoever has jax and flatbuffers runs the file, on images in RGB:
+The packages jax and flatbuffers suffice to run the file on RGB images:
 
     import jax.numpy as jnp
     from jax import export
@@ -11,10 +11,11 @@ Whoever has jax and flatbuffers runs the file, on images in RGB:
       model = export.deserialize(bytearray(file.read()))
     mean = jnp.array([0.485, 0.456, 0.406])
     std = jnp.array([0.229, 0.224, 0.225])
-    images = (pixels / 255 - mean) / std  # [B, 224, 224, 3], from 0 .. 255
+    images = (pixels / 255 - mean) / std  # pixels [B, 224, 224, 3], 0 .. 255
     logits = model.call(images)  # [B, 1000]
 
-The mean and deviation are ImageNet's; `jax.jit(model.call)` compiles once.
+The mean and standard deviation are ImageNet's. `jax.jit(model.call)` compiles
+once.
 """
 
 import errno
@@ -39,25 +40,25 @@ def export_model(
   *,
   image_size: int | tuple[int, int] | None = 224,
 ) -> export.Exported:
-  """Writes a model with its weights as StableHLO, by `jax.export`.
+  """Writes a model and its weights as StableHLO, by `jax.export`.
 
-  The file holds one program for CPUs, NVIDIA's GPUs and TPUs, for batches of
-  any size, and the weights once: 101 MiB for tiny. JAX reads it for at least
-  six months of its releases. It takes what the model takes, normalised images
-  [B, H, W, in_channels], and returns what the model returns; its `in_avals` and
-  `out_avals` say their types.
+  The file has one program for CPUs, NVIDIA GPUs and TPUs and for any batch
+  size, and one copy of the weights: 101 MiB for tiny. JAX reads it for at least
+  six months. The program takes normalised images [B, H, W, in_channels] and
+  returns what the model returns; `in_avals` and `out_avals` give the types.
 
-  It has no Pallas kernels: those are made for one batch size, and those for
-  GPUs for one GPU, too. `implementation` of the model's config is not asked.
+  The program has no Pallas kernels, because these are compiled for one batch
+  size, and GPU kernels for one GPU. `implementation` in the model's config is
+  ignored.
 
   Args:
     model: from `create_model` or `create_backbone`, in eval mode.
-    path: of the file to write; one that is there is replaced.
-    image_size: H = W, or (H, W), of all images; or None for any. GPUs and TPUs
-      then scan token by token, which is slow there, and not on CPUs.
+    path: the file to write; an existing file is replaced.
+    image_size: the size of all images, H = W or (H, W); None for any size. With
+      None, GPUs and TPUs scan token by token, which is slow there.
 
   Returns:
-    What was written.
+    The exported program.
 
   Raises:
     ValueError: the model is in training mode, or `image_size` is wrong.
@@ -72,20 +73,20 @@ def export_model(
   shape = export.symbolic_shape(f"b, {sides}, {channels}")
   images = jax.ShapeDtypeStruct(shape, model.config.param_dtype)
   check_destination(path)
-  program = _with_no_kernels(model)
+  portable = _without_kernels(model)
   exported = export.export(
-    jax.jit(lambda images: program(images)), platforms=PLATFORMS
+    jax.jit(lambda images: portable(images)), platforms=PLATFORMS
   )(images)
   _replace(path, exported.serialize())
   return exported
 
 
 def check_destination(path: pathlib.Path) -> None:
-  """Raises what is already known to be wrong before a model is traced.
+  """Checks that a file can be written, before a model is traced.
 
   Raises:
     ImportError: flatbuffers is not installed.
-    OSError: no file can be written there.
+    OSError: the file cannot be written.
   """
   try:
     import flatbuffers  # noqa: F401
@@ -96,7 +97,7 @@ def check_destination(path: pathlib.Path) -> None:
   if path.is_dir():
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   if path.exists() and not path.is_file():
-    raise OSError(f"{path} is no file, and is left as it is")
+    raise OSError(f"{path} is not a file and is not overwritten")
   _replace(path, None)
 
 
@@ -111,8 +112,8 @@ def _height_and_width(image_size: int | tuple[int, int] | None) -> str:
   return "{}, {}".format(*pair)
 
 
-def _with_no_kernels(model: Trunk) -> Trunk:
-  """The model with XLA's best operators, as none serves any batch size."""
+def _without_kernels(model: Trunk) -> Trunk:
+  """Returns a copy of the model with no kernel as its `implementation`."""
   model = nnx.clone(model)
   for _, module in nnx.iter_graph(model):
     if getattr(module, "implementation", None) in KERNELS:
@@ -121,14 +122,14 @@ def _with_no_kernels(model: Trunk) -> Trunk:
 
 
 def _replace(path: pathlib.Path, content: bytearray | None) -> None:
-  """Leaves the old file, or the whole new one; with None, only tries to."""
+  """Replaces a file atomically; with None, only checks that it could."""
   partial = path.with_name(f".{path.name[:50]}.partial")
   try:
     partial.write_bytes(content or b"")
     if content is not None:
       partial.replace(path)
   except OSError as error:
-    error.filename = str(path)  # The partial file is gone.
+    error.filename = str(path)  # Not the partial file, which is removed.
     raise
   finally:
     with suppress(OSError):

@@ -1,9 +1,9 @@
-r"""Exports the model of a checkpoint to one file that runs with JAX alone.
+r"""Exports the model of a checkpoint to one file that runs with JAX.
 
     python -m spatial_mamba_jax.export runs/digits/checkpoints \
       digits.stablehlo --image_size=32
 
-`spatial_mamba_jax.export` says how the file is run.
+`spatial_mamba_jax.export` shows how to run the file.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "checkpoint",
     type=pathlib.Path,
-    help="weights of any kind: a run's directory, a checkpoint, .pth,"
-    " .safetensors, or a directory of save_pretrained",
+    help="weights: a run's directory, a checkpoint, a .pth or .safetensors"
+    " file, or a directory of save_pretrained",
   )
   parser.add_argument("out", type=pathlib.Path, help="the file to write")
   parser.add_argument(
@@ -77,7 +77,7 @@ def _image_size(text: str) -> int | tuple[int, int] | None:
 
 
 def _load(path: pathlib.Path) -> Trunk:
-  # Here, because it takes the packages that training needs.
+  # Imported here, because it needs the packages of training.
   from spatial_mamba_jax.training.weights import load_model
 
   return load_model(path)

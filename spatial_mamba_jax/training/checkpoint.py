@@ -1,6 +1,5 @@
-"""Checkpoints: the newest few and the best, written while training goes on."""
+"""Checkpoints: the newest few and the best, saved in the background."""
 
-import math
 import os
 import pathlib
 import re
@@ -9,57 +8,45 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from spatial_mamba_jax.errors import UserError, one_line, reason
 from spatial_mamba_jax.models.pure import Weights
 from spatial_mamba_jax.paths import local_path, make_directory
 from spatial_mamba_jax.tasks.base import Evaluation
+from spatial_mamba_jax.training.checkpoint_arrays import (
+  check_model,
+  check_size,
+  on_one_device,
+)
 from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles, is_step
+from spatial_mamba_jax.training.checkpoint_items import (
+  Items,
+  make_checkpointer,
+  restore_like,
+)
 from spatial_mamba_jax.training.config import TrainingError
-from spatial_mamba_jax.training.digests import write_digests
 from spatial_mamba_jax.training.processes import from_first_process
 from spatial_mamba_jax.training.state import TrainState
 
-# Arrays may take so many times their bytes on disk, and so many bytes beyond:
-# weights hardly compress, and damaged metadata can ask for any amount.
-_MOST_EXPANSION = 100
-_ALWAYS_ALLOWED = 2**26
-# Of parameters and statistics.
-_TYPES = (jnp.float32, jnp.float64, jnp.int32)
-
 
 class RemovedError(TrainingError):
-  """A checkpoint was removed by its run before it could be read."""
+  """The run removed a checkpoint before it could be read."""
 
 
 class SaveError(TrainingError):
-  """A checkpoint could not be saved; those before it are as they were."""
+  """A checkpoint could not be saved. Earlier checkpoints are unchanged."""
 
-  status = 1
-
-
-class _Handler(ocp.CompositeCheckpointHandler):
-  """Adds the digests of all files before a checkpoint gets its name."""
-
-  def finalize(self, directory: Any) -> None:
-    super().finalize(directory)
-    write_digests(pathlib.Path(directory))
-
-
-@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
-class _Items(ocp.args.Composite):
-  """The items of a checkpoint, {name: arguments of their handlers}."""
+  status = 1  # The exit status of the command.
 
 
 class Checkpoints:
   """The checkpoints of one run, by step.
 
-  Each is a directory named by its step. It holds the moving average of the
-  weights by itself, the rest of the training state, the experiment, later what
-  an evaluation found, and the digests of all these files. A checkpoint that is
-  half written when a run is killed is never taken for one.
+  Each checkpoint is a directory named by its step. Its items are "ema", the
+  moving average of the weights; "state", the rest of the training state;
+  "experiment"; "metrics", once it is evaluated; and `digests.json`, the digests
+  of all files. A checkpoint that a killed run left incomplete is ignored.
   """
 
   def __init__(
@@ -69,7 +56,17 @@ class Checkpoints:
     keep_last: int = 2,
     create: bool = True,
   ):
-    """Opens a directory; `create` makes it, or clears it of partial saves."""
+    """Opens a directory.
+
+    Args:
+      directory: the directory, which contains nothing but checkpoints.
+      keep_last: how many of the newest checkpoints to keep.
+      create: whether to create the directory and to remove incomplete
+        checkpoints. Readers set it to False.
+
+    Raises:
+      TrainingError: the directory cannot be written.
+    """
     self._files = CheckpointFiles(directory)
     self._keep_last = keep_last
     self._saving: int | None = None
@@ -82,22 +79,7 @@ class Checkpoints:
         raise TrainingError(
           f"cannot write to {directory}: {reason(error, directory)}"
         ) from error
-    self._checkpointer = ocp.AsyncCheckpointer(
-      _Handler(
-        ema=ocp.StandardCheckpointHandler(),
-        # Evaluation reads the weights alone of it.
-        state=ocp.PyTreeCheckpointHandler(),
-        experiment=ocp.JsonCheckpointHandler(),
-        # Written by `CheckpointFiles`, but orbax warns of items that it does
-        # not know.
-        metrics=ocp.JsonCheckpointHandler(),
-      ),
-      # Otherwise, where a directory cannot be made, threads wait for it for
-      # minutes, and the process for them.
-      async_options=ocp.options.AsyncOptions(
-        create_directories_asynchronously=False
-      ),
-    )
+    self._checkpointer = make_checkpointer()
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -107,11 +89,11 @@ class Checkpoints:
       self.wait()
       self._checkpointer.close()
     else:
-      with suppress(Exception):  # What ended the run is what is told.
+      with suppress(Exception):  # The first error is reported.
         self._checkpointer.close()
 
   def steps(self) -> list[int]:
-    """The steps of all checkpoints, in rising order."""
+    """Returns the steps of all checkpoints in ascending order."""
     return self._files.steps()
 
   def is_evaluated(self, step: int) -> bool:
@@ -119,15 +101,15 @@ class Checkpoints:
     return from_first_process(lambda: self._files.score(step) is not None)
 
   def newest(self) -> int | None:
-    """The step of the newest undamaged checkpoint.
+    """Returns the step of the newest undamaged checkpoint.
 
-    One line on standard error names those that were passed over.
+    One line on standard error names the damaged checkpoints that were skipped.
 
     Returns:
       The step, the same in every process; None where there is no checkpoint.
 
     Raises:
-      TrainingError: all are damaged.
+      TrainingError: all checkpoints are damaged.
     """
     return from_first_process(
       lambda: self._files.first_whole(self.steps()[::-1])
@@ -138,12 +120,18 @@ class Checkpoints:
     from_first_process(lambda: self._files.set_aside_after(step))
 
   def best(self, among: Sequence[int] | None = None) -> int | None:
-    """The step of the highest score; the newest where none was evaluated.
+    """Returns the step with the best score; the newest if none is evaluated.
+
+    One line on standard error names the damaged checkpoints that were skipped.
 
     Args:
       among: the steps to choose from; None for all.
 
-    Returns, Raises: as `newest`.
+    Returns:
+      The step, the same in every process; None where there is no checkpoint.
+
+    Raises:
+      TrainingError: all checkpoints are damaged.
     """
     return from_first_process(
       lambda: self._files.first_whole(
@@ -156,15 +144,17 @@ class Checkpoints:
     )
 
   def save(self, state: TrainState, experiment: dict[str, Any]) -> None:
-    """Starts to save; returns once the state may change again.
+    """Starts to save a state; returns once the state may be changed.
+
+    A step that is already saved is skipped.
 
     Args:
-      state: the state after some step. A step that is saved already is not
-        saved again.
-      experiment: the config and what else a run may not change, as JSON.
+      state: the training state.
+      experiment: the config and whatever else a resumed run may not change; see
+        `experiment.describe`. It must be serialisable as JSON.
 
     Raises:
-      SaveError: this checkpoint, or the one before, could not be written.
+      SaveError: this checkpoint, or the previous one, could not be written.
     """
     self._save(
       int(jax.device_get(state.step)),
@@ -174,11 +164,11 @@ class Checkpoints:
     )
 
   def save_weights(self, step: int, weights: Weights) -> None:
-    """Saves weights alone, which can be evaluated, but not trained on."""
+    """Saves weights without a training state, for evaluation only."""
     self._save(step, ema=ocp.args.StandardSave(weights))
 
   def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
-    """Adds to a checkpoint what decides which is the best.
+    """Adds an evaluation, whose score ranks the checkpoint.
 
     Raises:
       SaveError: the checkpoint could not be written.
@@ -191,45 +181,49 @@ class Checkpoints:
       except Exception as error:
         raise SaveError(
           f"the evaluation of step {step} cannot be added to its checkpoint in"
-          f" {self._files.root}: {_cause(error)}; once it can be written, the"
-          " same command resumes"
+          f" {self._files.root}: {_cause(error)}; the same command resumes once"
+          " it can be written"
         ) from error
       self._files.prune(self._keep_last)
 
   def check(self) -> None:
-    """Raises a SaveError if a save has failed in the background."""
+    """Raises a SaveError if a save in the background has failed."""
     if self._saving is not None:
-      with self._failures_told(self._saving):
+      with self._reporting_failures(self._saving):
         self._checkpointer.check_for_errors()
 
   def wait(self) -> None:
-    """Returns once every checkpoint is on disk.
+    """Waits until every checkpoint is on disk.
 
     Raises:
-      SaveError: one could not be written.
+      SaveError: a checkpoint could not be written.
     """
     if self._saving is not None:
-      with self._failures_told(self._saving):
+      with self._reporting_failures(self._saving):
         self._checkpointer.wait_until_finished()
       self._saving = None
       if self._is_first:
         self._files.prune(self._keep_last)
 
   def experiment(self, step: int) -> dict[str, Any]:
-    """What `save` was told of the experiment.
+    """Returns the experiment that was passed to `save`.
 
     Raises:
-      TrainingError: the checkpoint is of weights alone.
+      TrainingError: the checkpoint holds only weights.
     """
     if not self._files.path(step, "state").is_dir():
       raise TrainingError(
-        f"{self._files.root} step {step} holds weights alone, and no run to"
-        " resume: choose another workdir"
+        f"{self._files.root} step {step} holds only weights, so there is no run"
+        " to resume: choose another workdir"
       )
     return self._restore(step, experiment=ocp.args.JsonRestore())["experiment"]
 
   def restore_state(self, step: int, like: TrainState) -> TrainState:
-    """The whole state, on the shardings of `like` (shapes are enough).
+    """Restores a training state.
+
+    Args:
+      step: the step of the checkpoint.
+      like: shapes, types and shardings; no arrays are needed.
 
     Raises:
       TrainingError: the checkpoint is of another model, or damaged.
@@ -238,7 +232,7 @@ class Checkpoints:
     items = self._restore(
       step,
       ema=ocp.args.StandardRestore(like.ema),
-      state=_restore_like(_without_ema(like)),
+      state=restore_like(_without_ema(like)),
     )
     state = TrainState(ema=items["ema"], **items["state"])
     if (found := int(jax.device_get(state.step))) != step:
@@ -250,23 +244,27 @@ class Checkpoints:
   def restore_weights(
     self, step: int, like: Weights | None = None
   ) -> dict[str, Weights]:
-    """The moving average, "ema", and the weights themselves, "raw".
+    """Restores the weights of a checkpoint.
 
     Args:
-      step: of the checkpoint. One of weights alone has no "raw".
-      like: shapes and shardings; without it, the weights of whatever model, on
-        one device.
+      step: the step of the checkpoint.
+      like: shapes, types and shardings. With None, weights of any model are
+        restored to one device.
+
+    Returns:
+      "ema", the moving average, and "raw", the weights themselves. A checkpoint
+      from `save_weights` has "ema" only.
 
     Raises:
       TrainingError: the checkpoint is of another model, or damaged.
     """
     if like is None:
-      like = _on_one_device(self._shapes(step))
+      like = on_one_device(self._shapes(step))
     else:
       self._check_model(step, like)
     items: dict[str, Any] = {"ema": ocp.args.StandardRestore(like)}
     if self._files.path(step, "state").is_dir():
-      items["state"] = _restore_like({"weights": like}, partial_restore=True)
+      items["state"] = restore_like({"weights": like}, partial_restore=True)
     found = self._restore(step, **items)
     weights = {"ema": found["ema"]}
     if "state" in items:
@@ -278,32 +276,36 @@ class Checkpoints:
     if from_first_process(lambda: step in self.steps()):
       return
     self._saving = step
-    with self._failures_told(step):
-      self._checkpointer.save(self._files.path(step), args=_Items(**items))
+    with self._reporting_failures(step):
+      self._checkpointer.save(self._files.path(step), args=Items(**items))
 
   @contextmanager
-  def _failures_told(self, step: int) -> Iterator[None]:
+  def _reporting_failures(self, step: int) -> Iterator[None]:
+    """Turns whatever a save raises into a SaveError."""
     try:
       yield
     except Exception as error:
       self._saving = None
       self._files.clear_partial(step)
-      newest = self.steps()[-1:]
+      steps = self.steps()
+      newest = (
+        f"the newest is of step {steps[-1]}" if steps else "there is none"
+      )
       raise SaveError(
         f"the checkpoint of step {step} cannot be saved in {self._files.root}:"
-        f" {_cause(error)}; the newest there is"
-        f" {f'of step {newest[0]}' if newest else 'none'}; once it can be"
-        " written, the same command resumes"
+        f" {_cause(error)}; {newest}; the same command resumes once it can be"
+        " written"
       ) from error
 
   def _restore(self, step: int, **items: Any) -> Any:
-    with self._damage_told(step):
+    with self._reporting_damage(step):
       return self._checkpointer.restore(
-        self._files.path(step), args=_Items(**items)
+        self._files.path(step), args=Items(**items)
       )
 
   @contextmanager
-  def _damage_told(self, step: int) -> Iterator[None]:
+  def _reporting_damage(self, step: int) -> Iterator[None]:
+    """Turns whatever reading a checkpoint raises into a TrainingError."""
     try:
       yield
     except UserError:
@@ -311,67 +313,40 @@ class Checkpoints:
     except Exception as error:
       if not self._files.path(step).is_dir():
         raise RemovedError(
-          f"{self._files.path(step)} was removed meanwhile: try again"
+          f"{self._files.path(step)} was removed while it was read: try again"
         ) from error
-      # Orbax and TensorStore raise nearly anything of damaged files.
+      # Orbax and TensorStore raise many types of errors for damaged files.
       raise TrainingError(
         f"{self._files.path(step)} is damaged ({_cause(error)}): remove it to"
         " use an earlier one"
       ) from error
 
   def _shapes(self, step: int) -> Any:
-    """The moving average's tree, of what has a shape and a type."""
-    with self._damage_told(step):
+    """Returns the tree of the moving average, with shapes for arrays."""
+    with self._reporting_damage(step):
       items = self._checkpointer.metadata(self._files.path(step)).item_metadata
       if not items or items.get("ema") is None:
         raise TrainingError(
-          f"{self._files.path(step)} is no checkpoint of this project"
+          f"{self._files.path(step)} is not a checkpoint of this project"
         )
       shapes = items["ema"].tree
-      self._check_size(step, shapes)
-      _on_one_device(shapes)  # Raises where it is another tree.
+      check_size(self._files.path(step), shapes)
+      on_one_device(shapes)  # Raises an error where the tree is not `Weights`.
       return shapes
 
   def _check_model(self, step: int, like: Weights) -> None:
-    saved, wanted = _named_shapes(self._shapes(step)), _named_shapes(like)
-    differing = [
-      f"{name} is {saved.get(name, 'missing')} there and"
-      f" {wanted.get(name, 'missing')} here"
-      for name in sorted(saved.keys() | wanted.keys())
-      if saved.get(name) != wanted.get(name)
-    ]
-    if differing:
-      raise TrainingError(
-        f"{self._files.root} step {step} holds another model than"
-        f" config.model asks for: {'; '.join(differing[:3])}"
-      )
-
-  def _check_size(self, step: int, saved: Any) -> None:
-    """Refuses arrays that the files cannot hold, before memory is taken."""
-    path = self._files.path(step)
-    stored = sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
-    size = 0
-    for leaf in jax.tree.leaves(saved):
-      if leaf.dtype not in _TYPES:
-        raise TrainingError(f"{path} has an array of type {leaf.dtype}")
-      chunk = getattr(leaf.storage, "chunk_shape", None) or ()
-      elements = max(math.prod(leaf.shape), math.prod(chunk))
-      size += elements * leaf.dtype.itemsize
-    if size > _ALWAYS_ALLOWED + _MOST_EXPANSION * stored:
-      raise TrainingError(
-        f"{path} has {stored} bytes, and claims to hold arrays of {size}"
-      )
+    check_model(f"{self._files.root} step {step}", self._shapes(step), like)
 
 
 @contextmanager
 def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
-  """Opens one checkpoint, or the best of a directory, with its step.
-
-  A damaged one is passed over for the next best.
+  """Opens one checkpoint, or the best undamaged one of a directory.
 
   Args:
-    path: a working directory, its `checkpoints`, or one of these, a directory
-      named by its step.
+    path: a working directory, its `checkpoints`, or one checkpoint in there.
+
+  Yields:
+    The checkpoints and the step to read.
 
   Raises:
     TrainingError: there is no checkpoint.
@@ -382,7 +357,9 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
   is_one = is_step(path.name)
   directory = path.parent if is_one else path
   if not directory.is_dir():
-    raise TrainingError(f"{path} does not exist: train first, or mend the path")
+    raise TrainingError(
+      f"{path} does not exist: train first, or correct the path"
+    )
   with Checkpoints(directory, create=False) as checkpoints:
     step = checkpoints.best([int(path.name)] if is_one else None)
     if step is None:
@@ -391,27 +368,14 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
 
 
 def _cause(error: Exception) -> str:
-  """What the operating system says, or how a long message begins."""
+  """Returns the message of the operating system, or a truncated one."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   text = one_line(error)
-  # TensorStore's: [os_error_code='28'], earlier [OS error 28: ...].
+  # TensorStore has "[os_error_code='28']", earlier "[OS error 28: ...]".
   if number := re.search(r"os.error\D{0,8}(\d+)", text, re.IGNORECASE):
     return os.strerror(int(number[1]))
   return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _on_one_device(saved: Any) -> Weights:
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-    Weights(**saved),
-  )
-
-
-def _restore_like(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
-  args = ocp.checkpoint_utils.construct_restore_args(like)
-  return ocp.args.PyTreeRestore(like, restore_args=args, **options)
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:
@@ -421,12 +385,4 @@ def _without_ema(state: TrainState) -> dict[str, Any]:
     "opt_state": state.opt_state,
     "window": state.window,
     "bad_step": state.bad_step,
-  }
-
-
-def _named_shapes(tree: Any) -> dict[str, list[int]]:
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {
-    str(getattr(path[-1], "key", path[-1])): list(leaf.shape)
-    for path, leaf in leaves
   }

@@ -1,4 +1,4 @@
-"""The directories that checkpoints are, without what is in their arrays."""
+"""The directories of checkpoints: which there are, and which are damaged."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from spatial_mamba_jax.training.digests import (
   write_whole,
 )
 
-# In the names of what orbax has not finished.
+# Part of the name of a checkpoint that orbax has not finished.
 _PARTIAL = ".orbax-checkpoint-tmp"
 _METRICS = "metrics/metrics"
 _REMOVED = ".removed"
@@ -31,36 +31,39 @@ class CheckpointFiles:
   """
 
   def __init__(self, root: pathlib.Path):
-    """The directory need not be there."""
+    """Does not read the directory, which need not exist."""
     self.root = root
 
   def path(self, step: int, name: str = "") -> pathlib.Path:
-    """The checkpoint of a step, or a file of it."""
+    """Returns the path of a checkpoint, or of a file in it."""
     return self.root / str(step) / name
 
   def steps(self) -> list[int]:
-    """The steps of all checkpoints, in rising order."""
+    """Returns the steps of all checkpoints in ascending order."""
     if not self.root.is_dir():
       return []
     names = (x.name for x in self.root.iterdir() if x.is_dir())
     return sorted(int(name) for name in names if is_step(name))
 
   def score(self, step: int) -> float | None:
-    """The score of a checkpoint; None where it was not evaluated.
+    """Returns the score of a checkpoint; None where it was not evaluated.
 
-    What is no number is the worst score.
+    NaN becomes -inf, the worst score.
     """
     try:
       path = regular(self.path(step, _METRICS))
       metrics = json.loads(path.read_text())
-      # Version 1 has "top1" alone.
+      # Version 1 has "top1" but no "score".
       score = float(metrics.get("score", metrics.get("top1")))
       return -math.inf if math.isnan(score) else score
     except (AttributeError, OSError, RecursionError, TypeError, ValueError):
       return None
 
   def by_score(self) -> list[int]:
-    """The steps from the best score down, then those without, newest first."""
+    """Returns the steps, the highest score first.
+
+    Of equal scores the newest is first. Checkpoints without a score come last.
+    """
     scores = {step: self.score(step) for step in self.steps()}
     return sorted(
       scores,
@@ -69,19 +72,19 @@ class CheckpointFiles:
     )
 
   def add_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
-    """Adds what an evaluation found to a checkpoint, "score" among it."""
+    """Adds the results of an evaluation, with "score", to a checkpoint."""
     path = self.path(step, _METRICS)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(metrics))
     add_digest(self.path(step), _METRICS)
 
   def first_whole(self, steps: Sequence[int]) -> int | None:
-    """The first of the steps whose checkpoint is undamaged.
+    """Returns the first of the steps whose checkpoint is undamaged.
 
-    One line on standard error says which were passed over, and why.
+    One line on standard error names the damaged checkpoints before it.
 
     Returns:
-      The step; None where there are no steps.
+      The step; None where there are no checkpoints.
 
     Raises:
       TrainingError: all of them are damaged.
@@ -90,10 +93,10 @@ class CheckpointFiles:
     for step in steps:
       damage = self._damage(step)
       if not self.path(step).is_dir():
-        continue  # Its run has removed it meanwhile.
+        continue  # Removed by its run since `steps` was read.
       if damage is None:
         if damaged:
-          line = f"passing over {'; '.join(damaged)}: taking step {step}"
+          line = f"skipping {'; '.join(damaged)}: using step {step}"
           say(f"{self.root}: {line}")
         return step
       damaged.append(f"step {step}, which {damage}")
@@ -102,7 +105,7 @@ class CheckpointFiles:
       remedy = (
         f"{self.root} also has the steps {', '.join(map(str, others))}"
         if others
-        else f"remove {self.root} to start anew"
+        else f"remove {self.root} to start from step 0"
       )
       raise TrainingError(
         f"no checkpoint in {self.root} can be used: {'; '.join(damaged)};"
@@ -118,38 +121,43 @@ class CheckpointFiles:
         path.rename(_unused(path.with_name(path.name + _DAMAGED)))
 
   def clear_partial(self, step: int | None = None) -> None:
-    """Removes what was left half written or half removed, of any step."""
+    """Removes partly written and partly removed checkpoints.
+
+    Args:
+      step: the step of these checkpoints; None for all steps.
+    """
     for path in self.root.glob(f"{'*' if step is None else step}.*"):
       if _PARTIAL in path.name or _REMOVED in path.name:
         shutil.rmtree(path, ignore_errors=True)
 
   def prune(self, keep_last: int) -> None:
-    """Removes all but the newest and the best."""
+    """Removes all checkpoints but the newest `keep_last` and the best."""
     steps = self.steps()
     best = [step for step in self.by_score() if self.score(step) is not None]
     for step in set(steps) - {*steps[-keep_last:], *best[:1]}:
-      # Renamed, so that half of one is never taken for a checkpoint.
+      # Renamed first: a partly removed one must not look like a checkpoint.
       path = self.path(step)
-      with contextlib.suppress(OSError):  # The next one removes it.
+      with contextlib.suppress(OSError):  # `clear_partial` removes the rest.
         path = path.rename(_unused(path.with_name(path.name + _REMOVED)))
         shutil.rmtree(path)
 
   def _damage(self, step: int) -> str | None:
+    """Says what is wrong with a checkpoint; None if nothing is."""
     damage = find_damage(self.path(step))
     if damage:
       return f"is damaged ({damage})"
     if not self.path(step, "ema/_METADATA").is_file():
-      return "is none of this project's"
+      return "is not a checkpoint of this project"
     return None
 
 
 def is_step(name: str) -> bool:
-  """Whether a directory of this name is a checkpoint."""
+  """Whether a name is the name of a checkpoint: its step in decimal digits."""
   return name.isascii() and name.isdecimal() and name == str(int(name))
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
-  """The path, numbered where it is taken."""
+  """Returns the path, with a number appended if it exists."""
   unused, count = path, 1
   while unused.exists():
     count += 1

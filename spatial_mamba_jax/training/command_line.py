@@ -1,4 +1,4 @@
-"""What `train.py` and `eval.py` share: flags in, exit status out."""
+"""Flags, messages and exit status, which `train.py` and `eval.py` share."""
 
 import json
 import logging
@@ -40,12 +40,12 @@ def _define_config() -> flags.FlagHolder:
       "The experiment: a file with get_config(). Each --config.FIELD=VALUE"
       " overrides a field.",
     )
-  except (flags.Error, ValueError) as error:  # It reads a --flagfile.
+  except (flags.Error, ValueError) as error:  # From reading a --flagfile.
     raise TrainingError(str(error).removeprefix("ERROR:: ")) from error
 
 
 class _ConfigParser(flags.ArgumentParser):
-  """Runs the config file, and says in one line what is wrong with it."""
+  """Runs the config file and checks the overrides of its fields."""
 
   def parse(self, argument: str) -> TrainConfig:
     self.config = config_file.load_config(argument)
@@ -54,7 +54,9 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 CONFIG = _define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of checkpoints and logs."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Share the work with the processes on other hosts."
 )
@@ -63,9 +65,9 @@ _PARSER = flags.FLAGS["config"].parser = _ConfigParser()
 
 
 def own_process() -> None:
-  """Readies the process of a script, which is all that runs in it.
+  """Sets up the process of a script: its signals, warnings and logging.
 
-  A signal to stop ends it at once, unless a run saves first.
+  A signal to stop ends the process at once, unless a run saves first.
   """
   end_on_signals(_command())
   silence_threads()
@@ -73,15 +75,16 @@ def own_process() -> None:
 
 
 def run(main: Callable[[], object], usage: str | None = None) -> int:
-  """Parses the flags and calls `main`; a user's mistake becomes one line.
+  """Parses the flags and calls `main`; reports a mistake in one line.
 
   Args:
     main: the command.
-    usage: what `--help` prints, above the flags.
+    usage: the text that `--help` prints above the flags.
 
   Returns:
-    The exit status: 0, 1 for a run that diverged, 2 for a mistake, 128 more
-    than the signal for a run stopped by one (143 for SIGTERM, 130 for Ctrl-C).
+    The exit status: 0; 1 for a run that diverged or could not save; 2 for a
+    mistake; 128 plus the signal for a run stopped by a signal (143 for SIGTERM,
+    130 for Ctrl-C).
   """
   if any(map(_HELP.fullmatch, sys.argv[1:])):
     text = "\n".join([usage or "", *_flags_help()])
@@ -109,16 +112,18 @@ def _run(main: Callable[[], object]) -> None:
 
 
 def config() -> TrainConfig:
-  """The experiment, overrides applied and checked."""
+  """Returns the experiment, with its overrides, and checks it."""
   experiment = CONFIG.value
   experiment.validate()
   return experiment
 
 
 def workdir() -> pathlib.Path:
-  """The working directory as an absolute path."""
+  """Returns the working directory as an absolute path."""
   if not WORKDIR.value:
-    raise TrainingError("--workdir=DIR is needed: where the run is kept")
+    raise TrainingError(
+      "--workdir=DIR is needed: the directory of checkpoints and logs"
+    )
   path = local_path(WORKDIR.value, "--workdir")
   if path.exists() and not path.is_dir():
     raise TrainingError(f"--workdir={WORKDIR.value} is not a directory")
@@ -126,14 +131,14 @@ def workdir() -> pathlib.Path:
 
 
 def path(flag: flags.FlagHolder[str | None]) -> pathlib.Path | None:
-  """A flag's value as an absolute path; None where it is not given."""
+  """Returns a flag's value as an absolute path; None where it is not set."""
   return local_path(flag.value, f"--{flag.name}") if flag.value else None
 
 
 def tell_evaluations(
   evaluations: Mapping[str, Evaluation], *, as_json: bool
 ) -> None:
-  """Prints evaluations, a line each, or all as one line of JSON."""
+  """Prints one line per evaluation, or all as one line of JSON."""
   if jax.process_index():
     return
   if as_json:
@@ -147,7 +152,7 @@ def _command() -> str:
 
 
 def _flags_help() -> Iterator[str]:
-  """A line for each flag of this file and of the main script."""
+  """Yields a line for each flag of this file and of the main script."""
   defined = flags.FLAGS.flags_by_module_dict()
   for module in (__name__, sys.argv[0]):
     for flag in defined.get(module, ()):
@@ -155,7 +160,7 @@ def _flags_help() -> Iterator[str]:
 
 
 def _arguments() -> list[str]:
-  """Those of the command line and of its --flagfile."""
+  """Returns the arguments of the command line and of its --flagfile."""
   return flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
 
 
@@ -178,16 +183,18 @@ def _parse() -> None:
     what = f"did you mean --{near}?" if near else "--help lists the flags"
     raise TrainingError(f"--{error.flagname}: no such flag; {what}") from error
   except flags.IllegalFlagValueError as error:
-    raise _of_value(error) from error
-  # Such as a MemoryError for a value of a thousand brackets.
+    raise _value_error(error) from error
+  # For example, a MemoryError for a value of a thousand brackets.
   except Exception as error:
     raise TrainingError(one_line(error)) from error
   if rest[1:]:
-    raise TrainingError(f"{rest[1]!r} is no flag; flags look like --name=value")
+    raise TrainingError(
+      f"{rest[1]!r} is not a flag; flags look like --name=value"
+    )
 
 
-def _of_value(error: flags.IllegalFlagValueError) -> UserError:
-  """What is wrong with a flag's value, in the words of the config."""
+def _value_error(error: flags.IllegalFlagValueError) -> UserError:
+  """Returns an error about a flag's value, in the words of the config."""
   reason = error.__context__
   if isinstance(reason, UserError):
     return reason
@@ -203,8 +210,8 @@ def _of_value(error: flags.IllegalFlagValueError) -> UserError:
 
 
 def _use_compilation_cache() -> None:
-  """A second run of the same program need not compile it again."""
-  # JAX goes on without an entry that it cannot read or write.
+  """Keeps compiled programs on disk, for later runs of the same programs."""
+  # JAX continues without an entry that it cannot read or write.
   warnings.filterwarnings(
     "ignore", message="Error (reading|writing) persistent compilation cache"
   )
@@ -218,7 +225,6 @@ def _use_compilation_cache() -> None:
     cache.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=cache).close()
   except OSError as error:
-    said = f"{_command()}: compiled programs are not kept: {one_line(error)}"
-    say(said)
+    say(f"{_command()}: compiled programs are not cached: {one_line(error)}")
     return
   jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -1,4 +1,4 @@
-"""What a run can be told: plain dataclasses, one experiment a file.
+"""The config of an experiment: plain dataclasses, one experiment per file.
 
 A file in `configs/` has a `get_config()` that returns a `TrainConfig`; its
 fields are overridden on the command line, e.g. `--config.length="10 epochs"`.
@@ -37,21 +37,21 @@ from spatial_mamba_jax.models.mixers.structure_aware import MAX_EXPANSION
 from spatial_mamba_jax.models.presets import get_model_config
 from spatial_mamba_jax.tasks.base import Task, TaskConfig
 
-# Images a step: 16 times the largest batch that ImageNet was trained with.
+# Largest batch size: 16 times the largest that ImageNet was trained with.
 MAX_BATCH = 2**20
-# Devices along an axis of the mesh.
+# Most devices along an axis of the mesh.
 MAX_DEVICES = 2**20
-# Steps that a logged line averages over: it sums in float32, which counts no
-# further by ones.
+# Largest `log_every` in steps. Steps are counted in float32, exactly up to this
+# number.
 MAX_LOG_EVERY = 2**24
-# Checkpoints kept: each is a directory, read when a run begins.
+# Largest `keep_last`. A run reads every checkpoint directory when it starts.
 MAX_KEPT = 10**4
-# Least memory of a process that reads images: that of Python and its packages.
+# Memory of a worker process without images: Python and its packages.
 _WORKER_BYTES = 2**26
 
 
 class TrainingError(UserError):
-  """A mistake of the user, told in one line."""
+  """A mistake of the user in an experiment, its data or its directory."""
 
 
 @dataclasses.dataclass
@@ -59,20 +59,20 @@ class ModelSection(Section):
   """The model; see `spatial_mamba_jax.models.ModelConfig`.
 
   Attributes:
-    name: one of `spatial_mamba_jax.list_models()`.
-    dims: channels of each stage; empty for those of `name`.
-    depths: blocks of each stage; empty for those of `name`.
-    in_channels: channels of the images; None for those of `name`.
-    mixer: the token mixer; its fields are its own settings.
-    mlp_ratio: hidden channels of the MLP, over the channels of its stage; None
-      for that of `name`.
-    drop_path_rate: stochastic depth of the last block.
-    dtype: precision of activations, "float32" or "bfloat16"; also "float16",
-      and "float64" where JAX_ENABLE_X64=1 is in the environment.
-    layer_implementation: of all but the mixer: None for the platform's best,
-      "xla" for no kernels.
-    remat: whether most of a block is made again in the backward pass, with half
-      of the memory, instead of being kept; None: unless on a GPU.
+    name: the preset, one of `spatial_mamba_jax.list_models()`.
+    dims: channels of each stage; empty for the preset's.
+    depths: blocks of each stage; empty for the preset's.
+    in_channels: channels of the images; None for the preset's.
+    mixer: the token mixer and its settings.
+    mlp_ratio: hidden channels of the MLP divided by the channels of its stage;
+      None for the preset's.
+    drop_path_rate: stochastic-depth rate of the last block.
+    dtype: type of activations, "float32", "bfloat16" or "float16"; "float64"
+      where JAX_ENABLE_X64=1 is in the environment.
+    layer_implementation: implementation of all layers but the mixer: None for
+      the platform's best, "xla" for no kernels.
+    remat: whether the backward pass recomputes most of a block instead of
+      saving it, which halves the memory; None for True except on a GPU.
   """
 
   mistake = TrainingError
@@ -89,50 +89,50 @@ class ModelSection(Section):
   remat: bool | None = None
 
   def validate(self, path: str = "config.model") -> None:
-    """Checks every value, as the architecture does."""
+    """Checks every field, and that the architecture can be built."""
     super().validate(path)
     self.build(path)
 
   def build(self, path: str = "config.model") -> ModelConfig:
-    """The architecture.
+    """Creates the architecture.
 
     Raises:
       TrainingError: the name or a value is wrong.
     """
     fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-    # Those of `name` where they are empty.
+    # Without these fields, the preset's apply.
     for field in ("dims", "depths", "in_channels", "mlp_ratio"):
       if fields[field] in ((), [], None):
         del fields[field]
-    # A copy, because the section may change.
+    # Copied, because the section is mutable.
     fields["mixer"] = dataclasses.replace(self.mixer)
     try:
       return get_model_config(fields.pop("name"), **fields)
-    except ValueError as error:  # It begins with the field's name.
+    except ValueError as error:  # The message begins with the field's name.
       raise TrainingError(f"{path}.{error}") from error
 
 
 @dataclasses.dataclass
 class OptimizerConfig(Section):
-  """AdamW with linear warm-up and a cosine, as the authors run it.
+  """AdamW with linear warm-up and a cosine schedule, as the authors use it.
 
-  The three learning rates are those of a batch of `reference_batch_size`
-  images, and are scaled linearly to the batch size of the run.
+  The three learning rates are for a batch of `reference_batch_size` images.
+  They are scaled linearly to the batch size of the run.
 
   Attributes:
-    learning_rate: the peak, after warm-up.
-    warmup_learning_rate: at the first step.
-    min_learning_rate: towards the last step.
-    reference_batch_size: images a step that the learning rates are given for.
-    warmup: length of linear warm-up, "20 epochs" or "1500 steps".
-    weight_decay: of every tensor with more than one dimension.
-    beta1: decay of the mean of gradients.
-    beta2: decay of the mean of squared gradients.
-    epsilon: added to the root of the latter.
-    clip_norm: largest global norm of the gradients; inf for any.
-    layer_decay: the learning rate of a layer as a share of the next one's, from
-      the head down to the stem (layer-wise learning-rate decay, for
-      fine-tuning; arXiv 2106.08254 takes 0.65).
+    learning_rate: the peak learning rate, after warm-up.
+    warmup_learning_rate: the learning rate of the first step.
+    min_learning_rate: the learning rate at the end of the cosine.
+    reference_batch_size: the batch size that the learning rates are for.
+    warmup: length of the linear warm-up, "20 epochs" or "1500 steps".
+    weight_decay: weight decay of every tensor with more than one dimension.
+    beta1: decay rate of the mean of gradients.
+    beta2: decay rate of the mean of squared gradients.
+    epsilon: constant added to the root of the mean of squared gradients.
+    clip_norm: largest global norm of the gradients; inf for no clipping.
+    layer_decay: ratio of a layer's learning rate to that of the next layer,
+      from the head down to the stem (layer-wise learning-rate decay, for
+      fine-tuning; arXiv 2106.08254 uses 0.65).
   """
 
   mistake = TrainingError
@@ -172,7 +172,7 @@ class MeshConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A length of time: so many "epochs", "steps" or "minutes"."""
+  """A duration: a number of "epochs", "steps" or "minutes"."""
 
   count: int
   unit: str
@@ -181,7 +181,7 @@ class Interval:
     return f"{self.count} {self.unit}"
 
   def steps(self, epoch_steps: int) -> int:
-    """The same in steps; not of minutes."""
+    """Converts epochs or steps to steps; minutes have no conversion."""
     return self.count * (epoch_steps if self.unit == "epochs" else 1)
 
 
@@ -191,15 +191,15 @@ _INTERVAL = re.compile(r"\s*([0-9]{1,9})\s*(epoch|step|minute)s?\s*")
 def parse_interval(
   text: str, path: str, units: Sequence[str] = ("epochs", "steps")
 ) -> Interval:
-  """An interval such as "300 epochs" or "1 step".
+  """Parses an interval such as "300 epochs" or "1 step".
 
   Args:
-    text: what the config has.
-    path: of the field, for the message.
-    units: those that it may have.
+    text: the interval.
+    path: the path of the config's field, for messages.
+    units: the accepted units.
 
   Raises:
-    TrainingError: it is no such interval.
+    TrainingError: the text is not an interval in one of these units.
   """
   match = _INTERVAL.fullmatch(text)
   if match is None or f"{match[2]}s" not in units:
@@ -210,15 +210,15 @@ def parse_interval(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """In steps, what the config counts in epochs or steps.
+  """The durations of a run, in steps.
 
   Attributes:
-    epoch: steps an epoch.
-    steps: of the whole run.
-    warmup: of the learning rate.
-    evaluate_every: between evaluations.
-    log_every: that a logged line averages over.
-    mesa_from: after which the moving average teaches; None for never.
+    epoch: steps per epoch.
+    steps: steps of the whole run.
+    warmup: steps of the learning rate's warm-up.
+    evaluate_every: steps between evaluations.
+    log_every: steps that a logged line averages over.
+    mesa_from: the step after which MESA begins; None for no MESA.
   """
 
   epoch: int
@@ -236,30 +236,32 @@ class TrainConfig(Section):
   Attributes:
     model: the model.
     data: the dataset and its transforms.
-    task: what the network is trained for, with the settings of that.
+    task: the task and its settings.
     optimizer: the optimizer and its schedule.
     mesh: how devices share the work.
-    batch_size: images a step, over all devices and processes.
-    accumulation_steps: parts that a step's batch is computed in, to save
-      memory; BatchNorm then sees one part at a time.
-    length: of the run, "300 epochs" (passes over the training images) or
+    batch_size: images per step, over all devices and processes.
+    accumulation_steps: microbatches per step. Their gradients are accumulated,
+      which saves memory; BatchNorm sees one microbatch at a time.
+    length: length of the run, "300 epochs" (passes over the training images) or
       "90000 steps".
-    ema_decay: of the moving average of parameters and BatchNorm statistics.
-    mesa_weight: weight of the loss against that average's predictions (MESA,
-      arXiv 2205.14083); 0 for none.
-    mesa_start: share of the length after which it begins.
-    init_from: weights to start from instead of random ones: a file or directory
-      of any kind that `python -m spatial_mamba_jax.convert` reads. A head of
-      another number of classes is drawn at random.
-    linear_probe: whether to train the head alone; the backbone stays as it is.
-    seed: of the initialisation, the order of images and all augmentation.
-    evaluation_batch_size: images a step of evaluation, over all devices.
-    evaluate_every: time between evaluations, "1 epoch" or "5000 steps"; a
-      checkpoint is saved before each, and both at the end.
+    ema_decay: decay rate of the moving average of parameters and BatchNorm
+      statistics.
+    mesa_weight: weight of the loss against the moving average's predictions
+      (MESA, arXiv 2205.14083); 0 for no MESA.
+    mesa_start: fraction of the run after which MESA begins.
+    init_from: weights to start from instead of random ones: any file or
+      directory that `python -m spatial_mamba_jax.convert` reads. A head with
+      another number of classes is replaced by a random one.
+    linear_probe: whether to train the head only and freeze the backbone.
+    seed: seed of the initialisation, the order of images and all augmentation.
+    evaluation_batch_size: images per evaluation step, over all devices.
+    evaluate_every: time between evaluations, "1 epoch" or "5000 steps". A
+      checkpoint is saved before each. The last step is always evaluated.
     checkpoint_every: time between further checkpoints, "10 minutes", "2 epochs"
-      or "500 steps". Empty for none.
-    log_every: what each logged line averages over, "50 steps" or "1 epoch".
-    keep_last: newest checkpoints kept, beside the best.
+      or "500 steps"; empty for none.
+    log_every: the steps that each logged line averages over, "50 steps" or
+      "1 epoch".
+    keep_last: the number of newest checkpoints to keep, besides the best.
   """
 
   mistake = TrainingError
@@ -287,10 +289,10 @@ class TrainConfig(Section):
   keep_last: int = number(2, least=1, most=MAX_KEPT)
 
   def checkpoint_interval(self) -> Interval | None:
-    """What `checkpoint_every` says.
+    """Parses `checkpoint_every`; returns None where it is empty.
 
     Raises:
-      TrainingError: it is no interval.
+      TrainingError: it is not an interval.
     """
     if not self.checkpoint_every:
       return None
@@ -304,20 +306,20 @@ class TrainConfig(Section):
     return interval
 
   def create_task(self) -> Task:
-    """Creates what the network is trained for.
+    """Creates the task.
 
     Raises:
-      UserError: its settings do not fit the model or the data.
+      UserError: the settings of the task do not fit the model or the data.
     """
     return self.task.create(
       self.model.build(), self.data, mesa_weight=self.mesa_weight
     )
 
   def validate(self, path: str = "config") -> None:
-    """Checks every value.
+    """Checks every field.
 
     Raises:
-      TrainingError, DataError: naming the first field that makes no sense.
+      TrainingError, DataError: a field is wrong.
     """
     super().validate(path)
     self.checkpoint_interval()
@@ -347,26 +349,29 @@ class TrainConfig(Section):
     self._require_memory(path)
 
   def _require_memory(self, path: str) -> None:
-    """Raises where the pictures that are kept ready exceed this host."""
+    """Checks that this host has the memory for the prefetched images."""
     hosts = jax.process_count() if jax.distributed.is_initialized() else 1
     images = max(self.batch_size, self.evaluation_batch_size) / hosts
     batches = self.data.prefetch * images * 3 * self.data.image_size**2
     needed = batches + self.data.num_workers * _WORKER_BYTES
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
       raise TrainingError(
-        f"{path} asks for {needed / 2**30:,.0f} GiB of memory for images, and"
-        f" this host has {there / 2**30:,.0f} GiB: lower batch_size,"
+        f"{path} needs {needed / 2**30:,.0f} GiB of memory for images, and"
+        f" this host has {available / 2**30:,.0f} GiB: lower batch_size,"
         " evaluation_batch_size, data.image_size, data.prefetch or"
         " data.num_workers"
       )
 
   def count_steps(self, training_examples: int) -> Schedule:
-    """The steps of a run.
+    """Converts all intervals to steps.
+
+    Args:
+      training_examples: the number of records in the training split.
 
     Raises:
-      TrainingError: there is no whole batch, the warm-up does not end, or an
-        int32 or a sum in float32 cannot count the steps.
+      TrainingError: there are fewer examples than a batch has, the warm-up is
+        as long as the run, or there are too many steps.
     """
     epoch = training_examples // self.batch_size
     if not epoch:
@@ -387,7 +392,7 @@ class TrainConfig(Section):
     ):
       if value > most:
         raise TrainingError(
-          f"config.{field} is {value} steps (an epoch has {epoch}), and must be"
+          f"config.{field} is {value} steps (an epoch has {epoch}), but must be"
           f" at most {most}"
         )
     unit = steps // length.count

@@ -1,4 +1,4 @@
-"""Config files, and overrides of their fields: wrong ones end in one line."""
+"""Runs config files, and checks the overrides of their fields."""
 
 import dataclasses
 import functools
@@ -19,25 +19,27 @@ from spatial_mamba_jax.fields import Section, nearest, show, type_name
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
 from spatial_mamba_jax.training.experiment import RENAMED
 
-# The module that a config file becomes: its dataclasses look themselves up.
+# Name of a config file's module. It must be in sys.modules, where dataclasses
+# of the file look it up.
 _MODULE = "spatial_mamba_jax_config_file"
-_LONGEST = 400  # Characters of an exception's message.
+# Maximum length of an exception's message, in characters.
+_MAX_REASON = 400
 
 
 def load_config(file: str) -> TrainConfig:
-  """Runs a config file, and calls its `get_config`.
+  """Runs a config file and calls its `get_config`.
 
   Args:
-    file: its path; what follows a colon is given to `get_config`.
+    file: the path. Text after a colon is the argument of `get_config`.
 
   Raises:
-    TrainingError: anything else came of it; with the file's line, where there
-      is one.
+    TrainingError: the file does not return a config; the message has the line
+      of the file where it failed.
   """
   path, *argument = [file] if os.path.isfile(file) else file.split(":", 1)
   path = pathlib.Path(os.path.expanduser(path))
   if not path.is_file():
-    raise TrainingError(f"--config={file} is no file")
+    raise TrainingError(f"--config={file} is not a file")
   module = types.ModuleType(_MODULE)
   module.__file__ = str(path)
   sys.modules[_MODULE] = module
@@ -54,20 +56,20 @@ def load_config(file: str) -> TrainConfig:
     return config
   except KeyboardInterrupt:
     raise
-  # A file can raise anything, and exit.
+  # A file can raise anything, also SystemExit.
   except BaseException as error:
     where = ":".join(map(str, (path, *_line(error, module))))
     raise TrainingError(f"{where}: {_reason(error)}") from error
 
 
 def _source(path: pathlib.Path) -> str:
-  """The text of a file; a SyntaxError where it is none."""
+  """Returns the text of a file; raises a SyntaxError where it is not text."""
   encoded, text = path.read_bytes(), ""
   try:
     text = importlib.util.decode_source(encoded)
-    end, reason = text.find("\0"), "a NUL byte is no text"
+    end, reason = text.find("\0"), "a NUL byte is not text"
   except (SyntaxError, UnicodeDecodeError) as error:
-    # The former is of the first lines, which can name an encoding.
+    # A SyntaxError is about the encoding that the first lines declare.
     end, reason = getattr(error, "start", 0), f"{error}; write it in UTF-8"
   if end < 0:
     return text
@@ -76,7 +78,7 @@ def _source(path: pathlib.Path) -> str:
 
 
 def _line(error: BaseException, module: types.ModuleType) -> list[int]:
-  """The innermost line of the file that led to an error, if any."""
+  """Returns the innermost line of the file that led to an error, if any."""
   path = module.__file__
   if isinstance(error, SyntaxError) and error.filename == path:
     return [error.lineno] if error.lineno else []
@@ -86,13 +88,14 @@ def _line(error: BaseException, module: types.ModuleType) -> list[int]:
     if frame.f_code.co_filename == path
   ]
   if not lines and isinstance(error, TypeError | TrainingError):
-    # It was called in the wrong way, or returned what is wrong.
+    # The arguments or the result of `get_config` are wrong.
     code = getattr(getattr(module, "get_config", None), "__code__", None)
     lines = [code.co_firstlineno] if code else []
   return lines[-1:]
 
 
 def _reason(error: BaseException) -> str:
+  """Returns the type and message of an error, with a hint at a misspelling."""
   try:
     text = one_line(error.msg if isinstance(error, SyntaxError) else error)
   except Exception:  # Its own str() fails.
@@ -104,39 +107,36 @@ def _reason(error: BaseException) -> str:
     renamed = {old.rpartition(".")[2]: new for old, (new, _) in RENAMED.items()}
     if match[1] in renamed:
       return f"{text}; it is config.{renamed[match[1]]} now"
-    names = {name for kind in _sections(Section) for name in _names_of(kind)}
+    sections = _subclasses(Section)
+    names = {x.name for kind in sections for x in dataclasses.fields(kind)}
     if near := nearest(match[1], names):
       text += f"; did you mean {near}?"
-  return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+  return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
 
 
-def _sections(kind: type) -> Iterator[type]:
-  """Every kind of section that has been imported."""
+def _subclasses(kind: type) -> Iterator[type]:
+  """Yields every subclass of a section that has been imported."""
   for section in kind.__subclasses__():
     yield section
-    yield from _sections(section)
-
-
-def _names_of(section: type) -> list[str]:
-  return [x.name for x in dataclasses.fields(section)]
+    yield from _subclasses(section)
 
 
 def overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-  """(flag, path of the field) of the arguments that override a field."""
+  """Yields (flag, path of the field) for each override of a field."""
   for argument in arguments:
     if match := re.match(r"(--?(?:no)?config\.([^=]*))", argument):
       yield match[1], match[2]
 
 
 def check_overrides(config: TrainConfig, arguments: Sequence[str]) -> None:
-  """Raises a TrainingError for an override of what is no single field."""
+  """Raises a TrainingError where an override does not name a field."""
   for flag, path in overrides(arguments):
     value = config
     for name in path.split("."):
       names = _names(value)
       if name not in names:
         if not names:
-          config.validate()  # What should be a section may be wrong.
+          config.validate()  # A section may have a value of another type.
         near = RENAMED.get(path, ("",))[0]
         near = near or nearest(path, list(_paths(config)))
         what = (
@@ -153,21 +153,21 @@ def check_overrides(config: TrainConfig, arguments: Sequence[str]) -> None:
 
 
 def expected(config: TrainConfig, path: str) -> str:
-  """What a message calls the values of the field at a path."""
+  """Returns what a message calls the values of the field at a path."""
   *parents, name = path.split(".")
   section = functools.reduce(getattr, parents, config)
   return type_name(typing.get_type_hints(type(section))[name])
 
 
 def _names(section: Any) -> list[str]:
-  """The names of a section's fields; none of what is no section."""
+  """Returns the names of a section's fields; [] for any other value."""
   if not dataclasses.is_dataclass(section) or isinstance(section, type):
     return []
   return [field.name for field in dataclasses.fields(section)]
 
 
 def _paths(section: Any, prefix: str = "") -> Iterator[str]:
-  """The paths of all fields that are no sections."""
+  """Yields the paths of all fields that are not sections."""
   for name in _names(section):
     value = getattr(section, name, None)
     if _names(value):

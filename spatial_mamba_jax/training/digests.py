@@ -1,4 +1,4 @@
-"""Digests of a checkpoint's files, so that damage is seen before it is used."""
+"""Digests of a checkpoint's files, which show damage before it is used."""
 
 import hashlib
 import json
@@ -8,12 +8,13 @@ import pathlib
 from spatial_mamba_jax.errors import naming, one_line
 
 DIGESTS = "digests.json"
-# Orbax writes this one again when it renames a finished checkpoint.
-_LEFT_OUT = (DIGESTS, "_CHECKPOINT_METADATA")
+# Files without a digest. Orbax rewrites the second when it renames a finished
+# checkpoint.
+_WITHOUT_DIGEST = (DIGESTS, "_CHECKPOINT_METADATA")
 
 
 def write_digests(directory: pathlib.Path) -> None:
-  """Writes `digests.json`, the SHA-256 of every file below a directory.
+  """Writes the SHA-256 of every file in a directory to its `digests.json`.
 
   Raises:
     OSError: a file cannot be read, or the digests cannot be written.
@@ -21,13 +22,13 @@ def write_digests(directory: pathlib.Path) -> None:
   digests = {
     path.relative_to(directory).as_posix(): _digest(path)
     for path in sorted(directory.rglob("*"))
-    if path.is_file() and path.name not in _LEFT_OUT
+    if path.is_file() and path.name not in _WITHOUT_DIGEST
   }
   write_whole(directory / DIGESTS, json.dumps(digests, indent=1))
 
 
 def add_digest(directory: pathlib.Path, name: str) -> None:
-  """Adds the digest of one more file to those that are there."""
+  """Adds the digest of one file to `digests.json`."""
   path = directory / DIGESTS
   digests = json.loads(regular(path).read_text()) if path.exists() else {}
   digests[name] = _digest(directory / name)
@@ -35,12 +36,12 @@ def add_digest(directory: pathlib.Path, name: str) -> None:
 
 
 def find_damage(directory: pathlib.Path) -> str | None:
-  """What is wrong with the files below a directory; None if nothing is.
+  """Says what is wrong with the files in a directory; None if nothing is.
 
-  A directory without `digests.json`, as earlier versions wrote it, has nothing
-  to be compared with.
+  Earlier versions wrote no `digests.json`; the content of such files is not
+  checked.
   """
-  # Reading a pipe would never end. Files without a digest are read as well.
+  # Reading a pipe would never end. Files without a digest are read, too.
   try:
     for entry in directory.rglob("*"):
       if not entry.is_dir():
@@ -70,7 +71,7 @@ def find_damage(directory: pathlib.Path) -> str | None:
 
 
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-  """Replaces a file by a new one, or leaves it as it was."""
+  """Writes a file atomically: a failure leaves the old file unchanged."""
   partial = path.with_name(f"{path.name}.partial")
   with naming(path):
     try:
@@ -83,9 +84,9 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
 
 
 def regular(path: pathlib.Path) -> pathlib.Path:
-  """The path; an OSError where it is a pipe or device, maybe without an end."""
+  """Returns the path; raises an OSError where it is a pipe or a device."""
   if path.exists() and not path.is_file():
-    raise OSError(f"{path.name} is no file")
+    raise OSError(f"{path.name} is not a file")
   return path
 
 

@@ -1,4 +1,4 @@
-"""What weights make of every record of a split."""
+"""Evaluates weights on every record of a split."""
 
 import itertools
 from collections.abc import Mapping
@@ -14,45 +14,49 @@ from spatial_mamba_jax.training.sharding import shard_batch
 
 
 class Measured:
-  """What an evaluation has found of one set of weights.
+  """Predictions of one set of weights, and the evaluation of these.
 
   Attributes:
-    meter: the task's, with the predictions of all readable records.
-    evaluation: its result.
+    meter: the task's meter, with the predictions for all readable records.
   """
 
   def __init__(self, meter: Meter):
-    """Nothing is found yet."""
+    """Starts without predictions."""
     self.meter = meter
     self._unreadable = 0
 
   def add(self, columns: dict[str, np.ndarray], records: int) -> None:
-    """Takes in a batch of an evaluation step, of a source of some records."""
+    """Adds the predictions for a batch.
+
+    Args:
+      columns: the result of an evaluation step, in host memory.
+      records: the number of records in the source.
+    """
     index, mask = columns["index"], columns.pop("mask")
-    # Padding has the indices beyond the source's end.
+    # Padding has indices beyond the end of the source.
     self._unreadable += int((~mask & (index < records)).sum())
     self.meter.add({name: column[mask] for name, column in columns.items()})
 
   @property
   def evaluation(self) -> Evaluation:
-    """Of all records so far."""
+    """The evaluation of all predictions so far."""
     return self.meter.result(self._unreadable)
 
 
 def evaluate(
-  program: Evaluator, weights: Mapping[str, Weights], source: Source
+  evaluator: Evaluator, weights: Mapping[str, Weights], source: Source
 ) -> dict[str, Measured]:
-  """Shows every record of a source to each of several sets of weights.
+  """Evaluates several sets of weights in one pass over a source.
 
   Args:
-    program: whose evaluation step it is.
-    weights: {name: weights}, on the devices of the program's mesh.
+    evaluator: the evaluation step, the task and the mesh.
+    weights: {name: weights}, on the devices of the mesh.
     source: the records, each of which is read once.
 
   Returns:
-    {name: what was found}, the same in every process.
+    {name: predictions and evaluation}, the same in every process.
   """
-  config, task = program.config, program.task
+  config, task = evaluator.config, evaluator.task
   found = {name: Measured(task.meter(source)) for name in weights}
   with evaluation_batches(
     source,
@@ -62,10 +66,11 @@ def evaluate(
     process_count=jax.process_count(),
     examples=task.examples(),
   ) as batches:
-    # One step behind, so that the device works while the next batch is read.
+    # Results are fetched one step late, so that the device computes while the
+    # next batch is read.
     steps = (
-      {name: program.eval_step(each, batch) for name, each in weights.items()}
-      for batch in (shard_batch(batch, program.mesh) for batch in batches)
+      {name: evaluator.eval_step(each, batch) for name, each in weights.items()}
+      for batch in (shard_batch(batch, evaluator.mesh) for batch in batches)
     )
     for step, _ in itertools.pairwise(itertools.chain(steps, (None,))):
       for name, columns in jax.device_get(step).items():

@@ -1,4 +1,4 @@
-"""What a checkpoint has of its experiment; whether a run may resume it."""
+"""The experiment that a checkpoint stores, and whether a run may resume it."""
 
 import dataclasses
 import json
@@ -13,9 +13,10 @@ from spatial_mamba_jax.training.config import (
   parse_interval,
 )
 
-# What changes neither the parameters nor what they are trained on.
+# Fields that a resumed run may change: they affect neither the parameters nor
+# the training data.
 _FREE_TO_CHANGE = (
-  "model.name",  # Its dims and depths are compared.
+  "model.name",  # Its dims and depths are compared instead.
   "data.data_dir",
   "data.num_workers",
   "data.num_threads",
@@ -38,14 +39,14 @@ def check_same_experiment(
 
   Args:
     saved: the experiment of the checkpoint, as nested dictionaries.
-    now: that of the run to be.
+    now: the experiment of the run, likewise.
     where: the working directory, for the message.
 
   Raises:
-    TrainingError: naming the fields that differ.
+    TrainingError: the experiments differ; the message names the fields.
   """
   old, new = _of_version_1(_flatten(saved)), _flatten(now)
-  old, new = _with_times_alike(old), _with_times_alike(new)
+  old, new = _with_normalized_intervals(old), _with_normalized_intervals(new)
   differing = [
     f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
     for field in sorted(old.keys() | new.keys())
@@ -64,7 +65,7 @@ def saved_shards(experiment: dict[str, Any]) -> int:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-  """The whole config as JSON has it, defaults and overrides resolved."""
+  """Returns a config as JSON types, with the preset's values filled in."""
   fields = dataclasses.asdict(config)
   fields["task"]["kind"] = config.task.kind
   fields["model"]["mixer"]["name"] = config.model.mixer.name
@@ -77,12 +78,12 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 def describe(
   config: TrainConfig, training_examples: int, sums: Sequence[str]
 ) -> dict[str, Any]:
-  """The experiment as a checkpoint has it.
+  """Returns the experiment that a checkpoint stores.
 
   Args:
-    config: of the run.
-    training_examples: records of the training split.
-    sums: see `Task`.
+    config: the config of the run.
+    training_examples: the number of records in the training split.
+    sums: the task's `sums`.
   """
   return {
     **to_dict(config),
@@ -91,21 +92,21 @@ def describe(
   }
 
 
-# Fields that say how long, in one of several ways to write it.
-_TIMES = ("length", "optimizer.warmup")
+# Intervals, of which each has several spellings.
+_INTERVALS = ("length", "optimizer.warmup")
 
 
-def _with_times_alike(flat: dict[str, Any]) -> dict[str, Any]:
-  """The same with "1 epochs" for "1 epoch", "1epoch" and the like."""
-  times = {}
-  for name in _TIMES:
-    # Where it is damaged, it stays as it is, and differs.
+def _with_normalized_intervals(flat: dict[str, Any]) -> dict[str, Any]:
+  """Replaces "1 epoch", "1epoch" and the like by "1 epochs"."""
+  intervals = {}
+  for name in _INTERVALS:
+    # A malformed interval stays unchanged, and then differs.
     with suppress(TrainingError):
-      times[name] = str(parse_interval(str(flat.get(name)), name))
-  return flat | times
+      intervals[name] = str(parse_interval(str(flat.get(name)), name))
+  return flat | intervals
 
 
-# Fields of version 1 -> their names since, and a pattern for the value.
+# Fields of version 1: {old name: (new name, format of the value)}.
 RENAMED = {
   "epochs": ("length", "{} epochs"),
   "optimizer.warmup_epochs": ("optimizer.warmup", "{} epochs"),
@@ -121,7 +122,7 @@ RENAMED = {
 
 
 def _of_version_1(flat: dict[str, Any]) -> dict[str, Any]:
-  """An experiment from before there were tasks and mixers, as it is now."""
+  """Converts an experiment of version 1, which had no tasks and mixers."""
   if "task.kind" in flat or not {"epochs", "model.name"} <= flat.keys():
     return flat
   new = {}
@@ -130,7 +131,7 @@ def _of_version_1(flat: dict[str, Any]) -> dict[str, Any]:
     new[name] = value if pattern is None else pattern.format(value)
   architecture = get_model_config(new["model.name"])
   implementation = new.pop("model.implementation", "") or None
-  no_kernels = implementation in ("sequential", "associative")
+  has_no_kernels = implementation in ("sequential", "associative")
   return new | {
     "sums": ["correct"],
     "task.kind": "classification",
@@ -138,7 +139,7 @@ def _of_version_1(flat: dict[str, Any]) -> dict[str, Any]:
     "model.depths": list(architecture.depths),
     "model.in_channels": 3,
     "model.mlp_ratio": 4.0,
-    "model.layer_implementation": "xla" if no_kernels else None,
+    "model.layer_implementation": "xla" if has_no_kernels else None,
     "model.mixer.name": "structure_aware",
     "model.mixer.expand": 2,
     "model.mixer.implementation": implementation,

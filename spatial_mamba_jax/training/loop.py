@@ -1,15 +1,14 @@
-"""A run from its first step, or from where it was stopped, to its last."""
+"""Trains from the first step, or from a checkpoint; evaluates checkpoints."""
 
 import collections
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
 import signal
 import time
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +17,14 @@ from spatial_mamba_jax.data import Batches, train_batches
 from spatial_mamba_jax.errors import reason, say, tell
 from spatial_mamba_jax.paths import local_path, make_directory
 from spatial_mamba_jax.tasks.base import Evaluation
-from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
-from spatial_mamba_jax.training.digests import write_whole
+from spatial_mamba_jax.training.description import write_description
 from spatial_mamba_jax.training.evaluation import evaluate
 from spatial_mamba_jax.training.experiment import (
   check_same_experiment,
   describe,
   saved_shards,
-  to_dict,
 )
 from spatial_mamba_jax.training.metrics import (
   MOST_DATA_WAIT,
@@ -56,41 +53,39 @@ from spatial_mamba_jax.training.stopping import (
 from spatial_mamba_jax.training.weights import load_weights, start_from
 from spatial_mamba_jax.training.workdir import WorkdirLock
 
-# Steps dispatched ahead of the device. Without a bound the host would take
-# batches as fast as they come, and always wait for more.
+# Number of steps dispatched ahead of the device. Without a limit the host would
+# take every batch at once, and appear to wait for data.
 _STEPS_IN_FLIGHT = 2
-# Packages whose versions `run.json` names.
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 class NonFiniteError(Exception):
   """The loss or the gradient was not finite."""
 
-  status = 1  # The exit status of a command that it ends.
+  status = 1  # The exit status of the command.
 
 
 def train(
   config: TrainConfig, workdir: str | os.PathLike[str]
 ) -> Evaluation | None:
-  """Trains, resuming where `workdir` holds a checkpoint.
+  """Trains; resumes from the newest checkpoint if `workdir` has one.
 
   Args:
     config: the experiment.
-    workdir: where checkpoints and logs are kept.
+    workdir: the directory of checkpoints and logs.
 
   Returns:
-    The evaluation after the last step; None where the run had ended before.
+    The evaluation after the last step; None if all was already done.
 
   Raises:
-    TrainingError, DataError: something is wrong with the config, the data, or
-      what `workdir` holds; or another run holds it.
-    SaveError: a checkpoint could not be saved; those before it are whole.
+    TrainingError, DataError: something is wrong with the config, the data or
+      the files in `workdir`, or another run uses `workdir`.
+    SaveError: a checkpoint could not be saved; earlier ones are unchanged.
     OSError: the log could not be written.
-    StoppedError: on SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, after saving.
-    NonFiniteError: the run diverged; its last checkpoint is from before.
+    StoppedError: SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C; the run is saved.
+    NonFiniteError: the run diverged; all checkpoints are from before.
   """
   config.validate()
-  return _Run(config, local_path(workdir, "workdir")).run()
+  return _Trainer(config, local_path(workdir, "workdir")).run()
 
 
 def evaluate_checkpoint(
@@ -98,32 +93,33 @@ def evaluate_checkpoint(
   path: str | os.PathLike[str],
   output_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Evaluation]:
-  """Evaluates the weights in a checkpoint, and their moving average.
+  """Evaluates the weights of a checkpoint and their moving average.
 
   Args:
     config: the experiment.
-    path: as `load_weights` takes it.
-    output_dir: where to write the predictions, if anywhere, in a directory for
-      each set of weights; see `Meter.write` of the task.
+    path: the weights; see `load_weights`.
+    output_dir: the directory for the predictions, with a subdirectory for each
+      set of weights; None to write none. See `Meter.write`.
 
   Returns:
-    The evaluations of "ema", the moving average, and "raw", the weights, as
-    far as they are there.
+    The evaluations of the moving average, "ema", and of the weights, "raw".
+    Some files have only one of the two.
 
   Raises:
-    UserError: something is wrong with the config, the data, or what `path`
-      holds.
+    UserError: something is wrong with the config, the data or `path`.
   """
   config.validate()
   directory = local_path(output_dir, "output_dir") if output_dir else None
   if directory:
-    _check_writable(directory)  # Before a long evaluation.
+    _check_writable(directory)  # Before the evaluation, which is long.
   mesh = make_mesh(config.mesh)
-  program = make_evaluator(config, mesh)
-  source = program.task.source("validation")
-  weights = load_weights(local_path(path), program.model, program.weight_shapes)
-  with jax.set_mesh(mesh):  # Kernels are split over it.
-    found = evaluate(program, weights, source)
+  evaluator = make_evaluator(config, mesh)
+  source = evaluator.task.source("validation")
+  weights = load_weights(
+    local_path(path), evaluator.model, evaluator.weight_shapes
+  )
+  with jax.set_mesh(mesh):  # Kernels are sharded over it.
+    found = evaluate(evaluator, weights, source)
   if directory and not jax.process_index():
     for name, each in found.items():
       make_directory(directory / name)
@@ -140,18 +136,8 @@ def _check_writable(directory: pathlib.Path) -> None:
     ) from error
 
 
-def _strict(tree: Any) -> Any:
-  """The same with texts for what is not finite, which JSON has not."""
-  if isinstance(tree, dict):
-    return {name: _strict(value) for name, value in tree.items()}
-  if isinstance(tree, list | tuple):
-    return [_strict(value) for value in tree]
-  is_finite = not isinstance(tree, float) or math.isfinite(tree)
-  return tree if is_finite else str(tree)
-
-
-class _Run:
-  """What the parts of a run share."""
+class _Trainer:
+  """A run of an experiment in a working directory."""
 
   def __init__(self, config: TrainConfig, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
@@ -181,9 +167,11 @@ class _Run:
         step
       ) or self.checkpoints.is_evaluated(step)
       if step >= self.steps and is_evaluated:
-        tell(f"{workdir}: all {self.steps} steps are done already")
+        tell(f"{workdir}: all {self.steps} steps are already done")
         return None
-      self._describe()
+      if not jax.process_index():
+        task = self.program.task
+        write_description(workdir / "run.json", config, self.times, task)
       self.writer = stack.enter_context(
         MetricWriter(workdir, resumed_step=step, is_evaluated=is_evaluated)
       )
@@ -194,37 +182,15 @@ class _Run:
       )
       stack.callback(self.progress.close)
       batches = stack.enter_context(self._batches(step))
-      # Kernels are split over the mesh in force.
+      # Kernels are sharded over the current mesh.
       stack.enter_context(jax.set_mesh(self.mesh))
       self.stopping = stack.enter_context(stop_signals())
       state = self._finish_log(state, step)
       evaluation = None if is_evaluated else self._evaluate(state, step)
       return self._loop(state, step, batches) or evaluation
 
-  def _describe(self) -> None:
-    """Leaves a description beside the checkpoints."""
-    if jax.process_index():
-      return
-    task = self.program.task
-    description = {
-      "config": to_dict(self.config),
-      "epoch_steps": self.times.epoch,
-      "steps": self.steps,
-      "task": {
-        "kind": self.config.task.kind,
-        "score": task.score,
-        "panels": [panel._asdict() for panel in task.panels],
-        "columns": task.columns,
-      },
-      "versions": provenance.versions(_PACKAGES),
-      "commit": provenance.commit(),
-      "devices": [device.device_kind for device in jax.devices()],
-    }
-    text = json.dumps(_strict(description), indent=2, allow_nan=False)
-    write_whole(self.workdir / "run.json", text + "\n")
-
   def _first_step(self) -> int:
-    """The step of the checkpoint to go on from; 0 where there is none."""
+    """Returns the step of the checkpoint to resume; 0 where there is none."""
     step = self.checkpoints.newest()
     if step is None:
       return 0
@@ -258,14 +224,14 @@ class _Run:
     state = self.program.fresh_state()
     if not self.config.init_from:
       return state
-    weights, said = start_from(
+    weights, message = start_from(
       local_path(self.config.init_from, "config.init_from"),
       self.program.model,
       state.weights,
     )
     if not jax.process_index():
-      say(said)
-    # Memory of its own, because a step takes the state's.
+      say(message)
+    # Copied, because the train step donates the state.
     average = copied(weights)
     return dataclasses.replace(state, weights=weights, ema=average)
 
@@ -307,9 +273,9 @@ class _Run:
     return step % self.times.log_every == 0 or step == self.steps
 
   def _finish_log(self, state: TrainState, step: int) -> TrainState:
-    """Logs the window that a killed run had saved but not logged.
+    """Logs the window that a killed run saved but did not log.
 
-    The speed of these steps is not known.
+    The speed of these steps is unknown.
     """
     if not self._is_logged(step):
       return state
@@ -324,7 +290,7 @@ class _Run:
   def _log(
     self, state: TrainState, step: int, stopwatch: Stopwatch
   ) -> TrainState:
-    """Logs a window of steps; the state returned begins the next."""
+    """Logs a window of steps; returns the state with an empty window."""
     metrics = self._read_window(state, step)
     metrics |= stopwatch.read(metrics.pop("images"))
     self.writer.write(step, "train", metrics)
@@ -358,7 +324,8 @@ class _Run:
       return False
     if interval.unit != "minutes":
       return step % interval.steps(self.times.epoch) == 0
-    # Clocks differ: one process decides, and not so often that all wait for it.
+    # Clocks differ, so one process decides. The others wait for its decision,
+    # so it decides only when a line is logged.
     if jax.process_count() > 1 and step % self.times.log_every:
       return False
     minutes = 60 * interval.count
@@ -367,7 +334,7 @@ class _Run:
     )
 
   def _evaluate(self, state: TrainState, step: int) -> Evaluation:
-    """Evaluates the weights, and their average, which ranks checkpoints."""
+    """Evaluates the weights and their moving average, whose score counts."""
 
     def eval_step(weights, batch):
       if stopped_by := stop_requested(self.stopping):
@@ -390,7 +357,7 @@ class _Run:
   def _read_window(self, state: TrainState, step: int) -> dict[str, float]:
     self._check_finite(state)
     sums = {k: float(v) for k, v in jax.device_get(state.window).items()}
-    # Optax computes with Python's numbers, which JAX may be told to refuse.
+    # Optax passes Python scalars to JAX, which a transfer guard may forbid.
     with jax.transfer_guard("allow"):
       learning_rate = float(jnp.asarray(self.program.schedule(step - 1)))
     return {
@@ -406,6 +373,6 @@ class _Run:
     if bad_step >= 0:
       raise NonFiniteError(
         f"the loss or the gradient of step {bad_step} is not finite; the"
-        f" checkpoints in {self.workdir} are from before: lower"
+        f" checkpoints in {self.workdir} are from earlier steps: lower"
         " config.optimizer.learning_rate or raise its warmup"
       )

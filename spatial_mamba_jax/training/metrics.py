@@ -1,4 +1,4 @@
-"""What a run logs: JSON lines, TensorBoard events, a bar or plain lines."""
+"""Logs of a run: JSON lines, TensorBoard events, progress on a terminal."""
 
 import json
 import math
@@ -26,61 +26,63 @@ from spatial_mamba_jax.errors import naming, say
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import write_whole
 
-# The share of a window above which waiting for data is worth a warning.
+# Fraction of a window's time above which waiting for data causes a warning.
 MOST_DATA_WAIT = 0.1
 
-# What a line on the terminal does not have, or in another form.
+# Metrics that a line on the terminal omits, or has in another form.
 _NOT_SHOWN = ("grad_norm", "learning_rate", "images_per_second", "data_wait")
 
 
 class MetricWriter:
   """Writes each record to `metrics.jsonl` and as TensorBoard events.
 
-  Both have a record once it is written, whatever becomes of the process. A
-  resumed run drops what was logged after its checkpoint, so that the file ends
-  up as if nothing had happened. Of several processes the first one writes.
+  Each record is flushed at once, so that it survives a killed process. A
+  resumed run drops the records after its checkpoint, so that the file equals
+  that of an uninterrupted run. Of several processes, the first one writes.
 
   Attributes:
-    last_step: of the last window of steps that was logged before.
+    last_step: the step of the last training record when the file was opened.
   """
 
   def __init__(
     self, workdir: pathlib.Path, *, resumed_step: int, is_evaluated: bool = True
   ):
-    """Opens the files of a run that continues after `resumed_step`.
+    """Opens the files of a run that resumes after `resumed_step`.
 
     Args:
-      workdir: where they are.
-      resumed_step: steps taken already.
-      is_evaluated: whether the evaluation after that step, if one is due, has
-        been done; otherwise what is logged of it is dropped as well.
+      workdir: the working directory.
+      resumed_step: the number of steps already taken.
+      is_evaluated: whether the evaluation after that step, if one is due, is
+        done. If not, its records are dropped, too.
 
     Raises:
       OSError: a file cannot be written.
+      TrainingError: `metrics.jsonl` is not a regular file.
     """
     self.last_step = 0
     self._is_writer = jax.process_index() == 0
     if not self._is_writer:
       return
-    # A link stays one.
+    # Resolved, so that a symbolic link is not replaced by a file.
     self._path = path = (workdir / "metrics.jsonl").resolve()
     if path.exists() and not path.is_file():
-      raise TrainingError(f"{path} is no file: move it away")
-    kept = []
+      raise TrainingError(f"{path} is not a file: move it away")
+    records = []
     if path.exists():
-      kept = _drop_records_after(path, resumed_step, is_evaluated)
-    steps = (x["step"] for x in kept if x["kind"] == "train")
+      records = _drop_records_after(path, resumed_step, is_evaluated)
+    steps = (x["step"] for x in records if x["kind"] == "train")
     self.last_step = max(steps, default=0)
     directory = workdir / "tensorboard"
     directory.mkdir(exist_ok=True)
-    # Not SummaryWriter, whose thread would hold events back.
+    # Not SummaryWriter, whose thread delays events.
     self._events = EventsWriter(
       str(directory / "events"), f".{resumed_step}.{os.getpid()}"
     )
-    # TensorBoard forgets what other files have of this and later steps.
+    # A START event makes TensorBoard drop the events of this and later steps in
+    # earlier files.
     first = resumed_step + is_evaluated
     self._write_event(first, session_log=SessionLog(status=SessionLog.START))
-    for record in kept:
+    for record in records:
       if record["step"] >= first:
         self._write_scalars(record)
 
@@ -97,9 +99,12 @@ class MetricWriter:
         raise
 
   def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-    """Logs values under "train", "evaluation" or "evaluation_raw".
+    """Logs a record of one step.
 
-    JSON has null for what is not finite.
+    Args:
+      step: the step.
+      kind: "train", "evaluation" or "evaluation_raw".
+      values: {name: value}. JSON has null for a value that is not finite.
 
     Raises:
       OSError: a file cannot be written.
@@ -108,7 +113,7 @@ class MetricWriter:
       return
     finite = {name: _finite(value) for name, value in values.items()}
     record = {"step": step, "kind": kind, **finite}
-    # Opened anew, in case someone has moved the file away.
+    # Opened for each record, because a user may move the file away.
     with naming(self._path), self._path.open("a") as file:
       file.write(json.dumps(record, allow_nan=False) + "\n")
     self._write_scalars({**record, **values})
@@ -134,10 +139,13 @@ class MetricWriter:
 def _drop_records_after(
   path: pathlib.Path, step: int, is_evaluated: bool
 ) -> list[dict[str, Any]]:
-  """Keeps and returns the records up to a step; moves the damaged elsewhere."""
-  kept, damaged = [], []
+  """Drops later records from the file; returns those that remain.
+
+  Damaged lines are moved to another file.
+  """
+  remaining, damaged = [], []
   *lines, tail = path.read_bytes().split(b"\n")
-  # A record without an end was cut off, and will be logged again.
+  # A last line without a newline was cut off; its record will be logged again.
   if tail and not tail.startswith(b"{"):
     lines.append(tail)
   for line in lines:
@@ -147,24 +155,24 @@ def _drop_records_after(
     elif record["step"] < step or (
       record["step"] == step and (is_evaluated or record["kind"] == "train")
     ):
-      kept.append(record)
+      remaining.append(record)
   if damaged:
     aside = path.with_name(f"{path.name}.damaged")
     with naming(aside), aside.open("ab") as file:
       file.writelines(damaged)
     say(f"{path}: {len(damaged)} damaged lines were moved to {aside}")
-  write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
-  return kept
+  write_whole(path, "".join(json.dumps(record) + "\n" for record in remaining))
+  return remaining
 
 
 def _finite(value: Any) -> Any:
-  """The value; None where it is a float that JSON does not have."""
+  """Returns the value; None for NaN and infinity, which JSON does not have."""
   is_finite = not isinstance(value, float) or math.isfinite(value)
   return value if is_finite else None
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
-  """A record; None for what is none."""
+  """Parses a line of the log; returns None where it is not a record."""
   try:
     # Earlier versions wrote NaN and Infinity, which JSON does not have.
     record = json.loads(line, parse_constant=lambda _: None)
@@ -176,7 +184,7 @@ def _parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 class Stopwatch:
-  """Times a logged window, and how much of it the loop waited for data."""
+  """Measures the time of a logged window, and the time spent on data."""
 
   def __init__(self):
     """Starts the first window."""
@@ -184,7 +192,7 @@ class Stopwatch:
     self._waited = 0.0
 
   def next(self, batches: Iterator[Any]) -> Any:
-    """The next batch; until it is there, time is spent waiting."""
+    """Returns the next batch; measures the time until it is there."""
     start = time.perf_counter()
     batch = next(batches)
     self._waited += time.perf_counter() - start
@@ -192,13 +200,13 @@ class Stopwatch:
 
   @contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves out what is done within."""
+    """Excludes the time of the `with` block."""
     start = time.perf_counter()
     yield
     self._since += time.perf_counter() - start
 
   def read(self, images: float) -> dict[str, float]:
-    """The speed of a window with so many images; the next one begins."""
+    """Ends a window of `images` images; returns its speed."""
     seconds = time.perf_counter() - self._since
     speed = {
       "images_per_second": images / seconds,
@@ -209,27 +217,33 @@ class Stopwatch:
     return speed
 
 
-def slow_data_warning(share: float, data: DataConfig) -> str:
-  """Says what to do about a loop that waits for data."""
+def slow_data_warning(fraction: float, data: DataConfig) -> str:
+  """Returns a warning that says how to speed up the input pipeline."""
   return (
-    f"the device waits for data {share:.0%} of the time: raise"
+    f"the device waits for data {fraction:.0%} of the time: raise"
     f" config.data.num_workers (now {data.num_workers}; this host has"
     f" {os.cpu_count()} cores); python -m benchmarks.input shows what is slow"
   )
 
 
 class Progress:
-  """A bar where someone watches, else a line for each logged window.
+  """Shows progress: a bar on a terminal, else a line per logged window.
 
-  A terminal that was closed takes no lines; the run goes on without.
+  Errors of a closed terminal are ignored.
   """
 
   def __init__(self, *, step: int, steps: int, epoch_steps: int):
-    """Starts at `step` of `steps`."""
+    """Starts the display.
+
+    Args:
+      step: the number of steps already taken.
+      steps: steps of the whole run.
+      epoch_steps: steps per epoch.
+    """
     self._steps, self._epoch_steps = steps, epoch_steps
     self._start = (step, time.perf_counter())
     self._bar = None
-    # There is no standard error where it was closed at the start.
+    # sys.stderr is None if it was closed when Python started.
     self._is_shown = jax.process_index() == 0 and bool(sys.stderr)
     if self._is_shown and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
@@ -237,13 +251,13 @@ class Progress:
       )
 
   def advance(self) -> None:
-    """One more step was dispatched."""
+    """Advances the bar by one step."""
     if self._bar is not None:
       with suppress(OSError):
         self._bar.update()
 
   def show(self, step: int, metrics: dict[str, float]) -> None:
-    """Shows the means of a window and its speed."""
+    """Shows the metrics of a window and its speed."""
     values = "  ".join(
       f"{name.replace('_', ' ')} {value:.4g}"
       for name, value in metrics.items()
@@ -266,14 +280,14 @@ class Progress:
     )
 
   def say(self, line: str) -> None:
-    """Prints a line, above the bar where there is one."""
+    """Prints a line, above the bar if there is one."""
     if self._is_shown:
       with suppress(OSError):
         tqdm.tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
   def close(self) -> None:
-    """Ends the bar."""
+    """Closes the bar."""
     if self._bar is not None:
       with suppress(OSError):
         self._bar.close()

@@ -1,4 +1,4 @@
-"""What the processes of a run on several hosts must decide as one."""
+"""Decisions that all processes of a run on several hosts must share."""
 
 import json
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from spatial_mamba_jax.training.config import TrainingError
 
 
 def from_first_process(function: Callable[[], Any]) -> Any:
-  """What a function returns in the first process, in every process.
+  """Calls a function in the first process; returns its result in every process.
 
   Args:
-    function: called in the first process alone. It returns what JSON has.
+    function: the function. Its result must be serialisable as JSON.
 
   Raises:
-    Exception: in the first process, what the function raised.
-    TrainingError: in the others, with the same message.
+    Exception: in the first process, whatever the function raises.
+    TrainingError: in the other processes, with the same message.
   """
   if jax.process_count() == 1:
     return function()
@@ -28,7 +28,7 @@ def from_first_process(function: Callable[[], Any]) -> Any:
   if not jax.process_index():
     try:
       outcome = {"result": function()}
-    except Exception as error:  # The others wait for whatever it is.
+    except Exception as error:  # The other processes wait for the outcome.
       outcome, raised = {"error": one_line(error)}, error
     message = json.dumps(outcome).encode()
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))

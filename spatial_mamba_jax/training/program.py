@@ -1,7 +1,7 @@
-"""What a run computes, built from its config; nothing is computed yet.
+"""The train step and the evaluation step of an experiment, with their shapes.
 
-The loop, the evaluation, the benchmarks and ahead-of-time compilation all build
-from here.
+The loop, the evaluation, the benchmarks and ahead-of-time compilation build
+their programs here. Building one computes nothing on a device.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ from spatial_mamba_jax.training.step import make_eval_step, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """What evaluates weights.
+  """The evaluation step of an experiment.
 
   Attributes:
     config: the experiment.
     mesh: the devices.
-    task: what the network is trained for.
+    task: the task.
     model: the network as a pure function.
-    eval_step: (weights, batch) -> columns, jitted.
+    eval_step: (weights, batch) -> columns, jitted; see `make_eval_step`.
   """
 
   config: TrainConfig
@@ -66,13 +66,13 @@ class Evaluator:
 
 @dataclasses.dataclass(frozen=True)
 class Program(Evaluator):
-  """What trains, and evaluates.
+  """The train step of an experiment, and its evaluation step.
 
   Attributes:
-    times: in steps, what the config counts in epochs or steps.
-    schedule: of the learning rate.
-    optimizer: of what is trained.
-    train_step: (state, batch) -> state, jitted; it takes the state's memory.
+    times: the durations of the run, in steps.
+    schedule: the learning rate by step.
+    optimizer: the optimizer of the trained parameters.
+    train_step: (state, batch) -> state, jitted; the old state is donated.
   """
 
   times: Schedule
@@ -82,13 +82,13 @@ class Program(Evaluator):
 
   @property
   def state_shapes(self) -> TrainState:
-    """Shapes, types and shardings of the state."""
+    """Shapes, types and shardings of the training state."""
     shapes = state_shapes(self.model, self.optimizer, self.task.sums)
     return _placed(shapes, state_sharding(shapes, self.mesh))
 
   @property
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of a training batch of all processes."""
+    """Shapes, types and shardings of the global training batch."""
     sharding = batch_sharding(self.mesh)
     return {
       name: jax.ShapeDtypeStruct(
@@ -133,7 +133,7 @@ class Program(Evaluator):
     return dataclasses.replace(state, opt_state=move(state.opt_state))
 
   def fresh_state(self) -> TrainState:
-    """The state at step 0, made where it is to live."""
+    """Creates the state at step 0 on the mesh."""
     return create_state(
       self.model,
       self.optimizer,
@@ -143,19 +143,19 @@ class Program(Evaluator):
     )
 
   def empty_window(self) -> dict[str, jax.Array]:
-    """Sums of nothing, where they are to live."""
-    # Jitted, because `device_put` cannot reach other processes' devices.
-    make = jax.jit(
+    """Creates metric sums of zero on the mesh."""
+    # Jitted, because `device_put` cannot reach devices of other processes.
+    create = jax.jit(
       lambda: empty_window(self.task.sums), out_shardings=replicated(self.mesh)
     )
-    return make()
+    return create()
 
 
 def make_evaluator(config: TrainConfig, mesh: Mesh) -> Evaluator:
-  """What evaluates the network of an experiment.
+  """Builds the evaluation step of an experiment.
 
   Raises:
-    UserError: a value of the config makes no sense with the mesh.
+    UserError: a value of the config does not fit the mesh.
   """
   check_batch_sizes(config, mesh)
   task = config.create_task()
@@ -169,15 +169,15 @@ def make_evaluator(config: TrainConfig, mesh: Mesh) -> Evaluator:
 def make_program(
   config: TrainConfig, mesh: Mesh, *, train_examples: int
 ) -> Program:
-  """What a run of an experiment computes.
+  """Builds the train step and the evaluation step of an experiment.
 
   Args:
     config: the experiment.
-    mesh: the devices; they need not be there.
-    train_examples: records of the training split.
+    mesh: the devices; may be abstract, for ahead-of-time compilation.
+    train_examples: the number of records in the training split.
 
   Raises:
-    UserError: a value of the config makes no sense with the mesh or the data.
+    UserError: a value of the config does not fit the mesh or the data.
   """
   evaluator = make_evaluator(config, mesh)
   task, model = evaluator.task, evaluator.model
@@ -202,12 +202,12 @@ def make_program(
   train_step = jax.jit(
     step, donate_argnums=0, out_shardings=state_sharding(shapes, mesh)
   )
-  of_evaluator = {
+  evaluator_fields = {
     field.name: getattr(evaluator, field.name)
     for field in dataclasses.fields(Evaluator)
   }
   return Program(
-    **of_evaluator,
+    **evaluator_fields,
     times=times,
     schedule=schedule,
     optimizer=optimizer,

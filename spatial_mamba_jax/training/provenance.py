@@ -1,4 +1,4 @@
-"""Versions and commit of a run or a measurement."""
+"""The package versions and the commit of a run or a measurement."""
 
 import importlib.metadata
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-  """{name: version} of those of the packages that are installed."""
+  """Returns {name: version} for the packages that are installed."""
   return {
     name: importlib.metadata.version(name)
     for name in packages
@@ -17,7 +17,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def is_installed(package: str) -> bool:
-  """Whether a package of this name, as in a registry, is installed."""
+  """Whether a package is installed, by its name on PyPI."""
   try:
     importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
@@ -26,12 +26,13 @@ def is_installed(package: str) -> bool:
 
 
 def commit() -> str | None:
-  """The commit of this project's checkout; None where it is installed.
+  """Returns the commit of this project's checkout.
 
-  It ends in "-dirty" where tracked files were changed.
+  "-dirty" is appended if tracked files have changed. The result is None if the
+  project is installed as a package.
   """
   root = pathlib.Path(__file__).parents[2]
-  # A repository may lie around an installed package, or have copies of it.
+  # An installed package may be inside another repository, or be copied into it.
   if not (root / ".git").exists() or _git(root, "ls-files", __file__) is None:
     return None
   return _git(
@@ -40,8 +41,8 @@ def commit() -> str | None:
 
 
 def _git(root: pathlib.Path, *arguments: str) -> str | None:
-  """What git prints about a checkout; None where that is nothing."""
-  # Variables of a hook that calls this would name another repository.
+  """Returns the output of git; None if it fails or is empty."""
+  # In a git hook, these variables name another repository.
   environment = {k: x for k, x in os.environ.items() if k[:4] != "GIT_"}
   try:
     return (

@@ -1,4 +1,4 @@
-"""Runs that are told to stop: by a signal, to this process or to any."""
+"""Signals that stop a run, sent to this process or to another of the run."""
 
 import os
 import signal
@@ -9,97 +9,103 @@ from contextlib import contextmanager, suppress
 import jax
 from jax.experimental import multihost_utils
 
-# SIGHUP comes when a terminal is closed, SIGUSR1 from Slurm ahead of a limit.
+# Signals that stop a run. A closed terminal sends SIGHUP; Slurm sends SIGUSR1
+# before a time limit.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# A second one of these ends the process at once. The others may come in pairs:
-# of a closed terminal, a process hears from the shell and from the kernel.
-_INSISTING = (signal.SIGINT, signal.SIGTERM)
+# Signals of which a second one ends the process at once. The others may come
+# twice for one event: a closed terminal makes shell and kernel send SIGHUP.
+_ENDING_IF_REPEATED = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(Exception):
-  """The run was told to stop, and saved itself first."""
+  """A signal stopped the run, which is saved."""
 
   def __init__(self, message: str, stopped_by: signal.Signals):
     super().__init__(message)
-    # The exit status of a command that it ends, as a shell has it.
+    # The exit status of the command, by the convention of shells.
     self.status = 128 + stopped_by
 
 
-class _Listeners:
-  """Whether a run listens, and saves first when it is told to stop."""
-
-  is_saving_first = False
+# Set while `stop_signals` is active: a run then saves before it stops.
+_saves_first = threading.Event()
 
 
 def end_on_signals(name: str) -> None:
-  """Lets a signal to stop end this process at once, unless a run saves first.
+  """Makes a signal to stop end this process at once, unless a run saves first.
 
-  To be called by a script, in its main thread. A thread ends the process, since
-  Python's own handlers, and exceptions from them, wait for what XLA compiles.
+  A script calls this in its main thread. Another thread ends the process,
+  because Python's signal handlers do not run while XLA compiles.
 
   Args:
-    name: the script's, which begins the line that is printed.
+    name: the name of the script, with which the printed line begins.
   """
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
-  for number in _heard():
-    signal.signal(number, lambda *_: None)
+  for stop in _not_ignored():
+    signal.signal(stop, lambda *_: None)
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
   def watch():
     is_stopping = False
     while True:
-      number = signal.Signals(os.read(reader, 1)[0])
-      if number not in _STOPPING:
+      received = signal.Signals(os.read(reader, 1)[0])
+      if received not in _STOPPING:
         continue
-      if _Listeners.is_saving_first and not is_stopping:
+      if _saves_first.is_set() and not is_stopping:
         is_stopping = True
-      elif number in _INSISTING or not is_stopping:
-        with suppress(OSError):  # Closed, as the terminal may be.
-          os.write(2, f"{name}: stopped by {number.name}\n".encode())
-        os._exit(128 + number)
+      elif received in _ENDING_IF_REPEATED or not is_stopping:
+        with suppress(OSError):  # Standard error may be a closed terminal.
+          os.write(2, f"{name}: stopped by {received.name}\n".encode())
+        os._exit(128 + received)
 
   threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-  """A list of the signals to stop that have come; a second one stops at once.
+  """Collects the signals to stop; a second one ends the process at once.
 
-  Of several processes, only one may see a signal: there JAX's own handler of
-  SIGTERM lets all stop after the same step.
+  With several processes, a signal may reach only one of them. That one sends
+  itself SIGTERM, and JAX's handler of SIGTERM lets all processes stop after the
+  same step.
+
+  Yields:
+    The signals received so far.
   """
   received: list[signal.Signals] = []
   if threading.current_thread() is not threading.main_thread():
-    yield received  # Signals are the main thread's.
+    yield received  # Only the main thread can handle signals.
     return
   is_alone = jax.process_count() == 1
-  numbers = [n for n in _heard() if is_alone or n != signal.SIGTERM]
+  handled = [x for x in _not_ignored() if is_alone or x != signal.SIGTERM]
 
-  def note(number, frame):
+  def handle(number, frame):
     del frame
     received.append(signal.Signals(number))
-    if number in _INSISTING:
+    if number in _ENDING_IF_REPEATED:
       signal.signal(number, before[number])
     if not is_alone:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  before = {number: signal.signal(number, note) for number in numbers}
-  _Listeners.is_saving_first = True
+  before = {stop: signal.signal(stop, handle) for stop in handled}
+  _saves_first.set()
   try:
     yield received
   finally:
-    _Listeners.is_saving_first = False
-    for number, handler in before.items():
-      signal.signal(number, handler)
+    _saves_first.clear()
+    for stop, handler in before.items():
+      signal.signal(stop, handler)
 
 
 def stop_requested(
   received: list[signal.Signals], step: int | None = None
 ) -> signal.Signals | None:
-  """The signal by which all processes are to stop after this step, if any.
+  """Returns the signal that stops all processes after this step, if any.
 
-  Without a step, several processes cannot agree, and go on.
+  Args:
+    received: the list from `stop_signals`.
+    step: the last step taken. Several processes need it to agree on where to
+      stop; without it they do not stop.
   """
   if jax.process_count() == 1:
     return received[0] if received else None
@@ -108,6 +114,6 @@ def stop_requested(
   return signal.SIGTERM
 
 
-def _heard() -> list[signal.Signals]:
-  """The signals to stop that are not ignored, as nohup ignores SIGHUP."""
-  return [n for n in _STOPPING if signal.getsignal(n) != signal.SIG_IGN]
+def _not_ignored() -> list[signal.Signals]:
+  """Returns the signals to stop that are not ignored, as by nohup."""
+  return [x for x in _STOPPING if signal.getsignal(x) != signal.SIG_IGN]

@@ -1,4 +1,4 @@
-"""Weights of any kind, to evaluate or to start a run from."""
+"""Reads weights in any format, to evaluate them or to start a run from them."""
 
 import pathlib
 
@@ -29,24 +29,25 @@ from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.checkpoint import RemovedError, open_checkpoint
 from spatial_mamba_jax.training.config import TrainingError
 
-# Of reading a checkpoint while its run saves others and removes it.
+# Attempts to read a checkpoint, which its run may remove meanwhile.
 _ATTEMPTS = 5
 
 
 def load_weights(
   path: pathlib.Path, model: PureModel, like: Weights
 ) -> dict[str, Weights]:
-  """The weights in a file or directory of any kind, to be evaluated.
+  """Reads the weights in a file or directory, to evaluate them.
 
   Args:
-    path: a checkpoint as `open_checkpoint` takes it, or a file or directory as
-      `convert.files.read_file` takes it; relative or with "~", too.
-    model: the network that they must fit.
-    like: its shapes, on the shardings wanted.
+    path: a checkpoint (see `open_checkpoint`), or a file or directory of
+      weights (see `convert.files.read_file`); may be relative or begin with
+      "~".
+    model: the network.
+    like: the shapes and shardings of the network's weights.
 
   Returns:
-    "ema", a run's moving average, and "raw", the weights themselves. A file
-    gives one of the two, which `read_file` chooses.
+    The moving average, "ema", and the weights themselves, "raw". Of a file,
+    `read_file` chooses one of the two.
 
   Raises:
     TrainingError: there are no weights, or they are of another model.
@@ -62,16 +63,16 @@ def load_weights(
 def start_from(
   path: pathlib.Path, model: PureModel, fresh: Weights
 ) -> tuple[Weights, str]:
-  """The weights in a file or directory of any kind, to be trained further.
+  """Reads the weights in a file or directory, to train them further.
 
   Args:
-    path: as `load_weights` takes it; of a run, the moving average is taken.
-    model: the network that they must fit, except for the head.
-    fresh: random weights of it. The head is theirs where `path` has none or one
-      of another number of classes; the norm before it where `path` has none.
+    path: as for `load_weights`; of a run, the moving average is read.
+    model: the network, which may have another head than the weights.
+    fresh: random weights of the network. They replace a head that is missing
+      or has another number of classes, and a missing norm before the head.
 
   Returns:
-    The weights, where `fresh` lives, and in words what became of the head.
+    The weights, with the shardings of `fresh`, and a message about the head.
 
   Raises:
     TrainingError: there are no weights, or they are of another model.
@@ -81,26 +82,27 @@ def start_from(
   tensors = {
     name: tensor
     for name, tensor in found.state_dict.items()
-    if not name.startswith("outnorm")  # A backbone's, for dense tasks.
+    if not name.startswith("outnorm")  # Norms of a backbone's outputs.
   }
   head = tensors.get("head.weight")
-  own = []
-  # One that is no matrix is refused below.
+  from_fresh = []
+  # `_fitted` refuses a head that is not a matrix.
   fits = head is not None and (head.ndim != 2 or len(head) == num_classes)
   if fits:
-    said = f"starting from {path}, head included"
+    message = f"starting from {path}, including its head"
   else:
-    classes = "none" if head is None else f"{len(head)} classes"
-    said = f"starting from {path} with a head drawn at random: it has {classes}"
-    own += ["head.kernel", "head.bias"]
+    found_head = "no head" if head is None else f"{len(head)} classes"
+    message = f"starting from {path}, with a random head: it has {found_head}"
+    from_fresh += ["head.kernel", "head.bias"]
   if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
-    own += ["norm.scale", "norm.bias"]
-  tensors |= torch_tensors({name: fresh.params[name] for name in own})
-  return _fitted(path, tensors, model, fresh), said + _beside(found)
+    from_fresh += ["norm.scale", "norm.bias"]
+  tensors |= torch_tensors({name: fresh.params[name] for name in from_fresh})
+  weights = _fitted(path, tensors, model, fresh)
+  return weights, message + _left_out(found)
 
 
-def _beside(found: Found) -> str:
-  """What `start_from` did not take of a file, in words."""
+def _left_out(found: Found) -> str:
+  """Returns the end of a message that names the tensors left out."""
   names = [x for x in found.left_out if not is_counter(x)]
   return f"; left out {len(names)} tensors ({listed(names)})" * bool(names)
 
@@ -121,23 +123,26 @@ def _fitted(
   model: PureModel,
   like: Weights,
 ) -> Weights:
-  """Tensors as the weights of a model, placed like others."""
+  """Converts tensors to the weights of a model, sharded as `like`."""
   filled = abstract_model(_architecture(model))
   try:
     from_torch(filled, with_head_bias(state_dict))
   except ValueError as error:
     raise TrainingError(
-      f"{path} holds another model than config.model asks for: {error}"
+      f"{path} holds a model other than config.model: {error}"
     ) from error
   weights = PureModel.weights_of(filled)
-  return jax.tree.map(_placed_like, weights, like)
+  return jax.tree.map(_sharded_like, weights, like)
 
 
 def load_model(path: pathlib.Path) -> Trunk:
-  """The model in a file or directory of any kind, in eval mode.
+  """Reads the model in a file or directory, in eval mode.
+
+  Args:
+    path: as for `load_weights`.
 
   Raises:
-    TrainingError: there is none.
+    TrainingError: there is no model.
   """
   tensors = read_weights(path).state_dict
   try:
@@ -149,11 +154,11 @@ def load_model(path: pathlib.Path) -> Trunk:
 
 
 def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
-  """The weights in a file or directory of any kind, of whatever model.
+  """Reads the weights in a file or directory, of any Spatial-Mamba.
 
   Args:
-    path: as `load_weights` takes it.
-    raw: whether to take the weights that have a moving average themselves.
+    path: as for `load_weights`.
+    raw: whether to prefer the weights themselves to their moving average.
 
   Raises:
     TrainingError: there are no weights.
@@ -165,25 +170,25 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
     return read_file(path, raw=raw)
   except FileNotFoundError as error:
     raise TrainingError(
-      f"{path} does not exist: train first, or mend the path"
+      f"{path} does not exist: train first, or correct the path"
     ) from error
   except (ImportError, OSError, ValueError) as error:
     raise TrainingError(one_line(error)) from error
 
 
 def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
-  """The weights in one of this project's checkpoints; as `read_weights`."""
+  """Reads the weights of a checkpoint of this project; see `read_weights`."""
   step, weights = _restore(path)
   name = "raw" if raw else "ema"
   if name not in weights:
-    raise TrainingError(f"{path} holds one set of weights alone")
+    raise TrainingError(f"{path} has no raw weights, only one set")
   return Found(torch_tensors(unstacked(weights[name])), f"step {step}")
 
 
 def _restore(
   path: pathlib.Path, like: Weights | None = None
 ) -> tuple[int, dict[str, Weights]]:
-  """The step and the weights of a checkpoint, which a run may remove."""
+  """Restores the step and the weights of a checkpoint, retrying if removed."""
   for attempt in range(_ATTEMPTS):
     try:
       with open_checkpoint(path) as (checkpoints, step):
@@ -194,10 +199,10 @@ def _restore(
   raise AssertionError
 
 
-def _placed_like(
+def _sharded_like(
   x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct
 ) -> jax.Array:
-  # `device_put` cannot reach other processes' devices.
+  # `device_put` cannot reach devices of other processes.
   values = np.asarray(x)
   return jax.make_array_from_callback(
     x.shape, like.sharding, lambda index: values[index]

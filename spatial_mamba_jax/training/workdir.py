@@ -1,4 +1,4 @@
-"""A working directory, which one run holds at a time."""
+"""The lock on a working directory, which one run uses at a time."""
 
 import fcntl
 import json
@@ -18,22 +18,24 @@ from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.processes import from_first_process
 
 _LOCK = "lock"
-# Seconds between a holder's signs of life, and without one until it is dead.
+# Seconds between two heartbeats of a holder, and seconds without a heartbeat
+# after which it is considered dead.
 _BEAT = 5.0
 _SILENCE = 30.0
 
 
 class WorkdirLock:
-  """Holds a working directory for this process while it is entered.
+  """Locks a working directory for this process, as a context manager.
 
-  The lock is a file that names its holder. On one machine the kernel knows
-  whether the holder lives (`flock`). A holder on another machine touches the
-  file every few seconds, and is taken for dead after half a minute without. Of
-  several processes of a run the first one holds the lock.
+  The lock is a file that names its holder. On the same machine, `flock` tells
+  whether the holder is alive. A holder on another machine updates the file's
+  modification time every few seconds, its heartbeat, and is considered dead
+  after 30 seconds without. Of several processes of a run, the first one holds
+  the lock.
   """
 
   def __init__(self, workdir: pathlib.Path):
-    """Does nothing yet."""
+    """Does not take the lock yet."""
     self._path = workdir / _LOCK
     self._holder = json.dumps(
       {
@@ -63,9 +65,9 @@ class WorkdirLock:
         self._file.truncate(0)
 
   def check(self) -> None:
-    """Raises a TrainingError where another run has taken the lock.
+    """Raises a TrainingError if another run has taken the lock.
 
-    A lock that cannot be read, or was removed, is no reason to end a run.
+    A lock that was removed or cannot be read does not end the run.
     """
     from_first_process(self._check)
 
@@ -83,7 +85,7 @@ class WorkdirLock:
       make_directory(workdir)
       if self._path.exists() and not self._path.is_file():
         raise TrainingError(
-          f"cannot write to {workdir}: {self._path} is no file, move it away"
+          f"cannot write to {workdir}: {self._path} is not a file, move it away"
         )
       self._file = self._path.open("a+b", buffering=0)
       try:
@@ -99,26 +101,27 @@ class WorkdirLock:
 
   def _take(self) -> None:
     holder = _parse(self._read())
-    is_locked = self._lock_by_kernel(holder)
+    is_locked = self._flock(holder)
     is_dead = is_locked and holder and holder.get("machine") == _machine()
-    if holder and not is_dead and self._lives(holder):
+    if holder and not is_dead and self._is_alive(holder):
       raise self._refusal(holder)
     self._file.truncate(0)
     self._file.write(self._holder)
 
-  def _lock_by_kernel(self, holder: dict[str, Any] | None) -> bool:
+  def _flock(self, holder: dict[str, Any] | None) -> bool:
+    """Whether the kernel locks the file; not all file systems support it."""
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise self._refusal(holder) from error
-    except OSError:  # The file system has no such locks.
+    except OSError:  # The file system does not support flock.
       return False
     return True
 
-  def _lives(self, holder: dict[str, Any]) -> bool:
-    """Waits for a sign of life of a holder that the kernel does not know."""
-    last = self._touched()
-    # By the clock of the file system, which may be another machine's.
+  def _is_alive(self, holder: dict[str, Any]) -> bool:
+    """Waits for a heartbeat of a holder on another machine."""
+    last = self._last_beat()
+    # The clock of the file system, which may be another machine's.
     with tempfile.NamedTemporaryFile(dir=self._path.parent) as file:
       silence = os.fstat(file.fileno()).st_mtime - last
     left = min(_SILENCE, _SILENCE - silence)
@@ -130,12 +133,12 @@ class WorkdirLock:
     until = time.monotonic() + left
     while time.monotonic() < until:
       time.sleep(min(1.0, left))
-      if self._touched() != last:
+      if self._last_beat() != last:
         return True
     return False
 
-  def _touched(self) -> float:
-    # Opened anew, because network file systems look for changes only then.
+  def _last_beat(self) -> float:
+    # Opened each time, because network file systems refresh times on opening.
     with self._path.open("rb") as file:
       return os.fstat(file.fileno()).st_mtime
 
@@ -155,12 +158,12 @@ class WorkdirLock:
     while not self._ended.wait(_BEAT):
       try:
         os.utime(self._file.fileno())
-      except (OSError, ValueError):  # Closed meanwhile, or out of reach.
+      except (OSError, ValueError):  # The file is closed or unreachable.
         continue
 
 
 def _machine() -> str:
-  """Names this machine since it was started, for all its containers."""
+  """Returns an ID of this machine since its boot, the same in containers."""
   try:
     return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
   except OSError:

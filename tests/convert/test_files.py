@@ -97,7 +97,7 @@ def test_the_architecture_is_inferred_from_tensors(mlp_ratio):
       {"layers.0.blocks.0.ln_1.weight": None},
       r"layers.0.blocks.0.ln_1.weight is",
     ),
-    ({"head.weight": np.zeros(3)}, r"head.weight is \[3\] instead of 2 axes"),
+    ({"head.weight": np.zeros(3)}, r"head.weight has shape \[3\] instead of 2"),
     ({"head.bias": np.zeros(4)}, r"head.bias is \[4\] instead of \[3\]"),
     ({"norm.bias": None}, r"1 missing \(norm.bias\)"),
     (
@@ -143,7 +143,7 @@ def test_an_existing_destination_is_refused(small, tmp_path, capsys, name):
   smj.save_pretrained(small, tmp_path / "model")
   (tmp_path / name).write_text("mine")
   assert main([str(tmp_path / "model"), str(tmp_path / name)]) == 2
-  assert "exists, and is left as it is" in capsys.readouterr().err
+  assert "exists and is not overwritten" in capsys.readouterr().err
   assert (tmp_path / name).read_text() == "mine"
   assert len(list(tmp_path.iterdir())) == 2
 
@@ -171,8 +171,8 @@ def test_a_failure_leaves_nothing(small, tmp_path, monkeypatch, name):
   ("name", "message"),
   [
     ("checkpoints", "checkpoints/0"),
-    ("007", "a step is written 7"),
-    ("x.pth", "PyTorch reads x.safetensors"),
+    ("007", "write the step as 7"),
+    ("x.pth", "write x.safetensors and read it"),
   ],
 )
 def test_impossible_destinations_are_named(small, tmp_path, name, message):
@@ -193,7 +193,7 @@ def test_impossible_sources_are_named(tmp_path, capsys):
   # Reading a pipe would block.
   os.mkfifo(tmp_path / "pipe")
   assert main([str(tmp_path / "pipe"), str(tmp_path / "out")]) == 2
-  assert "pipe is no file" in capsys.readouterr().err
+  assert "pipe is not a file" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 

@@ -58,7 +58,7 @@ def test_a_directory_and_back(small, tmp_path):
   assert card.startswith("---\n")
   assert "pipeline_tag: image-classification\n" in front
   assert "library_name: spatial-mamba-jax\n" in front
-  with pytest.raises(FileExistsError, match="is left as it is"):
+  with pytest.raises(FileExistsError, match="is not overwritten"):
     smj.save_pretrained(small, tmp_path / "new")
 
 
@@ -98,7 +98,7 @@ WRONG = [
   ({"num_classes": 4}, "config.json has num_classes 4"),
   ({"mlp_ratio": 2.0}, "misshapen (layers.0.blocks.0.mlp.fc1.bias"),
   ({"out_indices": [0]}, "missing (outnorm0"),
-  ({"out_indices": [2]}, "out_indices (2,) are not of 2 stages"),
+  ({"out_indices": [2]}, "out_indices (2,) exceed the 2 stages"),
   ({"out_indices": [-1]}, "out_indices must be a list of integers of 0"),
   ({"depth": [1]}, "unknown field depth: choose from dims"),
   ({"\x1b[2J": 1}, r"unknown field \x1b[2J: choose"),
@@ -146,13 +146,13 @@ def test_every_field_is_checked(saved, load, tmp_path):
   [
     (b"", "Expecting value"),
     (b"{", "Expecting property name"),
-    (b"[]", "it is no dictionary"),
+    (b"[]", "it is not a dictionary"),
     (b"{}", "its model_type is not"),
     (b"\0", "Expecting value"),
     (b"[" * 100_000, "nested too deeply"),
     (b'{"a":' * 100_000, "nested too deeply"),
-    (b'{"dims": [4], "dims": [4]}', "two values of dims"),
-    (b'{"mlp_ratio": Infinity}', "Infinity is no number"),
+    (b'{"dims": [4], "dims": [4]}', "two values for dims"),
+    (b'{"mlp_ratio": Infinity}', "Infinity is not a number"),
     (b'{"mlp_ratio": -NaN}', "Expecting value"),
     (b'{"num_classes": ' + b"9" * 5000 + b"}", "4300 digits"),
     (b'{"caf\xe9": 1}', "can't decode"),
@@ -172,7 +172,7 @@ def test_encodings_of_json(saved, load, small):
 
 
 def test_invalid_directories_are_named(small, tmp_path):
-  with pytest.raises(FileNotFoundError, match="is no directory: download"):
+  with pytest.raises(FileNotFoundError, match="is not a directory: download"):
     smj.from_pretrained("someone/spatial-mamba-tiny")
   smj.save_pretrained(small, tmp_path / "x")
   config = tmp_path / "x" / "config.json"
@@ -180,7 +180,7 @@ def test_invalid_directories_are_named(small, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config\.json"):
     smj.from_pretrained(tmp_path / "x")
   config.mkdir()
-  with pytest.raises(OSError, match=r"config\.json is no file"):
+  with pytest.raises(OSError, match=r"config\.json is not a file"):
     smj.from_pretrained(tmp_path / "x")
 
 

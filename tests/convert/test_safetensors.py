@@ -71,21 +71,21 @@ HEADERS = {
   "longer than the file": (b"{}", 0, 2**64 - 1, "a huge number bytes"),
   "longer than allowed": (b" " * 9_000_000, 0, None, "9,000,000 bytes"),
   "no JSON": (b"{", 0, None, "is damaged"),
-  "no dictionary": (b"[]", 0, None, "is no dictionary"),
+  "no dictionary": (b"[]", 0, None, "is not a dictionary"),
   "deep": (b"[" * 4_000_000, 0, None, "nested too deeply"),
   "deep dictionaries": (b'{"a":' * 10**6, 0, None, "nested too deeply"),
   "many digits": (b'{"x":' + b"9" * 10**6 + b"}", 0, None, "4300 digits"),
-  "two of one name": (b'{"x":1,"x":2}', 0, None, "two values of x"),
+  "two of one name": (b'{"x":1,"x":2}', 0, None, "two values for x"),
   "another encoding": (b'{"caf\xe9":1}', 0, None, "can't decode"),
-  "no number": (b'{"x":NaN}', 0, None, "NaN is no number"),
-  "no entry": ({"x": 1}, 0, None, "x is no tensor's type, shape and offsets"),
-  "no shape": ({"x": {"dtype": "F32"}}, 0, None, "x is no tensor's type"),
-  "negative": ({"x": entry([-1, -1])}, 4, None, "x has no shape: [-1, -1]"),
-  "a bool": ({"x": entry([True])}, 4, None, "has no shape"),
-  "a float": ({"x": entry([1.0])}, 4, None, "has no shape"),
-  "many axes": ({"x": entry([1] * 10**6)}, 4, None, "has no shape"),
+  "no number": (b'{"x":NaN}', 0, None, "NaN is not a number"),
+  "no entry": ({"x": 1}, 0, None, "x has no type, shape and offsets"),
+  "no shape": ({"x": {"dtype": "F32"}}, 0, None, "x has no type"),
+  "negative": ({"x": entry([-1, -1])}, 4, None, "wrong shape: [-1, -1]"),
+  "a bool": ({"x": entry([True])}, 4, None, "has a wrong shape"),
+  "a float": ({"x": entry([1.0])}, 4, None, "has a wrong shape"),
+  "many axes": ({"x": entry([1] * 10**6)}, 4, None, "has a wrong shape"),
   "zero and huge": ({"x": entry([0, HUGE], end=0)}, 0, None, "are allowed"),
-  "too few bytes": ({"x": entry([2])}, 4, None, "which are not of shape [2]"),
+  "too few bytes": ({"x": entry([2])}, 4, None, "do not match its shape [2]"),
   "beyond the file": ({"x": entry()}, 0, None, "4 bytes, and the file has 0"),
   "more in the file": ({"x": entry()}, 5, None, "the file has 5"),
   "overlap": ({"x": entry(), "y": entry()}, 4, None, "y begins at byte 0"),
@@ -94,7 +94,7 @@ HEADERS = {
   ),
   "a hole of 64 GiB": (
     {"x": entry([HUGE // 4], end=HUGE)}, HUGE, None,
-    "has 17,179,869,184 numbers, of which 1,073,741,824 are allowed",
+    "has 17,179,869,184 elements; at most 1,073,741,824 are allowed",
   ),
   "float8": (
     {"x": entry(end=1, dtype="F8_E4M3")}, 1, None, "x is of type F8_E4M3"
@@ -143,13 +143,13 @@ def skeleton(dim, blocks, width):
 @pytest.mark.parametrize(
   ("shapes", "message"),
   [
-    (skeleton(4, 1001, 4), "1,001 blocks is not read: 1,000 are allowed"),
+    (skeleton(4, 1001, 4), "1,001 blocks is too deep: at most 1,000 are"),
     (skeleton(4, 500, 4), "11526 missing"),
     (skeleton(10**6, 1, 1), r"is [4, 1] instead of [4000000, 1000000]"),
     (skeleton(2000, 1, 2000), "49 missing"),
     (
       {k: x for k, x in skeleton(4, 1, 4).items() if "patch_embed" not in k},
-      "safetensors: these are no weights of a Spatial-Mamba:"
+      "safetensors: not the weights of a Spatial-Mamba:"
       " patch_embed.conv1.conv.weight is missing among 5 tensors",
     ),
     ({"x" * 5_000_000: [1]}, "is missing among 1 tensors (xxx"),

@@ -43,12 +43,12 @@ TAKEN = {
   "timm's average": (
     lambda x, y: {"state_dict": y, "state_dict_ema": x},
     {},
-    ["from 'state_dict_ema'", "--key takes others: state_dict)"],
+    ["from 'state_dict_ema'", "--key selects others: state_dict)"],
   ),
   "timm's weights": (
     lambda x, y: {"state_dict": x, "state_dict_ema": y},
     {"raw": True},
-    ["from 'state_dict' (--key takes others: state_dict_ema)"],
+    ["from 'state_dict' (--key selects others: state_dict_ema)"],
   ),
   "an average that is off": (
     lambda x, _: {"model_ema": None, "ema_state_dict": {}, "model": x},
@@ -71,7 +71,7 @@ TAKEN = {
   "a key": (
     lambda x, y: {"model": y, "student": x},
     {"key": "student"},
-    ["from 'student' (--key takes others: model)"],
+    ["from 'student' (--key selects others: model)"],
   ),
   "a key inside another": (
     lambda x, y: {"model": y, "state": {"model": x}},
@@ -105,12 +105,12 @@ TAKEN = {
   "an average by prefix": (
     lambda x, y: {"state_dict": below("m.", y) | below("ema_m.module.", x)},
     {},
-    ["(--key takes others: state_dict.m)", "ema_m."],
+    ["(--key selects others: state_dict.m)", "ema_m."],
   ),
   "weights by prefix": (
     lambda x, y: below("m.", x) | below("ema_m.module.", y),
     {"raw": True},
-    ["(--key takes others: ema_m.module)", "the prefixes module., m.;"],
+    ["(--key selects others: ema_m.module)", "the prefixes module., m.;"],
   ),
   "PyTorch's average": (
     lambda x, _: below("module.", x) | {"n_averaged": np.array([3])},
@@ -171,7 +171,7 @@ def test_counts_of_updates_are_not_required(
     (
       lambda _, x: {"student": x, "teacher": x},
       {},
-      "its keys are 'student', 'teacher'; --key takes one of student, teacher",
+      "its keys are 'student', 'teacher'; --key can be one of student, teacher",
     ),
     (
       lambda _, x: {"model": x},
@@ -219,7 +219,7 @@ def test_the_key_on_the_command_line(
   path = write_checkpoint(tmp_path / "x.pth", {"model": other, "mine": tensors})
   out = tmp_path / "out"
   assert main([str(path), str(out), "--key=mine"]) == 0
-  assert "from 'mine' (--key takes others: model)" in capsys.readouterr().out
+  assert "from 'mine' (--key selects others: model)" in capsys.readouterr().out
   assert main([str(out), str(tmp_path / "2"), "--key=mine"]) == 2
   assert "is below the key 'mine'" in capsys.readouterr().err
   convert(out, tmp_path / "run" / "1")

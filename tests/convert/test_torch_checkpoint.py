@@ -142,8 +142,8 @@ def test_a_file_of_tensors_alone(write_checkpoint, tmp_path):
     ),
     ("epoch", r"no dictionary 'epoch'; its keys are"),
     ("counts", r"no dictionary 'counts'; its keys are"),
-    ("other", r"'device' is 'torch.device', no plain tensor"),
-    ("negated", r"'x' is 'a conjugated or negated view', no plain tensor"),
+    ("other", r"'device' is 'torch.device', not a plain tensor"),
+    ("negated", r"'x' is 'a conjugated or negated view', not a plain tensor"),
   ],
 )
 def test_a_missing_key_or_another_type_is_named(key, message):
@@ -167,7 +167,7 @@ def test_the_pickle_calls_nothing(read, tmp_path):
   }  # fmt: skip
   for name, call in calls.items():
     data = PROTO + b"}" + text("model") + b"}" + text("x") + call + b"ss."
-    with pytest.raises(ValueError, match=r"'x' is '.*', no plain tensor"):
+    with pytest.raises(ValueError, match=r"'x' is '.*', not a plain tensor"):
       read(data)
     assert not made.exists(), name
   for opcode, call in {
@@ -199,28 +199,28 @@ def test_a_tensor_is_read(read):
       "reaches beyond its storage",
       {"size": (2**62, 2**62), "stride": (0, 2**62)},
     ),
-    ("offset is not one", {"offset": -1}),
-    ("offset is not one", {"offset": 0.5}),
-    ("offset is not one", {"size": (-4,)}),
-    ("offset is not one", {"size": (2**70,)}),
-    ("offset is not one", {"size": ((4,),)}),
-    ("offset is not one", {"stride": (-1,)}),
-    ("size or stride is not one", {"size": (2, 2), "stride": (1,)}),
-    ("size or stride is not one", {"size": [4]}),
-    ("size or stride is not one", {"size": (1,) * 65, "stride": (1,) * 65}),
+    ("malformed size, stride or offset", {"offset": -1}),
+    ("malformed size, stride or offset", {"offset": 0.5}),
+    ("malformed size, stride or offset", {"size": (-4,)}),
+    ("malformed size, stride or offset", {"size": (2**70,)}),
+    ("malformed size, stride or offset", {"size": ((4,),)}),
+    ("malformed size, stride or offset", {"stride": (-1,)}),
+    ("malformed size or stride", {"size": (2, 2), "stride": (1,)}),
+    ("malformed size or stride", {"size": [4]}),
+    ("malformed size or stride", {"size": (1,) * 65, "stride": (1,) * 65}),
     ("is damaged", {"size": (2**61,), "stride": (0,)}),
     ("is damaged", {"size": (0, 2**62), "stride": (1, 1)}),
-    ("16 bytes, which are not 5 elements", {"storage": 5}),
-    ("16 bytes, which are not -4 elements", {"storage": -4}),
-    ("16 bytes, which are not a huge number elements", {"storage": 2**70}),
-    ("16 bytes, which are not 4 elements", {"kind": "DoubleStorage"}),
+    ("16 bytes, which do not match 5 elements", {"storage": 5}),
+    ("16 bytes, which do not match -4 elements", {"storage": -4}),
+    ("16 bytes, which do not match a huge number elements", {"storage": 2**70}),
+    ("16 bytes, which do not match 4 elements", {"kind": "DoubleStorage"}),
     ("'torch.ComplexFloatStorage'", {"kind": "ComplexFloatStorage"}),
     (
       "'x' is of type 'torch.ComplexFloatStorage'",
       {"kind": "ComplexFloatStorage"},
     ),
     ("'x' is of type 'torch.float8_e5m2'", {"kind": "float8_e5m2"}),
-    ("'torch.load', which is not read", {"kind": "load"}),
+    ("'torch.load', which is not supported", {"kind": "load"}),
   ],
 )
 def test_invalid_tensors_are_named(read, message, changes):
@@ -395,8 +395,8 @@ def test_other_formats(tmp_path):
   legacy = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
   for content, message in (
     (legacy, "PyTorch before 1.6.*torch.load.*torch.save"),
-    (b"", "is no zip archive"),
-    (pickle.dumps({"model": {}}), "is no zip archive"),
+    (b"", "is not a zip archive"),
+    (pickle.dumps({"model": {}}), "is not a zip archive"),
   ):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.pth: .*{message}"):

@@ -79,7 +79,7 @@ def test_evaluation_names_a_mismatch(experiment, sources, tmp_path):
   experiment.model.mixer.d_state = 3
   for path in sources:
     with pytest.raises(
-      TrainingError, match=r"another model than config.model asks for: .*A_log"
+      TrainingError, match=r"a model other than config.model: .*A_log"
     ) as error:
       evaluate_checkpoint(experiment, path)
     assert "\n" not in str(error.value)
@@ -90,7 +90,7 @@ def test_evaluation_names_a_mismatch(experiment, sources, tmp_path):
 
 
 def test_converted_weights_cannot_be_resumed(experiment, sources):
-  with pytest.raises(TrainingError, match=r"weights alone.*another workdir"):
+  with pytest.raises(TrainingError, match=r"only weights.*another workdir"):
     train(experiment, sources[-1])
 
 
@@ -122,5 +122,5 @@ def test_a_run_is_found_by_relative_and_home_paths(
 
 
 def test_a_file_without_an_average_refuses_raw(sources, tmp_path):
-  with pytest.raises(TrainingError, match="one set of weights alone"):
+  with pytest.raises(TrainingError, match="has no raw weights"):
     convert(sources[-1], tmp_path / "out", raw=True)

@@ -77,7 +77,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     ("gs://bucket", "must be a directory of this machine"),
     ("/proc/nowhere", r"cannot prepare /proc/nowhere/digits/1\.0\.0: .*proc"),
     ("/" + "x" * 300, "File name too long"),
-    ("/tmp\0", "must be a text"),
+    ("/tmp\0", "must be a string"),
     ("~nobody-of-that-name", "there is no home directory for ~nobody"),
   ],
 )

@@ -242,7 +242,7 @@ class TestErrors:
     [
       ("gs://bucket/tree", "must be a directory of this machine"),
       ("file:///tree", "must be a directory of this machine"),
-      ("/tree\0", "must be a text"),
+      ("/tree\0", "must be a string"),
       ("/" + "x" * 300, "File name too long"),
       ("~nobody-of-that-name/tree", "there is no home directory for ~nobody"),
     ],

@@ -169,8 +169,8 @@ def test_a_damaged_checkpoint_is_skipped(saved, tmp_path, capsys, damage):
         continue
       assert checkpoints.best() == checkpoints.newest() == 2, file
     for line in capsys.readouterr().err.splitlines():
-      assert "passing over step 3, which is damaged (" in line
-      assert line.endswith(": taking step 2")
+      assert "skipping step 3, which is damaged (" in line
+      assert line.endswith(": using step 2")
       checkpoints.set_aside_after(2)
       assert checkpoints.steps() == [1, 2]
     assert (copy / "3.damaged").is_dir()
@@ -211,8 +211,8 @@ def test_digests_of_files_elsewhere_are_not_read(saved, tmp_path, capsys):
     with Checkpoints(copy) as checkpoints:
       assert checkpoints.newest() == 2
     assert capsys.readouterr().err == (
-      f"{copy}: passing over step 3, which is damaged (digests.json names"
-      f" {name}): taking step 2\n"
+      f"{copy}: skipping step 3, which is damaged (digests.json names"
+      f" {name}): using step 2\n"
     )
 
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_that_its_run_removes_is_searched_again(
   if removals == 4:
     assert load()["ema"].params["w"][0] == 3.5
   else:
-    with pytest.raises(RemovedError, match="3 was removed meanwhile: try agai"):
+    with pytest.raises(RemovedError, match="3 was removed while it was"):
       load()
   assert not left
 
@@ -269,8 +269,8 @@ def test_partial_and_foreign_checkpoints_are_skipped(saved, tmp_path, capsys):
     checkpoints.set_aside_after(3)
     assert checkpoints.steps() == [1, 2, 3]
   assert capsys.readouterr().err == (
-    f"{copy}: passing over step 7, which is none of this project's:"
-    " taking step 3\n"
+    f"{copy}: skipping step 7, which is not a checkpoint of this project:"
+    " using step 3\n"
   )
   assert sorted(x.name for x in copy.iterdir()) == (
     ["1", "2", "3", "7.damaged", "8", "notes"]
@@ -345,11 +345,11 @@ def test_a_failure_in_the_background_is_reported(
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(
-    "spatial_mamba_jax.training.checkpoint.write_digests", fail
+    "spatial_mamba_jax.training.checkpoint_items.write_digests", fail
   )
   told = pytest.raises(
     SaveError,
-    match=r"step 1 cannot be saved in .*: No space left on device; the newest",
+    match=r"step 1 cannot be saved in .*: No space left on device; there is",
   )
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(state_after(1), {})
@@ -380,7 +380,7 @@ def test_an_evaluation_that_cannot_be_written(saved, tmp_path, monkeypatch):
     with pytest.raises(
       SaveError,
       match="^the evaluation of step 3 cannot be added to its checkpoint in"
-      f" {copy}: No space left on device; once",
+      f" {copy}: No space left on device; the",
     ):
       checkpoints.add_evaluation(3, evaluation(0.9))
     assert_restored(checkpoints, checkpoints.newest())

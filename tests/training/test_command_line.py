@@ -130,12 +130,12 @@ FLAGS = {
   ("--workdir",): "Missing value for flag --workdir",
   ("--distributed=maybe",): "--distributed=maybe",
   ("--flagfile=no/such",): "no/such",
-  ("extra",): "'extra' is no flag",
+  ("extra",): "'extra' is not a flag",
   ("--config=a.py", "--config=b.py"): "--config=FILE is given more than once",
-  ("--config=no/such.py:x",): "--config=no/such.py:x is no file",
-  ("--config=/dev/zero",): "--config=/dev/zero is no file",
-  (f"--config={ROOT}",): "is no file",
-  ("--config=",): "--config= is no file",
+  ("--config=no/such.py:x",): "--config=no/such.py:x is not a file",
+  ("--config=/dev/zero",): "--config=/dev/zero is not a file",
+  (f"--config={ROOT}",): "is not a file",
+  ("--config=",): "--config= is not a file",
   ("--config=none",): "--config=FILE is needed; usage: python train.py",
   (
     "--config=none",
@@ -166,7 +166,7 @@ FILES = [
   ("\nx='\n", 2, "SyntaxError: unterminated string"),
   ("def f():\nreturn 1\n", 2, "IndentationError: expected an indented block"),
   ("(" * 3000, 1, "SyntaxError: too many nested parentheses"),
-  (b"x=1\ny=2\n\0", 3, "SyntaxError: a NUL byte is no text"),
+  (b"x=1\ny=2\n\0", 3, "SyntaxError: a NUL byte is not text"),
   (b"\n\nx='\xe9'\n", 3, "SyntaxError: "),
   (b"\x7fELF\x02\x01\xff\xfe\0\0", 1, "SyntaxError: "),
   ("import json\nimport no_such\n", 2, "ModuleNotFoundError: No module named"),
@@ -214,7 +214,7 @@ CHANGES = [
     (),
     """config.length must be like "10 epochs" or "10""",
   ),
-  ("c.length = 8", (), "config.length must be a text, got 8"),
+  ("c.length = 8", (), "config.length must be a string, got 8"),
   ("c.seed = 'many'", (), "config.seed must be an integer, got 'many'"),
   ("c.seed = 'many'", ("seed=3",), "config.seed must be an integer, got"),
   ("c.batch_size = 8.0", (), "config.batch_size must be an integer, got 8.0"),
@@ -319,7 +319,7 @@ def test_a_run_without_a_compilation_cache(monkeypatch, tmp_path, capsys):
   file.write_text("")
   for home in (file, "/proc/no", "/dev/null", "~nobody_of_that_name/x"):
     (line,) = use(home).splitlines()
-    assert line.startswith("train.py: compiled programs are not kept: ")
+    assert line.startswith("train.py: compiled programs are not cached: ")
   # Neither $HOME nor an entry for this user.
   monkeypatch.setattr(os.path, "expanduser", lambda path: path)
   assert "there is no home directory" in use("")
@@ -487,7 +487,7 @@ def test_evaluation(experiment, tmp_path):
     "eval.py", flag, "--config.model.mixer.d_state=2"
   )
   assert status == 2
-  assert "another model than config.model asks for" in err.splitlines()[-1]
+  assert "a model other than config.model" in err.splitlines()[-1]
 
 
 def test_evaluation_at_another_resolution_and_crop(experiment, tmp_path):
@@ -540,8 +540,8 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(experiment, tmp_path):
   assert told == [
     f"resuming {workdir} after step 3",
     f"train.py: the checkpoint of step 6 cannot be saved in"
-    f" {workdir / 'checkpoints'}: File too large; the newest there is of step"
-    " 3; once it can be written, the same command resumes",
+    f" {workdir / 'checkpoints'}: File too large; the newest is of step 3;"
+    " the same command resumes once it can be written",
   ]
   status, _, err = experiment.run("train.py", flag, "--config.length=2 epochs")
   assert status == 0, err

@@ -61,8 +61,8 @@ def assert_equal_but(names, actual, expected):
 @pytest.mark.parametrize(
   ("num_classes", "drawn", "words"),
   [
-    (5, set(), "head included"),
-    (3, HEAD, "a head drawn at random: it has 5 classes"),
+    (5, set(), "including its head"),
+    (3, HEAD, "a random head: it has 5 classes"),
   ],
 )
 def test_a_run_starts_from_given_weights(pretrained, num_classes, drawn, words):
@@ -104,9 +104,9 @@ def test_a_checkpoint_without_a_head_keeps_its_norm(tmp_path):
   expected["head.bias"] = np.arange(1, 4, dtype=np.float32)
   counts = {x for x in expected if x.endswith("num_batches_tracked")}
   for lacks, words in (
-    (HEAD, "drawn at random: it has none"),
-    (HEAD | NORM | counts, "drawn at random: it has none"),
-    ({"head.bias"}, "head included"),
+    (HEAD, "a random head: it has no head"),
+    (HEAD | NORM | counts, "a random head: it has no head"),
+    ({"head.bias"}, "including its head"),
   ):
     tensors = {
       f"model.{name}": x for name, x in expected.items() if name not in lacks
@@ -185,7 +185,7 @@ def finetune(image_tree, pretrained):
 def test_fine_tuning_on_a_folder_of_ones_own(finetune, tmp_path, capfd):
   evaluation = train(finetune, tmp_path / "run")
   assert evaluation.values["images"] == 9
-  assert "a head drawn at random: it has 5 classes" in capfd.readouterr().err
+  assert "a random head: it has 5 classes" in capfd.readouterr().err
   found = read_weights(tmp_path / "run", raw=True).state_dict
   before = read_weights(pathlib.Path(finetune.init_from)).state_dict
   moved = {

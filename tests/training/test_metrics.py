@@ -177,7 +177,7 @@ def test_a_log_that_is_removed_begins_anew(tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_a_log_that_is_not_a_file_is_refused(tmp_path, make):
   make(path := tmp_path / "metrics.jsonl")
-  with pytest.raises(TrainingError, match=f"{path} is no file: move it away"):
+  with pytest.raises(TrainingError, match=f"{path} is not a file: move it"):
     MetricWriter(tmp_path, resumed_step=0)
 
 

@@ -84,7 +84,7 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
   (checkpoints / "18" / "state" / "manifest.ocdbt").write_bytes(b"")
   _, _, err = finish(experiment, workdir)
   first, second, *_ = err.splitlines()
-  assert first.startswith(f"{checkpoints}: passing over step 18, which is")
+  assert first.startswith(f"{checkpoints}: skipping step 18, which is")
   assert second.endswith(f"1 damaged lines were moved to {log}.damaged")
   assert_same_run(experiment, workdir, whole)
 
@@ -182,5 +182,5 @@ def test_a_contradicting_config_is_refused(experiment, tmp_path):
     "train.py", *arguments, "--config.log_every=1 step"
   )
   assert status == 0
-  assert "all 6 steps are done already" in out
+  assert "all 6 steps are already done" in out
   assert experiment.records(workdir) == before
