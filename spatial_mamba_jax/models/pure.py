@@ -24,7 +24,7 @@ Arrays = Any
 _STACKED = re.compile(r"((?:^|.*\.)stages\.\d+\.blocks)\.(?!\d+\.)(.*)")
 # The parts of a backbone that have learning rates of their own, and those that
 # have the head's.
-_LAYERED = ("stem", "stages", "downsamples")
+LAYERED = ("stem", "stages", "downsamples")
 _NORMS = ("norm", "norms")
 
 
@@ -77,11 +77,7 @@ class PureModel:
           " give random streams (rngs) to the network's call"
         )
     self.shapes = jax.eval_shape(_weights_of, *nnx.split(model))
-    trunks = {
-      ".".join(map(str, path)): module
-      for path, module in nnx.iter_graph(model)
-      if isinstance(module, Trunk)
-    }
+    trunks = backbones(model)
     stacked = nnx.eval_shape(lambda: _stack(self._fresh()))
     self._paths = {
       _name(path): (path, type(variable))
@@ -156,6 +152,15 @@ class PureModel:
     return function(model), _arrays(model, nnx.BatchStat)
 
 
+def backbones(network: nnx.Module) -> dict[str, Trunk]:
+  """Returns {path: backbone} of a network; the path of a classifier is ""."""
+  return {
+    _name(path): module
+    for path, module in nnx.iter_graph(network)
+    if isinstance(module, Trunk)
+  }
+
+
 def is_stacked(name: str) -> bool:
   """Whether a path is of the weights of all blocks of a stage."""
   return _STACKED.fullmatch(name) is not None
@@ -204,7 +209,7 @@ def _trunk_part(
   for prefix, trunk in trunks.items():
     if not prefix or name.startswith(f"{prefix}."):
       parts = name.removeprefix(f"{prefix}." if prefix else "").split(".")
-      if parts[0] in (*_LAYERED, *_NORMS):
+      if parts[0] in (*LAYERED, *_NORMS):
         return trunk, parts
   return None
 
@@ -218,7 +223,7 @@ def _layers(
     layers[name] = 1 + deepest
     if found := _trunk_part(name, trunks):
       trunk, parts = found
-      if parts[0] in _LAYERED:
+      if parts[0] in LAYERED:
         layers[name] = _layer(parts, trunk.config.depths)
   return layers
 

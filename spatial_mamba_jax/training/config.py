@@ -226,8 +226,8 @@ class TrainConfig(Section):
       arXiv 2205.14083); 0 for none.
     mesa_start: share of the length after which it begins.
     init_from: weights to start from instead of random ones: a file or directory
-      of any kind that `python -m spatial_mamba_jax.convert` reads. A head of
-      another number of classes is drawn at random.
+      of any kind that `python -m spatial_mamba_jax.convert` reads. The head
+      keeps its initial values where they have none that fits.
     linear_probe: whether to train the head alone; the backbone stays as it is.
     seed: of the initialisation, the order of images and all augmentation.
     evaluation_batch_size: images a step of evaluation, over all devices.

@@ -1,9 +1,12 @@
 """Weights of any kind, to evaluate or to start a run from."""
 
 import pathlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from spatial_mamba_jax.convert.architecture import (
   abstract_model,
@@ -20,17 +23,27 @@ from spatial_mamba_jax.convert.names import (
   from_torch,
   is_counter,
   torch_tensors,
+  variables,
 )
 from spatial_mamba_jax.errors import one_line
-from spatial_mamba_jax.models import ModelConfig, SpatialMamba
-from spatial_mamba_jax.models.backbone import Trunk
-from spatial_mamba_jax.models.pure import PureModel, Weights, unstacked
+from spatial_mamba_jax.models.backbone import Classifier, Trunk
+from spatial_mamba_jax.models.pure import (
+  LAYERED,
+  PureModel,
+  Weights,
+  backbones,
+  unstacked,
+)
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.checkpoint import RemovedError, open_checkpoint
 from spatial_mamba_jax.training.config import TrainingError
 
 # Of reading a checkpoint while its run saves others and removes it.
 _ATTEMPTS = 5
+# The path of a weight of a backbone's first block, after the backbone's own.
+_ANCHOR = re.compile(r"((?:.*?\.)?)stages\.0\.blocks\.0\.")
+# The name of a tensor after the stages of a classifier or of a backbone.
+_END = re.compile(r"(norm|head|outnorm\d+)\.")
 
 
 def load_weights(
@@ -54,9 +67,17 @@ def load_weights(
   path = local_path(path)
   if not is_of_weights(path):
     return _restore(path, like)[1]
+  network = model.abstract()
+  if not isinstance(network, Classifier):
+    raise TrainingError(
+      f"{path} holds a classifier or a backbone: a {type(network).__name__} is"
+      " evaluated from a run's checkpoint"
+    )
   found = read_weights(path)
-  name = "ema" if found.is_average else "raw"
-  return {name: _fitted(path, found.state_dict, model, like)}
+  classifier = abstract_model(network.config)
+  _fill(path, classifier, found.state_dict)
+  weights = _placed(PureModel.weights_of(classifier), like)
+  return {"ema" if found.is_average else "raw": weights}
 
 
 def start_from(
@@ -64,72 +85,123 @@ def start_from(
 ) -> tuple[Weights, str]:
   """The weights in a file or directory of any kind, to be trained further.
 
+  The stem and the stages of the network's backbone, under whatever path it is,
+  become those of `path`. All else, heads and the norms before them, stays as it
+  is in `fresh` where `path` has none, or a head of other classes.
+
   Args:
     path: as `load_weights` takes it; of a run, the moving average is taken.
-    model: the network that they must fit, except for the head.
-    fresh: random weights of it. The head is theirs where `path` has none or one
-      of another number of classes; the norm before it where `path` has none.
+    model: the network.
+    fresh: random weights of it.
 
   Returns:
-    The weights, where `fresh` lives, and in words what became of the head.
+    The weights, where `fresh` lives, and in words what stayed random.
 
   Raises:
-    TrainingError: there are no weights, or they are of another model.
+    TrainingError: there are no weights, they are of another model, or the
+      network has not one backbone.
   """
-  num_classes = _architecture(model).num_classes
-  found = read_weights(path)
+  # Copies, because those on several processes' devices cannot be unstacked.
+  network = model.bind(jax.tree.map(jnp.asarray, jax.device_get(fresh)))
+  prefix, backbone = _backbone(network)
+  found, others = _read(local_path(path))
+  random, said = _fill_backbone(path, backbone, found.state_dict)
+  random, taken = [prefix + name for name in random], set()
+  for name, variable in variables(network):
+    if name.startswith(prefix):
+      continue
+    if name in others and others[name].shape == variable.shape:
+      variable.set_value(jnp.asarray(others[name], variable.dtype))
+      taken.add(name)
+    else:
+      random.append(name)
+  modules = dict.fromkeys(name.rpartition(".")[0] for name in random)
+  if modules:
+    said += f"; drawn at random: {listed(modules, 6)}"
+  left_out = [x for x in found.left_out if not is_counter(x) and x not in taken]
+  if left_out:
+    said += f"; left out {len(left_out)} tensors ({listed(left_out)})"
+  weights = _placed(PureModel.weights_of(network), fresh)
+  return weights, f"starting from {path}{said}"
+
+
+def _backbone(network: nnx.Module) -> tuple[str, Trunk]:
+  """A network's one backbone, after what the paths in it begin with."""
+  found = backbones(network)
+  if len(found) != 1:
+    raise TrainingError(
+      "config.init_from fills a network's one backbone, and a"
+      f" {type(network).__name__} has {len(found) or 'none'}"
+    )
+  ((path, backbone),) = found.items()
+  return f"{path}." if path else "", backbone
+
+
+def _fill_backbone(
+  path: pathlib.Path, backbone: Trunk, state_dict: dict[str, np.ndarray]
+) -> tuple[list[str], str]:
+  """Fills a backbone, but for norms and a head that the tensors lack.
+
+  Returns:
+    The paths in a backbone of what was left; for a classifier, words on its
+    head instead.
+  """
+  ends = {
+    name: variable[...]
+    for name, variable in variables(backbone)
+    if name.split(".")[0] not in LAYERED
+  }
+  names = torch_tensors(ends).keys()
   tensors = {
     name: tensor
-    for name, tensor in found.state_dict.items()
-    if not name.startswith("outnorm")  # A backbone's, for dense tasks.
+    for name, tensor in state_dict.items()
+    # Others are of a backbone for a classifier, or the other way round.
+    if name in names or not _END.match(name)
   }
-  head = tensors.get("head.weight")
-  own = []
-  # One that is no matrix is refused below.
-  fits = head is not None and (head.ndim != 2 or len(head) == num_classes)
-  if fits:
-    said = f"starting from {path}, head included"
+  if isinstance(backbone, Classifier):
+    own, words = _random_head(tensors, backbone.config.num_classes)
   else:
-    classes = "none" if head is None else f"{len(head)} classes"
-    said = f"starting from {path} with a head drawn at random: it has {classes}"
-    own += ["head.kernel", "head.bias"]
-  if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
-    own += ["norm.scale", "norm.bias"]
-  tensors |= torch_tensors({name: fresh.params[name] for name in own})
-  return _fitted(path, tensors, model, fresh), said + _beside(found)
-
-
-def _beside(found: Found) -> str:
-  """What `start_from` did not take of a file, in words."""
-  names = [x for x in found.left_out if not is_counter(x)]
-  return f"; left out {len(names)} tensors ({listed(names)})" * bool(names)
-
-
-def _architecture(model: PureModel) -> ModelConfig:
-  network = model.abstract()
-  if not isinstance(network, SpatialMamba):
-    raise TrainingError(
-      f"config.init_from is for classifiers: a {type(network).__name__} cannot"
-      " start from other weights"
+    own, words = (
+      [
+        x
+        for x in ends
+        if not torch_tensors({x: ends[x]}).keys() <= tensors.keys()
+      ],
+      "",
     )
-  return network.config
+  tensors |= torch_tensors({name: ends[name] for name in own})
+  _fill(path, backbone, tensors)
+  return [] if words else own, words
 
 
-def _fitted(
-  path: pathlib.Path,
-  state_dict: dict[str, np.ndarray],
-  model: PureModel,
-  like: Weights,
-) -> Weights:
-  """Tensors as the weights of a model, placed like others."""
-  filled = abstract_model(_architecture(model))
+def _random_head(
+  tensors: dict[str, np.ndarray], num_classes: int
+) -> tuple[list[str], str]:
+  """What of a classifier's end stays random, and the same in words."""
+  head = tensors.get("head.weight")
+  # One that is no matrix is refused later.
+  if head is not None and (head.ndim != 2 or len(head) == num_classes):
+    return [], ", head included"
+  random = ["head.kernel", "head.bias"]
+  if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
+    random += ["norm.scale", "norm.bias"]
+  classes = "none" if head is None else f"{len(head)} classes"
+  return random, f" with a head drawn at random: it has {classes}"
+
+
+def _fill(
+  path: pathlib.Path, model: Trunk, state_dict: dict[str, np.ndarray]
+) -> None:
   try:
-    from_torch(filled, with_head_bias(state_dict))
+    from_torch(model, with_head_bias(state_dict))
   except ValueError as error:
     raise TrainingError(
       f"{path} holds another model than config.model asks for: {error}"
     ) from error
-  weights = PureModel.weights_of(filled)
+
+
+def _placed(weights: Weights, like: Weights) -> Weights:
+  """The same weights, on the shardings of others."""
   return jax.tree.map(_placed_like, weights, like)
 
 
@@ -158,11 +230,17 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
   Raises:
     TrainingError: there are no weights.
   """
-  path = local_path(path)
+  return _read(local_path(path), raw=raw)[0]
+
+
+def _read(
+  path: pathlib.Path, *, raw: bool = False
+) -> tuple[Found, dict[str, np.ndarray]]:
+  """As `read_weights`; and a run's arrays outside the backbone, by path."""
   if not is_of_weights(path):
-    return read_checkpoint(path, raw=raw)
+    return _read_checkpoint(path, raw=raw)
   try:
-    return read_file(path, raw=raw)
+    return read_file(path, raw=raw), {}
   except FileNotFoundError as error:
     raise TrainingError(
       f"{path} does not exist: train first, or mend the path"
@@ -173,11 +251,34 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
 
 def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
   """The weights in one of this project's checkpoints; as `read_weights`."""
+  return _read_checkpoint(path, raw=raw)[0]
+
+
+def _read_checkpoint(
+  path: pathlib.Path, *, raw: bool
+) -> tuple[Found, dict[str, np.ndarray]]:
   step, weights = _restore(path)
   name = "raw" if raw else "ema"
   if name not in weights:
     raise TrainingError(f"{path} holds one set of weights alone")
-  return Found(torch_tensors(unstacked(weights[name])), f"step {step}")
+  arrays = unstacked(weights[name])
+  prefixes = {match[1] for match in map(_ANCHOR.match, arrays) if match}
+  prefix = min(prefixes, key=len, default="")
+  tensors = torch_tensors(
+    {
+      name.removeprefix(prefix): array
+      for name, array in arrays.items()
+      if name.startswith(prefix)
+    }
+  )
+  others = {
+    name: np.asarray(array)
+    for name, array in arrays.items()
+    if not name.startswith(prefix)
+  }
+  prefixes = (prefix,) * bool(prefix)
+  found = Found(tensors, f"step {step}", tuple(others), prefixes)
+  return found, others
 
 
 def _restore(
