@@ -167,7 +167,7 @@ def _described(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
     return model.config, tuple(sorted(map(int, model.norms)))
   if not isinstance(model, SpatialMamba):
     raise ValueError(
-      f"a {type(model).__name__} is none of create_model's or create_backbone's"
+      f"a {type(model).__name__} is no Spatial-Mamba, which {CONFIG} describes"
     )
   head = model.head
   if type(head) is not nnx.Linear:

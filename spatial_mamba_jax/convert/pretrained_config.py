@@ -142,6 +142,7 @@ def flat_fields(config: ModelConfig) -> dict[str, Any]:
   """The fields of an architecture and of its mixer, in one dictionary."""
   fields = dataclasses.asdict(config)
   of_mixer = fields.pop("mixer")
+  del fields["family"]  # The `model_type`.
   return {**fields, **of_mixer}
 
 

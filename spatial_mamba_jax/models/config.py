@@ -1,9 +1,11 @@
 """What defines an architecture."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from flax import nnx
 from spatial_mamba_kernels.shapes import at_least_float32
 
 from spatial_mamba_jax.errors import UserError
@@ -13,6 +15,7 @@ from spatial_mamba_jax.models.mixers.structure_aware import (
   MAX_EXPANSION,
   StructureAwareConfig,
 )
+from spatial_mamba_jax.models.stage import Block
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Channels of a stage: twice those of the widest vision transformer, of 22
@@ -36,11 +39,41 @@ def _dtype_name(dtype: Any) -> str:
     return ""
 
 
+class Family(NamedTuple):
+  """The parts by which one family of networks differs from another.
+
+  Each part is a constructor with the keyword arguments `config` and `rngs`.
+
+  Attributes:
+    name: of the family, as a saved config has it.
+    stem: (dim) -> images to tokens.
+    block: (dim, variant) -> a block; `variant` is its mixer's.
+    downsampling: (dim, dim_out) -> halves height and width.
+    classifier: (config, rngs) -> a `Classifier` of these parts.
+    backbone: (config, out_indices, rngs) -> a `Backbone` of these parts.
+  """
+
+  name: str
+  stem: Callable[..., nnx.Module]
+  block: Callable[..., Block]
+  downsampling: Callable[..., nnx.Module]
+  classifier: Callable[..., Any]
+  backbone: Callable[..., Any]
+
+
+def _spatial_mamba() -> Family:
+  # Here, because the family's parts take a `ModelConfig`.
+  from spatial_mamba_jax.models.spatial_mamba import SPATIAL_MAMBA
+
+  return SPATIAL_MAMBA
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """One architecture.
 
   Attributes:
+    family: the parts that the network is made of.
     dims: channels of each stage.
     depths: blocks of each stage.
     in_channels: channels of the images.
@@ -58,6 +91,7 @@ class ModelConfig:
       time to compile. None: unless the default device is a GPU.
   """
 
+  family: Family = dataclasses.field(default_factory=_spatial_mamba)
   dims: tuple[int, ...] = number(least=1, most=MAX_CHANNELS)
   depths: tuple[int, ...] = number(least=1, most=MAX_BLOCKS)
   in_channels: int = number(3, least=1, most=MAX_IMAGE_CHANNELS)

@@ -38,7 +38,8 @@ def _plain(value: Any) -> Any:
   """Python's numbers and tuples, in place of NumPy's numbers and of lists."""
   if isinstance(value, np.generic | np.ndarray):
     value = value.tolist()
-  return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+  # A `Family` is a tuple, too, and stays what it is.
+  return tuple(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def get_model_config(name: str, **overrides: Any) -> ModelConfig:

@@ -25,7 +25,7 @@ from spatial_mamba_jax.fields import (
   number,
   show,
 )
-from spatial_mamba_jax.models import ModelConfig, list_models
+from spatial_mamba_jax.models import Family, ModelConfig, list_models
 from spatial_mamba_jax.models.config import (
   DTYPES,
   MAX_BLOCKS,
@@ -58,6 +58,7 @@ class ModelSection(Section):
 
   Attributes:
     name: one of `spatial_mamba_jax.list_models()`.
+    family: the parts that the network is made of; None for those of `name`.
     dims: channels of each stage; empty for those of `name`.
     depths: blocks of each stage; empty for those of `name`.
     in_channels: channels of the images; None for those of `name`.
@@ -76,6 +77,7 @@ class ModelSection(Section):
   mistake = TrainingError
 
   name: str = choice("spatial_mamba_micro", among=list_models)
+  family: Family | None = None
   dims: tuple[int, ...] = number((), least=1, most=MAX_CHANNELS)
   depths: tuple[int, ...] = number((), least=1, most=MAX_BLOCKS)
   in_channels: int | None = number(None, least=1, most=MAX_IMAGE_CHANNELS)
@@ -99,7 +101,7 @@ class ModelSection(Section):
     """
     fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
     # Those of `name` where they are empty.
-    for field in ("dims", "depths", "in_channels", "mlp_ratio"):
+    for field in ("family", "dims", "depths", "in_channels", "mlp_ratio"):
       if fields[field] in ((), [], None):
         del fields[field]
     # A copy, because the section may change.
