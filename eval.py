@@ -2,9 +2,9 @@
 
 Prints top-1, top-5, loss and calibration error on the validation images, of the
 weights' moving average ("ema") and of the weights ("raw") in the best of a
-working directory's checkpoints, or in what `--checkpoint` names: a checkpoint
-(`runs/digits/checkpoints/300`), a `.pth`, a `.safetensors`, or a directory of
-`smj.save_pretrained`.
+working directory's checkpoints, whose step it names, or in what `--checkpoint`
+names: a checkpoint (`runs/digits/checkpoints/300`), a `.pth`, a `.safetensors`,
+or a directory of `smj.save_pretrained`.
 """
 
 import signal
@@ -37,8 +37,8 @@ def main() -> int:
       config.data.image_size = resolution.value
     if crop_ratio.value is not None:
       config.data.test_crop_ratio = crop_ratio.value
-    evaluations = evaluate_checkpoint(config, path, command_line.path(output))
-    command_line.tell_evaluations(evaluations, as_json=as_json.value)
+    found = evaluate_checkpoint(config, path, command_line.path(output))
+    command_line.tell_evaluations(found, as_json=as_json.value)
 
   command_line.own_process()
   return command_line.run(evaluate, __doc__)

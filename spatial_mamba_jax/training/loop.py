@@ -9,7 +9,7 @@ import os
 import pathlib
 import signal
 import time
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -92,11 +92,24 @@ def train(
   return _Run(config, local_path(workdir, "workdir")).run()
 
 
+class Evaluated(NamedTuple):
+  """What `evaluate_checkpoint` returns.
+
+  Attributes:
+    step: of the checkpoint; None where the weights are a file's.
+    evaluations: of "ema", the moving average, and "raw", the weights, as far as
+      they are there.
+  """
+
+  step: int | None
+  evaluations: dict[str, Evaluation]
+
+
 def evaluate_checkpoint(
   config: TrainConfig,
   path: str | os.PathLike[str],
   output_dir: str | os.PathLike[str] | None = None,
-) -> dict[str, Evaluation]:
+) -> Evaluated:
   """Evaluates the weights in a checkpoint, and their moving average.
 
   Args:
@@ -104,10 +117,6 @@ def evaluate_checkpoint(
     path: as `load_weights` takes it.
     output_dir: where to write the predictions, if anywhere, in a directory for
       each set of weights; see `Meter.write` of the task.
-
-  Returns:
-    The evaluations of "ema", the moving average, and "raw", the weights, as
-    far as they are there.
 
   Raises:
     UserError: something is wrong with the config, the data, or what `path`
@@ -120,14 +129,16 @@ def evaluate_checkpoint(
   mesh = make_mesh()
   program = make_evaluator(config, mesh)
   source = program.task.source("validation")
-  weights = load_weights(local_path(path), program.model, program.weight_shapes)
+  step, weights = load_weights(
+    local_path(path), program.model, program.weight_shapes
+  )
   with jax.set_mesh(mesh):  # Kernels are split over it.
     found = evaluate(program, weights, source)
   if directory and not jax.process_index():
     for name, each in found.items():
       make_directory(directory / name)
       each.meter.write(directory / name)
-  return {name: each.evaluation for name, each in found.items()}
+  return Evaluated(step, {k: each.evaluation for k, each in found.items()})
 
 
 def _check_writable(directory: pathlib.Path) -> None:

@@ -48,7 +48,7 @@ _END = re.compile(r"(norm|head|outnorm\d+)\.")
 
 def load_weights(
   path: pathlib.Path, model: PureModel, like: Weights
-) -> dict[str, Weights]:
+) -> tuple[int | None, dict[str, Weights]]:
   """The weights in a file or directory of any kind, to be evaluated.
 
   Args:
@@ -58,15 +58,16 @@ def load_weights(
     like: its shapes, on the shardings wanted.
 
   Returns:
-    "ema", a run's moving average, and "raw", the weights themselves. A file
-    gives one of the two, which `read_file` chooses.
+    The step of a run's checkpoint, None of a file; and "ema", a run's moving
+    average, and "raw", the weights themselves. A file gives one of the two,
+    which `read_file` chooses.
 
   Raises:
     TrainingError: there are no weights, or they are of another model.
   """
   path = local_path(path)
   if not is_of_weights(path):
-    return _restore(path, like)[1]
+    return _restore(path, like)
   network = model.abstract()
   if not isinstance(network, Classifier):
     raise TrainingError(
@@ -77,7 +78,7 @@ def load_weights(
   classifier = abstract_model(network.config)
   _fill(path, classifier, found.state_dict)
   weights = _placed(PureModel.weights_of(classifier), like)
-  return {"ema" if found.is_average else "raw": weights}
+  return None, {"ema" if found.is_average else "raw": weights}
 
 
 def start_from(

@@ -67,7 +67,7 @@ def test_evaluation_takes_every_kind(experiment, sources, small):
   expected, *evaluations = [
     evaluation
     for source in (*sources, path)
-    for evaluation in evaluate_checkpoint(experiment, source).values()
+    for evaluation in evaluate_checkpoint(experiment, source)[1].values()
   ]
   *same, different = evaluations
   assert expected.values["images"] == 24

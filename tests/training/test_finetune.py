@@ -16,6 +16,7 @@ from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models import ModelConfig
 from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.training.checkpoint import Checkpoints
+from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
 from spatial_mamba_jax.training.weights import (
@@ -277,7 +278,9 @@ def test_paths_from_here_and_from_home(pretrained, monkeypatch):
     assert_equal_but(set(), smj.convert.to_torch(load_model(path)), expected)
     weights, _ = start_from(path, model, fresh)
     assert_equal_but(set(), tensors_of(weights, model), expected)
-    (weights,) = load_weights(path, model, fresh).values()
+    step, weights = load_weights(path, model, fresh)
+    assert step is None
+    (weights,) = weights.values()
     assert_equal_but(set(), tensors_of(weights, model), expected)
   with pytest.raises(UserError, match="of this machine"):
     read_weights(pathlib.Path("gs://bucket/run"))
@@ -340,5 +343,6 @@ def test_a_linear_probe_at_another_resolution(finetune, tmp_path):
     found = read_weights(tmp_path / "run", raw=raw).state_dict
     assert_equal_but(HEAD, found, before)
   finetune.data.image_size = 40
-  evaluations = evaluate_checkpoint(finetune, tmp_path / "run")
+  step, evaluations = evaluate_checkpoint(finetune, tmp_path / "run")
+  assert step in CheckpointFiles(tmp_path / "run" / "checkpoints").steps()
   assert evaluations["raw"].values["images"] == 9
