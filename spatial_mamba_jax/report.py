@@ -38,10 +38,13 @@ _TRAIN, _EMA, _RAW = "#0072B2", "#D55E00", "#009E73"
 _LONGEST_FORM = 4
 # By kind of record.
 _COLOURS = {"train": _TRAIN, "evaluation": _EMA, "evaluation_raw": _RAW}
-# Of every task; the loss first, the rest after what the task draws.
+# Dashes of a panel's lines of one kind, in their order.
+_DASHES = ("-", "--", ":", "-.")
+# Of every task; the loss first, unless the task draws it with its unit, the
+# rest after what the task draws.
 _LOSS = Panel(
   "Loss",
-  "nats",
+  "",
   (
     Line("train", "loss", "training, with its regularisation"),
     Line("evaluation_raw", "loss", "validation, raw weights"),
@@ -186,9 +189,11 @@ def draw(run: Run) -> "matplotlib.figure.Figure":
   from matplotlib.figure import Figure
   from matplotlib.ticker import MaxNLocator
 
+  own = [line[:2] for panel in run.task.panels for line in panel.lines]
+  loss = [] if ("train", "loss") in own else [_LOSS]
   panels = [
     panel
-    for panel in (_LOSS, *run.task.panels, *_FROM_ZERO)
+    for panel in (*loss, *run.task.panels, *_FROM_ZERO)
     if any(run.points(line)[0] for line in panel.lines)
   ]
   # One column is legible on a phone; six panels fill a printed page.
@@ -216,7 +221,10 @@ def draw(run: Run) -> "matplotlib.figure.Figure":
 
 
 def _draw_panel(axes: Any, panel: Panel, run: Run) -> None:
+  kinds = collections.Counter()
   for line in panel.lines:
+    dash = _DASHES[kinds[line.kind] % len(_DASHES)]
+    kinds[line.kind] += 1
     steps, values = run.points(line)
     if not steps:
       continue
@@ -225,6 +233,7 @@ def _draw_panel(axes: Any, panel: Panel, run: Run) -> None:
       [panel.scale * value for value in values],
       color=_COLOURS.get(line.kind, _TRAIN),
       label=line.name,
+      linestyle=dash,
       linewidth=1.3,
       # Few points, or one, would be hard to see as a line.
       marker="o" if len(steps) <= 40 else None,
@@ -240,9 +249,13 @@ def _draw_panel(axes: Any, panel: Panel, run: Run) -> None:
   for side in ("left", "bottom"):
     axes.spines[side].set_color("0.6")
   if panel in _FROM_ZERO:
+    # A share of the height from 0 is left above a line that hardly changes.
+    axes.update_datalim([(0, 0)], updatex=False)
+    axes.autoscale_view(scalex=False)
     axes.set_ylim(bottom=0)
   if len(panel.lines) > 1:
-    axes.legend(fontsize=8, frameon=False)
+    columns = 1 + (len(panel.lines) > 3)
+    axes.legend(fontsize=8, frameon=False, handlelength=2.6, ncols=columns)
 
 
 def page(run: Run, png: bytes) -> str:

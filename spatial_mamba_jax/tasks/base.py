@@ -115,8 +115,9 @@ class Panel(NamedTuple):
 
   Attributes:
     title: above it.
-    unit: of its vertical axis.
-    lines: what it shows.
+    unit: of its vertical axis; empty where the values have none.
+    lines: what it shows. The kind gives a line its colour; lines of one kind
+      differ by their dashes, of which there are four.
     scale: factor from the logged values to the unit.
   """
 
