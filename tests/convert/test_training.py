@@ -1,5 +1,6 @@
 """Weights of any kind where training and evaluation read them."""
 
+import dataclasses
 import pathlib
 from functools import partial
 
@@ -35,7 +36,7 @@ def experiment(small):
     model=ModelSection(
       dims=config.dims,
       depths=config.depths,
-      mixer=config.mixer,
+      mixer=dataclasses.replace(config.mixer),  # A test changes it.
       mlp_ratio=config.mlp_ratio,
     ),
     data=DataConfig(
