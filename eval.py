@@ -1,8 +1,9 @@
 """Evaluates: `python eval.py --config=configs/digits.py --workdir=runs/digits`.
 
 Prints top-1, top-5, loss and calibration error on the validation images, for
-the weights ("raw") and for their moving average ("ema"). They come from the
-best checkpoint of a working directory, or from `--checkpoint`: a checkpoint
+the weights ("raw") and for their moving average ("ema"), and the step of their
+checkpoint. They come from the best checkpoint of a working directory, or from
+`--checkpoint`: a checkpoint
 (`runs/digits/checkpoints/300`), a `.pth`, a `.safetensors`, or a directory of
 `smj.save_pretrained`.
 """
@@ -37,8 +38,8 @@ def main() -> int:
       config.data.image_size = resolution.value
     if crop_ratio.value is not None:
       config.data.test_crop_ratio = crop_ratio.value
-    evaluations = evaluate_checkpoint(config, path, command_line.path(output))
-    command_line.tell_evaluations(evaluations, as_json=as_json.value)
+    found = evaluate_checkpoint(config, path, command_line.path(output))
+    command_line.tell_evaluations(found, as_json=as_json.value)
 
   command_line.own_process()
   return command_line.run(evaluate, __doc__)

@@ -77,8 +77,9 @@ def training_program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
 
 def inference(config: TrainConfig) -> tuple[Callable[..., Any], Any]:
   """(state, images) -> logits, not yet jitted, and the shapes of its state."""
+  architecture = config.model.build()
   model = nnx.eval_shape(
-    lambda: smj.SpatialMamba(config.model.build(), rngs=nnx.Rngs(0))
+    lambda: architecture.family.classifier(architecture, rngs=nnx.Rngs(0))
   )
   graphdef, state = nnx.split(model)
   return lambda state, images: nnx.merge(graphdef, state)(images), state

@@ -29,13 +29,13 @@ BATCH_SIZE = 8
 
 
 @nnx.jit
-def probabilities(model: smj.SpatialMamba, pixels: jax.Array) -> jax.Array:
+def probabilities(model: smj.Classifier, pixels: jax.Array) -> jax.Array:
   """Maps bytes [B, H, W, 3] to probabilities [B, K]."""
   mean, std = jnp.array(data.IMAGENET_MEAN), jnp.array(data.IMAGENET_STD)
   return jax.nn.softmax(model((pixels / 255 - mean) / std))
 
 
-def classify(model: smj.SpatialMamba, files: list[str], size: int):
+def classify(model: smj.Classifier, files: list[str], size: int):
   """Returns (path, class, probability, error) for up to BATCH_SIZE files."""
   # Always a full batch, so that one compiled program serves all.
   pixels = np.zeros((BATCH_SIZE, size, size, 3), np.uint8)
@@ -71,7 +71,7 @@ def main() -> None:
   model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
   if options.checkpoint:
     model = load_model(local_path(options.checkpoint, "--checkpoint"))
-  if not isinstance(model, smj.SpatialMamba):
+  if not isinstance(model, smj.Classifier):
     raise errors.UserError(f"{options.checkpoint} has no classes")
   out = local_path(options.out, "out")
   # Paths may not be UTF-8: `surrogateescape` writes their bytes.

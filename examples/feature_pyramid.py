@@ -18,7 +18,7 @@ class Segmenter(nnx.Module):
 
   def __init__(
     self,
-    backbone: smj.SpatialMambaBackbone,
+    backbone: smj.Backbone,
     classes: int,
     *,
     channels: int = 32,

@@ -21,7 +21,7 @@ CLASSES = 3
 
 @nnx.jit
 def train_step(
-  model: smj.SpatialMamba,
+  model: smj.Classifier,
   optimizer: nnx.Optimizer,
   images: jax.Array,
   labels: jax.Array,
@@ -40,7 +40,7 @@ def train_step(
 
 
 @nnx.jit
-def apply(model: smj.SpatialMamba, images: jax.Array) -> jax.Array:
+def apply(model: smj.Classifier, images: jax.Array) -> jax.Array:
   """Returns logits."""
   return model(images)
 

@@ -17,7 +17,7 @@ import spatial_mamba_jax as smj
 Tree = dict[Any, Any]
 
 
-def split(model: smj.SpatialMamba) -> tuple[Any, Tree, Tree]:
+def split(model: smj.Classifier) -> tuple[Any, Tree, Tree]:
   """Returns (graphdef, parameters, statistics); the first is static."""
   graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
   return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)

@@ -16,6 +16,9 @@ from spatial_mamba_jax.convert.pretrained import (
 )
 from spatial_mamba_jax.export import export_model
 from spatial_mamba_jax.models import (
+  Backbone,
+  Classifier,
+  Family,
   ModelConfig,
   SpatialMamba,
   SpatialMambaBackbone,
@@ -28,6 +31,9 @@ from spatial_mamba_jax.models import (
 )
 
 __all__ = [
+  "Backbone",
+  "Classifier",
+  "Family",
   "ModelConfig",
   "SpatialMamba",
   "SpatialMambaBackbone",

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import spatial_mamba_jax as smj
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.models.layers import linear
 from spatial_mamba_jax.tasks.base import (
@@ -87,9 +86,7 @@ class PixelNetwork(nnx.Module):
   """A backbone and one linear layer."""
 
   def __init__(self, config, *, rngs):
-    self.backbone = smj.SpatialMambaBackbone(
-      config, out_indices=(0,), rngs=rngs
-    )
+    self.backbone = config.family.backbone(config, out_indices=(0,), rngs=rngs)
     self.classifier = linear(config.dims[0], 3, dtype=jnp.float32, rngs=rngs)
 
   def __call__(self, images, *, rngs=None):

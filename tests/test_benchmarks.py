@@ -26,7 +26,7 @@ from benchmarks import (
 )
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
-from spatial_mamba_jax.models import presets as models
+from spatial_mamba_jax.models.presets import get_model_config
 from spatial_mamba_jax.training.config_file import load_config
 from tests import broken_work
 
@@ -35,7 +35,7 @@ from tests import broken_work
   ("size", "gmac"), [("tiny", 4.43), ("small", 7.07), ("base", 15.72)]
 )
 def test_flops_are_those_of_the_paper(size, gmac):
-  config = models.get_model_config(f"spatial_mamba_{size}")
+  config = get_model_config(f"spatial_mamba_{size}")
   assert network.forward_flops(config, 224) == pytest.approx(
     2e9 * gmac, rel=0.01
   )
@@ -87,12 +87,15 @@ def test_input_benchmark(monkeypatch, capsys):
 
 @pytest.fixture
 def two_blocks(monkeypatch):
-  """A model of two blocks, which compiles in seconds."""
-  monkeypatch.setitem(
-    models._PRESETS,
-    "spatial_mamba_micro",
-    models.ModelConfig(dims=(4, 4), depths=(1, 1)),
-  )
+  """Shrinks every experiment to two blocks, which compile in seconds."""
+  experiment = network.experiment
+
+  def small(*arguments, **options):
+    config = experiment(*arguments, **options)
+    config.model.dims, config.model.depths = (4, 4), (1, 1)
+    return config
+
+  monkeypatch.setattr(network, "experiment", small)
 
 
 def test_profile(monkeypatch, capsys, two_blocks):

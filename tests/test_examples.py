@@ -7,12 +7,14 @@ import pathlib
 import runpy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from PIL import Image
 
+import spatial_mamba_jax as smj
+from spatial_mamba_jax import create_backbone, create_model
 from spatial_mamba_jax.data import decoding
-from spatial_mamba_jax.models import presets as models
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -23,10 +25,9 @@ def run(monkeypatch, capsys):
   """Runs an example in this process, and returns what it prints."""
 
   def run(name, *arguments, stages=2):
-    small = models.ModelConfig(
-      dims=(4,) * stages, depths=(1,) * stages, num_classes=10
-    )
-    monkeypatch.setitem(models._PRESETS, "spatial_mamba_micro", small)
+    small = {"dims": (4,) * stages, "depths": (1,) * stages}
+    for function in (create_model, create_backbone):
+      monkeypatch.setattr(smj, function.__name__, partial(function, **small))
     path = EXAMPLES / name
     monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
     runpy.run_path(str(path), run_name="__main__")

@@ -220,6 +220,55 @@ def test_another_task_draws_its_own_panels_and_columns(tmp_path, capsys):
   ]
 
 
+def test_lines_of_one_kind_differ_by_dashes(tmp_path):
+  lines = [
+    [kind, value, f"{kind} {value}"]
+    for kind in ("evaluation", "evaluation_raw")
+    for value in ("ap", "ap50", "ap75", "apl")
+  ]
+  panel = {"title": "Precision", "unit": "%", "lines": lines, "scale": 100.0}
+  task = {**RUN["task"], "panels": [panel], "score": "ap", "columns": []}
+  records = [
+    {"step": 10, "kind": kind, **{x: 0.5 for _, x, _ in lines if x != "ap50"}}
+    for kind in ("evaluation", "evaluation_raw")
+  ]
+  write(tmp_path, records, run={**RUN, "task": task})
+  (axes,) = draw(read_run(tmp_path)).axes[:1]
+  assert axes.get_ylabel() == "%"
+  looks = {
+    line.get_label(): (line.get_color(), line.get_linestyle())
+    for line in axes.get_lines()
+  }
+  assert len(set(looks.values())) == len(looks) == 6
+  assert len({color for color, _ in looks.values()}) == 2
+  dashes = {name: dash for name, (_, dash) in looks.items()}
+  assert dashes["evaluation ap75"] == dashes["evaluation_raw ap75"] == ":"
+
+
+def test_a_task_states_the_unit_of_its_loss(tmp_path):
+  def units(panels):
+    run = {**RUN, "task": {**RUN["task"], "panels": panels}}
+    write(tmp_path, [train(10), train(20)], run=run)
+    found = draw(read_run(tmp_path)).axes
+    assert found[0].get_title(loc="left") == "Loss"
+    return [x.get_ylabel() for x in found if x.get_title(loc="left") == "Loss"]
+
+  assert units(RUN["task"]["panels"]) == ["nats"]
+  assert units([]) == [""]
+
+
+def test_a_line_that_hardly_changes_is_not_at_the_edge(tmp_path):
+  write(tmp_path, [train(10), train(20, images_per_second=400.1)])
+  (axes,) = (
+    x
+    for x in draw(read_run(tmp_path)).axes
+    if x.get_title(loc="left") == "Throughput"
+  )
+  bottom, top = axes.get_ylim()
+  assert bottom == 0
+  assert top > 410
+
+
 @pytest.mark.parametrize(
   "task",
   [

@@ -16,10 +16,6 @@ from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import linear
 from spatial_mamba_jax.models.mixers import StructureAwareConfig
 from spatial_mamba_jax.models.norms import BatchNorm
-from spatial_mamba_jax.models.spatial_mamba import (
-  SpatialMamba,
-  SpatialMambaBackbone,
-)
 
 _BLOCK = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,4})\.")
 _STEM = "patch_embed.conv1.conv.weight"
@@ -117,9 +113,10 @@ def abstract_model(
 
   def create():
     rngs = nnx.Rngs(0)
+    family = single.family
     if out_indices:
-      return SpatialMambaBackbone(single, out_indices=out_indices, rngs=rngs)
-    model = SpatialMamba(single, rngs=rngs)
+      return family.backbone(single, out_indices=out_indices, rngs=rngs)
+    model = family.classifier(single, rngs=rngs)
     if not head_bias:
       model.head = linear(
         config.dims[-1],

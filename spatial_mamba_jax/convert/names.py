@@ -99,7 +99,7 @@ def to_torch(model: Trunk) -> dict[str, np.ndarray]:
     for `num_batches_tracked`.
   """
   return torch_tensors(
-    {path: variable[...] for path, variable in _variables(model)}
+    {path: variable[...] for path, variable in variables(model)}
   )
 
 
@@ -139,7 +139,7 @@ def from_torch(
       a wrong shape or a complex type. The model is then unchanged.
   """
   mismatch = check_tensors(model, state_dict, strict=strict)
-  for path, variable in _variables(model):
+  for path, variable in variables(model):
     names = _torch_names(path)
     if all(name in state_dict for name in names):
       tensors = [np.asarray(state_dict[name]) for name in names]
@@ -155,7 +155,7 @@ def check_tensors(
   """Checks names, shapes and types for `from_torch`, but reads no values."""
   unexpected = dict.fromkeys(state_dict)
   missing, unfit = [], []
-  for path, variable in _variables(model):
+  for path, variable in variables(model):
     names = _torch_names(path)
     # Takes no memory; a shape from a file can be huge.
     like = np.broadcast_to(np.float32(0), variable.shape)
@@ -207,7 +207,7 @@ def _check(mismatch: Mismatch, misshapen: Sequence[str]) -> None:
     )
 
 
-def _variables(model: Trunk) -> Iterator[tuple[str, nnx.Variable]]:
+def variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
   """Yields every parameter and statistic with its path, e.g. head.kernel."""
   for path, variable in nnx.iter_graph(model):
     if isinstance(variable, nnx.Param | nnx.BatchStat):

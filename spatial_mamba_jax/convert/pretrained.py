@@ -167,7 +167,8 @@ def _architecture(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
     return model.config, tuple(sorted(map(int, model.norms)))
   if not isinstance(model, SpatialMamba):
     raise ValueError(
-      f"a {type(model).__name__} is not from create_model or create_backbone"
+      f"a {type(model).__name__} is not a Spatial-Mamba: {CONFIG} describes no"
+      " other family"
     )
   head = model.head
   if type(head) is not nnx.Linear:

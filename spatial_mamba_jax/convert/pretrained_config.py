@@ -148,6 +148,7 @@ def flat_fields(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields of an architecture and its mixer in one dictionary."""
   fields = dataclasses.asdict(config)
   mixer_fields = fields.pop("mixer")
+  del fields["family"]  # `model_type` names it.
   return {**fields, **mixer_fields}
 
 

@@ -1,6 +1,7 @@
 """Spatial-Mamba as Flax NNX modules."""
 
-from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.backbone import Backbone, Classifier
+from spatial_mamba_jax.models.config import Family, ModelConfig
 from spatial_mamba_jax.models.create import create_backbone, create_model
 from spatial_mamba_jax.models.mixers import States, StructureAwareConfig
 from spatial_mamba_jax.models.presets import list_models
@@ -11,6 +12,9 @@ from spatial_mamba_jax.models.spatial_mamba import (
 from spatial_mamba_jax.models.states import block_states
 
 __all__ = [
+  "Backbone",
+  "Classifier",
+  "Family",
   "ModelConfig",
   "SpatialMamba",
   "SpatialMambaBackbone",

@@ -1,15 +1,13 @@
 """Hierarchical networks: a stem, then stages with downsampling between them.
 
-A family of networks defines the parts in its `Family`; the config selects the
-token mixer.
+The config selects the parts, as a `Family`, and the token mixer.
 
 Axis letters: B batch, H and W height and width, C channels, K classes.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,43 +19,24 @@ from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import drop_path_scales, linear
 from spatial_mamba_jax.models.mixers.base import Place
 from spatial_mamba_jax.models.norms import LayerNorm
-from spatial_mamba_jax.models.stage import Block, Stage
-
-
-class Family(NamedTuple):
-  """The constructors of the parts of a family of networks.
-
-  Each also takes the keyword arguments `config` and `rngs`.
-
-  Attributes:
-    stem: (dim) -> a module that maps images to tokens.
-    block: (dim, variant) -> a block; see `MixerConfig.variant`.
-    downsampling: (dim, dim_out) -> a module that halves height and width.
-  """
-
-  stem: Callable[..., nnx.Module]
-  block: Callable[..., Block]
-  downsampling: Callable[..., nnx.Module]
+from spatial_mamba_jax.models.stage import Stage
 
 
 class Trunk(nnx.Module):
   """Stem, stages and the downsampling between them.
 
   Attributes:
-    family: constructors of the parts, set by a subclass.
     config: the architecture.
   """
 
-  family: ClassVar[Family]
-
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    dims, family = config.dims, self.family
+    dims, family = config.dims, config.family
     self.config = config
     self.stem = family.stem(dims[0], config=config, rngs=rngs)
     self.stages = nnx.List(
       [
         Stage(
-          partial(_create_block, family, config, dim),
+          partial(_create_block, config, dim),
           [config.mixer.variant(place) for place in places],
           remat=config.remat,
           rngs=rngs,
@@ -101,8 +80,8 @@ class Trunk(nnx.Module):
     return jnp.split(scales, list(itertools.accumulate(depths[:-1])))
 
 
-def _create_block(family, config, dim, variant, rngs):
-  return family.block(dim, variant, config=config, rngs=rngs)
+def _create_block(config, dim, variant, rngs):
+  return config.family.block(dim, variant, config=config, rngs=rngs)
 
 
 def _places(depths: Sequence[int]) -> Iterator[list[Place]]:

@@ -1,9 +1,11 @@
 """The config of an architecture."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from flax import nnx
 from spatial_mamba_kernels.shapes import at_least_float32
 
 from spatial_mamba_jax.errors import UserError
@@ -13,6 +15,7 @@ from spatial_mamba_jax.models.mixers.structure_aware import (
   MAX_EXPANSION,
   StructureAwareConfig,
 )
+from spatial_mamba_jax.models.stage import Block
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Most channels of a stage: more than twice the width of the vision transformer
@@ -36,11 +39,42 @@ def _dtype_name(dtype: Any) -> str:
     return ""
 
 
+class Family(NamedTuple):
+  """The constructors of the parts of a family of networks.
+
+  Those of the stem, the block and the downsampling also take the keyword
+  arguments `config` and `rngs`.
+
+  Attributes:
+    name: the family's name in saved configs.
+    stem: (dim) -> a module that maps images to tokens.
+    block: (dim, variant) -> a block; see `MixerConfig.variant`.
+    downsampling: (dim, dim_out) -> a module that halves height and width.
+    classifier: (config, *, rngs) -> a `Classifier` of these parts.
+    backbone: (config, *, out_indices, rngs) -> a `Backbone` of these parts.
+  """
+
+  name: str
+  stem: Callable[..., nnx.Module]
+  block: Callable[..., Block]
+  downsampling: Callable[..., nnx.Module]
+  classifier: Callable[..., Any]
+  backbone: Callable[..., Any]
+
+
+def _spatial_mamba() -> Family:
+  # Imported here, because that module imports this one.
+  from spatial_mamba_jax.models.spatial_mamba import SPATIAL_MAMBA
+
+  return SPATIAL_MAMBA
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """The config of an architecture.
 
   Attributes:
+    family: constructors of the parts of the network.
     dims: channels of each stage.
     depths: blocks of each stage.
     in_channels: channels of the images.
@@ -59,6 +93,7 @@ class ModelConfig:
       compilation. None: False if the default device is a GPU, else True.
   """
 
+  family: Family = dataclasses.field(default_factory=_spatial_mamba)
   dims: tuple[int, ...] = number(least=1, most=MAX_CHANNELS)
   depths: tuple[int, ...] = number(least=1, most=MAX_BLOCKS)
   in_channels: int = number(3, least=1, most=MAX_IMAGE_CHANNELS)

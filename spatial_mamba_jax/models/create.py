@@ -5,16 +5,11 @@ from typing import Any
 
 from flax import nnx
 
+from spatial_mamba_jax.models.backbone import Backbone, Classifier
 from spatial_mamba_jax.models.presets import get_model_config
-from spatial_mamba_jax.models.spatial_mamba import (
-  SpatialMamba,
-  SpatialMambaBackbone,
-)
 
 
-def create_model(
-  name: str, *, rngs: nnx.Rngs, **overrides: Any
-) -> SpatialMamba:
+def create_model(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Classifier:
   """Creates a classifier with the authors' initialisation, in eval mode.
 
       model = create_model("spatial_mamba_tiny", rngs=nnx.Rngs(0))
@@ -25,10 +20,14 @@ def create_model(
     rngs: random streams; `params` initialises the weights.
     **overrides: fields of `ModelConfig` to replace, e.g. num_classes=10.
 
+  Returns:
+    A classifier of the name's family, e.g. a `SpatialMamba`.
+
   Raises:
     ValueError: the name, a field or a value is wrong.
   """
-  return SpatialMamba(get_model_config(name, **overrides), rngs=rngs)
+  config = get_model_config(name, **overrides)
+  return config.family.classifier(config, rngs=rngs)
 
 
 def create_backbone(
@@ -37,7 +36,7 @@ def create_backbone(
   out_indices: Sequence[int] = (0, 1, 2, 3),
   rngs: nnx.Rngs,
   **overrides: Any,
-) -> SpatialMambaBackbone:
+) -> Backbone:
   """Creates a backbone for dense tasks, in eval mode.
 
   Args:
@@ -46,8 +45,11 @@ def create_backbone(
     rngs: random streams; `params` initialises the weights.
     **overrides: fields of `ModelConfig` to replace.
 
+  Returns:
+    A backbone of the name's family, e.g. a `SpatialMambaBackbone`.
+
   Raises:
     ValueError: the name, a field or a value is wrong.
   """
   config = get_model_config(name, **overrides)
-  return SpatialMambaBackbone(config, out_indices=out_indices, rngs=rngs)
+  return config.family.backbone(config, out_indices=out_indices, rngs=rngs)

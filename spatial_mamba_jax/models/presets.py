@@ -38,7 +38,8 @@ def _plain(value: Any) -> Any:
   """Converts NumPy scalars to Python's, and arrays and lists to tuples."""
   if isinstance(value, np.generic | np.ndarray):
     value = value.tolist()
-  return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+  # Only plain tuples, because a `Family` is a tuple too.
+  return tuple(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def get_model_config(name: str, **overrides: Any) -> ModelConfig:

@@ -26,7 +26,7 @@ _OF_BLOCKS = re.compile(r"(?:^|.*\.)stages\.\d+\.blocks\.")
 _STACKED = re.compile(r"((?:^|.*\.)stages\.\d+\.blocks)\.(?!\d+\.)(.*)")
 # Parts of a backbone whose layers have their own learning rates, and parts that
 # have the head's learning rate.
-_LAYERED = ("stem", "stages", "downsamples")
+LAYERED = ("stem", "stages", "downsamples")
 _NORMS = ("norm", "norms")
 
 
@@ -81,11 +81,7 @@ class PureModel:
           " give random streams (rngs) to the network's call"
         )
     self.shapes = jax.eval_shape(_weights_of, *nnx.split(model))
-    trunks = {
-      ".".join(map(str, path)): module
-      for path, module in nnx.iter_graph(model)
-      if isinstance(module, Trunk)
-    }
+    trunks = backbones(model)
     stacked = nnx.eval_shape(lambda: _stack(self._fresh()))
     self._paths = {
       _name(path): (path, type(variable))
@@ -165,6 +161,15 @@ class PureModel:
     return function(model), _arrays(model, nnx.BatchStat)
 
 
+def backbones(network: nnx.Module) -> dict[str, Trunk]:
+  """Returns {path: backbone} of a network; the path of a classifier is ""."""
+  return {
+    _name(path): module
+    for path, module in nnx.iter_graph(network)
+    if isinstance(module, Trunk)
+  }
+
+
 def is_stacked(name: str) -> bool:
   """Returns whether a path has stacked weights."""
   return _STACKED.fullmatch(name) is not None
@@ -213,7 +218,7 @@ def _trunk_part(
   for prefix, trunk in trunks.items():
     if not prefix or name.startswith(f"{prefix}."):
       parts = name.removeprefix(f"{prefix}." if prefix else "").split(".")
-      if parts[0] in (*_LAYERED, *_NORMS):
+      if parts[0] in (*LAYERED, *_NORMS):
         return trunk, parts
   return None
 
@@ -227,7 +232,7 @@ def _layers(
     layers[name] = 1 + deepest
     if found := _trunk_part(name, trunks):
       trunk, parts = found
-      if parts[0] in _LAYERED:
+      if parts[0] in LAYERED:
         layers[name] = _layer(parts, trunk.config.depths)
   return layers
 

@@ -14,8 +14,8 @@ from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
-from spatial_mamba_jax.models.backbone import Backbone, Classifier, Family
-from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.backbone import Backbone, Classifier
+from spatial_mamba_jax.models.config import Family, ModelConfig
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   Mlp,
@@ -140,16 +140,11 @@ class Block(nnx.Module):
     return self.mixer.states(self.norm1(self.conv1.residual(x)))
 
 
-_FAMILY = Family(Stem, Block, DownSampling)
-
-
 class SpatialMamba(Classifier):
   """The image classifier.
 
   For forward-mode derivatives see `spatial_mamba_kernels`.
   """
-
-  family = _FAMILY
 
 
 class SpatialMambaBackbone(Backbone):
@@ -158,4 +153,12 @@ class SpatialMambaBackbone(Backbone):
   For forward-mode derivatives see `spatial_mamba_kernels`.
   """
 
-  family = _FAMILY
+
+SPATIAL_MAMBA = Family(
+  "spatial_mamba",
+  Stem,
+  Block,
+  DownSampling,
+  classifier=SpatialMamba,
+  backbone=SpatialMambaBackbone,
+)

@@ -1,5 +1,6 @@
 """Draws the curves of a run."""
 
+import collections
 from typing import TYPE_CHECKING, Any
 
 from spatial_mamba_jax.report.run_log import RunLog
@@ -15,10 +16,13 @@ _COLOURS = {
   "evaluation": "#D55E00",
   "evaluation_raw": "#009E73",
 }
+# Dashes of the lines of one kind in a panel, in order.
+_DASHES = ("-", "--", ":", "-.")
 # Panels of every task: the loss above the task's own panels, the others below.
+# A task that draws the loss with its unit replaces the panel of the loss.
 _LOSS = Panel(
   "Loss",
-  "nats",
+  "",
   (
     Line("train", "loss", "training, with its regularisation"),
     Line("evaluation_raw", "loss", "validation, raw weights"),
@@ -48,9 +52,11 @@ def draw(run: RunLog) -> "matplotlib.figure.Figure":
   from matplotlib.figure import Figure
   from matplotlib.ticker import MaxNLocator
 
+  task_lines = [line[:2] for panel in run.task.panels for line in panel.lines]
+  loss = [] if ("train", "loss") in task_lines else [_LOSS]
   panels = [
     panel
-    for panel in (_LOSS, *run.task.panels, *_FROM_ZERO)
+    for panel in (*loss, *run.task.panels, *_FROM_ZERO)
     if any(run.points(line)[0] for line in panel.lines)
   ]
   # One column is legible on a phone; six panels fill a printed page.
@@ -78,7 +84,10 @@ def draw(run: RunLog) -> "matplotlib.figure.Figure":
 
 
 def _draw_panel(axes: Any, panel: Panel, run: RunLog) -> None:
+  kinds = collections.Counter()
   for line in panel.lines:
+    dash = _DASHES[kinds[line.kind] % len(_DASHES)]
+    kinds[line.kind] += 1
     steps, values = run.points(line)
     if not steps:
       continue
@@ -87,6 +96,7 @@ def _draw_panel(axes: Any, panel: Panel, run: RunLog) -> None:
       [panel.scale * value for value in values],
       color=_COLOURS.get(line.kind, _COLOURS["train"]),
       label=line.name,
+      linestyle=dash,
       linewidth=1.3,
       # A line of few points, or of one, is hard to see without markers.
       marker="o" if len(steps) <= 40 else None,
@@ -102,6 +112,10 @@ def _draw_panel(axes: Any, panel: Panel, run: RunLog) -> None:
   for side in ("left", "bottom"):
     axes.spines[side].set_color("0.6")
   if panel in _FROM_ZERO:
+    # Scaling from 0 leaves a margin above a line that hardly changes.
+    axes.update_datalim([(0, 0)], updatex=False)
+    axes.autoscale_view(scalex=False)
     axes.set_ylim(bottom=0)
   if len(panel.lines) > 1:
-    axes.legend(fontsize=8, frameon=False)
+    columns = 1 + (len(panel.lines) > 3)
+    axes.legend(fontsize=8, frameon=False, handlelength=2.6, ncols=columns)

@@ -116,8 +116,9 @@ class Panel(NamedTuple):
 
   Attributes:
     title: the title.
-    unit: unit of the vertical axis.
-    lines: the lines.
+    unit: unit of the vertical axis; empty for values without a unit.
+    lines: the lines. Each kind has a colour; lines of one kind differ by their
+      dashes, of which there are four.
     scale: factor from the logged values to the unit.
   """
 

@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import flags
@@ -26,8 +26,7 @@ from spatial_mamba_jax.fields import nearest, show
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training import config_file
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
-from spatial_mamba_jax.training.evaluation import Evaluation
-from spatial_mamba_jax.training.loop import NonFiniteError
+from spatial_mamba_jax.training.loop import Evaluated, NonFiniteError
 from spatial_mamba_jax.training.sharding import initialize_distributed
 from spatial_mamba_jax.training.stopping import StoppedError, end_on_signals
 
@@ -135,16 +134,17 @@ def path(flag: flags.FlagHolder[str | None]) -> pathlib.Path | None:
   return local_path(flag.value, f"--{flag.name}") if flag.value else None
 
 
-def tell_evaluations(
-  evaluations: Mapping[str, Evaluation], *, as_json: bool
-) -> None:
+def tell_evaluations(evaluated: Evaluated, *, as_json: bool) -> None:
   """Prints one line per evaluation, or all as one line of JSON."""
   if jax.process_index():
     return
+  step, evaluations = evaluated
   if as_json:
-    tell(json.dumps({k: v.to_json() for k, v in evaluations.items()}))
+    found = {name: x.to_json() for name, x in evaluations.items()}
+    tell(json.dumps({"step": step, **found}))
   else:
-    tell("\n".join(f"{name}  {x}" for name, x in evaluations.items()))
+    when = "" if step is None else f"step {step}: "
+    tell("\n".join(f"{when}{name}  {x}" for name, x in evaluations.items()))
 
 
 def _command() -> str:

@@ -25,7 +25,7 @@ from spatial_mamba_jax.fields import (
   number,
   show,
 )
-from spatial_mamba_jax.models import ModelConfig, list_models
+from spatial_mamba_jax.models import Family, ModelConfig, list_models
 from spatial_mamba_jax.models.config import (
   DTYPES,
   MAX_BLOCKS,
@@ -60,6 +60,7 @@ class ModelSection(Section):
 
   Attributes:
     name: the preset, one of `spatial_mamba_jax.list_models()`.
+    family: constructors of the parts of the network; None for the preset's.
     dims: channels of each stage; empty for the preset's.
     depths: blocks of each stage; empty for the preset's.
     in_channels: channels of the images; None for the preset's.
@@ -78,6 +79,7 @@ class ModelSection(Section):
   mistake = TrainingError
 
   name: str = choice("spatial_mamba_micro", among=list_models)
+  family: Family | None = None
   dims: tuple[int, ...] = number((), least=1, most=MAX_CHANNELS)
   depths: tuple[int, ...] = number((), least=1, most=MAX_BLOCKS)
   in_channels: int | None = number(None, least=1, most=MAX_IMAGE_CHANNELS)
@@ -101,7 +103,7 @@ class ModelSection(Section):
     """
     fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
     # Without these fields, the preset's apply.
-    for field in ("dims", "depths", "in_channels", "mlp_ratio"):
+    for field in ("family", "dims", "depths", "in_channels", "mlp_ratio"):
       if fields[field] in ((), [], None):
         del fields[field]
     # Copied, because the section is mutable.
@@ -250,8 +252,8 @@ class TrainConfig(Section):
       (MESA, arXiv 2205.14083); 0 for no MESA.
     mesa_start: fraction of the run after which MESA begins.
     init_from: weights to start from instead of random ones: any file or
-      directory that `python -m spatial_mamba_jax.convert` reads. A head with
-      another number of classes is replaced by a random one.
+      directory that `python -m spatial_mamba_jax.convert` reads. The head
+      keeps its initial values if the weights have none that fits.
     linear_probe: whether to train the head only and freeze the backbone.
     seed: seed of the initialisation, the order of images and all augmentation.
     evaluation_batch_size: images per evaluation step, over all devices.

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from spatial_mamba_jax.models.presets import get_model_config
+from spatial_mamba_jax.models.spatial_mamba import SPATIAL_MAMBA
 from spatial_mamba_jax.training.config import (
   TrainConfig,
   TrainingError,
@@ -45,7 +46,9 @@ def check_same_experiment(
   Raises:
     TrainingError: the experiments differ; the message names the fields.
   """
-  old, new = _of_version_1(_flatten(saved)), _flatten(now)
+  # Checkpoints from before the field existed are of this family.
+  old = {"model.family": SPATIAL_MAMBA.name, **_of_version_1(_flatten(saved))}
+  new = _flatten(now)
   old, new = _with_normalized_intervals(old), _with_normalized_intervals(new)
   differing = [
     f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
@@ -70,6 +73,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
   fields["task"]["kind"] = config.task.kind
   fields["model"]["mixer"]["name"] = config.model.mixer.name
   architecture = config.model.build()
+  fields["model"]["family"] = architecture.family.name
   for name in ("dims", "depths", "in_channels", "mlp_ratio"):
     fields["model"][name] = getattr(architecture, name)
   return json.loads(json.dumps(fields))

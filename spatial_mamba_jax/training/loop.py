@@ -8,7 +8,7 @@ import os
 import pathlib
 import signal
 import time
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -88,11 +88,24 @@ def train(
   return _Trainer(config, local_path(workdir, "workdir")).run()
 
 
+class Evaluated(NamedTuple):
+  """The result of `evaluate_checkpoint`.
+
+  Attributes:
+    step: the step of the checkpoint; None for a file of weights.
+    evaluations: the evaluations of the moving average, "ema", and of the
+      weights, "raw". Some files have only one of the two.
+  """
+
+  step: int | None
+  evaluations: dict[str, Evaluation]
+
+
 def evaluate_checkpoint(
   config: TrainConfig,
   path: str | os.PathLike[str],
   output_dir: str | os.PathLike[str] | None = None,
-) -> dict[str, Evaluation]:
+) -> Evaluated:
   """Evaluates the weights of a checkpoint and their moving average.
 
   Args:
@@ -100,10 +113,6 @@ def evaluate_checkpoint(
     path: the weights; see `load_weights`.
     output_dir: the directory for the predictions, with a subdirectory for each
       set of weights; None to write none. See `Meter.write`.
-
-  Returns:
-    The evaluations of the moving average, "ema", and of the weights, "raw".
-    Some files have only one of the two.
 
   Raises:
     UserError: something is wrong with the config, the data or `path`.
@@ -115,7 +124,7 @@ def evaluate_checkpoint(
   mesh = make_mesh(config.mesh)
   evaluator = make_evaluator(config, mesh)
   source = evaluator.task.source("validation")
-  weights = load_weights(
+  step, weights = load_weights(
     local_path(path), evaluator.model, evaluator.weight_shapes
   )
   with jax.set_mesh(mesh):  # Kernels are sharded over it.
@@ -124,7 +133,7 @@ def evaluate_checkpoint(
     for name, each in found.items():
       make_directory(directory / name)
       each.meter.write(directory / name)
-  return {name: each.evaluation for name, each in found.items()}
+  return Evaluated(step, {k: each.evaluation for k, each in found.items()})
 
 
 def _check_writable(directory: pathlib.Path) -> None:

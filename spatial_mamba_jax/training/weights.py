@@ -1,9 +1,13 @@
 """Reads weights in any format, to evaluate them or to start a run from them."""
 
 import pathlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
 
 from spatial_mamba_jax.convert.architecture import (
   abstract_model,
@@ -20,22 +24,33 @@ from spatial_mamba_jax.convert.names import (
   from_torch,
   is_counter,
   torch_tensors,
+  variables,
 )
 from spatial_mamba_jax.errors import one_line
-from spatial_mamba_jax.models import ModelConfig, SpatialMamba
-from spatial_mamba_jax.models.backbone import Trunk
-from spatial_mamba_jax.models.pure import PureModel, Weights, unstacked
+from spatial_mamba_jax.models.backbone import Classifier, Trunk
+from spatial_mamba_jax.models.pure import (
+  LAYERED,
+  PureModel,
+  Weights,
+  backbones,
+  unstacked,
+)
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.checkpoint import RemovedError, open_checkpoint
 from spatial_mamba_jax.training.config import TrainingError
 
 # Attempts to read a checkpoint, which its run may remove meanwhile.
 _ATTEMPTS = 5
+# Path of a weight of a backbone's first block; the group is the prefix of all
+# paths in the backbone.
+_FIRST_BLOCK = re.compile(r"((?:.*?\.)?)stages\.0\.blocks\.0\.")
+# Prefix of the tensors that follow the stages, in classifiers and backbones.
+_END = re.compile(r"(norm|head|outnorm\d+)\.")
 
 
 def load_weights(
   path: pathlib.Path, model: PureModel, like: Weights
-) -> dict[str, Weights]:
+) -> tuple[int | None, dict[str, Weights]]:
   """Reads the weights in a file or directory, to evaluate them.
 
   Args:
@@ -46,18 +61,27 @@ def load_weights(
     like: the shapes and shardings of the network's weights.
 
   Returns:
-    The moving average, "ema", and the weights themselves, "raw". Of a file,
-    `read_file` chooses one of the two.
+    The step of a run's checkpoint, None for a file; and the moving average,
+    "ema", and the weights themselves, "raw". Of a file, `read_file` chooses one
+    of the two.
 
   Raises:
     TrainingError: there are no weights, or they are of another model.
   """
   path = local_path(path)
   if not is_of_weights(path):
-    return _restore(path, like)[1]
+    return _restore(path, like)
+  network = model.abstract()
+  if not isinstance(network, Classifier):
+    raise TrainingError(
+      f"{path} holds a classifier or a backbone: a {type(network).__name__} is"
+      " evaluated from a run's checkpoint"
+    )
   found = read_weights(path)
-  name = "ema" if found.is_average else "raw"
-  return {name: _fitted(path, found.state_dict, model, like)}
+  classifier = abstract_model(network.config)
+  _fill(path, classifier, found.state_dict)
+  weights = _with_shardings(PureModel.weights_of(classifier), like)
+  return None, {"ema" if found.is_average else "raw": weights}
 
 
 def start_from(
@@ -65,73 +89,131 @@ def start_from(
 ) -> tuple[Weights, str]:
   """Reads the weights in a file or directory, to train them further.
 
+  They replace the stem and the stages of the network's backbone, which may have
+  any path. A norm after the stages or a head is replaced if `path` has one that
+  fits.
+
   Args:
     path: as for `load_weights`; of a run, the moving average is read.
-    model: the network, which may have another head than the weights.
-    fresh: random weights of the network. They replace a head that is missing
-      or has another number of classes, and a missing norm before the head.
+    model: the network.
+    fresh: random weights of the network, for what `path` does not replace.
 
   Returns:
-    The weights, with the shardings of `fresh`, and a message about the head.
+    The weights, with the shardings of `fresh`, and a message about what keeps
+    its random values.
 
   Raises:
-    TrainingError: there are no weights, or they are of another model.
+    TrainingError: there are no weights, they are of another model, or the
+      network does not have exactly one backbone.
   """
-  num_classes = _architecture(model).num_classes
-  found = read_weights(path)
-  tensors = {
-    name: tensor
-    for name, tensor in found.state_dict.items()
-    if not name.startswith("outnorm")  # Norms of a backbone's outputs.
-  }
-  head = tensors.get("head.weight")
-  from_fresh = []
-  # `_fitted` refuses a head that is not a matrix.
-  fits = head is not None and (head.ndim != 2 or len(head) == num_classes)
-  if fits:
-    message = f"starting from {path}, including its head"
-  else:
-    found_head = "no head" if head is None else f"{len(head)} classes"
-    message = f"starting from {path}, with a random head: it has {found_head}"
-    from_fresh += ["head.kernel", "head.bias"]
-  if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
-    from_fresh += ["norm.scale", "norm.bias"]
-  tensors |= torch_tensors({name: fresh.params[name] for name in from_fresh})
-  weights = _fitted(path, tensors, model, fresh)
-  return weights, message + _left_out(found)
+  # Gathered, because arrays on devices of other processes cannot be unstacked.
+  gathered = multihost_utils.process_allgather(fresh, tiled=True)
+  network = model.bind(jax.tree.map(jnp.asarray, gathered))
+  prefix, backbone = _backbone(network)
+  found, others = _read(local_path(path))
+  kept, message = _fill_backbone(path, backbone, found.state_dict)
+  kept, used = [prefix + name for name in kept], set()
+  for name, variable in variables(network):
+    if name.startswith(prefix):
+      continue
+    if name in others and others[name].shape == variable.shape:
+      variable.set_value(jnp.asarray(others[name], variable.dtype))
+      used.add(name)
+    else:
+      kept.append(name)
+  modules = dict.fromkeys(name.rpartition(".")[0] for name in kept)
+  if modules:
+    message += f"; initialised at random: {listed(modules, 6)}"
+  weights = _with_shardings(PureModel.weights_of(network), fresh)
+  return weights, f"starting from {path}{message}{_left_out(found, used)}"
 
 
-def _left_out(found: Found) -> str:
+def _left_out(found: Found, used: set[str]) -> str:
   """Returns the end of a message that names the tensors left out."""
-  names = [x for x in found.left_out if not is_counter(x)]
+  names = [x for x in found.left_out if not is_counter(x) and x not in used]
   return f"; left out {len(names)} tensors ({listed(names)})" * bool(names)
 
 
-def _architecture(model: PureModel) -> ModelConfig:
-  network = model.abstract()
-  if not isinstance(network, SpatialMamba):
+def _backbone(network: nnx.Module) -> tuple[str, Trunk]:
+  """Returns the prefix of the paths in a network's backbone, and the backbone.
+
+  Raises:
+    TrainingError: the network does not have exactly one.
+  """
+  found = backbones(network)
+  if len(found) != 1:
     raise TrainingError(
-      f"config.init_from is for classifiers: a {type(network).__name__} cannot"
-      " start from other weights"
+      "config.init_from needs a network with one backbone, and a"
+      f" {type(network).__name__} has {len(found) or 'none'}"
     )
-  return network.config
+  ((path, backbone),) = found.items()
+  return f"{path}." if path else "", backbone
 
 
-def _fitted(
-  path: pathlib.Path,
-  state_dict: dict[str, np.ndarray],
-  model: PureModel,
-  like: Weights,
-) -> Weights:
-  """Converts tensors to the weights of a model, sharded as `like`."""
-  filled = abstract_model(_architecture(model))
+def _fill_backbone(
+  path: pathlib.Path, backbone: Trunk, state_dict: dict[str, np.ndarray]
+) -> tuple[list[str], str]:
+  """Fills a backbone; norms and a head without tensors keep their values.
+
+  Returns:
+    The paths of the variables that keep their values, and a message. A
+    classifier has a message in place of the paths.
+  """
+  ends = {
+    name: variable[...]
+    for name, variable in variables(backbone)
+    if name.split(".")[0] not in LAYERED
+  }
+  names = torch_tensors(ends).keys()
+  # Without the norms and the head that only the other kind of network has.
+  tensors = {
+    name: tensor
+    for name, tensor in state_dict.items()
+    if name in names or not _END.match(name)
+  }
+  if isinstance(backbone, Classifier):
+    kept, message = _kept_end(tensors, backbone.config.num_classes)
+  else:
+    message = ""
+    kept = [
+      name
+      for name, array in ends.items()
+      if not torch_tensors({name: array}).keys() <= tensors.keys()
+    ]
+  tensors |= torch_tensors({name: ends[name] for name in kept})
+  _fill(path, backbone, tensors)
+  return [] if message else kept, message
+
+
+def _kept_end(
+  tensors: dict[str, np.ndarray], num_classes: int
+) -> tuple[list[str], str]:
+  """Returns the paths in a classifier's end that stay random, and a message."""
+  head = tensors.get("head.weight")
+  # `_fill` refuses a head that is not a matrix.
+  if head is not None and (head.ndim != 2 or len(head) == num_classes):
+    return [], ", including its head"
+  kept = ["head.kernel", "head.bias"]
+  if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
+    kept += ["norm.scale", "norm.bias"]
+  found_head = "no head" if head is None else f"{len(head)} classes"
+  return kept, f", with a random head: it has {found_head}"
+
+
+def _fill(
+  path: pathlib.Path, model: Trunk, state_dict: dict[str, np.ndarray]
+) -> None:
+  """Fills a model with tensors, which must fit it."""
   try:
-    from_torch(filled, with_head_bias(state_dict))
+    from_torch(model, with_head_bias(state_dict))
   except ValueError as error:
     raise TrainingError(
       f"{path} holds a model other than config.model: {error}"
     ) from error
-  weights = PureModel.weights_of(filled)
+
+
+def _with_shardings(weights: Weights, like: Weights) -> Weights:
+  """Returns the weights with the shardings of `like`."""
   return jax.tree.map(_sharded_like, weights, like)
 
 
@@ -163,11 +245,17 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
   Raises:
     TrainingError: there are no weights.
   """
-  path = local_path(path)
+  return _read(local_path(path), raw=raw)[0]
+
+
+def _read(
+  path: pathlib.Path, *, raw: bool = False
+) -> tuple[Found, dict[str, np.ndarray]]:
+  """Reads weights, and {path: array} of a run outside the backbone."""
   if not is_of_weights(path):
-    return read_checkpoint(path, raw=raw)
+    return _read_checkpoint(path, raw=raw)
   try:
-    return read_file(path, raw=raw)
+    return read_file(path, raw=raw), {}
   except FileNotFoundError as error:
     raise TrainingError(
       f"{path} does not exist: train first, or correct the path"
@@ -178,11 +266,35 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
 
 def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
   """Reads the weights of a checkpoint of this project; see `read_weights`."""
+  return _read_checkpoint(path, raw=raw)[0]
+
+
+def _read_checkpoint(
+  path: pathlib.Path, *, raw: bool
+) -> tuple[Found, dict[str, np.ndarray]]:
+  """Reads the same as `_read`, of a checkpoint."""
   step, weights = _restore(path)
   name = "raw" if raw else "ema"
   if name not in weights:
     raise TrainingError(f"{path} has no raw weights, only one set")
-  return Found(torch_tensors(unstacked(weights[name])), f"step {step}")
+  arrays = unstacked(weights[name])
+  matches = map(_FIRST_BLOCK.match, arrays)
+  prefix = min({match[1] for match in matches if match}, key=len, default="")
+  backbone = {
+    name.removeprefix(prefix): array
+    for name, array in arrays.items()
+    if name.startswith(prefix)
+  }
+  others = {
+    name: np.asarray(array)
+    for name, array in arrays.items()
+    if not name.startswith(prefix)
+  }
+  prefixes = (prefix,) * bool(prefix)
+  found = Found(
+    torch_tensors(backbone), f"step {step}", tuple(others), prefixes
+  )
+  return found, others
 
 
 def _restore(

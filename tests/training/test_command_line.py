@@ -462,7 +462,13 @@ def test_evaluation(experiment, tmp_path):
     r"  top-1 \d+\.\d\d%  top-5 100\.00%  loss \d+\.\d{4}  ECE \d+\.\d\d%"
     r"  images 24\n"
   )
-  assert re.fullmatch(f"ema{numbers}raw{numbers}", out)
+  found = re.fullmatch(rf"step (\d): ema{numbers}step \1: raw{numbers}", out)
+  assert found
+  logged = experiment.records(workdir)
+  scores = {x["step"]: x["top1"] for x in logged if x["kind"] == "evaluation"}
+  # Among equal scores, the latest is the best.
+  best = max(scores, key=lambda step: (scores[step], step))
+  assert int(found[1]) == best
   # Four devices evaluate a model that one device has trained.
   status, text, err = experiment.run(
     "eval.py",
@@ -475,6 +481,7 @@ def test_evaluation(experiment, tmp_path):
   logged = experiment.records(workdir)[-2:]
   assert [r["kind"] for r in logged] == ["evaluation", "evaluation_raw"]
   evaluations = json.loads(line)
+  assert evaluations["step"] == 9
   assert evaluations["ema"]["loss"] != evaluations["raw"]["loss"]
   for name, record in zip(("ema", "raw"), logged, strict=True):
     evaluation = evaluations[name]

@@ -73,6 +73,7 @@ TIMES = {
 RATES = ("learning_rate", "warmup_learning_rate", "min_learning_rate")
 EXCEPTIONS = {
   "model.remat": (None, True),
+  "model.mlp_ratio": (0.5, 8.0),  # Or None, for that of the name.
   # Empty for those of the name; of another length they name the other as well.
   "model.dims": ((), [], (1,), (1, 2, 3)),
   "model.depths": ((), [], (1,), (1, 2, 3)),

@@ -5,6 +5,7 @@ import runpy
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,6 +15,8 @@ import spatial_mamba_jax as smj
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models import ModelConfig
 from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.training.checkpoint import Checkpoints
+from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
 from spatial_mamba_jax.training.weights import (
@@ -22,6 +25,7 @@ from spatial_mamba_jax.training.weights import (
   read_weights,
   start_from,
 )
+from tests.pixel_task import PixelNetwork
 
 HEAD = {"head.weight", "head.bias"}
 NORM = {"norm.weight", "norm.bias"}
@@ -136,6 +140,134 @@ def test_a_head_without_its_norm_is_refused(pretrained, tmp_path):
     start_from(path, model, fresh)
 
 
+def pixels_of(dims=(4, 4), depths=(1, 2), network=PixelNetwork):
+  """Returns a network with a nested backbone, and some weights of it."""
+  model = PureModel(partial(network, ModelConfig(dims=dims, depths=depths)))
+  return model, some_weights(model)
+
+
+def some_weights(model, value=0.5):
+  # Constants, because random weights take long to compile.
+  return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), model.shapes)
+
+
+def run_of(weights, directory):
+  """Writes a run with one checkpoint of the weights; returns its path."""
+  with Checkpoints(directory / "checkpoints") as checkpoints:
+    checkpoints.save_weights(3, weights)
+    checkpoints.wait()
+  return directory
+
+
+@pytest.fixture(params=["pretrained", "authors", "run"])
+def classifier(request, pretrained, tmp_path):
+  """The path of a classifier's weights, in each format."""
+  if request.param == "pretrained":
+    return pretrained
+  if request.param == "run":
+    model = PureModel(partial(smj.SpatialMamba, config_of(5)))
+    return run_of(some_weights(model, 3), tmp_path / "run")
+  tensors = {
+    f"model.{name}": x
+    for name, x in read_weights(pretrained).state_dict.items()
+  }
+  safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+  return tmp_path / "x.safetensors"
+
+
+def test_a_nested_backbone_starts_from_a_classifier(classifier):
+  model, fresh = pixels_of()
+  weights, said = start_from(classifier, model, fresh)
+  assert said == (
+    f"starting from {classifier}; initialised at random: backbone.norms.0,"
+    " classifier"
+  )
+  network = model.bind(weights)
+  expected = read_weights(classifier).state_dict
+  found = smj.convert.to_torch(network.backbone)
+  assert_equal_but(HEAD | NORM, found, expected)
+  for name in ("backbone.norms.0.scale", "classifier.kernel"):
+    np.testing.assert_array_equal(weights.params[name], fresh.params[name])
+  placed = jax.tree.map(lambda x: x.sharding, (weights, fresh))
+  assert placed[0] == placed[1]
+
+
+class MorePixels(PixelNetwork):
+  """A network with another path of its backbone, and other classes."""
+
+  def __init__(self, config, *, rngs):
+    super().__init__(config, rngs=rngs)
+    self.encoder = nnx.Dict(trunk=self.backbone)
+    del self.backbone
+    self.classifier = nnx.Linear(config.dims[0], 7, rngs=rngs)
+
+
+def test_a_network_starts_from_a_run_of_its_own(tmp_path):
+  """A head that fits is taken; another stays random."""
+  model, fresh = pixels_of()
+  before = some_weights(model, 3)
+  run = run_of(before, tmp_path / "run")
+  weights, said = start_from(run, model, fresh)
+  assert said == f"starting from {run}"
+  jax.tree.map(np.testing.assert_array_equal, weights, before)
+
+  model, fresh = pixels_of(network=MorePixels)
+  weights, said = start_from(run, model, fresh)
+  assert said == (
+    f"starting from {run}; initialised at random: classifier; left out 2"
+    " tensors (classifier.bias, classifier.kernel)"
+  )
+  for name, x in {**weights.params, **weights.stats}.items():
+    expected = {**before.params, **before.stats}.get(
+      name.replace("encoder.trunk.", "backbone.")
+    )
+    if name.startswith("classifier."):
+      expected = fresh.params[name]
+    np.testing.assert_array_equal(x, expected, err_msg=name)
+
+  model = PureModel(partial(smj.SpatialMamba, config_of(5)))
+  weights, said = start_from(run, model, some_weights(model))
+  assert "with a random head: it has no head; left out 2" in said
+  backbone = smj.convert.to_torch(load_model(run))
+  outnorms = {"outnorm0.weight", "outnorm0.bias"}
+  assert_equal_but(outnorms, tensors_of(weights, model), backbone)
+
+
+class TwoBackbones(PixelNetwork):
+  def __init__(self, config, *, rngs):
+    super().__init__(config, rngs=rngs)
+    self.other = smj.SpatialMambaBackbone(config, out_indices=(0,), rngs=rngs)
+
+
+class NoBackbone(PixelNetwork):
+  def __init__(self, config, *, rngs):
+    super().__init__(config, rngs=rngs)
+    del self.backbone
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"depths": (1, 3)}, r"27 missing \(layers\.1\.blocks\.2"),
+    ({"depths": (1, 1)}, r"27 unexpected \(layers\.1\.blocks\.1"),
+    ({"dims": (4, 8)}, r"misshapen \(.* is \[.*\] instead of \["),
+    ({"network": TwoBackbones}, "a TwoBackbones has 2"),
+    ({"network": NoBackbone}, "a NoBackbone has none"),
+  ],
+)
+def test_what_a_nested_backbone_cannot_take(pretrained, options, words):
+  model, fresh = pixels_of(**options)
+  with pytest.raises(TrainingError, match=words) as caught:
+    start_from(pretrained, model, fresh)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_a_classifier_evaluates_no_other_network(pretrained):
+  model, fresh = pixels_of()
+  with pytest.raises(TrainingError, match="a PixelNetwork is evaluated from"):
+    load_weights(pretrained, model, fresh)
+
+
 def test_paths_from_here_and_from_home(pretrained, monkeypatch):
   model, fresh = model_of(config_of(5))
   expected = read_weights(pretrained).state_dict
@@ -147,7 +279,9 @@ def test_paths_from_here_and_from_home(pretrained, monkeypatch):
     assert_equal_but(set(), smj.convert.to_torch(load_model(path)), expected)
     weights, _ = start_from(path, model, fresh)
     assert_equal_but(set(), tensors_of(weights, model), expected)
-    (weights,) = load_weights(path, model, fresh).values()
+    step, weights = load_weights(path, model, fresh)
+    assert step is None
+    (weights,) = weights.values()
     assert_equal_but(set(), tensors_of(weights, model), expected)
   with pytest.raises(UserError, match="of this machine"):
     read_weights(pathlib.Path("gs://bucket/run"))
@@ -210,5 +344,6 @@ def test_a_linear_probe_at_another_resolution(finetune, tmp_path):
     found = read_weights(tmp_path / "run", raw=raw).state_dict
     assert_equal_but(HEAD, found, before)
   finetune.data.image_size = 40
-  evaluations = evaluate_checkpoint(finetune, tmp_path / "run")
+  step, evaluations = evaluate_checkpoint(finetune, tmp_path / "run")
+  assert step in CheckpointFiles(tmp_path / "run" / "checkpoints").steps()
   assert evaluations["raw"].values["images"] == 9

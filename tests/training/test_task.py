@@ -25,6 +25,13 @@ from tests.pixel_task import get_config
 """
 
 
+OTHER_SOURCE = """
+from tests.pixel_task import Stripes
+
+Stripes.__len__ = lambda self: self.images + 1
+"""
+
+
 @pytest.fixture
 def pixels(experiment):
   """Runs of the task that classifies pixels."""
@@ -69,9 +76,21 @@ def test_a_second_task_trains_resumes_and_reports(pixels, tmp_path, capsys):
   )
   assert status == 0, err
   found = json.loads(out)
+  assert found["step"] == best
   assert found["ema"] == {"miou": scores[best], "unreadable": 0}
   counts = json.loads((output / "ema" / "counts.json").read_text())
   assert np.sum(counts) == 24 * 16 * 16
+
+  last = f"--checkpoint={whole / 'checkpoints' / '14'}"
+  status, out, err = pixels.run("eval.py", last)
+  assert status == 0, err
+  assert out.startswith(f"step 14: ema  mIoU {100 * scores[14]:.2f}%\n")
+
+  # The identity of the data comes from the source, not from config.data.
+  pixels.path.write_text(f"{CONFIG}{OTHER_SOURCE}")
+  status, _, err = pixels.run("train.py", f"--workdir={whole}")
+  assert status == 2
+  assert "training_images was 24 and is 25" in err.splitlines()[-1]
 
   assert report([str(whole)]) == 0
   assert "mIoU" in (whole / "report.html").read_text()

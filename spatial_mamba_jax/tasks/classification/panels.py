@@ -4,6 +4,15 @@ from spatial_mamba_jax.tasks.base import Column, Line, Panel
 
 PANELS: tuple[Panel, ...] = (
   Panel(
+    "Loss",
+    "nats",
+    (
+      Line("train", "loss", "training, with its regularisation"),
+      Line("evaluation_raw", "loss", "validation, raw weights"),
+      Line("evaluation", "loss", "validation, moving average"),
+    ),
+  ),
+  Panel(
     "Accuracy, top-1",
     "%",
     (

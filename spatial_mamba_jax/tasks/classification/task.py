@@ -14,7 +14,7 @@ from spatial_mamba_kernels.typing import Array, Float
 from spatial_mamba_jax.data.config import DataConfig
 from spatial_mamba_jax.data.sources import LabelledSource, Source, open_source
 from spatial_mamba_jax.errors import UserError
-from spatial_mamba_jax.models import ModelConfig, SpatialMamba
+from spatial_mamba_jax.models import Classifier, ModelConfig
 from spatial_mamba_jax.tasks.base import Batch, Loss
 from spatial_mamba_jax.tasks.classification.config import ClassificationConfig
 from spatial_mamba_jax.tasks.classification.evaluation import (
@@ -64,9 +64,9 @@ class Classification:
     self._config, self._model, self._data = config, model, data
     self._mesa_weight = mesa_weight
 
-  def network(self, *, rngs: nnx.Rngs) -> SpatialMamba:
+  def network(self, *, rngs: nnx.Rngs) -> Classifier:
     """Creates the classifier."""
-    return SpatialMamba(self._model, rngs=rngs)
+    return self._model.family.classifier(self._model, rngs=rngs)
 
   def source(self, split: str) -> LabelledSource:
     """Opens the images of a split.
