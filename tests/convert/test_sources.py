@@ -160,7 +160,7 @@ def test_counts_of_updates_are_not_required(
     (
       lambda modules, x: {"model": module(modules), "epoch": 3},
       {},
-      "'model' is 'mmengine.HistoryBuffer', not a dictionary: save its state_dict",
+      "'model' is 'mmengine.HistoryBuffer', not a dictionary: save its",
     ),
     (lambda _, x: {"model": [1]}, {}, "'model' is a list, not a dictionary"),
     (
