@@ -34,7 +34,6 @@ from jax.sharding import (
   PartitionSpec,
 )
 from spatial_mamba_kernels.by_platform import Kernel
-from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
 from spatial_mamba_kernels.gpu_tokens import Tokens
 from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
@@ -73,7 +72,6 @@ OPS = (
   "residual_depthwise_conv",
   "silu_depthwise_conv",
   "projected_depthwise_conv",
-  "relu_depthwise_conv",
   "mlp",
   "residual_layer_norm",
   "gated_layer_norm",
@@ -92,7 +90,6 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "residual_depthwise_conv": gpu_conv.kernel(gpu_conv.RESIDUAL),
     "silu_depthwise_conv": gpu_conv.kernel(gpu_conv.SILU),
     "projected_depthwise_conv": gpu_conv.kernel(gpu_conv.PROJECTED),
-    "relu_depthwise_conv": gpu_strided.kernel(2),
     "mlp": gpu_mlp.KERNEL,
     "residual_layer_norm": gpu_norm.KERNEL,
     "gated_layer_norm": gpu_norm.GATED_KERNEL,
@@ -206,10 +203,6 @@ def _loop_tokens(op, arrays):
   if "layer_norm" in op:
     count = Tokens(image.shape[-1]).count
     return {f"{op}_{name}": count for name in ("forward", "backward")}
-  if op == "relu_depthwise_conv":
-    # A loop is as long as the pixels of x that one of the result stands for.
-    count = 4 * gpu_strided.tokens_of(image.shape[-1]).count
-    return {f"{op}_backward": count}
   if op.endswith("depthwise_conv"):
     forms = {"silu": gpu_conv.SILU, "projected": gpu_conv.PROJECTED}
     form = forms.get(op.partition("_")[0], gpu_conv.PLAIN)
@@ -276,8 +269,6 @@ def _arrays(op, batch, height, width, channels, states, *, dtype):
   image, numbers = pixels(channels), pixels(states)
   if op == "depthwise_conv":
     return image, array(3, 3, channels)
-  if op == "relu_depthwise_conv":
-    return image, channel, array(3, 3, channels)
   if op == "projected_depthwise_conv":
     # Time steps from a sixteenth of a block's input, and B and C.
     numbers = -(-channels // 32) + 2 * states

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import spatial_mamba_kernels as smk
-from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.depthwise_conv import xla as conv
 from spatial_mamba_kernels.layer_norm import xla as norm
 from spatial_mamba_kernels.mlp import xla as perceptron
@@ -38,13 +37,6 @@ def _silu_depthwise_conv(x, kernel, bias, projection, *, implementation):
   if implementation is None:
     return smk.silu_depthwise_conv(x, kernel, bias, projection)
   return conv.projected(x, kernel, bias, projection, convolve=_grouped)
-
-
-def _relu_depthwise_conv(x, kernel, bias, *, implementation):
-  """XLA's convolution is what it is held against, and its rival."""
-  if implementation is None:
-    return smk.relu_depthwise_conv(x, bias, kernel, stride=2)
-  return conv.grouped(relu(x + bias.astype(x.dtype)), kernel, stride=2)
 
 
 _grouped = partial(conv.grouped, stride=1)
@@ -83,7 +75,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
   "depthwise_conv": _depthwise_conv,
   "residual_depthwise_conv": _residual_depthwise_conv,
   "silu_depthwise_conv": _silu_depthwise_conv,
-  "relu_depthwise_conv": _relu_depthwise_conv,
   "mlp": _mlp,
   "residual_layer_norm": _residual_layer_norm,
   "gated_layer_norm": _gated_layer_norm,
@@ -137,9 +128,6 @@ class Case:
       whole |= {"bias": normal(channels)}
       if self.op == "residual_depthwise_conv":
         return whole
-      if self.op == "relu_depthwise_conv":
-        # What is rectified must not depend on how a sum is rounded.
-        return whole | {x: _sixteenths(whole[x]) for x in ("x", "bias")}
       # Numbers that the type of x has, to which they will be cast.
       projection = normal(channels, -(-channels // 32) + 2, dtype=self.dtype)
       return whole | {"projection": projection.astype("float32")}
@@ -214,11 +202,6 @@ class Case:
       OPERATORS[self.op], implementation=self._implementations[implementation]
     )
     return lambda arrays: operator(**arrays)
-
-
-def _sixteenths(x):
-  """Rounded to numbers of whose sums bfloat16 has each."""
-  return (jnp.round(16 * x) / 16).clip(-4, 4)
 
 
 class Programs(NamedTuple):

@@ -244,7 +244,7 @@ def test_a_wrong_operator_fails_the_device_benchmark(
   assert "default is wrong" in run(table.main, monkeypatch, capsys, file)
 
 
-@pytest.mark.parametrize("op", [*operators.ROUNDINGS, "relu_depthwise_conv"])
+@pytest.mark.parametrize("op", operators.ROUNDINGS)
 def test_rounding_is_no_error(op):
   case = operators.Case(op, (1, 7, 7, 1024), "bfloat16")
   for measured in operators.measure(case, operators.compile_case, 1e9):

@@ -27,7 +27,6 @@ N states a channel.
 from spatial_mamba_kernels.by_platform import CHECKPOINT_NAME
 from spatial_mamba_kernels.depthwise_conv import (
   depthwise_conv,
-  relu_depthwise_conv,
   residual_depthwise_conv,
   silu_depthwise_conv,
 )
@@ -45,7 +44,6 @@ __all__ = [
   "depthwise_conv",
   "gated_layer_norm",
   "mlp",
-  "relu_depthwise_conv",
   "residual_depthwise_conv",
   "residual_layer_norm",
   "selective_scan",

@@ -139,41 +139,6 @@ def convolution():
   return arguments
 
 
-def _relu_depthwise_conv(x, bias, kernel, *, stride, implementation=None):
-  """By a kernel, or as XLA's convolution, which is none of ours."""
-  if implementation == "sequential":
-    return conv_xla.grouped(
-      jax.nn.relu(x + _channels(bias)), kernel, stride=stride
-    )
-  return conv_api.relu_operator(stride)((x, bias, kernel), implementation)
-
-
-@pytest.fixture(scope="session")
-def rectified_convolution():
-  """(shape of the image, its dtype, stride) -> one, {name: array}.
-
-  Image and bias are sixteenths up to 4: bfloat16 has their sums, too, of which
-  some are 0.
-  """
-
-  def arguments(shape, dtype, stride=2):
-    rng = np.random.default_rng(0)
-
-    def sixteenths(*shape):
-      numbers = np.round(16 * rng.standard_normal(shape)) / 16
-      return jnp.asarray(numbers.clip(-4, 4), jnp.float32)
-
-    channels = shape[-1]
-    kernel = jnp.asarray(rng.standard_normal((3, 3, channels)), jnp.float32)
-    return partial(_relu_depthwise_conv, stride=stride), {
-      "x": sixteenths(*shape).astype(dtype),
-      "bias": sixteenths(channels),
-      "kernel": kernel,
-    }
-
-  return arguments
-
-
 def _branch_scales(batch):
   """Of each image; the last one's branch is dropped."""
   return jnp.linspace(1.25, 0, batch)

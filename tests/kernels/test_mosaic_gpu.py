@@ -18,7 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from spatial_mamba_kernels import gpu_device, gpu_threads
-from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import gpu_gelu, gpu_products, gpu_weights
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
@@ -276,39 +275,6 @@ def test_what_projects_apart(on_gpu, convolution):
   on_gpu(None)
   with pytest.raises(NotImplementedError, match="JAX's default device"):
     kernel(20)
-
-
-@needs_interpreter
-@pytest.mark.parametrize(
-  ("shape", "dtype", "stride", "gpu"),
-  [
-    # Warpgroups that have nothing to do.
-    ((1, 1, 1, 32), jnp.float32, 2, "9.0"),
-    # Images that are not as many as a warpgroup has at a time, of an even and
-    # an odd number of pixels; two blocks of channels.
-    ((5, 6, 7, 256), jnp.bfloat16, 2, "9.0"),
-    ((1, 7, 2, 64), jnp.float32, 2, "8.0"),
-    # Blocks of 9 pixels; and of 16, of which some are in no sum.
-    ((2, 5, 8, 96), jnp.float32, 3, "9.0"),
-    ((1, 9, 7, 32), jnp.bfloat16, 4, "9.0"),
-  ],
-  ids=str,
-)
-def test_relu_depthwise_conv(
-  interpreted,
-  rectified_convolution,
-  assert_is_sequential,
-  monkeypatch,
-  shape,
-  dtype,
-  stride,
-  gpu,
-):
-  interpreted(gpu)
-  # Of the second case, strips of two rows and of one.
-  monkeypatch.setattr(gpu_strided, "WORKERS", 8)
-  operator, arrays = rectified_convolution(shape, dtype, stride)
-  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
 
 @needs_interpreter
@@ -637,47 +603,6 @@ def test_channels_that_threads_cannot_copy(convolution, on_gpu, monkeypatch):
   on_gpu("8.0")
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
   assert_refused(*convolution((1, 2, 3, 130), jnp.float32), "130 channels")
-
-
-@pytest.mark.parametrize(
-  ("capability", "channels", "why"),
-  [
-    ("9.0", 48, "32 channels of a device, or a multiple, not 48"),
-    (None, 32, "where a GPU is JAX's default device"),
-  ],
-)
-def test_strided_convolutions_without_a_kernel(
-  rectified_convolution, on_gpu, capability, channels, why
-):
-  if capability:
-    on_gpu(capability)
-  shape = 1, 2, 3, channels
-  assert_refused(*rectified_convolution(shape, jnp.float32), why)
-
-
-def test_strided_convolutions_for_a_gpu(rectified_convolution, on_gpu):
-  """The derivative has a kernel."""
-  on_gpu("9.0")
-  operator, arrays = rectified_convolution((1, 2, 3, 32), jnp.bfloat16)
-
-  def gradients(**arrays):
-    return jax.grad(lambda arrays: operator(**arrays).sum())(arrays)
-
-  name = "relu_depthwise_conv_backward"
-  assert name in lowered_for_a_gpu(gradients, arrays)
-
-
-def test_channels_that_a_mesh_splits(rectified_convolution, on_gpu):
-  on_gpu("9.0")
-  mesh = jax.sharding.AbstractMesh(
-    (2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  operator, arrays = rectified_convolution((1, 2, 3, 32), jnp.float32)
-  with (
-    jax.sharding.use_abstract_mesh(mesh),
-    pytest.raises(NotImplementedError, match="or a multiple, not 16"),
-  ):
-    operator(**arrays, implementation="mosaic_gpu")
 
 
 @pytest.mark.usefixtures("x64")

@@ -7,9 +7,8 @@ from typing import Any
 from jax import Array
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.activations import relu
 from spatial_mamba_kernels.by_platform import Arrays, Operator
-from spatial_mamba_kernels.depthwise_conv import gpu_strided, mosaic_gpu, xla
+from spatial_mamba_kernels.depthwise_conv import mosaic_gpu, xla
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
 
@@ -128,48 +127,6 @@ def silu_depthwise_conv(
   return projected_operator(tuple(arrays), implementation)
 
 
-def relu_depthwise_conv(
-  x: ArrayLike,
-  bias: ArrayLike,
-  kernel: ArrayLike,
-  *,
-  stride: int,
-  implementation: str | None = None,
-) -> Array:
-  """Convolves relu(x + bias) as `depthwise_conv` does, with a stride.
-
-  On GPUs its derivative is one kernel, which reads x once. The bias is that of
-  the product that makes x, so that its cotangent is summed there, too.
-
-  Args:
-    x: [B, H, W, D].
-    bias: [D], cast to the dtype of `x`.
-    kernel: [3, 3, D] (row, column, channel).
-    stride: 2 or more.
-    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
-      and "associative", as elsewhere, are without a kernel.
-
-  Returns:
-    [B, ceil(H / stride), ceil(W / stride), D] in the dtype of `x`; sums are in
-    float32, or float64 for float64 inputs.
-
-  Raises:
-    ValueError: the shapes are inconsistent, stride < 2, or the implementation
-      is unknown.
-    NotImplementedError: there is no such kernel, or it cannot serve.
-  """
-  check_implementation(implementation, "relu_depthwise_conv")
-  if stride < 2:
-    raise ValueError(
-      f"relu_depthwise_conv: stride must be 2 or more, not {stride}"
-    )
-  x, bias, kernel = check_shapes(
-    "relu_depthwise_conv",
-    {"x": (x, "B H W D"), "bias": (bias, "D"), "kernel": (kernel, "3 3 D")},
-  )
-  return relu_operator(stride)((x, bias, kernel), implementation)
-
-
 def _operator(name, form, dimensions, *, stride=1):
   def run(arrays: Arrays, *, implementation: str | None) -> Any:
     del implementation
@@ -211,21 +168,3 @@ projected_operator = Operator(
   mosaic_gpu.PROJECTED_DIMENSIONS,
   is_named=False,
 )
-
-
-@functools.cache
-def relu_operator(stride: int) -> Operator:
-  """That of (x, bias, kernel), by XLA or by a kernel's name."""
-
-  def convolve(arrays: Arrays, *, implementation: str | None) -> Any:
-    del implementation
-    x, bias, kernel = arrays
-    return xla.convolve(relu(xla.biased(x, bias)), kernel, stride)
-
-  return Operator(
-    "relu_depthwise_conv",
-    convolve,
-    {"mosaic_gpu": gpu_strided.kernel(stride)},
-    gpu_strided.DIMENSIONS,
-    is_named=False,
-  )
