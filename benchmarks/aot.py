@@ -33,9 +33,9 @@ from jax.sharding import (
   NamedSharding,
   PartitionSpec,
 )
-from spatial_mamba_kernels.by_platform import Kernel
+from spatial_mamba_kernels.dispatch import Kernel
 from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
-from spatial_mamba_kernels.gpu_tokens import Tokens
+from spatial_mamba_kernels.gpu.tokens import Tokens
 from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import gpu_weights
@@ -45,7 +45,7 @@ from spatial_mamba_kernels.selective_scan import mosaic_gpu as gpu_scan
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as tpu_scan
 from spatial_mamba_kernels.state_fusion import mosaic_gpu as gpu_fusion
 from spatial_mamba_kernels.state_fusion import mosaic_tpu as tpu_fusion
-from spatial_mamba_kernels.state_fusion.xla import DILATIONS
+from spatial_mamba_kernels.taps import DILATIONS
 from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_gpu as gpu_ssm
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as tpu_ssm

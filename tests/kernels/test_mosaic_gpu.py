@@ -22,7 +22,7 @@ from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import gpu_gelu, gpu_products, gpu_weights
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
 from spatial_mamba_kernels.state_fusion import gpu_strips, mosaic_gpu
-from spatial_mamba_kernels.state_fusion.taps import Stencil
+from spatial_mamba_kernels.taps import Stencil
 from spatial_mamba_kernels.structure_aware_ssm import (
   gpu_backward,
   gpu_fused,

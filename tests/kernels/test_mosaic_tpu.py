@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from spatial_mamba_kernels import tpu_rows
 from spatial_mamba_kernels.selective_scan import mosaic_tpu as scan
 from spatial_mamba_kernels.state_fusion import mosaic_tpu as fusion
-from spatial_mamba_kernels.state_fusion.taps import Stencil
+from spatial_mamba_kernels.taps import Stencil
 from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as ssm
 
 # Tiles and rows small enough to compile in seconds.

@@ -2,7 +2,7 @@
 
 import importlib
 
-from spatial_mamba_kernels.by_platform import Operator
+from spatial_mamba_kernels.dispatch import Operator
 from spatial_mamba_kernels.depthwise_conv import api as depthwise_conv
 from spatial_mamba_kernels.state_fusion import api as state_fusion
 

@@ -7,8 +7,8 @@ from typing import Any
 from jax import Array
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.by_platform import Arrays, Operator
-from spatial_mamba_kernels.depthwise_conv import mosaic_gpu, xla
+from spatial_mamba_kernels.depthwise_conv import plans, xla
+from spatial_mamba_kernels.dispatch import Arrays, Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
 
@@ -84,7 +84,7 @@ def residual_depthwise_conv(
       "bias": (bias, "D"),
     },
   )
-  return _residual_operator(tuple(arrays), implementation)
+  return residual_operator(tuple(arrays), implementation)
 
 
 def silu_depthwise_conv(
@@ -132,27 +132,28 @@ def _operator(name, form, dimensions, *, stride=1):
     del implementation
     return form.forward(*arrays, convolve=partial(xla.convolve, stride=stride))
 
-  kernels = {"mosaic_gpu": mosaic_gpu.kernel(form)} if stride == 1 else {}
-  return Operator(name, run, kernels, dimensions, is_named=False)
+  return Operator(
+    name,
+    run,
+    plans.kernels(form) if stride == 1 else {},
+    dimensions,
+    is_chosen_in_tracing=form.has_silu,
+    is_named=False,
+  )
 
 
 @functools.cache
 def operator(stride: int) -> Operator:
-  """The convolution of (x, kernel), by XLA or by a kernel's name."""
+  """Returns the convolution of (x, kernel) with a stride."""
   return _operator(
-    "depthwise_conv",
-    mosaic_gpu.PLAIN,
-    mosaic_gpu.PLAIN_DIMENSIONS,
-    stride=stride,
+    "depthwise_conv", plans.PLAIN, plans.PLAIN_DIMENSIONS, stride=stride
   )
 
 
-_residual_operator = _operator(
-  "residual_depthwise_conv", mosaic_gpu.RESIDUAL, mosaic_gpu.DIMENSIONS
+residual_operator = _operator(
+  "residual_depthwise_conv", plans.RESIDUAL, plans.DIMENSIONS
 )
-silu_operator = _operator(
-  "silu_depthwise_conv", mosaic_gpu.SILU, mosaic_gpu.DIMENSIONS
-)
+silu_operator = _operator("silu_depthwise_conv", plans.SILU, plans.DIMENSIONS)
 
 
 def _project_apart(arrays: Arrays, *, implementation: str | None) -> Any:
@@ -164,7 +165,8 @@ def _project_apart(arrays: Arrays, *, implementation: str | None) -> Any:
 projected_operator = Operator(
   "projected_depthwise_conv",
   _project_apart,
-  {"mosaic_gpu": mosaic_gpu.kernel(mosaic_gpu.PROJECTED)},
-  mosaic_gpu.PROJECTED_DIMENSIONS,
+  plans.kernels(plans.PROJECTED),
+  plans.PROJECTED_DIMENSIONS,
+  is_chosen_in_tracing=True,
   is_named=False,
 )
