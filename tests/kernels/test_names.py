@@ -1,31 +1,31 @@
 """Programs and profiles tell operators apart by their names."""
 
 import importlib
+import pathlib
 
+import pytest
+import spatial_mamba_kernels
+from spatial_mamba_kernels.cases import CASES
 from spatial_mamba_kernels.dispatch import Operator
-from spatial_mamba_kernels.depthwise_conv import api as depthwise_conv
-from spatial_mamba_kernels.state_fusion import api as state_fusion
 
-FOLDERS = (
-  *("depthwise_conv", "layer_norm", "mlp", "selective_scan"),
-  *("state_fusion", "structure_aware_ssm"),
-)
+FOLDERS = [
+  path.parent.name
+  for path in pathlib.Path(spatial_mamba_kernels.__file__).parent.glob(
+    "*/api.py"
+  )
+]
 
 
 def test_no_two_operators_have_one_name():
-  modules = [
-    importlib.import_module(f"spatial_mamba_kernels.{folder}.api")
-    for folder in FOLDERS
-  ]
-  operators = [
-    value
-    for module in modules
-    for value in vars(module).values()
-    if isinstance(value, Operator)
-  ]
-  # Those that are made for a stride or for dilations.
-  operators += [depthwise_conv.operator(1)]
-  operators.append(state_fusion._operator((1, 3, 5)))
-  names = [operator.name for operator in operators]
-  assert len(names) == 10
+  names = [case.name for case in CASES]
   assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_operator_has_its_case(folder):
+  api = importlib.import_module(f"spatial_mamba_kernels.{folder}.api")
+  made = [x for x in vars(api).values() if isinstance(x, Operator)]
+  # What an `operator` function makes is named after the folder.
+  names = {folder} if not isinstance(api.operator, Operator) else set()
+  names |= {x.name for x in made}
+  assert names <= {case.name for case in CASES}
