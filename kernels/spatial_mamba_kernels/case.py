@@ -124,7 +124,7 @@ def of_bfloat16(scale: float = 1.0) -> Callable[[Array], Array]:
 
 def dropped(x: Array) -> Array:
   """Makes scales of branches, of which every second one is dropped."""
-  return (jnp.arange(len(x)) % 2 == 0) * (0.5 + jnp.abs(x))
+  return jnp.where(jnp.arange(len(x)) % 2 == 0, 0.5 + jnp.abs(x), 0)
 
 
 def per_channel(numbers: Array) -> Array:
