@@ -107,7 +107,7 @@ def check_shard_map() -> None:
     return
   # Only where it is checked does a type say over which axes values vary.
   index = jax.lax.axis_index(axes[0])
-  if jax.typeof(index) != jax.typeof(jnp.zeros_like(index)):
+  if jax.typeof(index) != jax.typeof(jnp.zeros((), index.dtype)):
     raise NotImplementedError(
       "a kernel needs check_vma=False of the shard_map that it is in"
     )
