@@ -206,11 +206,11 @@ for function in (loss, split):
 """
   assert not kernel_languages(f"exec({statement!r})")
   # That the kernels do load it.
-  named = "state_fusion(x, stencil[0], stencil[1], implementation='mosaic_gpu')"
-  statement = statement.replace(
-    "  y = smk.structure",
-    f"  jax.eval_shape(lambda: smk.{named})\n  y = smk.structure",
-  )
+  statement += """
+stencil = jnp.ones((3, *kernel.shape)), jnp.ones(3)
+named = lambda x: smk.state_fusion(x, *stencil, implementation="mosaic_gpu")
+jax.eval_shape(named, x)
+"""
   assert "jax.experimental.pallas" in kernel_languages(f"exec({statement!r})")
 
 
