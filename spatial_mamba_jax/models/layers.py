@@ -71,13 +71,9 @@ class DepthwiseConv(nnx.Module):
     arrays = x, self.kernel[...], self.bias[...], *others
     return operator(*arrays, implementation=self.implementation)
 
-  def of_relu(
-    self, x: Float[Array, "B H W C"], bias: Float[Array, "C"]
-  ) -> Float[Array, "B Ho Wo C"]:
-    """The convolution of relu(x + bias), with a stride."""
-    y = smk.relu_depthwise_conv(
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo C"]:
+    y = smk.depthwise_conv(
       x,
-      bias,
       self.kernel[...],
       stride=self.stride,
       implementation=self.implementation,

@@ -9,16 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
+from spatial_mamba_kernels.mlp.plans import EXCHANGED as EXCHANGED
+from spatial_mamba_kernels.mlp.plans import TOKENS as TOKENS
+from spatial_mamba_kernels.mlp.plans import WARPGROUPS as WARPGROUPS
 from spatial_mamba_kernels.typing import Array
-
-# Of a tile: the rows of Hopper's matrix products.
-TOKENS = 64
-WARPGROUPS = 2
-# Numbers that four warps exchange for a sum over the rows of 64 columns.
-EXCHANGED = 4 * 32 * 2
-BARRIER_BYTES = 1024
 
 
 def flat_tokens(x: Array) -> Array:

@@ -18,14 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import Arrays, Dimensions, Kernel, Passes
-from spatial_mamba_kernels.gpu_device import device, is_default
-from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.dispatch import Arrays
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.mlp import gpu_weights
 from spatial_mamba_kernels.mlp.gpu_gelu import gelu
 from spatial_mamba_kernels.mlp.gpu_products import (
-  BARRIER_BYTES,
   EXCHANGED,
   TOKENS,
   WARPGROUPS,
@@ -38,62 +36,8 @@ from spatial_mamba_kernels.mlp.gpu_products import (
   tiles,
   token_scales,
 )
-from spatial_mamba_kernels.sharding import BATCH, WHOLE
+from spatial_mamba_kernels.mlp.plans import STAGES, units_of_weights
 from spatial_mamba_kernels.typing import Array
-
-# Parts of the weights on their way into shared memory.
-STAGES = 2
-# More would leave no registers for the rest.
-MOST_CHANNELS = 256
-
-_IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
-_SUMS = ((BATCH, WHOLE, WHOLE), (BATCH, WHOLE)) * 2
-
-DIMENSIONS = Dimensions(
-  arguments=(
-    *(_IMAGE, (WHOLE, WHOLE), (WHOLE,), (WHOLE, WHOLE), (WHOLE,)),
-    *(_IMAGE, (BATCH,)),
-  ),
-  result=_IMAGE,
-  saved=(),
-)
-
-
-def plan(arrays: Arrays) -> None:
-  """Raises NotImplementedError where the kernels cannot serve."""
-  gpu.check_served(arrays[:-1])
-  x, w1, *_ = arrays
-  # Elsewhere what the first product gives is kept, which is decided in tracing.
-  if not is_default() or not device().wgmma:
-    raise NotImplementedError(
-      "mosaic_gpu multiplies by Hopper's tensor cores: make such a GPU JAX's"
-      " default device"
-    )
-  if x.dtype != jnp.bfloat16:
-    raise NotImplementedError(
-      f"mosaic_gpu multiplies bfloat16 alone, not {x.dtype}"
-    )
-  channels, hidden = w1.shape
-  if channels % 32 or channels > MOST_CHANNELS:
-    raise NotImplementedError(
-      f"mosaic_gpu multiplies 32 channels or a multiple, up to {MOST_CHANNELS},"
-      f" not {channels}"
-    )
-  for images in (1, 2):
-    _units_of(channels, hidden, images)
-
-
-def _units_of(channels, hidden, images):
-  """Hidden units at a time, where so many images of tokens come."""
-  for units in (64, 32):
-    tokens = WARPGROUPS * TOKENS * images * (channels + units)
-    numbers = tokens + STAGES * 2 * channels * units
-    others = 4 * WARPGROUPS * EXCHANGED + BARRIER_BYTES
-    if hidden % units == 0 and 2 * numbers + others <= device().smem_bytes:
-      return units
-  raise NotImplementedError(
-    f"mosaic_gpu computes 32 hidden units at a time, not {hidden} in all"
-  )
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
@@ -162,17 +106,6 @@ def _backward(x, dy, scales, w1, b1, w2, *, is_hidden_kept):
   return dx, jnp.sum(db2, 0), *others
 
 
-def _finish(arrays, sums):
-  dx, *cotangents, dy = sums
-  cotangents = (jnp.sum(x, axis=0) for x in cotangents)
-  return dx, *cotangents, dy, jnp.zeros_like(arrays[-1])
-
-
-KERNEL = Kernel(
-  plan, Passes(run_forward, run_backward), _finish, (_IMAGE, *_SUMS, _IMAGE)
-)
-
-
 def _programs(tokens):
   return tokens // (WARPGROUPS * TOKENS)
 
@@ -191,7 +124,7 @@ def _call(kernel, images, others, weights, biases, results, *, name, **scratch):
     **scratch: what else it takes.
   """
   tokens, channels = images[0].shape
-  units = _units_of(channels, weights[0].shape[1], len(images))
+  units = units_of_weights(channels, weights[0].shape[1], len(images))
   tile = partial(tiles, math.gcd(64, channels, units))
   return plgpu.kernel(
     kernel,

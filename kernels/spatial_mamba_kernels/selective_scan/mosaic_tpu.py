@@ -1,58 +1,28 @@
-"""The selective scan as TPU kernels, and the row of it that others use.
+"""The selective scan as TPU kernels.
 
 Tokens are scanned in rows of some hundred. Backward, rows come from the last to
 the first: each is scanned anew from the state before it, then its cotangents
-flow back. See `tpu_rows` for how arrays lie.
+flow back. See `tpu.rows` for how arrays lie.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from spatial_mamba_kernels import tpu_rows as rows
-from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
-from spatial_mamba_kernels.selective_scan.dimensions import SUMS, finish
-from spatial_mamba_kernels.selective_scan.xla import softplus
+from spatial_mamba_kernels.dispatch import Arrays
+from spatial_mamba_kernels.selective_scan.plans import row_length, tpu_plan
+from spatial_mamba_kernels.tpu import rows
+from spatial_mamba_kernels.tpu.scan import scan_row, scan_row_backward
 from spatial_mamba_kernels.typing import Array
-
-
-def plan(arrays: Arrays) -> rows.Cut:
-  """See `tpu_rows.cut`; the backward pass needs the most."""
-  u, delta, A, *_ = arrays
-  batch, length, channels = u.shape
-  states, width = A.shape[1], row_length(length)
-  itemsize = max(u.dtype.itemsize, delta.dtype.itemsize)
-
-  def bytes_of(group, lanes):
-    image_row = rows.image_row_bytes(width, group, lanes, itemsize)
-    lane_rows = states * rows.lane_row_bytes(width, group)
-    state_row = states * rows.image_row_bytes(width, group, lanes, 4)
-    numbers = rows.numbers_bytes(2 * (states + 1), group, lanes)
-    # The row computed anew, and two of each that comes or goes.
-    return 3 * state_row + 2 * (4 * image_row + 2 * lane_rows) + numbers
-
-  keeps = f"3 rows of {width} tokens and {states} states"
-  return rows.cut(arrays, batch, channels, bytes_of, keeps=keeps)
-
-
-def row_length(length: int) -> int:
-  """Tokens a row: many, and a divisor of all if there is one."""
-  longest = min(length, rows.CONFIG.row)
-  for width in range(longest, longest // 2, -1):
-    if length % width == 0:
-      return width
-  return longest
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
   """The states [B, L, N, D] on one device."""
   del save  # The result is all that the backward pass needs.
-  cut = plan(arrays)
+  cut = tpu_plan(arrays)
   batch, length, _ = arrays[0].shape
   h = forward(*_lay_out(arrays, cut), cut=cut)
   return (_from_rows(rows.states_of(h, batch), length),)
@@ -66,7 +36,7 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
     [G, N + 1, D], to be summed over G: of A and delta_bias.
   """
   (h,) = saved
-  cut = plan(arrays)
+  cut = tpu_plan(arrays)
   batch, length, _ = arrays[0].shape
   h, g = (_to_rows(x, row_length(length)) for x in (h, g))
   ends = h[:, :, -1].transpose(1, 2, 0, 3)
@@ -83,14 +53,6 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
     jax.vmap(lambda x: _from_rows(tokens_of(x), length))(dB),
     parameters,
   )
-
-
-KERNEL = Kernel(
-  plan,
-  Passes(run_forward, run_backward),
-  finish,
-  SUMS,
-)
 
 
 def _to_rows(x, width):
@@ -251,128 +213,3 @@ def _backward_kernel(
   @pl.when(s == height - 1)
   def _():
     dparams[...] = jnp.sum(sums[...], axis=1)
-
-
-def scan_row(u, delta, A, B, bias, carry, out):
-  """Scans a row on from `carry`, which it replaces.
-
-  Args:
-    u: reference to [W, b, D], as all of these.
-    delta: [W, b, D].
-    A: [N, D].
-    B: [N, b, Wp].
-    bias: [1, D].
-    carry: [N, b, D], the state before the row, then after it.
-    out: [W, N, b, D], the states.
-  """
-  width, _, channels = u.shape
-  states = A.shape[0]
-
-  def scan(lanes):
-    def tile(first, size, h):
-      b = columns(B, first)
-      for j in range(size):
-        x = u[first + j, :, lanes].astype(jnp.float32)
-        dt = softplus(_time_step(delta, bias, first + j, lanes))
-        h = tuple(
-          jnp.exp(dt * A[pl.ds(n, 1), lanes]) * h[n]
-          + (dt * x) * b[n][:, j : j + 1]
-          for n in range(states)
-        )
-        for n in range(states):
-          out[first + j, n, :, lanes] = h[n]
-      return h
-
-    h = tuple(carry[n, :, lanes] for n in range(states))
-    h = rows.for_tiles(width, tile, h, states=states)
-    for n in range(states):
-      carry[n, :, lanes] = h[n]
-
-  rows.for_lanes(channels, scan)
-
-
-def scan_row_backward(
-  u, delta, A, B, bias, h, before, has_before, dh, adjoint,
-  du, ddelta, dB, sums, lanes, inside,
-  skip: Callable[[Any], Array] | None = None,
-):  # fmt: skip
-  """From the cotangents of a row's states back to all that made them.
-
-  Args:
-    u: reference to [W, b, D], as all of these unless said otherwise.
-    delta: [W, b, D].
-    A: [N, D].
-    B: [N, b, Wp].
-    bias: [1, D].
-    h: [W, N, b, D], the states.
-    before: [N, b, D], the state before the row.
-    has_before: a boolean; without, the row is the first.
-    dh: [W, N, b, D], the cotangents of the states.
-    adjoint: [N, b, D], what flows back from the row after, then from this one.
-    du: [W, b, D], written.
-    ddelta: [W, b, D], written.
-    dB: [N, b, Wp], added to.
-    sums: [N + 1, b, D], added to: the cotangents of A and the bias.
-    lanes: index of the lanes to be computed.
-    inside: see `tpu_rows.inside`.
-    skip: column -> what else flows back to `u` there.
-  """
-  width, states, _, _ = dh.shape
-
-  def previous(first, n):
-    above = jnp.where(has_before, before[n, :, lanes], 0)
-    left = h[jnp.maximum(first - 1, 0), n, :, lanes]
-    return jnp.where(first > 0, left, above)
-
-  def tile(first, size, flow):
-    b = columns(B, first)
-    dA, dbias = [None] * states, None
-    products = [[] for _ in range(states)]
-    for j in reversed(range(size)):
-      x = u[first + j, :, lanes].astype(jnp.float32)
-      before_softplus = _time_step(delta, bias, first + j, lanes)
-      dt = softplus(before_softplus)
-      ddt: Any = None
-      dx: Any = skip(first + j) if skip else None
-      into = []
-      for n in range(states):
-        a = A[pl.ds(n, 1), lanes]
-        decay = jnp.exp(dt * a)
-        adjoint_n = dh[first + j, n, :, lanes] + flow[n]
-        into.append(decay * adjoint_n)
-        ddecay = into[n] * (
-          h[first + j - 1, n, :, lanes] if j else previous(first, n)
-        )
-        drive = adjoint_n * b[n][:, j : j + 1]
-        ddt = rows.add(ddt, ddecay * a + drive * x)
-        dx = rows.add(dx, drive * dt)
-        dA[n] = rows.add(dA[n], ddecay * dt)
-        products[n].insert(0, adjoint_n * (dt * x))
-      flow = tuple(into)
-      dbefore = ddt * jax.nn.sigmoid(before_softplus)
-      du[first + j, :, lanes] = dx.astype(du.dtype)
-      ddelta[first + j, :, lanes] = dbefore.astype(ddelta.dtype)
-      dbias = rows.add(dbias, dbefore)
-    for place, total in enumerate((*dA, dbias)):
-      sums[place, :, lanes] += total
-    for n in range(states):
-      dB[n] += rows.lane_sums(products[n], first, dB.shape[1:], lanes, inside)
-    return flow
-
-  flow = tuple(adjoint[n, :, lanes] for n in range(states))
-  flow = rows.for_tiles(width, tile, flow, states=states, reverse=True)
-  for n in range(states):
-    adjoint[n, :, lanes] = flow[n]
-
-
-def columns(per_token, first) -> list[Array]:
-  """The numbers of a tile's tokens, for each state, its first column first."""
-  return [
-    rows.columns_from(per_token[n].astype(jnp.float32), first)
-    for n in range(per_token.shape[0])
-  ]
-
-
-def _time_step(delta, bias, column, lanes):
-  """The time step before softplus."""
-  return delta[column, :, lanes].astype(jnp.float32) + bias[:, lanes]

@@ -2,7 +2,7 @@
 
 Row r of an image comes while row r - reach is fused, whose neighbours have then
 all come; the last rows of states stay in a ring. So do, backward, the last rows
-of cotangents. See `tpu_rows` for how arrays lie.
+of cotangents. See `tpu.rows` for how arrays lie.
 """
 
 from functools import partial
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from spatial_mamba_kernels import tpu_rows as rows
-from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
-from spatial_mamba_kernels.state_fusion.dimensions import SUMS, finish
-from spatial_mamba_kernels.state_fusion.taps import Stencil
-from spatial_mamba_kernels.state_fusion.tpu_stencil import (
+from spatial_mamba_kernels.dispatch import Arrays
+from spatial_mamba_kernels.state_fusion.plans import tpu_plan
+from spatial_mamba_kernels.taps import Stencil
+from spatial_mamba_kernels.tpu import rows
+from spatial_mamba_kernels.tpu.fusion import (
   CotangentRing,
   fuse_tile,
   states_backward,
@@ -25,41 +25,11 @@ from spatial_mamba_kernels.state_fusion.tpu_stencil import (
 from spatial_mamba_kernels.typing import Array
 
 
-def kernel(dilations: tuple[int, ...]) -> Kernel:
-  """The kernel for one choice of dilations."""
-  stencil = Stencil(dilations)
-  return Kernel(
-    partial(plan, stencil=stencil),
-    Passes(
-      partial(run_forward, stencil=stencil),
-      partial(run_backward, stencil=stencil),
-    ),
-    partial(finish, stencil=stencil),
-    SUMS,
-  )
-
-
-def plan(arrays: Arrays, *, stencil: Stencil) -> rows.Cut:
-  """See `tpu_rows.cut`; the backward pass needs the most."""
-  h, *_ = arrays
-  batch, _, width, channels = h.shape
-  kept = stencil.window + stencil.cotangent_rows + 1
-
-  def bytes_of(group, lanes):
-    state_row = rows.image_row_bytes(width, group, lanes, 4)
-    image_row = rows.image_row_bytes(width, group, lanes, h.dtype.itemsize)
-    numbers = rows.numbers_bytes(len(stencil.taps), group, lanes)
-    return kept * state_row + 2 * 3 * image_row + numbers
-
-  keeps = f"{kept} rows of {width} pixels"
-  return rows.cut(arrays, batch, channels, bytes_of, keeps=keeps)
-
-
 def run_forward(arrays: Arrays, *, save: bool, stencil: Stencil) -> Arrays:
   """The fused states [B, H, W, D] on one device; there is nothing to save."""
   del save
   h, *weights = arrays
-  cut = plan(arrays, stencil=stencil)
+  cut = tpu_plan(arrays, stencil=stencil)
   h = rows.rows_of(h, cut.group)
   y = forward(h, stencil.merge(*weights), stencil=stencil, cut=cut)
   return (rows.images_of(y, len(arrays[0])),)
@@ -71,7 +41,7 @@ def run_backward(
   """The cotangents [B, H, W, D], and [G, T, D] of the merged weights."""
   del saved
   h, *weights = arrays
-  cut = plan(arrays, stencil=stencil)
+  cut = tpu_plan(arrays, stencil=stencil)
   dh, dweights = backward(
     rows.rows_of(h, cut.group),
     stencil.merge(*weights),

@@ -19,9 +19,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.state_fusion.taps import columns_read, sources
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.structure_aware_ssm import gpu_share
 from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
   REACH,
@@ -31,6 +30,7 @@ from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
   Share,
   Weights,
 )
+from spatial_mamba_kernels.taps import columns_read, sources
 
 # Row offsets, so that the row that most taps read is the last one: other orders
 # take more registers than there are.

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.state_fusion.taps import clip, columns_read
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.structure_aware_ssm import gpu_share
 from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
   REACH,
@@ -29,6 +28,7 @@ from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
   Share,
   Weights,
 )
+from spatial_mamba_kernels.taps import clip, columns_read
 
 # Rows above a row of pixels, and itself.
 RING = REACH + 1

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_device import device
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.state_fusion.taps import Stencil
-from spatial_mamba_kernels.state_fusion.xla import DILATIONS
+from spatial_mamba_kernels.gpu import plan
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.device import device
+from spatial_mamba_kernels.gpu.threads import plgpu
+from spatial_mamba_kernels.structure_aware_ssm.plans import STENCIL
 from spatial_mamba_kernels.typing import Array
 
-STENCIL = Stencil(DILATIONS)
 REACH = STENCIL.reach
 # A warpgroup's columns, for each of which a thread keeps 5 numbers in
 # registers: with 4 warpgroups it has 128 of these.
@@ -142,7 +141,7 @@ def share(
   if not gpu_device.tma:
     raise NotImplementedError("rows are copied by a TMA")
   batch, _, width, channels = shape
-  if batch * gpu.blocks(channels) < gpu.CONFIG.programs // 2:
+  if batch * gpu.blocks(channels) < plan.CONFIG.programs // 2:
     raise NotImplementedError("too few programs")
   for warpgroups in range(1, MOST_WARPGROUPS + 1):
     columns, rest = divmod(width, warpgroups)

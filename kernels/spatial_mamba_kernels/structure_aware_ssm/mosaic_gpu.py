@@ -8,40 +8,14 @@ go through device memory.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import (
-  Arrays,
-  Kernel,
-  Passes,
-  is_implemented,
-)
-from spatial_mamba_kernels.selective_scan import mosaic_gpu as scan
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
-from spatial_mamba_kernels.state_fusion import mosaic_gpu as fusion
+from spatial_mamba_kernels.dispatch import Arrays, is_implemented
+from spatial_mamba_kernels.gpu import fusion, scan
 from spatial_mamba_kernels.structure_aware_ssm import gpu_backward, gpu_fused
-from spatial_mamba_kernels.structure_aware_ssm.dimensions import IMAGE, NUMBERS
-from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
-  STENCIL,
-  SUMMED,
-  Share,
-)
+from spatial_mamba_kernels.structure_aware_ssm.gpu_share import SUMMED, Share
+from spatial_mamba_kernels.structure_aware_ssm.plans import STENCIL
 from spatial_mamba_kernels.typing import Array
-
-
-def plan(arrays: Arrays) -> None:
-  """Raises NotImplementedError where the kernels cannot serve."""
-  gpu.check_served(arrays)
-  gpu.check_launched(arrays[0])
-  u, _, A, *_ = arrays
-  if A.shape[1] > 1:
-    raise NotImplementedError(
-      f"mosaic_gpu observes one state a channel, not {A.shape[1]}"
-    )
-  fusion.cut_to_fuse(u.shape, STENCIL, jnp.float32, u.dtype)
-  fusion.cut_to_states(u.shape, STENCIL, jnp.float32, u.dtype)
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
@@ -132,27 +106,3 @@ def _tokens(arrays):
 def _states(arrays):
   """[B, H, W, D]."""
   return scan.scan(*_tokens(arrays)).reshape(arrays[0].shape)
-
-
-def _finish(arrays, sums):
-  du, ddelta, dB, dC, dweights, parameters = sums
-  *dA, dbias, dD = jnp.sum(parameters, axis=0)
-  _, unmerge = jax.vjp(STENCIL.merge, *arrays[6:8])
-  dkernels, dalpha = unmerge(jnp.sum(dweights, axis=0))
-  dA, dB, dC = jnp.stack(dA, -1), jnp.sum(dB, axis=0), jnp.sum(dC, axis=0)
-  return du, ddelta, dA, dB, dC, dD, dkernels, dalpha, dbias
-
-
-KERNEL = Kernel(
-  plan,
-  Passes(run_forward, run_backward),
-  _finish,
-  sums=(
-    IMAGE,
-    IMAGE,
-    (CHANNELS, *NUMBERS),
-    (CHANNELS, *NUMBERS),
-    (BATCH, WHOLE, CHANNELS),
-    (BATCH, WHOLE, CHANNELS),
-  ),
-)

@@ -3,7 +3,7 @@
 Forward, row r of an image is scanned while row r - 5 is fused and read out.
 Backward, rows come from the last to the first: row r is scanned anew, from the
 state that the forward pass left of the row above, while the cotangents of row
-r + 5 are computed. See `tpu_rows` for how arrays lie.
+r + 5 are computed. See `tpu.rows` for how arrays lie.
 """
 
 from functools import partial
@@ -13,41 +13,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from spatial_mamba_kernels import tpu_rows as rows
-from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
-from spatial_mamba_kernels.selective_scan import mosaic_tpu as scan
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
-from spatial_mamba_kernels.state_fusion import tpu_stencil as fusion
-from spatial_mamba_kernels.state_fusion.taps import Stencil, clip
-from spatial_mamba_kernels.state_fusion.xla import DILATIONS
-from spatial_mamba_kernels.structure_aware_ssm.dimensions import IMAGE, NUMBERS
+from spatial_mamba_kernels.dispatch import Arrays
+from spatial_mamba_kernels.structure_aware_ssm.plans import STENCIL, tpu_plan
+from spatial_mamba_kernels.taps import clip
+from spatial_mamba_kernels.tpu import fusion, rows, scan
 from spatial_mamba_kernels.typing import Array
 
-STENCIL = Stencil(DILATIONS)
 REACH, WINDOW = STENCIL.reach, STENCIL.window
-
-
-def plan(arrays: Arrays) -> rows.Cut:
-  """See `tpu_rows.cut`; the backward pass needs the most."""
-  u, delta, A, *_ = arrays
-  batch, _, width, channels = u.shape
-  states = A.shape[1]
-  itemsize = max(u.dtype.itemsize, delta.dtype.itemsize)
-
-  kept = WINDOW + STENCIL.cotangent_rows + 1
-
-  def bytes_of(group, lanes):
-    state_row = states * rows.image_row_bytes(width, group, lanes, 4)
-    image_row = rows.image_row_bytes(width, group, lanes, itemsize)
-    lane_rows = states * rows.lane_row_bytes(width, group)
-    count = len(STENCIL.taps) + 4 * states + 2
-    numbers = rows.numbers_bytes(count, group, lanes)
-    # Two of each row that comes or goes: three images and two cotangents.
-    coming = 2 * (5 * image_row + 5 * lane_rows)
-    return kept * state_row + 3 * (REACH + 1) * image_row + coming + numbers
-
-  keeps = f"{kept} rows of {width} tokens and {states} states"
-  return rows.cut(arrays, batch, channels, bytes_of, keeps=keeps)
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
@@ -55,7 +27,7 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
 
   They are [H, N, B, D].
   """
-  cut = plan(arrays)
+  cut = tpu_plan(arrays)
   batch = len(arrays[0])
   y, *saved = forward(*_lay_out(arrays, cut), save=save, cut=cut)
   return (
@@ -72,7 +44,7 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
     [G, T + N + 2, D], to be summed over G: of the merged weights, A,
     delta_bias and D.
   """
-  cut = plan(arrays)
+  cut = tpu_plan(arrays)
   du, ddelta, dB, dC, parameters = backward(
     *_lay_out(arrays, cut),
     rows.last_state_rows_of(saved[0], cut.group),
@@ -88,31 +60,6 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
     tokens_of(dC),
     parameters,
   )
-
-
-def _finish(arrays, sums):
-  du, ddelta, dB, dC, parameters = sums
-  taps, states = len(STENCIL.taps), dB.shape[-1]
-  dweights, dA, (dbias, dD) = jnp.split(
-    jnp.sum(parameters, axis=0), (taps, taps + states)
-  )
-  _, unmerge = jax.vjp(STENCIL.merge, *arrays[6:8])
-  dB, dC = jnp.sum(dB, axis=0), jnp.sum(dC, axis=0)
-  return du, ddelta, dA.T, dB, dC, dD, *unmerge(dweights), dbias
-
-
-KERNEL = Kernel(
-  plan,
-  Passes(run_forward, run_backward),
-  _finish,
-  sums=(
-    IMAGE,
-    IMAGE,
-    (CHANNELS, *NUMBERS),
-    (CHANNELS, *NUMBERS),
-    (BATCH, WHOLE, CHANNELS),
-  ),
-)
 
 
 def _lay_out(arrays, cut):

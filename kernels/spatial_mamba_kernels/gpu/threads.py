@@ -10,7 +10,6 @@ next is on its way to registers while it computes, and results go straight to
 device memory.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,69 +17,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu
 
-from spatial_mamba_kernels.gpu_device import device
-from spatial_mamba_kernels.sharding import share_of_device
+from spatial_mamba_kernels.gpu.device import device
+from spatial_mamba_kernels.gpu.plan import CHANNELS as CHANNELS
+from spatial_mamba_kernels.gpu.plan import ROWS_SUMMED as ROWS_SUMMED
+from spatial_mamba_kernels.gpu.plan import blocks as blocks
+from spatial_mamba_kernels.gpu.plan import is_one_piece as is_one_piece
+from spatial_mamba_kernels.gpu.plan import room as room
+from spatial_mamba_kernels.gpu.plan import split as split
 from spatial_mamba_kernels.typing import Array
 
-try:
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-except ImportError:  # Without absl-py, which it needs and JAX does not.
-  mgpu: Any = None
-  plgpu: Any = None
-
-CHANNELS = 128
-# In the dimension of CUDA's grid where images and blocks of channels are.
-MOST_PROGRAMS = 2**16 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Sizes that decide the speed, not the result.
-
-  Attributes:
-    tokens: computed in one piece of code, so that their loads, exponentials and
-      a recurrence's waits overlap.
-    stages: pieces on their way into shared memory.
-    programs: at least as many as a device has multiprocessors (132 on an H100
-      or H200), if there is work for them.
-  """
-
-  tokens: int = 16
-  stages: int = 4
-  programs: int = 128
-
-
-CONFIG = Config()
-
-
-def check_served(arrays: Sequence[Array]) -> None:
-  """Raises NotImplementedError where no GPU kernel can serve these arrays."""
-  if plgpu is None:
-    raise NotImplementedError("mosaic_gpu needs absl-py: pip install absl-py")
-  for array in arrays:
-    if array.dtype not in (jnp.float32, jnp.bfloat16):
-      raise NotImplementedError(
-        f"mosaic_gpu computes float32 and bfloat16, not {array.dtype}"
-      )
-  device()
-
-
-def check_launched(image: Array) -> None:
-  """Raises NotImplementedError where there are too many [B, ..., D]."""
-  batch, *_, channels = image.shape
-  images, channels = share_of_device(batch, channels)
-  if images * blocks(channels) > MOST_PROGRAMS:
-    raise NotImplementedError(
-      f"mosaic_gpu launches {MOST_PROGRAMS} programs for each part of an image"
-      f" at most, not for {images} images of {channels} channels on a device"
-    )
-
-
-def blocks(channels: int) -> int:
-  """How many programs share an image's channels."""
-  return -(-channels // CHANNELS)
+# Versions of JAX differ in what it has.
+plgpu: Any = mosaic_gpu
 
 
 def pad_channels(x: Array) -> Array:
@@ -92,33 +42,6 @@ def pad_channels(x: Array) -> Array:
   if device().tma and channels % 8 == 0:
     return x
   return pad_to_blocks(x)
-
-
-def is_one_piece(shape: tuple[int, ...], sent: tuple[int, ...]) -> bool:
-  """Whether what is sent to the last dimensions of an array lies in one piece.
-
-  Pallas copies that without regard to where the array's dimensions end: what is
-  beyond one would be written over what comes next.
-  """
-  stride, expected = 1, 1
-  for size, part in zip(shape[::-1], sent[::-1], strict=False):
-    if part != 1 and stride != expected:
-      return False
-    stride, expected = stride * size, expected * part
-  return True
-
-
-def room(shape: tuple[int, ...], sent: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape that results [..., D] need for what is sent to them.
-
-  Args:
-    shape: of the results, the channels as by `pad_channels`.
-    sent: shape of a copy, [..., 128].
-  """
-  *rest, channels = shape
-  if is_one_piece(shape, sent):
-    channels = blocks(channels) * CHANNELS
-  return *rest, channels
 
 
 def pad_to_blocks(x: Array) -> Array:
@@ -148,18 +71,6 @@ def like(x: Array, flat: Array) -> Array:
 def parameters(x: Array) -> Array:
   """[..., D] as the kernels take them."""
   return pad_to_blocks(x.astype(jnp.float32))
-
-
-def split(size: int, programs: int, *, least: int) -> int:
-  """Into how many parts to cut `size`, where there are `programs` already.
-
-  Args:
-    size: of what is cut.
-    programs: without cutting.
-    least: size of a part worth a program.
-  """
-  wanted = -(-CONFIG.programs // programs)
-  return max(1, min(wanted, size // least))
 
 
 def kernel(body: Callable[..., None], *, name: str, **options: Any):
@@ -238,10 +149,6 @@ def vector(x: Array) -> Array:
 def zeros() -> Array:
   """A vector of zeros."""
   return vector(jnp.zeros((CHANNELS,), jnp.float32))
-
-
-# How many sums over channels are made at once, where there is room.
-ROWS_SUMMED = 16
 
 
 def store_sums(values: Sequence[Array], products: Any, out: Any) -> None:

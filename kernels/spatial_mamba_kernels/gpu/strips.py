@@ -9,102 +9,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_device import device
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.state_fusion.taps import clip
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.device import device
+from spatial_mamba_kernels.gpu.plan import Cut, ring_rows
+from spatial_mamba_kernels.gpu.threads import plgpu
+from spatial_mamba_kernels.taps import clip
 from spatial_mamba_kernels.typing import Array
 
-# Columns of a strip: a thread keeps a sum for each in registers.
-MOST_COLUMNS = 32
-# Shared memory for what is not rows: barriers, and what aligns rows to 1 KiB.
-OTHER_BYTES = 3 * 2**10
-
 GRID = ("image", "block", "strip", "rows")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-  """How an image is cut.
-
-  Attributes:
-    height: rows of the image.
-    width: columns of the image.
-    reach: columns to either side that a column reads.
-    strip: columns computed by a program. The last strip ends where the image
-      does, and may compute columns that another one computes as well.
-    rows: computed by a program; the last one may have fewer.
-  """
-
-  height: int
-  width: int
-  reach: int
-  strip: int
-  rows: int
-
-  @property
-  def strips(self) -> int:
-    """How many strips there are."""
-    return -(-self.width // self.strip)
-
-  def result(self, image: Array, dtype: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of an image that is computed, from one that is read."""
-    shape = gpu.room(image.shape, (self.strip, gpu.CHANNELS))
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-  @property
-  def blocks(self) -> int:
-    """How many blocks of rows there are."""
-    return -(-self.height // self.rows)
-
-  @property
-  def read(self) -> int:
-    """How many columns a strip reads."""
-    return _columns_read(self.width, self.strip, self.reach)
-
-
-def cut(
-  shape: tuple[int, ...],
-  reach: int,
-  bytes_of: Callable[[int, int], int],
-  *,
-  columns: int | None = None,
-) -> Cut:
-  """Into few strips that fit into shared memory.
-
-  Args:
-    shape: of the images, [B, H, W, D].
-    reach: columns to either side that a column reads.
-    bytes_of: (columns computed, columns read) -> bytes of shared memory.
-    columns: of a strip at most; None for `MOST_COLUMNS`.
-
-  Raises:
-    NotImplementedError: none fit.
-  """
-  batch, height, width, channels = shape
-  most_bytes = device().smem_bytes - OTHER_BYTES
-  for strips in range(-(-width // (columns or MOST_COLUMNS)), width + 1):
-    strip = -(-width // strips)
-    read = _columns_read(width, strip, reach)
-    if bytes_of(strip, read) <= most_bytes:
-      programs = batch * gpu.blocks(channels) * strips
-      parts = gpu.split(height, programs, least=reach)
-      return Cut(height, width, reach, strip, -(-height // parts))
-  raise NotImplementedError(
-    f"mosaic_gpu keeps rows in shared memory, which do not fit where a pixel"
-    f" reads {reach} columns to either side"
-  )
-
-
-def _columns_read(width, strip, reach):
-  # Of two strips each is at a border, with nothing beyond.
-  sides = 1 if strip < width <= 2 * strip else 2
-  return min(strip + sides * reach, width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +128,7 @@ def kernel(
     body: is given the `Program` after all references.
     image: with padded channels.
     cut: see `Cut`.
-    **options: see `gpu_threads.kernel`.
+    **options: see `gpu.threads.kernel`.
   """
 
   def run(*refs, **scratch):
@@ -249,16 +165,11 @@ class Stream:
     name: str, columns: int, dtype: Any, reach: int
   ) -> dict[str, Any]:
     """The ring, and the barriers."""
-    size = Stream.places(reach)
+    size = ring_rows(reach)
     ring = {name: plgpu.SMEM((size, columns, gpu.CHANNELS), dtype)}
     if not device().tma:
       return ring
     return {**ring, f"{name}_barriers": plgpu.Barrier(num_barriers=size)}
-
-  @staticmethod
-  def places(reach: int) -> int:
-    """How many rows its ring has."""
-    return 2 * reach + 1 + device().tma
 
   @property
   def _end(self):

@@ -11,13 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import tpu_rows as rows
-from spatial_mamba_kernels.state_fusion.taps import (
+from spatial_mamba_kernels.taps import (
   Slots,
   Stencil,
   clip,
   columns_read,
 )
+from spatial_mamba_kernels.tpu import rows
 from spatial_mamba_kernels.typing import Array
 
 

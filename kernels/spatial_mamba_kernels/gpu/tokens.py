@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.plan import LANES
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.typing import Array
 
-WARPS, LANES = 4, 32
+WARPS = 4
 # Numbers loaded together; Mosaic sums no more over warps.
 VECTOR = 4
 

@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_device import device
-from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.gpu import plan
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.device import device
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.typing import Array
 
 GRID = ("image", "block", "chunk")
@@ -42,7 +43,7 @@ class Chunks:
     states = A.shape[1]
     tiles = -(-length // tokens_of_tile(states))
     programs = batch * gpu.blocks(channels)
-    parts = gpu.split(tiles, programs, least=gpu.CONFIG.stages)
+    parts = gpu.split(tiles, programs, least=plan.CONFIG.stages)
     return cls(states, tiles, -(-tiles // parts))
 
   @property
@@ -67,7 +68,7 @@ class Chunks:
     return x if device().tma else self.pad_tokens(x)
 
   def room(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that results [B, L, ..., D] need; see `gpu_threads.room`."""
+    """The shape that results [B, L, ..., D] need; see `gpu.threads.room`."""
     batch, length, *rest, _ = shape
     sent = (self.tile, *rest, gpu.CHANNELS)
     if gpu.is_one_piece(shape, sent):
@@ -83,7 +84,7 @@ class Chunks:
 
 def tokens_of_tile(states):
   """So many that the code is as long for any number of states."""
-  return max(1, gpu.CONFIG.tokens // states)
+  return max(1, plan.CONFIG.tokens // states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _by_tma(body, sources, program, tile_of, count, carry):
     step,
     grid=(count,),
     in_specs=[spec(*source) for source in sources],
-    max_concurrent_steps=gpu.CONFIG.stages,
+    max_concurrent_steps=plan.CONFIG.stages,
     init_carry=carry,
   )(*(ref for ref, *_ in sources))
 

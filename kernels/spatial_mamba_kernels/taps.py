@@ -1,4 +1,4 @@
-"""The taps of state fusion as kernels walk them, row by row."""
+"""The taps of state fusion, and how kernels walk them row by row."""
 
 import dataclasses
 import functools
@@ -6,14 +6,57 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from spatial_mamba_kernels.state_fusion import xla
-from spatial_mamba_kernels.typing import Array
+from spatial_mamba_kernels.shapes import with_rank_of
+from spatial_mamba_kernels.typing import Array, Float, Size
 
+# Dilations of Spatial-Mamba's state fusion.
+DILATIONS = (1, 3, 5)
+
+# {(row, column) offset: the indices in [M, 3, 3] that have it}
+Taps = dict[tuple[int, int], list[tuple[int, int, int]]]
 # A row's taps: (column offset, place among the weights).
 RowTaps = list[tuple[int, Any]]
 # A row offset -> where in a ring that neighbour of a row lies.
 Slots = dict[int, Any]
+
+
+def stencil_taps(
+  dilations: tuple[int, ...],
+  height: Size = None,
+  width: Size = None,
+) -> Taps:
+  """{offset from the pixel: the places in [M, 3, 3] that have it}.
+
+  In an image of known size, an offset of more than height - 1 rows or width - 1
+  columns reaches the border from every pixel and is as good as that: in small
+  images more taps coincide (9 are left of 2 x 2, and 1 of 1 x 1). A size that
+  is only a symbol is not known.
+  """
+  taps: Taps = {}
+  for m, dilation in enumerate(dilations):
+    by_row, by_column = (
+      min(dilation, size - 1) if isinstance(size, int) else dilation
+      for size in (height, width)
+    )
+    for row in range(3):
+      for column in range(3):
+        offset = (row - 1) * by_row, (column - 1) * by_column
+        taps.setdefault(offset, []).append((m, row, column))
+  return taps
+
+
+def merge_weights(
+  kernels: Float[Array, "M 3 3 D"], taps: Taps
+) -> Float[Array, "T D"]:
+  """One weight for each distinct offset."""
+  # As sums of slices it was a quarter of a training step's operations.
+  has = np.zeros((len(taps), *kernels.shape[:3], 1), kernels.dtype)
+  for tap, places in enumerate(taps.values()):
+    for place in places:
+      has[tap][place] = 1
+  return jnp.sum(has * with_rank_of(has, kernels), axis=(1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +66,9 @@ class Stencil:
   dilations: tuple[int, ...]
 
   @functools.cached_property
-  def taps(self) -> xla.Taps:
+  def taps(self) -> Taps:
     """{(row, column) offset: the places in the kernels that have it}."""
-    return xla.stencil_taps(self.dilations)
+    return stencil_taps(self.dilations)
 
   @functools.cached_property
   def by_row(self) -> dict[int, RowTaps]:
@@ -58,7 +101,7 @@ class Stencil:
   def merge(self, kernels: Array, alpha: Array) -> Array:
     """The weights as the kernels take them, [T, D]."""
     kernels, alpha = kernels.astype(jnp.float32), alpha.astype(jnp.float32)
-    return xla.merge_weights(alpha[:, None, None, None] * kernels, self.taps)
+    return merge_weights(alpha[:, None, None, None] * kernels, self.taps)
 
   def slots(self, row: Any, height: int, ring: int) -> Slots:
     """Where the neighbours of a row lie, at the border those replicated.
