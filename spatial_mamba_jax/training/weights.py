@@ -102,20 +102,13 @@ def start_from(
     TrainingError: there are no weights, they are of another model, or the
       network has not one backbone.
   """
-  # Copies, because those on several processes' devices cannot be unstacked.
+  # Copied, because arrays of several processes' devices cannot be unstacked.
   network = model.bind(jax.tree.map(jnp.asarray, jax.device_get(fresh)))
   prefix, backbone = _backbone(network)
   found, others = _read(local_path(path))
   random, said = _fill_backbone(path, backbone, found.state_dict)
-  random, taken = [prefix + name for name in random], set()
-  for name, variable in variables(network):
-    if name.startswith(prefix):
-      continue
-    if name in others and others[name].shape == variable.shape:
-      variable.set_value(jnp.asarray(others[name], variable.dtype))
-      taken.add(name)
-    else:
-      random.append(name)
+  taken, rest = _fill_rest(network, prefix, others)
+  random = [*(prefix + name for name in random), *rest]
   modules = dict.fromkeys(name.rpartition(".")[0] for name in random)
   if modules:
     said += f"; drawn at random: {listed(modules, 6)}"
@@ -127,7 +120,7 @@ def start_from(
 
 
 def _backbone(network: nnx.Module) -> tuple[str, Trunk]:
-  """A network's one backbone, after what the paths in it begin with."""
+  """Returns the prefix of all paths in a network's backbone, and it."""
   found = backbones(network)
   if len(found) != 1:
     raise TrainingError(
@@ -141,11 +134,11 @@ def _backbone(network: nnx.Module) -> tuple[str, Trunk]:
 def _fill_backbone(
   path: pathlib.Path, backbone: Trunk, state_dict: dict[str, np.ndarray]
 ) -> tuple[list[str], str]:
-  """Fills a backbone, but for norms and a head that the tensors lack.
+  """Fills a backbone; the norms and the head that are missing stay random.
 
   Returns:
-    The paths in a backbone of what was left; for a classifier, words on its
-    head instead.
+    The backbone's paths that stay random; for a classifier instead, in words
+    what became of the head.
   """
   ends = {
     name: variable[...]
@@ -156,29 +149,46 @@ def _fill_backbone(
   tensors = {
     name: tensor
     for name, tensor in state_dict.items()
-    # Others are of a backbone for a classifier, or the other way round.
+    # A classifier has no use for a backbone's norms, nor a backbone for a head.
     if name in names or not _END.match(name)
   }
+  random, words = [], ""
   if isinstance(backbone, Classifier):
     own, words = _random_head(tensors, backbone.config.num_classes)
   else:
-    own, words = (
-      [
-        x
-        for x in ends
-        if not torch_tensors({x: ends[x]}).keys() <= tensors.keys()
-      ],
-      "",
-    )
+    own = random = [
+      name
+      for name, array in ends.items()
+      if not torch_tensors({name: array}).keys() <= tensors.keys()
+    ]
   tensors |= torch_tensors({name: ends[name] for name in own})
   _fill(path, backbone, tensors)
-  return [] if words else own, words
+  return random, words
+
+
+def _fill_rest(
+  network: nnx.Module, prefix: str, arrays: dict[str, np.ndarray]
+) -> tuple[list[str], list[str]]:
+  """Fills what is outside of a backbone with arrays of equal paths and shapes.
+
+  Returns:
+    The paths that were filled, and those that stay random.
+  """
+  filled, random = [], []
+  for name, variable in variables(network):
+    if name.startswith(prefix):
+      continue
+    fits = name in arrays and arrays[name].shape == variable.shape
+    (filled if fits else random).append(name)
+    if fits:
+      variable.set_value(jnp.asarray(arrays[name], variable.dtype))
+  return filled, random
 
 
 def _random_head(
   tensors: dict[str, np.ndarray], num_classes: int
 ) -> tuple[list[str], str]:
-  """What of a classifier's end stays random, and the same in words."""
+  """Returns the paths of a classifier's end that stay random, and words."""
   head = tensors.get("head.weight")
   # One that is no matrix is refused later.
   if head is not None and (head.ndim != 2 or len(head) == num_classes):
