@@ -166,7 +166,7 @@ def token_spec(states: int, cut: Cut, lanes: int, row_of: RowOf):
 
 
 def partial_token_spec(states: int, cut: Cut, lanes: int, row_of: RowOf):
-  """Returns the block for a row of [K, H, N, G, b, Wp], by block of channels."""
+  """Returns the block for a row of [K, H, N, G, b, Wp], K channel blocks."""
   return pl.BlockSpec(
     (None, None, states, None, cut.group, lanes),
     lambda i, c, step: (c, row_of(step), 0, i, 0, 0),

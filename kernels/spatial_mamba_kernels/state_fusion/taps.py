@@ -1,4 +1,4 @@
-"""The taps of state fusion as kernels walk them, row by row."""
+"""The taps of state fusion, row by row, as kernels process them."""
 
 import dataclasses
 import functools
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from spatial_mamba_kernels.state_fusion import xla
 from spatial_mamba_kernels.typing import Array
 
-# A row's taps: (column offset, place among the weights).
+# A row's taps: (column offset, index of the tap).
 RowTaps = list[tuple[int, Any]]
-# A row offset -> where in a ring that neighbour of a row lies.
+# {row offset: slot of that neighbour in a ring}.
 Slots = dict[int, Any]
 
 
@@ -24,7 +24,7 @@ class Stencil:
 
   @functools.cached_property
   def taps(self) -> xla.Taps:
-    """{(row, column) offset: the places in the kernels that have it}."""
+    """{(row, column) offset: indices in the kernels that have it}."""
     return xla.stencil_taps(self.dilations)
 
   @functools.cached_property
@@ -56,28 +56,28 @@ class Stencil:
     return self.window + 1 + len(self.distances)
 
   def merge(self, kernels: Array, alpha: Array) -> Array:
-    """The weights as the kernels take them, [T, D]."""
+    """Returns the weights as the kernels take them, [T, D]."""
     kernels, alpha = kernels.astype(jnp.float32), alpha.astype(jnp.float32)
     return xla.merge_weights(alpha[:, None, None, None] * kernels, self.taps)
 
   def slots(self, row: Any, height: int, ring: int) -> Slots:
-    """Where the neighbours of a row lie, at the border those replicated.
+    """Returns the slots of a row's neighbours, replicated at the border.
 
     Args:
       row: of an image.
       height: of the image.
-      ring: rows of a ring, in which row r is in place r modulo `ring`.
+      ring: rows of a ring, in which row r is in slot r modulo `ring`.
     """
     return {offset: clip(row + offset, height) % ring for offset in self.by_row}
 
 
 def clip(row: Any, height: int) -> Any:
-  """Where the border is replicated from."""
+  """Returns the index of the row or column that is replicated."""
   return jnp.clip(row, 0, height - 1)
 
 
 def sources(row: Any, offset: int, height: int) -> tuple[Any, Any]:
-  """The rows that see `row` at `offset`: first and end; several at a border."""
+  """Returns first and end of the rows that read `row`, several at a border."""
   if offset > 0:
     last = row == height - 1
     first = jnp.maximum(jnp.where(last, height - 1 - offset, row - offset), 0)
@@ -91,9 +91,10 @@ def sources(row: Any, offset: int, height: int) -> tuple[Any, Any]:
 def columns_read(
   taps: RowTaps, size: int
 ) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
-  """For each column that `size` columns in a row read: it, and by whom.
+  """Yields each column that `size` columns read, and by which taps.
 
-  Yields (column, [(place in the row, place among the weights)]).
+  Yields:
+    (column, [(reading column, index of the tap)]).
   """
   reach = max(abs(column) for column, _ in taps)
   for column in range(-reach, size + reach):
