@@ -352,7 +352,7 @@ class _Walk(NamedTuple):
     return lambda j: [column(j)[place] for place in places]
 
   def _result(self, pixel, j) -> tuple[Any, Any]:
-    """Returns column j after SiLU, or None, and the derivative of SiLU, or 1."""
+    """Returns column j after SiLU or None, and the derivative of SiLU or 1."""
     if not self.form.has_silu:
       return None, 1
     total = self.bias
