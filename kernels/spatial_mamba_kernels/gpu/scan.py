@@ -1,13 +1,14 @@
 """The selective scan as GPU kernels.
 
-A program scans the tokens of one image in order, for 128 channels. Where images
-and channels are too few to keep a GPU busy, tokens are cut into chunks: each is
-scanned from zero first, for what it adds to a state, then from the state that
-so follows for its beginning. Backward, the same goes from the last token to the
-first. See `gpu.threads` for how channels lie.
+A program scans the tokens of one image in order, for 128 channels. If there are
+too few images and channels to keep a GPU busy, the tokens are cut into chunks,
+which are scanned twice: first from zero, to compute the states before all
+chunks, then from those states. The backward pass does the same from the last
+token to the first. `gpu.threads` describes the layout of channels.
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,53 @@ from spatial_mamba_kernels.gpu.tiles import (
 )
 from spatial_mamba_kernels.recurrence import recur, shift
 from spatial_mamba_kernels.shapes import with_rank_of
+from spatial_mamba_kernels.typing import Array
+
+
+class _Inputs(NamedTuple):
+  """References to the inputs of the backward kernel; see `scan_backward`.
+
+  `after_ref` has the adjoint that each chunk starts from, [B, K, N, D].
+  `skip_refs` are D, [1, D], and dy, or nothing.
+  """
+
+  u_ref: Any
+  delta_ref: Any
+  A_ref: Any
+  B_ref: Any
+  bias_ref: Any
+  after_ref: Any
+  h_ref: Any
+  dh_ref: Any
+  skip_refs: tuple[Any, ...]
+
+
+class _Outputs(NamedTuple):
+  """References to the results of the backward kernel; also their types.
+
+  Attributes:
+    du_ref: [B, L, D].
+    ddelta_ref: [B, L, D].
+    dB_ref: [B, blocks, tiles, `gpu.threads.ROWS_SUMMED`].
+    dparams_ref: [B, K, N + 1, D], of A and the bias; with a skip also of D.
+  """
+
+  du_ref: Any
+  ddelta_ref: Any
+  dB_ref: Any
+  dparams_ref: Any
+
+
+class _Sums(NamedTuple):
+  """The accumulated cotangents of A, by state, the bias and, in a list, D."""
+
+  dA: list[Array]
+  dbias: Array
+  dD: list[Array]
 
 
 def scan(u, delta, A, B, bias):
-  """The states [B, L, N, D] of tokens [B, L, D]; else as `selective_scan`."""
+  """Returns the states [B, L, N, D]; arguments as for `selective_scan`."""
   chunks = Chunks.of(u, A)
   operands = _lay_out(u, delta, A, B, bias, chunks)
   before = _zeros(operands, chunks)
@@ -40,7 +84,7 @@ def scan(u, delta, A, B, bias):
     chunks,
     jax.ShapeDtypeStruct(shape, jnp.float32),
     scratch_types=gpu.outlet(
-      "tiles", (2, chunks.tile, chunks.states, gpu.CHANNELS), jnp.float32
+      "tiles_ref", (2, chunks.tile, chunks.states, gpu.CHANNELS), jnp.float32
     ),
     name="selective_scan_forward",
   )(*operands, before)
@@ -48,24 +92,23 @@ def scan(u, delta, A, B, bias):
 
 
 def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
-  """The cotangents of what `scan` was given, from those of its states.
+  """Returns the cotangents of the arguments of `scan`.
 
   Args:
-    u: [B, L, D], as for `scan`, like all up to the bias.
+    u: [B, L, D].
     delta: [B, L, D].
     A: [D, N].
     B: [B, L, N].
     bias: [D].
     h: [B, L, N, D], the states.
     dh: [B, L, N, D], their cotangents.
-    skip: (D [D], dy [B, L, D]) of a connection from `u` to what `dy` is the
-      cotangent of, or None.
+    skip: (D [D], dy [B, L, D]) of a connection from `u` to y = D * u, or None.
 
   Returns:
-    du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; and
-    [G, N + 1, D], to be summed over G: of A and the bias, and with a skip of D.
+    du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; and those of A,
+    the bias and, with a skip, D, [G, N + 1 or 2, D], to be summed over G.
   """
-  _, length, channels = u.shape
+  batch, length, channels = u.shape
   chunks = Chunks.of(u, A)
   operands = _lay_out(u, delta, A, B, bias, chunks)
   h, dh = chunks.pad(h), chunks.pad(dh)
@@ -75,33 +118,23 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
   if skip:
     D, dy = skip
     skip = gpu.parameters(D[None]), chunks.pad(dy)
+  inputs = _Inputs(*operands, after, h, dh, skip or ())
   tile = (2, chunks.tile, gpu.CHANNELS)
-  sums = chunks.states + 1 + bool(skip)
-  batch, blocks = len(u), gpu.blocks(channels)
-  shape = chunks.room(operands[0].shape)
-  du, ddelta, dB, parameters = _kernel(
+  (outputs,) = _kernel(
     _backward_kernel,
     operands,
     chunks,
-    [
-      jax.ShapeDtypeStruct(shape, u.dtype),
-      jax.ShapeDtypeStruct(shape, delta.dtype),
-      jax.ShapeDtypeStruct(
-        (batch, blocks, chunks.tiles, gpu.ROWS_SUMMED), jnp.float32
-      ),
-      jax.ShapeDtypeStruct(
-        (batch, chunks.count, sums, blocks * gpu.CHANNELS), jnp.float32
-      ),
-    ],
+    (_backward_results(inputs, u, delta, chunks),),
     scratch_types={
-      "products": plgpu.SMEM((gpu.ROWS_SUMMED, gpu.CHANNELS), jnp.float32),
-      **gpu.outlet("du_tiles", tile, u.dtype),
-      **gpu.outlet("ddelta_tiles", tile, delta.dtype),
+      "products_ref": plgpu.SMEM((gpu.ROWS_SUMMED, gpu.CHANNELS), jnp.float32),
+      **gpu.outlet("du_tiles_ref", tile, u.dtype),
+      **gpu.outlet("ddelta_tiles_ref", tile, delta.dtype),
     },
     name="selective_scan_backward",
-  )(*operands, after, h, dh, *(skip or ()))
+  )(inputs)
+  du, ddelta, dB, parameters = outputs
   dB = dB[..., : chunks.tile * chunks.states]
-  dB = dB.reshape(batch, blocks, -1, chunks.states)[:, :, :length]
+  dB = dB.reshape(batch, gpu.blocks(channels), -1, chunks.states)[:, :, :length]
   return (
     du[:, :length, :channels],
     ddelta[:, :length, :channels],
@@ -110,8 +143,25 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
   )
 
 
+def _backward_results(inputs, u, delta, chunks):
+  """Returns the types of the backward kernel's results."""
+  batch, blocks = len(u), gpu.blocks(u.shape[-1])
+  shape = chunks.room(inputs.u_ref.shape)
+  sums = chunks.states + 1 + bool(inputs.skip_refs)
+  return _Outputs(
+    du_ref=jax.ShapeDtypeStruct(shape, u.dtype),
+    ddelta_ref=jax.ShapeDtypeStruct(shape, delta.dtype),
+    dB_ref=jax.ShapeDtypeStruct(
+      (batch, blocks, chunks.tiles, gpu.ROWS_SUMMED), jnp.float32
+    ),
+    dparams_ref=jax.ShapeDtypeStruct(
+      (batch, chunks.count, sums, blocks * gpu.CHANNELS), jnp.float32
+    ),
+  )
+
+
 def _lay_out(u, delta, A, B, bias, chunks):
-  """Tokens [B, L, D], A [N, D], B [B, N, L] of whole tiles, bias [1, D]."""
+  """Returns u, delta [B, L, D], A [N, D], B [B, N, L] and bias, padded."""
   B = chunks.pad_tokens(B.astype(jnp.float32))
   return (
     chunks.pad(u),
@@ -123,13 +173,13 @@ def _lay_out(u, delta, A, B, bias, chunks):
 
 
 def _zeros(operands, chunks):
-  """The state before each chunk if it is zero, [B, K, N, D]."""
+  """Returns zeros for the state before each chunk, [B, K, N, D]."""
   u, _, A, *_ = operands
   return jnp.zeros((len(u), chunks.count, *A.shape), jnp.float32)
 
 
 def _carry(operands, chunks, dh=None):
-  """The state before each chunk; given cotangents, what flows back to it."""
+  """Returns the state before each chunk; given `dh`, the adjoint after it."""
   state = _zeros(operands, chunks)
   add, time = _kernel(
     partial(_summary_kernel, reverse=dh is not None),
@@ -145,6 +195,7 @@ def _carry(operands, chunks, dh=None):
 
 
 def _kernel(body, operands, chunks, results, *, name, scratch_types=None):
+  """Returns a kernel whose body takes its `Program` after all references."""
   u, *_ = operands
   return gpu.kernel(
     lambda *refs, **scratch: body(*refs, Program.this(chunks), **scratch),
@@ -157,7 +208,7 @@ def _kernel(body, operands, chunks, results, *, name, scratch_types=None):
 
 
 def _load_tile(u, delta, bias, tile):
-  """Of each token: u, and the time step before softplus."""
+  """Returns by token u and the time step before softplus."""
   return (
     [u[j].astype(jnp.float32) for j in range(tile)],
     [delta[j].astype(jnp.float32) + bias for j in range(tile)],
@@ -165,46 +216,54 @@ def _load_tile(u, delta, bias, tile):
 
 
 def _forward_kernel(
-  u, delta, A, B, bias, before, h, program, *, tiles=None
+  u_ref, delta_ref, A_ref, B_ref, bias_ref, before_ref, h_ref, program, *,
+  tiles_ref=None,
 ):  # fmt: skip
   chunks, image, channels = program.chunks, program.image, program.channels
   states = range(chunks.states)
-  a, shift = [A[n, channels] for n in states], bias[0, channels]
+  a, shift = [A_ref[n, channels] for n in states], bias_ref[0, channels]
 
   def scan_tile(tile, u, delta, state):
     first = tile * chunks.tile
-    target = h.at[image, pl.ds(first, chunks.tile), :, channels]
-    place = gpu.place(tiles, tile % 2, target)
+    target_ref = h_ref.at[image, pl.ds(first, chunks.tile), :, channels]
+    tile_ref = gpu.place(tiles_ref, tile % 2, target_ref)
+
+    # Compute all decays and drives, which depend on no state.
     xs, dts = _load_tile(u, delta, shift, chunks.tile)
     dts = [gpu.softplus(x) for x in dts]
-    b = [[B[image, n, first + j] for n in states] for j in range(chunks.tile)]
+    b = [
+      [B_ref[image, n, first + j] for n in states] for j in range(chunks.tile)
+    ]
     decays = [[jnp.exp(dt * a[n]) for n in states] for dt in dts]
     drives = [
       [x * dt * b[n] for n in states]
       for x, dt, b in zip(xs, dts, b, strict=True)
     ]
+
+    # Scan, into the tile that was sent the time before last.
     gpu.wait_sent(1)
     for j in range(chunks.tile):
       state = [decays[j][n] * state[n] + drives[j][n] for n in states]
       for n in states:
-        place[j, n] = state[n]
+        tile_ref[j, n] = state[n]
     gpu.commit()
-    gpu.send(place, target)
+    gpu.send(tile_ref, target_ref)
     return state
 
   carry = [
-    gpu.vector(before[image, program.chunk, n, channels]) for n in states
+    gpu.vector(before_ref[image, program.chunk, n, channels]) for n in states
   ]
-  for_tiles(scan_tile, (u, delta), program, carry)
+  for_tiles(scan_tile, (u_ref, delta_ref), program, carry)
   gpu.finish()
 
 
 def _summary_kernel(*refs, reverse):
-  """What a chunk adds to a state of zero, and how much time passes in it."""
-  u, delta, A, B, bias, *dh, add, time, program = refs
+  """Computes the state that a chunk adds to zero, and the time it takes."""
+  u_ref, delta_ref, A_ref, B_ref, bias_ref, *refs = refs
+  *dh_refs, added_ref, time_ref, program = refs
   chunks, image, channels = program.chunks, program.image, program.channels
   states = range(chunks.states)
-  a, shift = [A[n, channels] for n in states], bias[0, channels]
+  a, shift = [A_ref[n, channels] for n in states], bias_ref[0, channels]
 
   def scan_tile(tile, u, delta, *rest):
     *dh, (state, total) = rest
@@ -218,82 +277,150 @@ def _summary_kernel(*refs, reverse):
         if reverse:
           state[n] = decay * (state[n] + dh[0][j, n])
         else:
-          b = B[image, n, tile * chunks.tile + j]
+          b = B_ref[image, n, tile * chunks.tile + j]
           state[n] = decay * state[n] + dts[j] * xs[j] * b
     gpu.commit()
     return state, total
 
   carry = ([gpu.zeros() for _ in states], gpu.zeros())
   state, total = for_tiles(
-    scan_tile, (u, delta, *dh), program, carry, reverse=reverse
+    scan_tile, (u_ref, delta_ref, *dh_refs), program, carry, reverse=reverse
   )
   for n in states:
-    add[image, program.chunk, n, channels] = state[n]
-  time[image, program.chunk, channels] = total
+    added_ref[image, program.chunk, n, channels] = state[n]
+  time_ref[image, program.chunk, channels] = total
 
 
-def _backward_kernel(*refs, products, du_tiles=None, ddelta_tiles=None):
-  u, delta, A, B, bias, after, h, dh, *refs = refs
-  *skip, du, ddelta, dB, dparams, program = refs
-  chunks, image, channels = program.chunks, program.image, program.channels
-  states = range(chunks.states)
-  a, shift = [A[n, channels] for n in states], bias[0, channels]
-  skips = [D[0, channels] for D in skip[:1]]
-
-  def scan_tile(tile, u, delta, h, dh, *rest):
-    *dy, before, (flow, dA, dbias, dD) = rest
-    before = [jnp.where(tile > 0, before[0, n], 0) for n in states]
-    first = tile * chunks.tile
-    targets = [
-      ref.at[image, pl.ds(first, chunks.tile), channels] for ref in (du, ddelta)
-    ]
-    du_place, ddelta_place = places = [
-      gpu.place(tiles, tile % 2, target)
-      for tiles, target in zip((du_tiles, ddelta_tiles), targets, strict=True)
-    ]
-    xs, raw = _load_tile(u, delta, shift, chunks.tile)
-    dts = [gpu.softplus(x) for x in raw]
-    gpu.wait_sent(2)
-    for j in reversed(range(chunks.tile)):
-      x, dt = xs[j], dts[j]
-      ddt, dx = jnp.zeros_like(x), jnp.zeros_like(x)
-      for n in states:
-        adjoint = dh[j, n] + flow[n]
-        flow[n] = jnp.exp(dt * a[n]) * adjoint
-        ddecay = flow[n] * (h[j - 1, n] if j else before[n])
-        drive = adjoint * B[image, n, first + j]
-        ddt += ddecay * a[n] + drive * x
-        dx += drive * dt
-        dA[n] += ddecay * dt
-        products[j * chunks.states + n] = adjoint * (dt * x)
-      for cotangent, D in zip(dy, skips, strict=True):
-        g = cotangent[j].astype(jnp.float32)
-        dx += D * g
-        dD = [dD[0] + g * x]
-      dbefore = ddt * gpu.sigmoid(raw[j])
-      dbias += dbefore
-      du_place[j] = dx.astype(du.dtype)
-      ddelta_place[j] = dbefore.astype(ddelta.dtype)
-    gpu.store_channel_sums(products, dB.at[image, program.block, tile])
-    for place, target in zip(places, targets, strict=True):
-      gpu.send(place, target)
-    gpu.commit()
-    return flow, dA, dbias, dD
-
-  carry = (
-    [gpu.vector(after[image, program.chunk, n, channels]) for n in states],
-    [gpu.zeros() for _ in states],
-    gpu.zeros(),
-    [gpu.zeros() for _ in skips],
+def _backward_kernel(
+  inputs: _Inputs, outputs: _Outputs, program, *, products_ref,
+  du_tiles_ref=None, ddelta_tiles_ref=None,
+):  # fmt: skip
+  image, channels = program.image, program.channels
+  states = range(program.chunks.states)
+  back = _Backward(
+    program,
+    channels,
+    inputs.B_ref,
+    outputs,
+    products_ref,
+    (du_tiles_ref, ddelta_tiles_ref),
+    a=[inputs.A_ref[n, channels] for n in states],
+    shift=inputs.bias_ref[0, channels],
+    skip=[D_ref[0, channels] for D_ref in inputs.skip_refs[:1]],
   )
-  _, dA, dbias, dD = for_tiles(
-    scan_tile,
-    (u, delta, h, dh, *skip[1:]),
+
+  # Scan the chunk in reverse, from the adjoint after it.
+  carry = (
+    [
+      gpu.vector(inputs.after_ref[image, program.chunk, n, channels])
+      for n in states
+    ],
+    _Sums(
+      [gpu.zeros() for _ in states],
+      gpu.zeros(),
+      [gpu.zeros() for _ in back.skip],
+    ),
+  )
+  _, (dA, dbias, dD) = for_tiles(
+    back.scan_tile,
+    (
+      inputs.u_ref,
+      inputs.delta_ref,
+      inputs.h_ref,
+      inputs.dh_ref,
+      *inputs.skip_refs[1:],
+    ),
     program,
     carry,
     reverse=True,
-    last_of=(h,),
+    last_of=(inputs.h_ref,),
   )
+
+  # Store what has been summed over the chunk.
   gpu.finish()
-  for place, total in enumerate((*dA, dbias, *dD)):
-    dparams[image, program.chunk, place, channels] = total
+  for index, total in enumerate((*dA, dbias, *dD)):
+    outputs.dparams_ref[image, program.chunk, index, channels] = total
+
+
+class _Backward(NamedTuple):
+  """What the backward kernel needs for each tile.
+
+  Attributes:
+    program: what the program computes.
+    channels: slice of its channels.
+    B_ref: [B, N, L].
+    outputs: see `_Outputs`.
+    products_ref: [`gpu.threads.ROWS_SUMMED`, 128], in shared memory.
+    outlets: tiles of du and ddelta to be sent; see `gpu.threads.outlet`.
+    a: A, a vector of channels by state.
+    shift: the bias, a vector of channels.
+    skip: D, a vector of channels, or nothing.
+  """
+
+  program: Program
+  channels: Any
+  B_ref: Any
+  outputs: _Outputs
+  products_ref: Any
+  outlets: tuple[Any, Any]
+  a: list[Array]
+  shift: Array
+  skip: list[Array]
+
+  def scan_tile(self, tile, u, delta, h, dh, *rest):
+    """Returns the adjoint before a tile, and the sums with its part.
+
+    Args:
+      tile: index of the tile.
+      u: [tile, 128], like all that follow.
+      delta: see above.
+      h: the states, by token and state.
+      dh: their cotangents.
+      *rest: with a skip dy; the token before the tile, of `h`; and the adjoint
+        after the tile with the sums so far.
+    """
+    *dy, before, (adjoint, (dA, dbias, dD)) = rest
+    program, states = self.program, range(len(self.a))
+    before = [jnp.where(tile > 0, before[0, n], 0) for n in states]
+    size, first = program.chunks.tile, tile * program.chunks.tile
+    targets = [
+      ref.at[program.image, pl.ds(first, size), self.channels]
+      for ref in (self.outputs.du_ref, self.outputs.ddelta_ref)
+    ]
+    du_ref, ddelta_ref = tile_refs = [
+      gpu.place(outlet, tile % 2, target)
+      for outlet, target in zip(self.outlets, targets, strict=True)
+    ]
+    xs, raw = _load_tile(u, delta, self.shift, size)
+    dts = [gpu.softplus(x) for x in raw]
+
+    # Scan in reverse, into the tiles that were sent the time before last.
+    gpu.wait_sent(2)
+    for j in reversed(range(size)):
+      x, dt = xs[j], dts[j]
+      ddt, dx = jnp.zeros_like(x), jnp.zeros_like(x)
+      for n in states:
+        dstate = dh[j, n] + adjoint[n]
+        adjoint[n] = jnp.exp(dt * self.a[n]) * dstate
+        ddecay = adjoint[n] * (h[j - 1, n] if j else before[n])
+        drive = dstate * self.B_ref[program.image, n, first + j]
+        ddt += ddecay * self.a[n] + drive * x
+        dx += drive * dt
+        dA[n] += ddecay * dt
+        self.products_ref[j * len(states) + n] = dstate * (dt * x)
+      for cotangent, D in zip(dy, self.skip, strict=True):
+        g = cotangent[j].astype(jnp.float32)
+        dx += D * g
+        dD = [dD[0] + g * x]
+      draw = ddt * gpu.sigmoid(raw[j])
+      dbias += draw
+      du_ref[j] = dx.astype(du_ref.dtype)
+      ddelta_ref[j] = draw.astype(ddelta_ref.dtype)
+
+    # Sum over channels for B, and send the tiles.
+    dB_ref = self.outputs.dB_ref.at[program.image, program.block, tile]
+    gpu.store_channel_sums(self.products_ref, dB_ref)
+    for tile_ref, target in zip(tile_refs, targets, strict=True):
+      gpu.send(tile_ref, target)
+    gpu.commit()
+    return adjoint, _Sums(dA, dbias, dD)

@@ -6,13 +6,13 @@ from spatial_mamba_kernels.typing import Array
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
-  """The states [B, L, N, D] on one device."""
+  """Returns the states [B, L, N, D] on one device."""
   del save  # The result is all that the backward pass needs.
   return (scan(*arrays),)
 
 
 def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
-  """Cotangents on one device; see `scan_backward`."""
+  """Returns cotangents on one device; see `scan_backward`."""
   u, delta, A, B, bias = arrays
   (h,) = saved
   return scan_backward(u, delta, A, B, bias, h, g)
