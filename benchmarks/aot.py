@@ -24,14 +24,8 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import (
-  AxisType,
-  Mesh,
-  NamedSharding,
-  PartitionSpec,
-)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spatial_mamba_kernels import IMPLEMENTATIONS, PLATFORMS
 from spatial_mamba_kernels.case import Sizes
 from spatial_mamba_kernels.cases import CASES, by_name
@@ -39,6 +33,8 @@ from spatial_mamba_kernels.dispatch import Kernel
 
 from benchmarks import gpu_code, hlo, network, tpu_code
 from benchmarks.gpu_targets import TARGETS as GPUS
+from spatial_mamba_jax.training.config import MeshConfig
+from spatial_mamba_jax.training.sharding import make_mesh
 
 # A host of one v5e that is not there either. Nothing is computed, so processes
 # may share it.
@@ -215,7 +211,7 @@ def _write_text(arguments, text):
 def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """A training step of one of the ImageNet experiments, without MESA."""
   del dump
-  mesh = _mesh(arguments.target)
+  mesh = _mesh(arguments.target, fsdp=arguments.fsdp)
   config = network.experiment(
     f"spatial_mamba_{arguments.model}",
     batch_size=arguments.batch_size * mesh.size,
@@ -233,7 +229,7 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   return record
 
 
-def _mesh(target: str, devices: int | None = None) -> Mesh:
+def _mesh(target: str, devices: int | None = None, fsdp: int = 1) -> Mesh:
   try:
     topology = _topology(target)
   except RuntimeError as error:  # All that JAX and its plugins raise is one.
@@ -242,8 +238,7 @@ def _mesh(target: str, devices: int | None = None) -> Mesh:
       f" {', '.join(GPUS)} (or H200:4, for four) or a TPU topology such as"
       f' v5e:2x2, and install ".[aot]" ({error})'
     )
-  chips = np.array(topology.devices[:devices]).flatten()
-  return Mesh(chips, ("data",), axis_types=(AxisType.Auto,))
+  return make_mesh(MeshConfig(fsdp=fsdp), topology.devices[:devices])
 
 
 def _topology(target):
@@ -327,6 +322,9 @@ def _parse() -> argparse.Namespace:
       help="empty: the best",
     )
     whole.add_argument("--text", help="a file for the compiled program")
+  step.add_argument(
+    "--fsdp", type=int, default=1, help="devices that share the parameters"
+  )
   for subparser in (kernel, inference, step):
     subparser.add_argument(
       "--target", default="v5e:2x2", help="TPU topology, or a GPU"
