@@ -1,7 +1,8 @@
-"""The selective scan on GPUs, by the kernels of `gpu.scan`."""
+"""The selective scan on GPUs, by the kernels in `gpu`."""
 
 from spatial_mamba_kernels.dispatch import Arrays
-from spatial_mamba_kernels.gpu.scan import scan, scan_backward
+from spatial_mamba_kernels.gpu.scan import scan
+from spatial_mamba_kernels.gpu.scan_backward import scan_backward
 from spatial_mamba_kernels.typing import Array
 
 

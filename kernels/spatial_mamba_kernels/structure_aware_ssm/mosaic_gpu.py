@@ -11,7 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from spatial_mamba_kernels.dispatch import Arrays, is_implemented
-from spatial_mamba_kernels.gpu import fusion, fusion_backward, scan
+from spatial_mamba_kernels.gpu import (
+  fusion,
+  fusion_backward,
+  scan,
+  scan_backward,
+)
 from spatial_mamba_kernels.structure_aware_ssm import gpu_backward, gpu_fused
 from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
   SUMMED,
@@ -85,7 +90,7 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   dh = fusion_backward.states_backward(
     g, weights, stencil=STENCIL, dtype=jnp.float32, C=C[..., 0]
   )
-  du, ddelta, dB, parameters = scan.scan_backward(
+  du, ddelta, dB, parameters = scan_backward.scan_backward(
     *_tokens(arrays),
     _to_tokens(h)[:, :, None],
     _to_tokens(dh)[:, :, None],
