@@ -24,14 +24,14 @@ def normalize(
 ) -> tuple[Float[Array, "B H W C"], Float[Array, "..."], Float[Array, "..."]]:
   """Normalises to mean 0 and variance 1 over these axes, then scales.
 
-  Its derivative moves less memory on a GPU than the one that JAX finds. Of that
-  XLA makes fusions that find each mean and variance anew and leave products in
-  float32 behind, for sums over tokens to read; and it searches long for them.
-  Here means are behind a barrier: all that is made from them takes one pass.
+  The custom derivative moves less memory on a GPU than JAX's. In JAX's, XLA's
+  fusions recompute each mean and variance, write products in float32 for the
+  sums over tokens, and take long to compile. Here a barrier separates the means
+  from what uses them, which takes one pass.
 
   Returns:
     The result in the dtype of `scale`, and mean and biased variance without
-    these axes. Nothing is propagated back through mean and variance.
+    these axes. The cotangents of mean and variance are ignored.
   """
   return _normalize(x, scale, bias, axes)
 
@@ -55,9 +55,9 @@ def _result(x, scale, bias, axes):
 
 
 def _forward(x, scale, bias, axes):
-  # XLA makes a pass over x of each statistic that is kept for a derivative, but
-  # one of both where neither needs the other. In half precision what cancels in
-  # the variance is less than what the rounding of x has changed.
+  # For saved statistics XLA needs a pass over x each, but one pass for both if
+  # neither depends on the other. In half precision, cancellation in the
+  # variance is less than the rounding error of x.
   in_one_pass = jnp.finfo(x.dtype).bits < 32
   results, rstd = _normalized(x, scale, bias, axes, in_one_pass=in_one_pass)
   return results, (x, scale, results[1], rstd)
@@ -74,7 +74,7 @@ def _backward(axes, residuals, cotangents):
   scaled = g * with_rank_of(g, scale)
   dscale, dbias = (jnp.sum(x, (0, 1, 2)) for x in (g * normalized, g))
   if axes == (0, 1, 2):
-    # The same sums, of a batch's channels.
+    # Batch normalisation: the means are these sums, scaled.
     share = scale / math.prod(x.shape[:3])
     means = dbias * share, dscale * share
   else:

@@ -49,7 +49,7 @@ def recur(
     return loop(decay, drive)
   if implementation == "associative":
     return prefix(decay, drive)
-  # A prefix is unrolled, for which the tokens must be counted.
+  # The prefix is unrolled, so that the number of tokens must be known.
   if is_symbolic_dim(drive.shape[1]):
     return loop(decay, drive)
   # Measured on 2 CPU cores the loop is up to 3 times faster; an accelerator
@@ -58,14 +58,14 @@ def recur(
 
 
 def shift(x: Array, by: int) -> Array:
-  """x[t - by] along axis 1, zero where that is outside; `by` is 1 or -1."""
+  """Returns x[t - by] along axis 1, and 0 outside; `by` is 1 or -1."""
   padding = [(0, 0, 0)] * x.ndim
   padding[1] = (by, -by, 0)
   return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
 def _loop(decay: Array, drive: Array, *, reverse: bool) -> Array:
-  """One token a step, written into a buffer that the loop updates in place."""
+  """Computes one token a step, in a buffer that the loop updates in place."""
   length = drive.shape[1]
 
   def token(x, t):
@@ -83,7 +83,7 @@ def _loop(decay: Array, drive: Array, *, reverse: bool) -> Array:
 
 
 def _prefix(decay: Array, drive: Array, *, reverse: bool) -> Array:
-  """Parallel prefix over pairs (decay, drive), log2(L) rounds deep."""
+  """Computes a parallel prefix over (decay, drive), in log2(L) rounds."""
 
   def combine(left, right):
     return left[0] * right[0], right[0] * left[1] + right[1]

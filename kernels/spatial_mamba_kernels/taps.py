@@ -1,4 +1,4 @@
-"""The taps of state fusion, and how kernels walk them row by row."""
+"""The taps of state fusion, row by row, as kernels process them."""
 
 import dataclasses
 import functools
@@ -16,9 +16,9 @@ DILATIONS = (1, 3, 5)
 
 # {(row, column) offset: the indices in [M, 3, 3] that have it}
 Taps = dict[tuple[int, int], list[tuple[int, int, int]]]
-# A row's taps: (column offset, place among the weights).
+# A row's taps: (column offset, index of the tap).
 RowTaps = list[tuple[int, Any]]
-# A row offset -> where in a ring that neighbour of a row lies.
+# {row offset: slot of that neighbour in a ring}.
 Slots = dict[int, Any]
 
 
@@ -27,12 +27,12 @@ def stencil_taps(
   height: Size = None,
   width: Size = None,
 ) -> Taps:
-  """{offset from the pixel: the places in [M, 3, 3] that have it}.
+  """Returns {offset from the pixel: indices [M, 3, 3] of its taps}.
 
-  In an image of known size, an offset of more than height - 1 rows or width - 1
-  columns reaches the border from every pixel and is as good as that: in small
-  images more taps coincide (9 are left of 2 x 2, and 1 of 1 x 1). A size that
-  is only a symbol is not known.
+  An offset of more than height - 1 rows or width - 1 columns reaches the border
+  from every pixel, and is clipped to that. In small images more taps therefore
+  coincide: 9 distinct taps remain for 2 x 2 pixels, and 1 for 1 x 1. A symbolic
+  size clips nothing.
   """
   taps: Taps = {}
   for m, dilation in enumerate(dilations):
@@ -50,8 +50,9 @@ def stencil_taps(
 def merge_weights(
   kernels: Float[Array, "M 3 3 D"], taps: Taps
 ) -> Float[Array, "T D"]:
-  """One weight for each distinct offset."""
-  # As sums of slices it was a quarter of a training step's operations.
+  """Sums the weights of each distinct offset."""
+  # By a product with a mask: sums of slices were a quarter of a training step's
+  # operations.
   has = np.zeros((len(taps), *kernels.shape[:3], 1), kernels.dtype)
   for tap, places in enumerate(taps.values()):
     for place in places:
@@ -67,7 +68,7 @@ class Stencil:
 
   @functools.cached_property
   def taps(self) -> Taps:
-    """{(row, column) offset: the places in the kernels that have it}."""
+    """{(row, column) offset: indices in the kernels that have it}."""
     return stencil_taps(self.dilations)
 
   @functools.cached_property
@@ -99,28 +100,28 @@ class Stencil:
     return self.window + 1 + len(self.distances)
 
   def merge(self, kernels: Array, alpha: Array) -> Array:
-    """The weights as the kernels take them, [T, D]."""
+    """Returns the weights as the kernels take them, [T, D]."""
     kernels, alpha = kernels.astype(jnp.float32), alpha.astype(jnp.float32)
     return merge_weights(alpha[:, None, None, None] * kernels, self.taps)
 
   def slots(self, row: Any, height: int, ring: int) -> Slots:
-    """Where the neighbours of a row lie, at the border those replicated.
+    """Returns the slots of a row's neighbours, replicated at the border.
 
     Args:
       row: of an image.
       height: of the image.
-      ring: rows of a ring, in which row r is in place r modulo `ring`.
+      ring: rows of a ring, in which row r is in slot r modulo `ring`.
     """
     return {offset: clip(row + offset, height) % ring for offset in self.by_row}
 
 
 def clip(row: Any, height: int) -> Any:
-  """Where the border is replicated from."""
+  """Returns the index of the row or column that is replicated."""
   return jnp.clip(row, 0, height - 1)
 
 
 def sources(row: Any, offset: int, height: int) -> tuple[Any, Any]:
-  """The rows that see `row` at `offset`: first and end; several at a border."""
+  """Returns first and end of the rows that read `row`, several at a border."""
   if offset > 0:
     last = row == height - 1
     first = jnp.maximum(jnp.where(last, height - 1 - offset, row - offset), 0)
@@ -134,9 +135,10 @@ def sources(row: Any, offset: int, height: int) -> tuple[Any, Any]:
 def columns_read(
   taps: RowTaps, size: int
 ) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
-  """For each column that `size` columns in a row read: it, and by whom.
+  """Yields each column that `size` columns read, and by which taps.
 
-  Yields (column, [(place in the row, place among the weights)]).
+  Yields:
+    (column, [(reading column, index of the tap)]).
   """
   reach = max(abs(column) for column, _ in taps)
   for column in range(-reach, size + reach):

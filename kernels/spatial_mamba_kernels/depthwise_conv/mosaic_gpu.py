@@ -1,11 +1,11 @@
 """The backward pass of a depthwise 3x3 convolution as one GPU kernel.
 
-For the cotangents of its weights alone XLA would read both images five times.
-A thread walks over the rows of its channel, column by column: of the nine
-pixels around one it makes what it needs of the convolution again, and what
-flows back from that pixel it adds to the sums of the weights, and to three rows
-of the input's cotangents that stay in registers. Forward the convolution is a
-fusion of XLA's, one pass over memory.
+XLA would read both images five times for the cotangents of the weights alone.
+Here a thread goes through the rows of its channel, column by column. From the
+nine pixels around a result it recomputes what it needs of the convolution; then
+it adds the result's part to the weights' cotangents, and to three rows of the
+input's cotangents, all in registers. The forward pass is a fusion of XLA, one
+pass over memory.
 """
 
 import functools
@@ -34,9 +34,9 @@ CENTRE = TAPS.index((0, 0))
 
 
 def run_forward(arrays: Arrays, *, save: bool, form: Form) -> Results:
-  """The result on one device; there is nothing to save."""
+  """Returns the result on one device; saves nothing."""
   del save
-  # So that it is rounded once, as the backward pass makes it again.
+  # In float32, as the backward pass recomputes it: it is rounded once.
   convolve = partial(xla.shifted, stride=1, dtype=jnp.float32)
   return (form.forward(*arrays, convolve=convolve),)
 
@@ -44,9 +44,9 @@ def run_forward(arrays: Arrays, *, save: bool, form: Form) -> Results:
 def run_backward(
   arrays: Arrays, saved: Arrays, g: Any, *, form: Form
 ) -> Arrays:
-  """Cotangents [B, H, W, D] of x, and [G, S, D] of the others.
+  """Returns the cotangents of x, [B, H, W, D], and of the rest, [G, S, D].
 
-  These are the nine weights, the bias, and what a projection has.
+  The rest are the nine weights, the bias, and the columns of a projection.
   """
   del saved
   x, weights, *others = arrays
@@ -92,7 +92,7 @@ def _kernel(
   flows_barriers=None, tile=None,
 ):  # fmt: skip
   *projected, dx, sums, program = refs
-  # Rows from which something flows back to its own.
+  # Rows of results that read its rows.
   rows = (
     jnp.maximum(program.first_row - 1, 0),
     jnp.minimum(program.end_row + 1, program.cut.height),
@@ -129,7 +129,7 @@ def _kernel(
   totals = [gpu.zeros() for _ in range(sums.shape[-2])]
   last, _, totals = strips.for_rows(rows, streams, step, [zeros, zeros, totals])
 
-  # No row comes after it that would finish it.
+  # No row follows the last one to finish it.
   @pl.when(program.end_row == program.cut.height)
   def _():
     strips.store(last, tile, own.at[program.cut.height - 1])
@@ -140,15 +140,16 @@ def _kernel(
 
 
 class _Walk(NamedTuple):
-  """How a program goes through a row; see `_kernel`.
+  """The step of `_kernel` for one row, and what it takes.
 
   Attributes:
     form: of the convolution.
-    program: what it computes.
+    program: what the program computes.
     weights: a vector of channels for each of the taps.
     bias: a vector of channels.
-    projection: a vector of channels for each number projected to.
-    numbers: reference to the cotangents of these, [H, W, P], or None.
+    projection: a vector of channels for each column of the projection.
+    numbers: reference to the cotangents of what is projected, [H, W, P], or
+      None.
   """
 
   form: Form
@@ -159,19 +160,19 @@ class _Walk(NamedTuple):
   numbers: Any
 
   def add_row(self, row, ring, flows, above, here, totals):
-    """Adds what flows back from a row of results.
+    """Adds the part of a row of results to all cotangents.
 
     Args:
-      row: that one.
-      ring: with it and those next to it, of the input.
-      flows: with its cotangents.
-      above: for each column, what has flowed back to the row above.
-      here: the same of this row.
-      totals: what has flowed back to weights, bias and projection.
+      row: index of the row.
+      ring: reference to rows of the input: this one and its neighbours.
+      flows: reference to rows of the results' cotangents.
+      above: the input's cotangents in the row above, by column.
+      here: the same in this row.
+      totals: the cotangents of weights, bias and projection.
 
     Returns:
-      The same of the row above, which is finished with it, of this row, of the
-      row below, and of weights, bias and projection.
+      The input's cotangents in the row above, which are then complete, in this
+      row and in the row below; and `totals`.
     """
     program, totals = self.program, list(totals)
     size = program.cut.strip
@@ -183,7 +184,7 @@ class _Walk(NamedTuple):
     back = list(self.weights)
     if self.form.has_residual:
       back[CENTRE] += 1
-    # Of the strips beside it, results that have read its pixels.
+    # With the columns beside the strip, whose results read its pixels.
     for j in range(-1, size + 1):
       is_beside = not 0 <= j < size
       y, slope = self._result(pixel, j)
@@ -209,7 +210,7 @@ class _Walk(NamedTuple):
     return *sums.values(), totals
 
   def _pixels(self, row, ring):
-    """(row offset, column) -> the input there, zeros beyond the image."""
+    """Returns (row offset, column) -> input, zero beyond the image."""
     program, rows = self.program, {}
     for offset in OFFSETS:
       nearest = jnp.clip(row + offset, 0, program.cut.height - 1)
@@ -229,7 +230,7 @@ class _Walk(NamedTuple):
     return pixel
 
   def _numbers(self, row):
-    """Column -> the cotangents of what its result is projected to."""
+    """Returns column -> cotangents of what its result is projected to."""
     if self.numbers is None:
       return lambda j: []
     column = self.program.columns_of(self.numbers.at[row])
@@ -237,7 +238,7 @@ class _Walk(NamedTuple):
     return lambda j: [column(j)[place] for place in places]
 
   def _result(self, pixel, j) -> tuple[Any, Any]:
-    """With SiLU, what is projected of column j, and the derivative there."""
+    """Returns column j after SiLU or None, and the derivative of SiLU or 1."""
     if not self.form.has_silu:
       return None, 1
     total = self.bias

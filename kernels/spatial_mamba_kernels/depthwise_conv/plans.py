@@ -18,8 +18,8 @@ from spatial_mamba_kernels.sharding import (
   share_of_device,
 )
 
-# Numbers of a projection: with more, a product of its own costs less than what
-# each number of an image takes part in here.
+# Columns of a projection at most: with more, a separate product costs less than
+# the work here for each value of an image.
 MOST_PROJECTED = 20
 
 IMAGE = (BATCH, WHOLE, WHOLE, CHANNELS)
@@ -36,13 +36,13 @@ TAPS = tuple(itertools.product(OFFSETS, OFFSETS))
 
 
 class Form(NamedTuple):
-  """What a convolution is part of.
+  """What is fused with a convolution.
 
   Attributes:
     forward: (x, kernel, *others, convolve=) -> result.
-    has_residual: its input is added to it.
-    has_silu: of which the result is.
-    is_projected: the result comes with its projection.
+    has_residual: whether its input is added to it.
+    has_silu: whether a SiLU follows.
+    is_projected: whether the result comes with its projection.
   """
 
   forward: Callable[..., Any]
@@ -101,14 +101,14 @@ def _check_projected(batch, channels, numbers):
 
 
 def cut(x: Any, form: Form) -> gpu.Cut:
-  """How images like these are cut."""
+  """Returns how images like these are cut."""
   size = gpu.CHANNELS * jnp.dtype(x.dtype).itemsize
 
   def bytes_of(strip, read):
     rows = (gpu.ring_rows(1) + gpu.ring_rows(0)) * read
     return (rows + strip) * size
 
-  # Without a TMA rows that come wait in registers, too.
+  # Without a TMA, rows are loaded ahead into registers.
   columns = gpu.MOST_COLUMNS // (1 if device().tma else 2)
   return gpu.cut(x.shape, form.reach, bytes_of, columns=columns)
 

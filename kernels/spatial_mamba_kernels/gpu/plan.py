@@ -1,7 +1,7 @@
-"""What GPU kernels' plans are made of: arithmetic on shapes, without Pallas.
+"""What the plans of GPU kernels share: arithmetic on shapes, without Pallas.
 
-A program is asked on every platform whether a GPU kernel could serve, so that
-this imports nothing that is for a GPU.
+Plans are evaluated on every platform, to know whether a GPU kernel can serve.
+This module therefore imports nothing that is for a GPU.
 """
 
 import dataclasses
@@ -21,17 +21,16 @@ from spatial_mamba_kernels.typing import Array
 CHANNELS = 128
 # Threads of a warp.
 LANES = 32
-# Programs in the dimension of CUDA's grid where images and blocks of channels
-# are.
+# Programs at most along a dimension of CUDA's grid, here that of images and
+# blocks of channels.
 MOST_PROGRAMS = 2**16 - 1
-# Columns of a strip: a thread keeps a sum for each in registers.
+# Columns of a strip at most: a thread keeps a sum in registers for each.
 MOST_COLUMNS = 32
-# Shared memory for what is not rows: barriers, and the alignment of rows to 1
-# KiB.
+# Shared memory for barriers, and for aligning rows to 1 KiB.
 OTHER_BYTES = 3 * 2**10
-# Barriers of one kind in a Pallas kernel; each row of a ring has one.
+# Barriers of one kind in a Pallas kernel at most; each row of a ring has one.
 MOST_BARRIERS = 32
-# Sums over channels that are made at once, where there is room.
+# Rows that are summed over channels at once, if shared memory allows.
 ROWS_SUMMED = 16
 
 
@@ -40,11 +39,11 @@ class Config:
   """Sizes that decide the speed, not the result.
 
   Attributes:
-    tokens: computed in one piece of code, so that their loads, exponentials and
-      a recurrence's waits overlap.
-    stages: pieces on their way into shared memory.
-    programs: at least as many as a device has multiprocessors (132 on an H100
-      or H200), if there is work for them.
+    tokens: tokens in one unrolled piece of code, where their loads and
+      exponentials overlap with the waits of a recurrence.
+    stages: slots in shared memory for pieces that are loaded ahead.
+    programs: programs to launch at least, about as many as a device has
+      multiprocessors (132 on an H100 or H200).
   """
 
   tokens: int = 16
@@ -79,15 +78,15 @@ def check_launched(image: Array) -> None:
 
 
 def blocks(channels: int) -> int:
-  """How many programs share an image's channels."""
+  """Returns how many programs share an image's channels."""
   return -(-channels // CHANNELS)
 
 
 def is_one_piece(shape: tuple[int, ...], sent: tuple[int, ...]) -> bool:
-  """Whether what is sent to the last dimensions of an array lies in one piece.
+  """Returns whether a copy to an array's last dimensions is contiguous.
 
-  Pallas copies that without regard to where the array's dimensions end: what is
-  beyond one would be written over what comes next.
+  Pallas copies contiguous memory without regard to where dimensions end: what
+  is beyond the end of one would overwrite what follows.
   """
   stride, expected = 1, 1
   for size, part in zip(shape[::-1], sent[::-1], strict=False):
@@ -98,7 +97,7 @@ def is_one_piece(shape: tuple[int, ...], sent: tuple[int, ...]) -> bool:
 
 
 def room(shape: tuple[int, ...], sent: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape that results [..., D] need for what is sent to them.
+  """Returns the shape that results [..., D] need, so that copies fit.
 
   Args:
     shape: of the results, the channels as by `pad_channels`.
@@ -111,12 +110,12 @@ def room(shape: tuple[int, ...], sent: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def split(size: int, programs: int, *, least: int) -> int:
-  """Into how many parts to cut `size`, where there are `programs` already.
+  """Returns into how many parts to cut `size`, to have programs enough.
 
   Args:
-    size: of what is cut.
-    programs: without cutting.
-    least: size of a part worth a program.
+    size: what is cut.
+    programs: how many there are without cutting.
+    least: the least size of a part.
   """
   wanted = -(-CONFIG.programs // programs)
   return max(1, min(wanted, size // least))
@@ -147,7 +146,7 @@ class Cut:
     return -(-self.width // self.strip)
 
   def result(self, image: Array, dtype: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of an image that is computed, from one that is read."""
+    """Returns the type of a result as large as a padded image."""
     shape = room(image.shape, (self.strip, CHANNELS))
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -169,16 +168,16 @@ def cut(
   *,
   columns: int | None = None,
 ) -> Cut:
-  """Into few strips that fit into shared memory.
+  """Returns the cut with the fewest strips that fit into shared memory.
 
   Args:
     shape: of the images, [B, H, W, D].
     reach: columns to either side that a column reads.
     bytes_of: (columns computed, columns read) -> bytes of shared memory.
-    columns: of a strip at most; None for `MOST_COLUMNS`.
+    columns: columns of a strip at most; None for `MOST_COLUMNS`.
 
   Raises:
-    NotImplementedError: none fit.
+    NotImplementedError: no strips fit.
   """
   batch, height, width, channels = shape
   most_bytes = device().smem_bytes - OTHER_BYTES
@@ -196,7 +195,7 @@ def cut(
 
 
 def _columns_read(width, strip, reach):
-  # Of two strips each is at a border, with nothing beyond.
+  # Each of two strips is at a border, beyond which nothing is read.
   sides = 1 if strip < width <= 2 * strip else 2
   return min(strip + sides * reach, width)
 
@@ -212,7 +211,17 @@ def ring_rows(reach: int) -> int:
 def cut_to_fuse(
   shape: tuple[int, ...], stencil: Stencil, states: Any, image: Any
 ) -> Cut:
-  """For `fuse` and `weights_backward`; types of states and another image."""
+  """Returns the cut for `fuse` and `weights_backward`.
+
+  Args:
+    shape: of the images, [B, H, W, D].
+    stencil: its taps.
+    states: type of the states.
+    image: type of the image that is loaded with them.
+
+  Raises:
+    NotImplementedError: no cut fits.
+  """
   if device().tma and ring_rows(stencil.reach) > MOST_BARRIERS:
     raise NotImplementedError(
       f"mosaic_gpu waits at {MOST_BARRIERS} barriers at most, too few where a"
@@ -224,7 +233,7 @@ def cut_to_fuse(
   def bytes_of(strip, read):
     ring = ring_rows(stencil.reach) * read
     ring *= CHANNELS * jnp.dtype(states).itemsize
-    # Rows of the image come; one of the result, or products, goes.
+    # Rows of the image; and a row of the result, or products.
     return ring + ring_rows(0) * strip * other + max(strip * other, sums)
 
   return cut(shape, stencil.reach, bytes_of)
@@ -233,12 +242,22 @@ def cut_to_fuse(
 def cut_to_states(
   shape: tuple[int, ...], stencil: Stencil, states: Any, g: Any
 ) -> Cut:
-  """For `states_backward`; types of its result and of the cotangents."""
-  come, go = (jnp.dtype(x).itemsize for x in (g, states))
+  """Returns the cut for `states_backward`.
+
+  Args:
+    shape: of the images, [B, H, W, D].
+    stencil: its taps.
+    states: type of the states.
+    g: type of the cotangents.
+
+  Raises:
+    NotImplementedError: no cut fits.
+  """
+  loaded, stored = (jnp.dtype(x).itemsize for x in (g, states))
 
   def bytes_of(strip, read):
     ring = stencil.window * (read + 2 * len(stencil.distances)) * 4
-    rows = ring + ring_rows(0) * read * come + strip * go
+    rows = ring + ring_rows(0) * read * loaded + strip * stored
     return rows * CHANNELS
 
   return cut(shape, stencil.reach, bytes_of)

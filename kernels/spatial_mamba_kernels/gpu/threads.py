@@ -1,13 +1,13 @@
 """What the GPU kernels share: a thread for each channel, 128 to a program.
 
-A vector of 128 channels lies across a warpgroup, one channel a thread, so that
-a recurrence over tokens and a stencil over pixels never leave their thread: no
-thread waits for another, but for what is copied beside them and for sums over
-channels. Since Hopper the tensor memory accelerator (TMA) copies tokens and
-rows through shared memory, and leaves out what is beyond an array's end (but
-see `room`). Before it, each thread copies its own channel: what it will need
-next is on its way to registers while it computes, and results go straight to
-device memory.
+A vector of 128 channels is spread over a warpgroup, one channel a thread. A
+recurrence over tokens and a stencil over pixels then stay within a thread;
+threads wait for each other only for copies and for sums over channels.
+
+Since Hopper the tensor memory accelerator (TMA) copies tokens and rows through
+shared memory, and leaves out what is beyond an array's end (but see `room`).
+On older GPUs each thread copies its own channel: it loads what it needs next
+into registers while it computes, and stores results to device memory.
 """
 
 import math
@@ -34,9 +34,9 @@ plgpu: Any = mosaic_gpu
 
 
 def pad_channels(x: Array) -> Array:
-  """Fills channels up where copies ask for it.
+  """Pads channels as copies require.
 
-  The TMA asks for rows of 16 bytes; threads for whole blocks.
+  The TMA requires rows of a multiple of 16 bytes, threads whole blocks.
   """
   channels = x.shape[-1]
   if device().tma and channels % 8 == 0:
@@ -45,39 +45,39 @@ def pad_channels(x: Array) -> Array:
 
 
 def pad_to_blocks(x: Array) -> Array:
-  """Fills channels up to whole blocks."""
+  """Pads channels to whole blocks."""
   padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % CHANNELS)]
   return jnp.pad(x, padding)
 
 
 def flat_tokens(x: Array, multiple: int) -> Array:
-  """[B, H, W, C] as [T, C], with zeros up to a multiple of tokens."""
+  """Returns [B, H, W, C] as [T, C], padded to a multiple of tokens."""
   flat = x.reshape(-1, x.shape[-1])
   return jnp.pad(flat, ((0, -len(flat) % multiple), (0, 0)))
 
 
 def token_scales(scales: Array, x: Array, multiple: int) -> Array:
-  """[B] as [T], in float32, each image's for all of its tokens."""
+  """Returns [B] as [T], float32: each image's scale for all its tokens."""
   scales = scales.astype(jnp.float32)[:, None, None, None]
   tokens = jnp.broadcast_to(scales, (*x.shape[:3], 1))
   return flat_tokens(tokens, multiple)[:, 0]
 
 
 def like(x: Array, flat: Array) -> Array:
-  """Without the zeros of `flat_tokens`, in the shape of x."""
+  """Inverts `flat_tokens`, for the shape of x."""
   return flat[: math.prod(x.shape[:-1])].reshape(x.shape)
 
 
 def parameters(x: Array) -> Array:
-  """[..., D] as the kernels take them."""
+  """Returns parameters [..., D] as the kernels take them."""
   return pad_to_blocks(x.astype(jnp.float32))
 
 
 def kernel(body: Callable[..., None], *, name: str, **options: Any):
-  """A kernel whose threads keep to their own channels.
+  """Returns a kernel whose threads keep to their own channels.
 
-  That makes barriers around each store needless. Where threads do read what
-  others wrote `meet` stands between, and `commit` where the TMA does.
+  It needs no barriers around each store. Before threads read what others wrote
+  the body calls `meet`, and before the TMA does, `commit`.
   """
   return plgpu.kernel(
     body,
@@ -87,7 +87,7 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any):
       unsafe_no_auto_barriers=True,
       # Sums over channels stay within a warp.
       reduction_scratch_bytes=0,
-      # Layouts are as said here, and not inferred, as by JAX 0.12's default.
+      # JAX 0.12 would infer layouts by default; these kernels declare them.
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
     **options,
@@ -103,7 +103,7 @@ def meet() -> None:
 
 
 def _barrier():
-  # Pallas has none without a fence for the TMA, which older GPUs do not know.
+  # Pallas has no barrier without a fence for the TMA, which older GPUs lack.
   plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
 
 
@@ -114,17 +114,17 @@ def commit() -> None:
 
 
 def outlet(name: str, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
-  """Scratch for results, if it is the TMA that copies them out."""
+  """Returns scratch for results, if the TMA copies them out."""
   return {name: plgpu.SMEM(shape, dtype)} if device().tma else {}
 
 
 def place(tiles: Any, index: Any, target: Any) -> Any:
-  """Where results go first: into one of an outlet's tiles, or to the target."""
+  """Returns where to write results: a tile of an outlet, or the target."""
   return target if tiles is None else tiles.at[index]
 
 
 def wait_sent(copies: int) -> None:
-  """Waits until no more copies of results are being read from shared memory."""
+  """Waits until at most so many copies still read from shared memory."""
   if device().tma:
     plgpu.wait_smem_to_gmem(copies, wait_read_only=True)
 
@@ -142,7 +142,7 @@ def finish() -> None:
 
 
 def vector(x: Array) -> Array:
-  """Lays 128 channels across the threads, as loops need it said."""
+  """Declares that 128 channels are spread over threads, as loops require."""
   return plgpu.layout_cast(x, plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1))
 
 
@@ -152,13 +152,14 @@ def zeros() -> Array:
 
 
 def store_sums(values: Sequence[Array], products: Any, out: Any) -> None:
-  """Sums over channels.
+  """Stores the sums over channels of some vectors.
 
   Args:
     values: vectors of channels.
-    products: reference to [R, 128], float32 in shared memory; R in fours.
-    out: reference to [S], in device memory; S is a multiple of R, and from the
-      number of vectors on anything may be written.
+    products: reference to [R, 128], float32 in shared memory; R is a multiple
+      of 4.
+    out: reference to [S], in device memory; S is a multiple of R. What follows
+      the sums is undefined.
   """
   rows = products.shape[0]
   for first in range(0, len(values), rows):
@@ -168,13 +169,15 @@ def store_sums(values: Sequence[Array], products: Any, out: Any) -> None:
 
 
 def store_channel_sums(products: Any, out: Any) -> None:
-  """Sums over channels, which all threads must have written and may overwrite.
+  """Stores the sums over channels of the rows in shared memory.
 
-  A warp takes every fourth row, whose channels its threads load in order, so
-  that they meet no bank of shared memory twice.
+  It waits for all threads' rows before, and for all sums after. A warp sums
+  every fourth row; its threads load consecutive channels, which are in
+  different banks of shared memory.
 
   Args:
-    products: reference to [R, 128], float32 in shared memory; R in fours.
+    products: reference to [R, 128], float32 in shared memory; R is a multiple
+      of 4.
     out: reference to [R], float32 in device memory.
   """
   layout = plgpu.Layout.TILED(
@@ -189,7 +192,7 @@ def store_channel_sums(products: Any, out: Any) -> None:
 
 
 def load(ref: Any, layout: Any) -> Array:
-  """Loads as a layout says, in however small pieces."""
+  """Loads in a layout, even if that takes narrow loads."""
   try:
     return plgpu.load(ref, layout=layout, optimized=False)
   except TypeError:  # JAX before 0.12 takes an index as well.
@@ -197,16 +200,16 @@ def load(ref: Any, layout: Any) -> Array:
 
 
 def store(ref: Any, value: Array) -> None:
-  """Stores as a layout says, in however small pieces."""
+  """Stores in the value's layout, even if that takes narrow stores."""
   if hasattr(plgpu, "store"):
-    # JAX 0.12 would ask for whole sectors of memory.
+    # By default JAX 0.12 refuses stores of less than a sector.
     plgpu.store(ref, value, optimized=False)
   else:
     ref[...] = value
 
 
 def _log1p_coefficients(degree=9):
-  """Of log(1 + x) / x on [0, 1], interpolated at Chebyshev's points."""
+  """Returns a polynomial for log(1 + x) / x on [0, 1], Chebyshev's points."""
   points = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1)) / 2
   points += 0.5
   return np.polynomial.Polynomial.fit(
@@ -218,10 +221,10 @@ LOG1P = _log1p_coefficients()
 
 
 def softplus(x: Array) -> Array:
-  """log(1 + exp(x)), to 2e-7 of it.
+  """Returns log(1 + exp(x)), to a relative error of 2e-7.
 
-  Mosaic has no log1p, and the GPU's fast logarithm is off by 2e-7 near 1, where
-  a small time step is that small itself.
+  Mosaic has no log1p. The GPU's fast logarithm has an absolute error of 2e-7
+  near 1, which is as large as the smallest time steps.
   """
   small = jnp.exp(-jnp.abs(x))
   ratio = jnp.full_like(x, LOG1P[-1])
@@ -231,11 +234,11 @@ def softplus(x: Array) -> Array:
 
 
 def sigmoid(x: Array) -> Array:
-  """1 / (1 + exp(-x)), without overflow."""
+  """Returns 1 / (1 + exp(-x)), without overflow."""
   small = jnp.exp(-jnp.abs(x))
   return jnp.where(x < 0, small, 1) / (1 + small)
 
 
 def add(total: Array | None, term: Array) -> Array:
-  """Sums that start from nothing."""
+  """Returns the sum; None stands for zero."""
   return term if total is None else total + term

@@ -1,4 +1,4 @@
-"""Layer normalisation as GPU kernels: each array is read once."""
+"""Layer normalisation as GPU kernels that read each array once."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from spatial_mamba_kernels.gpu.tokens import Tokens
 from spatial_mamba_kernels.normalization import EPSILON
 from spatial_mamba_kernels.typing import Array
 
-# Numbers of an image that are on their way into registers at a time, so that a
-# device's memory is busy; with more, sums of more programs are written.
+# Values of an image loaded at a time by all programs: enough to keep a device's
+# memory busy. With more, more programs would write sums.
 LOADED = 2**20
 
 
 def run_forward(arrays: Arrays, *, save: bool, is_gated: bool) -> Results:
-  """The operator on one device; there is nothing to save."""
+  """Returns the operator's result on one device; saves nothing."""
   del save
   forward: Any = _gated_forward if is_gated else _residual_forward
   return forward(*arrays)
@@ -32,7 +32,7 @@ def run_forward(arrays: Arrays, *, save: bool, is_gated: bool) -> Results:
 def run_backward(
   arrays: Arrays, saved: Arrays, g: Any, *, is_gated: bool
 ) -> Arrays:
-  """The cotangents of images, and [1, C] of scale and bias."""
+  """Returns the cotangents of images and, [1, C], of scale and bias."""
   del saved
   backward: Any = _gated_backward if is_gated else _residual_backward
   return backward(*arrays, g)
@@ -97,9 +97,9 @@ def _call(
     kernel: (tokens, *images, branch_scale, *parameters, *results, *sums).
     images: each [B, H, W, C].
     parameters: each [C].
-    results: images of the shapes and types of the results.
-    sums: how many sums over tokens there are.
-    branch_scale: [B], if the kernel takes one.
+    results: images of the results' shapes and types.
+    sums: how many results are sums over tokens.
+    branch_scale: [B], or None.
     name: of the kernel.
 
   Returns:
@@ -133,23 +133,23 @@ def _call(
 
 
 def _programs(tokens, length):
-  """How many of them share so many tokens."""
+  """Returns how many programs share so many tokens."""
   return min(length // tokens.count, LOADED // math.prod(tokens.shape))
 
 
 def _each(
   tokens: Tokens, length: int, step: Callable[..., Any], *values: Any
 ) -> Any:
-  """Goes through a program's share of so many tokens.
+  """Calls a function for each tile of a program's tokens.
 
   Args:
-    tokens: how many at a time.
+    tokens: the tile.
     length: tokens of all programs.
-    step: (which tokens, *values) -> values, or nothing.
-    *values: the first ones.
+    step: (slice of tokens, *carry) -> carry, or None without any.
+    *values: the first carry.
 
   Returns:
-    The last ones.
+    The last carry.
   """
   program, programs = lax.axis_index("program"), _programs(tokens, length)
   steps = (length // tokens.count - program + programs - 1) // programs
@@ -162,7 +162,7 @@ def _each(
 
 
 def _sum(tokens, length, step, results):
-  """As `_each`, of sums that are then added up over tokens, and stored."""
+  """Calls `_each` with sums by token of a tile; stores the sums over tokens."""
   zeros = (tokens.zeros() for _ in results)
   totals = _each(tokens, length, step, *zeros)
   for total, result in zip(totals, results, strict=True):
@@ -225,14 +225,14 @@ def _gated_backward_kernel(
 
 
 def _normalize(tokens, x):
-  """To mean 0 and variance 1; also one over the standard deviation."""
+  """Returns x normalised, and one over the standard deviation."""
   centred = x - tokens.means(x)
   rstd = lax.rsqrt(tokens.means(centred * centred) + EPSILON)
   return centred * rstd, rstd
 
 
 def _to_input(tokens, normalized, rstd, g):
-  """From the cotangents of what is normalised to those of what it was."""
+  """Returns the cotangents of x, given `g` of the normalised x."""
   along = tokens.means(g * normalized)
   return rstd * (g - tokens.means(g) - normalized * along)
 

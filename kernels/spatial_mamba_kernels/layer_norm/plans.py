@@ -6,7 +6,7 @@ from spatial_mamba_kernels.dispatch import Arrays, Dimensions, Kernel
 from spatial_mamba_kernels.gpu import plan as gpu
 from spatial_mamba_kernels.sharding import BATCH, WHOLE
 
-# Channels: with more, a thread's registers would not hold all images.
+# Channels at most: with more, a thread's registers would not hold all images.
 MOST_CHANNELS = 1024
 
 _IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)

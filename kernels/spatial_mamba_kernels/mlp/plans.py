@@ -10,12 +10,12 @@ from spatial_mamba_kernels.sharding import BATCH, WHOLE
 # Tokens of a tile: the rows of Hopper's matrix products.
 TOKENS = 64
 WARPGROUPS = 2
-# Numbers that four warps exchange for a sum over the rows of 64 columns.
+# Size of the scratch of `sum_rows`, for 64 columns.
 EXCHANGED = 4 * 32 * 2
 BARRIER_BYTES = 1024
-# Parts of the weights on their way into shared memory.
+# Slots for parts of the weights in shared memory, loaded ahead.
 STAGES = 2
-# Channels: more would leave no registers for the rest.
+# Channels at most: more would leave too few registers.
 MOST_CHANNELS = 256
 
 _IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
@@ -52,12 +52,12 @@ def plan(arrays: Arrays) -> None:
 
 
 def units_of_weights(channels: int, hidden: int, images: int) -> int:
-  """Returns how many hidden units come at a time.
+  """Returns the hidden units computed at a time.
 
   Args:
-    channels: of a token.
-    hidden: units in all.
-    images: of tokens that come.
+    channels: channels of a token.
+    hidden: hidden units in all.
+    images: images whose tokens are loaded.
 
   Raises:
     NotImplementedError: shared memory has no room for them.

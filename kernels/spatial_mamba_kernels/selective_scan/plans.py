@@ -7,8 +7,8 @@ from spatial_mamba_kernels.gpu import plan as gpu
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.tpu import plan as tpu
 
-# States of a channel: a GPU's thread keeps a decay, a state and a sum for each
-# in registers.
+# States of a channel at most: a GPU's thread keeps a decay, a state and a sum
+# in registers for each.
 MOST_STATES = 16
 
 TOKENS = (BATCH, WHOLE, CHANNELS)
@@ -34,7 +34,7 @@ def finish(arrays: Arrays, sums: Arrays) -> Arrays:
 
 
 def tpu_plan(arrays: Arrays) -> tpu.Cut:
-  """See `tpu.tpu.cut`; the backward pass needs the most."""
+  """Returns the cut for the backward pass, which needs the most VMEM."""
   u, delta, A, *_ = arrays
   batch, length, channels = u.shape
   states, width = A.shape[1], row_length(length)
@@ -45,7 +45,7 @@ def tpu_plan(arrays: Arrays) -> tpu.Cut:
     lane_rows = states * tpu.lane_row_bytes(width, group)
     state_row = states * tpu.image_row_bytes(width, group, lanes, 4)
     numbers = tpu.numbers_bytes(2 * (states + 1), group, lanes)
-    # The row computed anew, and two of each that comes or goes.
+    # The recomputed row, and two buffers for each block of inputs and outputs.
     return 3 * state_row + 2 * (4 * image_row + 2 * lane_rows) + numbers
 
   keeps = f"3 rows of {width} tokens and {states} states"
@@ -53,7 +53,7 @@ def tpu_plan(arrays: Arrays) -> tpu.Cut:
 
 
 def row_length(length: int) -> int:
-  """Tokens a row: many, and a divisor of all if there is one."""
+  """Returns how many tokens a row has; a divisor of `length` if possible."""
   longest = min(length, tpu.CONFIG.row)
   for width in range(longest, longest // 2, -1):
     if length % width == 0:

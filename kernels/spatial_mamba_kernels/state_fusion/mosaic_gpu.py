@@ -1,8 +1,8 @@
-"""State fusion on GPUs, by the kernels of `gpu.fusion`."""
+"""State fusion on GPUs: one kernel forward, two backward."""
 
 from spatial_mamba_kernels.dispatch import Arrays
-from spatial_mamba_kernels.gpu.fusion import (
-  fuse,
+from spatial_mamba_kernels.gpu.fusion import fuse
+from spatial_mamba_kernels.gpu.fusion_backward import (
   states_backward,
   weights_backward,
 )
@@ -11,7 +11,7 @@ from spatial_mamba_kernels.typing import Array
 
 
 def run_forward(arrays: Arrays, *, save: bool, stencil: Stencil) -> Arrays:
-  """The fused states [B, H, W, D] on one device; there is nothing to save."""
+  """Returns the fused states [B, H, W, D] on one device; saves nothing."""
   del save
   h, *weights = arrays
   return (fuse(h, stencil.merge(*weights), stencil=stencil, dtype=h.dtype),)
@@ -20,7 +20,7 @@ def run_forward(arrays: Arrays, *, save: bool, stencil: Stencil) -> Arrays:
 def run_backward(
   arrays: Arrays, saved: Arrays, g: Array, *, stencil: Stencil
 ) -> Arrays:
-  """The cotangents [B, H, W, D], and [G, T, D] of the merged weights."""
+  """Returns dh [B, H, W, D], and of the merged weights [G, T, D]."""
   del saved
   h, *weights = arrays
   merged = stencil.merge(*weights)

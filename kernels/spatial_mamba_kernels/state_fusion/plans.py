@@ -30,7 +30,7 @@ def finish(arrays: Arrays, sums: Arrays, *, stencil: Stencil) -> Arrays:
 
 
 def tpu_plan(arrays: Arrays, *, stencil: Stencil) -> tpu.Cut:
-  """See `tpu.tpu.cut`; the backward pass needs the most."""
+  """Returns the cut for the backward pass, which needs the most VMEM."""
   h, *_ = arrays
   batch, _, width, channels = h.shape
   kept = stencil.window + stencil.cotangent_rows + 1
@@ -55,7 +55,7 @@ def gpu_plan(arrays: Arrays, *, stencil: Stencil) -> None:
 
 
 def kernels(dilations: tuple[int, ...]) -> dict[str, Kernel]:
-  """Returns the kernels for one choice of dilations."""
+  """Returns the kernels for these dilations."""
   stencil = Stencil(dilations)
   plans = {"mosaic_tpu": tpu_plan, "mosaic_gpu": gpu_plan}
   return {

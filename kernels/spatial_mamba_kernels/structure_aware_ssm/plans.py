@@ -32,7 +32,7 @@ DIMENSIONS = Dimensions(
 
 
 def tpu_plan(arrays: Arrays) -> tpu.Cut:
-  """See `tpu.tpu.cut`; the backward pass needs the most."""
+  """Returns the cut for the backward pass, which needs the most VMEM."""
   u, delta, A, *_ = arrays
   batch, _, width, channels = u.shape
   states = A.shape[1]
@@ -46,11 +46,11 @@ def tpu_plan(arrays: Arrays) -> tpu.Cut:
     lane_rows = states * tpu.lane_row_bytes(width, group)
     count = len(STENCIL.taps) + 4 * states + 2
     numbers = tpu.numbers_bytes(count, group, lanes)
-    # Two of each row that comes or goes: three images and two cotangents.
-    coming = 2 * (5 * image_row + 5 * lane_rows)
-    return (
-      kept * state_row + 3 * (STENCIL.reach + 1) * image_row + coming + numbers
-    )
+    # Two buffers for each row of inputs and outputs: three images and two
+    # cotangents.
+    buffers = 2 * (5 * image_row + 5 * lane_rows)
+    rings = kept * state_row + 3 * (STENCIL.reach + 1) * image_row
+    return rings + buffers + numbers
 
   keeps = f"{kept} rows of {width} tokens and {states} states"
   return tpu.cut(arrays, batch, channels, bytes_of, keeps=keeps)

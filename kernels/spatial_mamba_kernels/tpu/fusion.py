@@ -1,17 +1,18 @@
-"""The stencil of state fusion on rows that a TPU kernel keeps in its memory.
+"""The stencil of state fusion within a TPU kernel.
 
-Rows of states, and backward of cotangents, lie in rings: row r of an image in
-place r modulo the size of the ring.
+Rows of states, and in the backward pass of cotangents, are kept in rings: row r
+of an image in slot r modulo the size of the ring.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from spatial_mamba_kernels.taps import (
+  RowTaps,
   Slots,
   Stencil,
   clip,
@@ -21,78 +22,97 @@ from spatial_mamba_kernels.tpu import rows
 from spatial_mamba_kernels.typing import Array
 
 
-def fuse_tile(
-  stencil: Stencil, ring, slots: Slots, n, lanes, weights, first, size: int
-) -> list[Array]:
-  """A tile of fused states.
+class Window(NamedTuple):
+  """The rows that a stencil reads for one row, and its weights.
 
-  Args:
+  Attributes:
     stencil: its taps.
-    ring: reference to [window, W, N, b, D], rows of states.
-    slots: see `Stencil.slots`.
-    n: the state.
-    lanes: index of the lanes to be computed.
-    weights: reference to [T, D].
-    first: the tile's first column.
-    size: its columns.
-
-  Returns:
-    [b, lanes] for each column.
+    ring_ref: [R, W, N, b, D], rows of states or of cotangents.
+    slots: where the row at each offset is in the ring.
+    weights_ref: [T, D].
   """
-  fused: list[Any] = [None] * size
-  for offset, taps in stencil.by_row.items():
-    weight = _load(taps, weights, lanes)
-    for value, readers in _neighbours(
-      ring.at[slots[offset]], n, lanes, taps, first, size
-    ):
-      for j, place in readers:
-        fused[j] = rows.add(fused[j], weight[place] * value)
+
+  stencil: Stencil
+  ring_ref: Any
+  slots: Slots
+  weights_ref: Any
+
+  def row_ref(self, offset: int) -> Any:
+    """Returns a reference to the row at this offset, [W, N, b, D]."""
+    return self.ring_ref.at[self.slots[offset]]
+
+  def weights(self, taps: RowTaps, lanes: Any) -> dict[int, Array]:
+    """Returns {index of the tap: weights [1, lanes]}."""
+    return {t: self.weights_ref[pl.ds(t, 1), lanes] for _, t in taps}
+
+
+class Tile(NamedTuple):
+  """The part of a row that is computed at once.
+
+  Attributes:
+    first: its first column.
+    size: its columns.
+    n: the state.
+    lanes: index of the lanes.
+  """
+
+  first: Any
+  size: int
+  n: Any
+  lanes: Any
+
+
+def fuse_tile(window: Window, tile: Tile) -> list[Array]:
+  """Returns a tile of fused states, [b, lanes] for each column."""
+  fused: list[Any] = [None] * tile.size
+  for offset, taps in window.stencil.by_row.items():
+    weights = window.weights(taps, tile.lanes)
+    for value, readers in _neighbours(window.row_ref(offset), taps, tile):
+      for j, t in readers:
+        fused[j] = rows.add(fused[j], weights[t] * value)
   return fused
 
 
 def weights_backward_tile(
-  stencil: Stencil, ring, slots: Slots, cotangents, n, lanes, weights, sums,
-  first, size: int,
-) -> list[Array]:  # fmt: skip
-  """Adds a tile's part to the cotangents of the weights.
+  window: Window, tile: Tile, cotangents_ref: Any, sums_ref: Any
+) -> list[Array]:
+  """Accumulates a tile's part of the cotangents of the weights.
 
   Args:
-    stencil: as in `fuse_tile`, like all not named here.
-    ring: rows of states.
-    slots: where its rows lie.
-    cotangents: reference to [W, N, b, D], those of the fused states of the row.
-    n: the state.
-    lanes: index of the lanes.
-    weights: [T, D].
-    sums: reference to [T or more, b, D], added to.
-    first: the tile's first column.
-    size: its columns.
+    window: the row's states.
+    tile: what of the row.
+    cotangents_ref: [W, N, b, D], the cotangents of the row's fused states.
+    sums_ref: [T or more, b, D], accumulated.
 
   Returns:
-    What `fuse_tile` does, from the same loads.
+    What `fuse_tile` returns, from the same loads.
   """
-  cotangent = [cotangents[first + j, n, :, lanes] for j in range(size)]
+  first, size, n, lanes = tile
+  dfused = [cotangents_ref[first + j, n, :, lanes] for j in range(size)]
   fused: list[Any] = [None] * size
-  for offset, taps in stencil.by_row.items():
-    weight, dweights = _load(taps, weights, lanes), {}
-    for value, readers in _neighbours(
-      ring.at[slots[offset]], n, lanes, taps, first, size
-    ):
-      for j, place in readers:
-        fused[j] = rows.add(fused[j], weight[place] * value)
-        dweights[place] = rows.add(dweights.get(place), cotangent[j] * value)
-    for place, total in dweights.items():
-      sums[place, :, lanes] += total
+  for offset, taps in window.stencil.by_row.items():
+    weights, dweights = window.weights(taps, lanes), {}
+    for value, readers in _neighbours(window.row_ref(offset), taps, tile):
+      for j, t in readers:
+        fused[j] = rows.add(fused[j], weights[t] * value)
+        dweights[t] = rows.add(dweights.get(t), dfused[j] * value)
+    for t, total in dweights.items():
+      sums_ref[t, :, lanes] += total
   return fused
 
 
 @dataclasses.dataclass(frozen=True)
 class CotangentRing:
-  """Rows of cotangents [W, N, b, D] of fused states, as states need them.
+  """A ring of cotangents of fused states, with the border rows summed.
 
-  After the ring itself come a row of zeros, for what is outside an image, and
-  sums of rows: those of pixels that see the first or last row of an image in
-  place of one beyond it, one sum for each distance.
+  Two kinds of rows follow the ring itself. One row of zeros stands for rows
+  outside the image. One sum for each tap distance stands for the fused rows
+  that read a replica of the first or last row of states.
+
+  Attributes:
+    stencil: its taps.
+    ref: [`Stencil.cotangent_rows`, W, N, b, D].
+    height: rows of the image.
   """
 
   stencil: Stencil
@@ -100,12 +120,12 @@ class CotangentRing:
   height: int
 
   def clear(self) -> None:
-    """Once, before all else."""
+    """Writes the row of zeros; once, before the first row."""
     shape = self.ref.shape[1:]
     self.ref[self.stencil.window] = jnp.zeros(shape, self.ref.dtype)
 
   def add_border_rows(self, row: Any) -> None:
-    """For the first or the last row of an image."""
+    """Sums the cotangents for `row` if it is the image's first or last."""
     for distance in self.stencil.distances:
 
       @pl.when(row == 0)
@@ -127,11 +147,11 @@ class CotangentRing:
           total += self.ref[source % window, column + j]
         self.ref[self._border(distance), column + j] = total
 
-    # A whole row of several states would be more than the registers hold.
+    # A whole row of several states would not fit into the registers.
     rows.for_tiles(width, tile, None, states=states)
 
   def sources(self, row: Any) -> Slots:
-    """Where the pixels lie that see `row` at each row offset."""
+    """Returns the slot of the cotangents for each tap that reads `row`."""
     return {offset: self._source(row, offset) for offset in self.stencil.by_row}
 
   def _source(self, row, offset):
@@ -142,82 +162,87 @@ class CotangentRing:
     at_border = row == (0 if offset < 0 else self.height - 1)
     source = row - offset
     inside = (source >= 0) & (source < self.height)
-    nothing = self.stencil.window
+    zeros = self.stencil.window
     return jnp.where(
       at_border,
       self._border(abs(offset)),
-      jnp.where(inside, source % self.stencil.window, nothing),
+      jnp.where(inside, source % self.stencil.window, zeros),
     )
 
   def _border(self, distance):
     return self.stencil.window + 1 + self.stencil.distances.index(distance)
 
 
-def states_backward(
-  stencil: Stencil, dring, sources: Slots, weights, dh, lanes
-) -> None:
-  """The cotangents of a row of states: the transpose of the stencil.
+def states_backward(window: Window, dh_ref: Any, lanes: Any) -> None:
+  """Computes the cotangents of a row of states: the transposed stencil.
 
   Args:
-    stencil: its taps.
-    dring: the reference of a `CotangentRing`.
-    sources: see there.
-    weights: reference to [T, D].
-    dh: reference to [W, N, b, D], written.
-    lanes: index of the lanes to be computed.
+    window: of a `CotangentRing`, with its `sources`.
+    dh_ref: [W, N, b, D], written.
+    lanes: index of the lanes.
   """
-  width, states, group, _ = dh.shape
+  width, states, *_ = dh_ref.shape
 
+  # Every pixel within the image, as if nothing were replicated.
   def tile(first, size, _):
     def of_state(n, _):
-      total: list[Any] = [None] * size
-      for offset, taps in stencil.by_row.items():
-        source = dring.at[sources[offset]]
-        weight = _load(taps, weights, lanes)
-        transposed = [(-column, place) for column, place in taps]
-        for column, readers in columns_read(transposed, size):
-          value = source[clip(first + column, width), n, :, lanes]
-          if not 0 <= column < size:
-            inside = (first + column >= 0) & (first + column < width)
-            value = jnp.where(inside, value, 0)
-          for j, place in readers:
-            total[j] = rows.add(total[j], weight[place] * value)
-      for j in range(size):
-        dh[first + j, n, :, lanes] = total[j]
+      _transpose_tile(window, Tile(first, size, n, lanes), dh_ref)
 
     rows.for_states(states, of_state, None)
 
   rows.for_tiles(width, tile, None)
 
+  # The replicas of the first and the last column.
   def fold(n, _):
-    """What replication folds onto the first and the last column."""
-    for offset, taps in stencil.by_row.items():
-      source = dring.at[sources[offset]]
-      for border, sign in ((0, -1), (width - 1, 1)):
-        total = jnp.zeros((group, lanes.size), jnp.float32)
-        folded = None
-        for distance in range(stencil.reach):
-          if distance < width:
-            total += source[border - sign * distance, n, :, lanes]
-          for column, place in taps:
-            if column == sign * (distance + 1):
-              product = weights[pl.ds(place, 1), lanes] * total
-              folded = rows.add(folded, product)
-        if folded is not None:
-          dh[border, n, :, lanes] += folded
+    _fold_borders(window, n, lanes, dh_ref)
 
   rows.for_states(states, fold, None)
 
 
-def _load(taps, weights, lanes):
-  """{place: weight} of a row's taps."""
-  return {place: weights[pl.ds(place, 1), lanes] for _, place in taps}
+def _transpose_tile(window, tile, dh_ref):
+  first, size, n, lanes = tile
+  width = dh_ref.shape[0]
+  total: list[Any] = [None] * size
+  for offset, taps in window.stencil.by_row.items():
+    source_ref = window.row_ref(offset)
+    weights = window.weights(taps, lanes)
+    transposed = [(-column, t) for column, t in taps]
+    for column, readers in columns_read(transposed, size):
+      value = source_ref[clip(first + column, width), n, :, lanes]
+      if not 0 <= column < size:
+        inside = (first + column >= 0) & (first + column < width)
+        value = jnp.where(inside, value, 0)
+      for j, t in readers:
+        total[j] = rows.add(total[j], weights[t] * value)
+  for j in range(size):
+    dh_ref[first + j, n, :, lanes] = total[j]
 
 
-def _neighbours(h, n, lanes, taps, first, size) -> Iterator[tuple[Array, Any]]:
-  """For each column that a tile's stencil reads in a row: value, and by whom.
+def _fold_borders(window, n, lanes, dh_ref):
+  """Adds to the border columns the cotangents of their replicas."""
+  width, _, group, _ = dh_ref.shape
+  for offset, taps in window.stencil.by_row.items():
+    source_ref = window.row_ref(offset)
+    for border, sign in ((0, -1), (width - 1, 1)):
+      total = jnp.zeros((group, lanes.size), jnp.float32)
+      folded = None
+      for distance in range(window.stencil.reach):
+        if distance < width:
+          total += source_ref[border - sign * distance, n, :, lanes]
+        for column, t in taps:
+          if column == sign * (distance + 1):
+            product = window.weights_ref[pl.ds(t, 1), lanes] * total
+            folded = rows.add(folded, product)
+      if folded is not None:
+        dh_ref[border, n, :, lanes] += folded
 
-  Yields (states [b, lanes], [(place in the tile, place among the weights)]).
+
+def _neighbours(row_ref, taps, tile) -> Iterator[tuple[Array, Any]]:
+  """Yields each column that a tile reads of a row, and by which taps.
+
+  Yields:
+    (states [b, lanes], [(column within the tile, index of the tap)]).
   """
-  for column, readers in columns_read(taps, size):
-    yield h[clip(first + column, h.shape[0]), n, :, lanes], readers
+  for column, readers in columns_read(taps, tile.size):
+    index = clip(tile.first + column, row_ref.shape[0])
+    yield row_ref[index, tile.n, :, tile.lanes], readers

@@ -1,7 +1,7 @@
-"""What TPU kernels' plans are made of: arithmetic on shapes, without Pallas.
+"""What the plans of TPU kernels share: arithmetic on shapes, without Pallas.
 
-A program is asked on every platform whether a TPU kernel could serve, so that
-this imports nothing that is for a TPU.
+Plans are evaluated on every platform, to know whether a TPU kernel can serve.
+This module therefore imports nothing that is for a TPU.
 """
 
 import dataclasses
@@ -20,13 +20,12 @@ class Config:
   """Sizes that decide the speed, not the result.
 
   Attributes:
-    tile: columns computed in one piece of code, so that their loads, their
-      exponentials and a recurrence's waits overlap. Rows of up to this many
-      need no loop, and their borders no arithmetic while running; more would
-      make the backward kernel longer than some 5000 instructions.
-    row: tokens in a row where there is no image to say so: as many numbers,
-      one a token, as lie along the lanes.
-    vmem_bytes: what a kernel may use of the 16 MiB that a v5e gives it.
+    tile: columns in one unrolled piece of code, where their loads and
+      exponentials overlap with the waits of a recurrence. Rows of up to this
+      many need no loop, and no arithmetic for their borders at run time; more
+      would make the backward kernel longer than about 5000 instructions.
+    row: tokens of a row if there is no image, as many as there are lanes.
+    vmem_bytes: VMEM that a kernel may use, of the 16 MiB of a v5e.
   """
 
   tile: int = 64
@@ -39,7 +38,7 @@ CONFIG = Config()
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """How the work is cut.
+  """How images and channels are cut into blocks.
 
   Attributes:
     group: images computed together, along the sublanes.
@@ -58,17 +57,17 @@ def cut(
   *,
   keeps: str,
 ) -> Cut:
-  """The largest cut that fits into VMEM.
+  """Returns the largest cut that fits into VMEM.
 
   Args:
-    arrays: what the operator is given.
+    arrays: the operator's arguments.
     batch: images.
     channels: channels of an image.
-    bytes_of: (group, channels), each as it fills registers -> bytes of VMEM.
-    keeps: what takes the most of them, for the message.
+    bytes_of: (group, channels), both padded to registers -> bytes of VMEM.
+    keeps: what takes most of the VMEM, for the error message.
 
   Raises:
-    NotImplementedError: none does, or a type is not for a TPU.
+    NotImplementedError: no cut fits, or a dtype is not supported.
   """
   for array in arrays:
     if array.dtype not in (jnp.float32, jnp.bfloat16):
@@ -80,7 +79,7 @@ def cut(
     group = min(group, batch)
     for blocks in range(1, registers + 1):
       lanes = -(-registers // blocks) * LANES
-      # In VMEM, as many images as a power of two.
+      # VMEM pads the images to a power of two.
       if bytes_of(1 << (group - 1).bit_length(), lanes) <= CONFIG.vmem_bytes:
         return Cut(group, min(channels, lanes))
   raise NotImplementedError(
@@ -89,15 +88,15 @@ def cut(
 
 
 def image_row_bytes(width: int, group: int, lanes: int, itemsize: int) -> int:
-  """Of a row of pixels; smaller numbers fill registers by pairs of rows."""
+  """Returns the bytes of a row of pixels; bfloat16 is packed in pairs."""
   return width * max(group, 4 // itemsize) * lanes * itemsize
 
 
 def lane_row_bytes(width: int, group: int) -> int:
-  """Of a row with one float32 a pixel."""
+  """Returns the bytes of a row with one float32 a pixel."""
   return group * -(-width // LANES) * LANES * 4
 
 
 def numbers_bytes(count: int, group: int, lanes: int) -> int:
-  """Of so many states or sums; and as many parameters and their cotangents."""
+  """Returns the bytes of states or sums, and of as many parameters."""
   return count * (group + 2 * 2) * lanes * 4

@@ -1,10 +1,11 @@
-"""A row of the selective scan in TPU kernels, forward and backward.
+"""The selective scan of one row of tokens within a TPU kernel.
 
-See `tpu.rows` for how arrays lie.
+Arrays are float32 but for `u`, `delta`, their cotangents and B; `tpu.rows`
+describes their layout.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,126 +16,167 @@ from spatial_mamba_kernels.tpu import rows
 from spatial_mamba_kernels.typing import Array
 
 
-def scan_row(u, delta, A, B, bias, carry, out):
-  """Scans a row on from `carry`, which it replaces.
+class Row(NamedTuple):
+  """References to the inputs of the scan of one row.
+
+  Attributes:
+    u_ref: [W, b, D].
+    delta_ref: [W, b, D].
+    B_ref: [N, b, Wp].
+    A_ref: [N, D].
+    bias_ref: [1, D].
+  """
+
+  u_ref: Any
+  delta_ref: Any
+  B_ref: Any
+  A_ref: Any
+  bias_ref: Any
+
+  def raw_time_step(self, column: Any, lanes: Any) -> Array:
+    """Returns the time step before softplus."""
+    delta = self.delta_ref[column, :, lanes].astype(jnp.float32)
+    return delta + self.bias_ref[:, lanes]
+
+
+def scan_row(row: Row, carry_ref, out_ref) -> None:
+  """Scans a row.
 
   Args:
-    u: reference to [W, b, D], as all of these.
-    delta: [W, b, D].
-    A: [N, D].
-    B: [N, b, Wp].
-    bias: [1, D].
-    carry: [N, b, D], the state before the row, then after it.
-    out: [W, N, b, D], the states.
+    row: its inputs.
+    carry_ref: [N, b, D], the state before the row; the state after it replaces
+      that.
+    out_ref: [W, N, b, D], where the states are written.
   """
-  width, _, channels = u.shape
-  states = A.shape[0]
+  width, _, channels = row.u_ref.shape
+  states = row.A_ref.shape[0]
 
   def scan(lanes):
     def tile(first, size, h):
-      b = columns(B, first)
+      b = columns(row.B_ref, first)
       for j in range(size):
-        x = u[first + j, :, lanes].astype(jnp.float32)
-        dt = softplus(_time_step(delta, bias, first + j, lanes))
+        x = row.u_ref[first + j, :, lanes].astype(jnp.float32)
+        dt = softplus(row.raw_time_step(first + j, lanes))
         h = tuple(
-          jnp.exp(dt * A[pl.ds(n, 1), lanes]) * h[n]
+          jnp.exp(dt * row.A_ref[pl.ds(n, 1), lanes]) * h[n]
           + (dt * x) * b[n][:, j : j + 1]
           for n in range(states)
         )
         for n in range(states):
-          out[first + j, n, :, lanes] = h[n]
+          out_ref[first + j, n, :, lanes] = h[n]
       return h
 
-    h = tuple(carry[n, :, lanes] for n in range(states))
+    h = tuple(carry_ref[n, :, lanes] for n in range(states))
     h = rows.for_tiles(width, tile, h, states=states)
     for n in range(states):
-      carry[n, :, lanes] = h[n]
+      carry_ref[n, :, lanes] = h[n]
 
   rows.for_lanes(channels, scan)
 
 
-def scan_row_backward(
-  u, delta, A, B, bias, h, before, has_before, dh, adjoint,
-  du, ddelta, dB, sums, lanes, inside,
-  skip: Callable[[Any], Array] | None = None,
-):  # fmt: skip
-  """From the cotangents of a row's states back to all that made them.
+class RowBackward(NamedTuple):
+  """The transpose of `scan_row`, and the references that it takes.
 
-  Args:
-    u: reference to [W, b, D], as all of these unless said otherwise.
-    delta: [W, b, D].
-    A: [N, D].
-    B: [N, b, Wp].
-    bias: [1, D].
-    h: [W, N, b, D], the states.
-    before: [N, b, D], the state before the row.
-    has_before: a boolean; without, the row is the first.
-    dh: [W, N, b, D], the cotangents of the states.
-    adjoint: [N, b, D], what flows back from the row after, then from this one.
-    du: [W, b, D], written.
-    ddelta: [W, b, D], written.
-    dB: [N, b, Wp], added to.
-    sums: [N + 1, b, D], added to: the cotangents of A and the bias.
-    lanes: index of the lanes to be computed.
+  Attributes:
+    row: the row's inputs.
+    h_ref: [W, N, b, D], the states.
+    before_ref: [N, b, D], the state before the row.
+    has_before: a boolean; False for the first row, whose scan begins at zero.
+    dh_ref: [W, N, b, D], the cotangents of the states.
+    adjoint_ref: [N, b, D], the cotangent that the row after passes on to the
+      state after this row; replaced by the one for the state before it.
+    du_ref: [W, b, D], written.
+    ddelta_ref: [W, b, D], written.
+    dB_ref: [N, b, Wp], accumulated.
+    sums_ref: [N + 1, b, D], accumulated: the cotangents of A and the bias.
     inside: see `tpu.rows.inside`.
-    skip: column -> what else flows back to `u` there.
   """
-  width, states, _, _ = dh.shape
 
-  def previous(first, n):
-    above = jnp.where(has_before, before[n, :, lanes], 0)
-    left = h[jnp.maximum(first - 1, 0), n, :, lanes]
-    return jnp.where(first > 0, left, above)
+  row: Row
+  h_ref: Any
+  before_ref: Any
+  has_before: Any
+  dh_ref: Any
+  adjoint_ref: Any
+  du_ref: Any
+  ddelta_ref: Any
+  dB_ref: Any
+  sums_ref: Any
+  inside: Any
 
-  def tile(first, size, flow):
-    b = columns(B, first)
-    dA, dbias = [None] * states, None
+  def scan(
+    self, lanes: Any, skip: Callable[[Any], Array] | None = None
+  ) -> None:
+    """Scans the cotangents of some lanes in reverse.
+
+    Args:
+      lanes: index of the lanes.
+      skip: column -> cotangent that `u` has from elsewhere.
+    """
+    width, states, _, _ = self.dh_ref.shape
+
+    def tile(first, size, adjoint):
+      return self._scan_tile(first, size, adjoint, lanes, skip)
+
+    adjoint = tuple(self.adjoint_ref[n, :, lanes] for n in range(states))
+    adjoint = rows.for_tiles(width, tile, adjoint, states=states, reverse=True)
+    for n in range(states):
+      self.adjoint_ref[n, :, lanes] = adjoint[n]
+
+  def _scan_tile(self, first, size, adjoint, lanes, skip):
+    """Returns the adjoint before the tile, given that after it."""
+    row, states = self.row, len(adjoint)
+    b = columns(row.B_ref, first)
+    dA: list[Any] = [None] * states
+    dbias = None
     products = [[] for _ in range(states)]
+
+    # Write du and ddelta token by token, and accumulate the rest in registers.
     for j in reversed(range(size)):
-      x = u[first + j, :, lanes].astype(jnp.float32)
-      before_softplus = _time_step(delta, bias, first + j, lanes)
-      dt = softplus(before_softplus)
+      x = row.u_ref[first + j, :, lanes].astype(jnp.float32)
+      raw = row.raw_time_step(first + j, lanes)
+      dt = softplus(raw)
       ddt: Any = None
       dx: Any = skip(first + j) if skip else None
-      into = []
+      passed_on = []
       for n in range(states):
-        a = A[pl.ds(n, 1), lanes]
+        a = row.A_ref[pl.ds(n, 1), lanes]
         decay = jnp.exp(dt * a)
-        adjoint_n = dh[first + j, n, :, lanes] + flow[n]
-        into.append(decay * adjoint_n)
-        ddecay = into[n] * (
-          h[first + j - 1, n, :, lanes] if j else previous(first, n)
-        )
-        drive = adjoint_n * b[n][:, j : j + 1]
+        dh = self.dh_ref[first + j, n, :, lanes] + adjoint[n]
+        passed_on.append(decay * dh)
+        ddecay = passed_on[n] * self._state_before(first, j, n, lanes)
+        drive = dh * b[n][:, j : j + 1]
         ddt = rows.add(ddt, ddecay * a + drive * x)
         dx = rows.add(dx, drive * dt)
         dA[n] = rows.add(dA[n], ddecay * dt)
-        products[n].insert(0, adjoint_n * (dt * x))
-      flow = tuple(into)
-      dbefore = ddt * jax.nn.sigmoid(before_softplus)
-      du[first + j, :, lanes] = dx.astype(du.dtype)
-      ddelta[first + j, :, lanes] = dbefore.astype(ddelta.dtype)
-      dbias = rows.add(dbias, dbefore)
-    for place, total in enumerate((*dA, dbias)):
-      sums[place, :, lanes] += total
+        products[n].insert(0, dh * (dt * x))
+      adjoint = tuple(passed_on)
+      draw = ddt * jax.nn.sigmoid(raw)
+      self.du_ref[first + j, :, lanes] = dx.astype(self.du_ref.dtype)
+      self.ddelta_ref[first + j, :, lanes] = draw.astype(self.ddelta_ref.dtype)
+      dbias = rows.add(dbias, draw)
+
+    # Once a tile, add the parameters' cotangents and sum B's over channels.
+    for index, total in enumerate((*dA, dbias)):
+      self.sums_ref[index, :, lanes] += total
     for n in range(states):
-      dB[n] += rows.lane_sums(products[n], first, dB.shape[1:], lanes, inside)
-    return flow
+      self.dB_ref[n] += rows.lane_sums(
+        products[n], first, self.dB_ref.shape[1:], lanes, self.inside
+      )
+    return adjoint
 
-  flow = tuple(adjoint[n, :, lanes] for n in range(states))
-  flow = rows.for_tiles(width, tile, flow, states=states, reverse=True)
-  for n in range(states):
-    adjoint[n, :, lanes] = flow[n]
+  def _state_before(self, first, j, n, lanes):
+    """Returns the state before column j of a tile."""
+    if j:
+      return self.h_ref[first + j - 1, n, :, lanes]
+    above = jnp.where(self.has_before, self.before_ref[n, :, lanes], 0)
+    left = self.h_ref[jnp.maximum(first - 1, 0), n, :, lanes]
+    return jnp.where(first > 0, left, above)
 
 
-def columns(per_token, first) -> list[Array]:
-  """The numbers of a tile's tokens, for each state, its first column first."""
+def columns(per_token_ref: Any, first: Any) -> list[Array]:
+  """Returns [b, Wp] for each state, rotated so that column `first` is first."""
   return [
-    rows.columns_from(per_token[n].astype(jnp.float32), first)
-    for n in range(per_token.shape[0])
+    rows.columns_from(per_token_ref[n].astype(jnp.float32), first)
+    for n in range(per_token_ref.shape[0])
   ]
-
-
-def _time_step(delta, bias, column, lanes):
-  """The time step before softplus."""
-  return delta[column, :, lanes].astype(jnp.float32) + bias[:, lanes]
