@@ -85,15 +85,17 @@ def make_train_step(
       weights=weights,
       ema=_moving_average(state.ema, weights, ema_decay),
       opt_state=opt_state,
-      window=jax.tree.map(
-        lambda old, new: old + jnp.asarray(new, old.dtype), state.window, window
-      ),
+      window=jax.tree.map(_add, state.window, window),
       bad_step=jnp.where(
         (state.bad_step < 0) & ~finite, state.step + 1, state.bad_step
       ),
     )
 
   return train_step
+
+
+def _add(total: Array, value: Any) -> Array:
+  return total + jnp.asarray(value, total.dtype)
 
 
 def _make_gradients(
