@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -111,24 +112,17 @@ def start_from(
   network = model.bind(jax.tree.map(jnp.asarray, gathered))
   prefix, backbone = _backbone(network)
   found, others = _read(local_path(path))
-  kept, message = _fill_backbone(path, backbone, found.state_dict)
-  kept, used = [prefix + name for name in kept], set()
-  for name, variable in variables(network):
-    if name.startswith(prefix):
-      continue
-    if name in others and others[name].shape == variable.shape:
-      variable.set_value(jnp.asarray(others[name], variable.dtype))
-      used.add(name)
-    else:
-      kept.append(name)
-  modules = dict.fromkeys(name.rpartition(".")[0] for name in kept)
+  random, message = _fill_backbone(path, backbone, found.state_dict)
+  filled, rest = _fill_rest(network, prefix, others)
+  random = [*(prefix + name for name in random), *rest]
+  modules = dict.fromkeys(name.rpartition(".")[0] for name in random)
   if modules:
     message += f"; initialised at random: {listed(modules, 6)}"
   weights = _with_shardings(PureModel.weights_of(network), fresh)
-  return weights, f"starting from {path}{message}{_left_out(found, used)}"
+  return weights, f"starting from {path}{message}{_left_out(found, filled)}"
 
 
-def _left_out(found: Found, used: set[str]) -> str:
+def _left_out(found: Found, used: Sequence[str]) -> str:
   """Returns the end of a message that names the tensors left out."""
   names = [x for x in found.left_out if not is_counter(x) and x not in used]
   return f"; left out {len(names)} tensors ({listed(names)})" * bool(names)
@@ -153,11 +147,11 @@ def _backbone(network: nnx.Module) -> tuple[str, Trunk]:
 def _fill_backbone(
   path: pathlib.Path, backbone: Trunk, state_dict: dict[str, np.ndarray]
 ) -> tuple[list[str], str]:
-  """Fills a backbone; norms and a head without tensors keep their values.
+  """Fills a backbone; norms and a head without tensors stay random.
 
   Returns:
-    The paths of the variables that keep their values, and a message. A
-    classifier has a message in place of the paths.
+    The paths in the backbone that stay random, and a message. For a classifier
+    the message replaces the paths.
   """
   ends = {
     name: variable[...]
@@ -171,21 +165,40 @@ def _fill_backbone(
     for name, tensor in state_dict.items()
     if name in names or not _END.match(name)
   }
+  random, message = [], ""
   if isinstance(backbone, Classifier):
-    kept, message = _kept_end(tensors, backbone.config.num_classes)
+    kept, message = _random_head(tensors, backbone.config.num_classes)
   else:
-    message = ""
-    kept = [
+    kept = random = [
       name
       for name, array in ends.items()
       if not torch_tensors({name: array}).keys() <= tensors.keys()
     ]
   tensors |= torch_tensors({name: ends[name] for name in kept})
   _fill(path, backbone, tensors)
-  return [] if message else kept, message
+  return random, message
 
 
-def _kept_end(
+def _fill_rest(
+  network: nnx.Module, prefix: str, arrays: dict[str, np.ndarray]
+) -> tuple[list[str], list[str]]:
+  """Fills the variables outside the backbone that have an array of equal shape.
+
+  Returns:
+    The paths that were filled, and the paths that stay random.
+  """
+  filled, random = [], []
+  for name, variable in variables(network):
+    if name.startswith(prefix):
+      continue
+    fits = name in arrays and arrays[name].shape == variable.shape
+    (filled if fits else random).append(name)
+    if fits:
+      variable.set_value(jnp.asarray(arrays[name], variable.dtype))
+  return filled, random
+
+
+def _random_head(
   tensors: dict[str, np.ndarray], num_classes: int
 ) -> tuple[list[str], str]:
   """Returns the paths in a classifier's end that stay random, and a message."""
