@@ -30,6 +30,7 @@ N states a channel.
 
 from spatial_mamba_kernels.depthwise_conv import (
   depthwise_conv,
+  relu_depthwise_conv,
   residual_depthwise_conv,
   silu_depthwise_conv,
 )
@@ -59,6 +60,7 @@ __all__ = [
   "gated_layer_norm",
   "keep",
   "mlp",
+  "relu_depthwise_conv",
   "residual_depthwise_conv",
   "residual_layer_norm",
   "selective_scan",

@@ -71,9 +71,13 @@ class DepthwiseConv(nnx.Module):
     arrays = x, self.kernel[...], self.bias[...], *others
     return operator(*arrays, implementation=self.implementation)
 
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo C"]:
-    y = smk.depthwise_conv(
+  def after_relu(
+    self, x: Float[Array, "B H W C"], bias: Float[Array, "C"]
+  ) -> Float[Array, "B Ho Wo C"]:
+    """Returns conv(relu(x + bias)), for a stride of 2 or more."""
+    y = smk.relu_depthwise_conv(
       x,
+      bias,
       self.kernel[...],
       stride=self.stride,
       implementation=self.implementation,

@@ -187,6 +187,26 @@ def test_layer_norm(op, shape, dtype, direction):
   assert kernels == 1
 
 
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    ((128, 56, 56, 512, 1), "bfloat16"),
+    ((128, 14, 14, 2048, 1), "float32"),
+    # Fewer images than a warpgroup has at a time.
+    ((3, 27, 9, 96, 1), "float32"),
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize("target", KINDS)
+def test_relu_depthwise_conv(target, shape, dtype):
+  """The kernel has as many registers as it may, and spills none."""
+  kernels = assert_kernels_compile(
+    *(target, "relu_depthwise_conv", "backward"),
+    *("--shape", *shape, "--dtype", dtype),
+  )
+  assert kernels == 1
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_sharded_training_step(target):
   record = compiled(
@@ -195,7 +215,8 @@ def test_sharded_training_step(target):
   # In each of the 18 blocks, with its three convolutions, and three norms.
   ssm = [count(target, "structure_aware_ssm", x) for x in DIRECTIONS]
   kernels = sum(ssm) + 3 + 2 * 3
-  expected = 18 * kernels
+  # And three convolutions with a stride.
+  expected = 18 * kernels + 3
   if target in ("H100", "H200"):
     expected += 2 * BLOCKS_WITH_MLPS + BLOCKS_WITH_WEIGHTS
   if target == "A100":
@@ -208,11 +229,10 @@ def test_sharded_training_step(target):
     assert_golden(record, STEP_H200)
 
 
-# The goals were 180 and, 1.3 times the ideal, 497 megabytes; the step met its
-# goal until `relu_depthwise_conv` was removed.
+# The goals are 180 and, 1.3 times the ideal, 497 megabytes.
 @pytest.mark.parametrize(
   ("program", "megabytes", "launches"),
-  [("inference", 142.3, 476), ("step", 499.6, 1452)],
+  [("inference", 142.3, 476), ("step", 482.6, 1410)],
 )
 def test_bytes_and_launches(program, megabytes, launches):
   size, count = traffic.count(program, "H200", "tiny", 128)["all"]

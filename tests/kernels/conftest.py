@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from spatial_mamba_kernels.case import Sizes
 from spatial_mamba_kernels.cases import by_name
+from spatial_mamba_kernels.depthwise_conv.cases import strided_case
 from spatial_mamba_kernels.state_fusion import cases as state_fusion
 
 
@@ -77,6 +78,17 @@ def convolution():
     case = by_name("depthwise_conv" if is_plain else f"{form}_depthwise_conv")
     options = {"projected": numbers} if is_projected else {}
     return named(case), draw(case, shape, dtype, **options)
+
+  return arguments
+
+
+@pytest.fixture(scope="session")
+def strided_convolution():
+  """(shape of the image, its dtype, stride) -> one, {name: array}."""
+
+  def arguments(shape, dtype, stride=2):
+    case = strided_case(stride)
+    return named(case), draw(case, shape, dtype)
 
   return arguments
 

@@ -18,6 +18,7 @@ import spatial_mamba_kernels as smk
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from spatial_mamba_kernels.depthwise_conv import gpu_strided
 from spatial_mamba_kernels.gpu import device as gpu_device
 from spatial_mamba_kernels.gpu import plan as gpu_plan
 from spatial_mamba_kernels.gpu import strips as gpu_strips
@@ -276,6 +277,39 @@ def test_what_projects_apart(on_gpu, convolution):
   kernel(20)
   with pytest.raises(NotImplementedError, match="20 numbers at most, not 21"):
     kernel(21)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("shape", "dtype", "stride", "gpu"),
+  [
+    # Warpgroups that have nothing to do.
+    ((1, 1, 1, 32), jnp.float32, 2, "9.0"),
+    # Fewer images than a warpgroup has at a time, with an even and an odd
+    # number of pixels; two blocks of channels.
+    ((5, 6, 7, 256), jnp.bfloat16, 2, "9.0"),
+    ((1, 7, 2, 64), jnp.float32, 2, "8.0"),
+    # A result stands for 9 pixels; and for 16, some of which are in no sum.
+    ((2, 5, 8, 96), jnp.float32, 3, "9.0"),
+    ((1, 9, 7, 32), jnp.bfloat16, 4, "9.0"),
+  ],
+  ids=str,
+)
+def test_relu_depthwise_conv(
+  interpreted,
+  strided_convolution,
+  assert_is_sequential,
+  monkeypatch,
+  shape,
+  dtype,
+  stride,
+  gpu,
+):
+  interpreted(gpu)
+  # The second case then has strips of two rows and of one.
+  monkeypatch.setattr(gpu_strided, "WORKERS", 8)
+  operator, arrays = strided_convolution(shape, dtype, stride)
+  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
 
 @needs_interpreter
@@ -599,6 +633,27 @@ def test_channels_that_threads_cannot_copy(convolution, on_gpu, monkeypatch):
   on_gpu("8.0")
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
   assert_refused(*convolution((1, 2, 3, 130), jnp.float32), "130 channels")
+
+
+def test_strided_convolutions_without_a_kernel(strided_convolution, on_gpu):
+  on_gpu("9.0")
+  why = "32 channels of a device, or a multiple, not 48"
+  assert_refused(*strided_convolution((1, 2, 3, 48), jnp.float32), why)
+
+
+def test_strided_convolutions_of_channels_that_a_mesh_splits(
+  strided_convolution, on_gpu
+):
+  on_gpu("9.0")
+  mesh = jax.sharding.AbstractMesh(
+    (2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  operator, arrays = strided_convolution((1, 2, 3, 32), jnp.float32)
+  with (
+    jax.sharding.use_abstract_mesh(mesh),
+    pytest.raises(NotImplementedError, match="or a multiple, not 16"),
+  ):
+    operator(**arrays, implementation="mosaic_gpu")
 
 
 @pytest.mark.usefixtures("x64")

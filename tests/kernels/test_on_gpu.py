@@ -68,6 +68,25 @@ def test_convolution(convolution, assert_is_sequential, shape, form, dtype):
   assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (64, 56, 56, 512),
+    (64, 28, 28, 1024),
+    (64, 14, 14, 2048),
+    (3, 27, 9, 96),
+    (1, 1, 1, 32),
+  ],
+  ids=str,
+)
+def test_convolution_with_a_stride(
+  strided_convolution, assert_is_sequential, shape, dtype
+):
+  operator, arrays = strided_convolution(shape, DTYPES[dtype])
+  assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
+
+
 @pytest.mark.parametrize(
   "shape",
   [

@@ -248,6 +248,48 @@ def test_what_a_depthwise_conv_is_part_of(convolution, form):
   assert_trees_close(pullback(dy), expected_pullback(dy), 1e-12)
 
 
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+  st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(2, 4)
+)
+def test_relu_depthwise_conv_is_its_parts(height, width, channels, stride):
+  rng = np.random.default_rng(0)
+  # Whole numbers, of which some sums are 0.
+  x = jnp.asarray(rng.integers(-3, 4, (2, height, width, channels)), float)
+  bias = jnp.asarray(rng.integers(-1, 2, channels), float)
+  kernel = jnp.asarray(rng.standard_normal((3, 3, channels)))
+
+  def parts(x, bias, kernel):
+    rectified = jax.nn.relu(x + bias[None, None, None])
+    return smk.depthwise_conv(rectified, kernel, stride=stride)
+
+  def loss(operator):
+    return lambda *arrays: jnp.sum(jnp.sin(operator(*arrays)))
+
+  operator = partial(smk.relu_depthwise_conv, stride=stride)
+  arrays = x, bias, kernel
+  assert_close(operator(*arrays), parts(*arrays), 1e-14)
+  gradients = jax.grad(loss(operator), (0, 1, 2))(*arrays)
+  expected = jax.grad(loss(parts), (0, 1, 2))(*arrays)
+  assert_trees_close(gradients, expected, 1e-13)
+
+
+def test_relu_depthwise_conv_of_mixed_types():
+  x = jnp.ones((2, 3, 5, 4), jnp.bfloat16)
+  bias, kernel = jnp.ones(4, jnp.float32), jnp.ones((3, 3, 4), jnp.float32)
+  operator = partial(smk.relu_depthwise_conv, stride=2)
+  y, pullback = jax.vjp(operator, x, bias, kernel)
+  assert (y.shape, y.dtype) == ((2, 2, 3, 4), x.dtype)
+  cotangents = [g.dtype for g in pullback(y)]
+  assert cotangents == [x.dtype, bias.dtype, kernel.dtype]
+  with pytest.raises(ValueError, match=r"bias must have shape \[D\]"):
+    operator(x, bias[:3], kernel)
+  with pytest.raises(ValueError, match="stride must be 2 or more, not 1"):
+    smk.relu_depthwise_conv(x, bias, kernel, stride=1)
+  with pytest.raises(NotImplementedError, match="no kernel mosaic_gpu"):
+    smk.depthwise_conv(x, kernel, stride=2, implementation="mosaic_gpu")
+
+
 def test_a_cpu_slices_the_weights_of_a_loop_apart_from_their_products():
   """Together they are not vectorised; see `stencil`."""
 

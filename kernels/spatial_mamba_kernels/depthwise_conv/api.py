@@ -129,6 +129,45 @@ def silu_depthwise_conv(
   return projected_operator(tuple(arrays), implementation)
 
 
+def relu_depthwise_conv(
+  x: ArrayLike,
+  bias: ArrayLike,
+  kernel: ArrayLike,
+  *,
+  stride: int,
+  implementation: str | None = None,
+) -> Array:
+  """Computes depthwise_conv(relu(x + bias), kernel) with a stride.
+
+  The bias is that of the linear layer before it: the kernel of the backward
+  pass computes its cotangent too, so that it reads x once for all cotangents.
+
+  Args:
+    x: [B, H, W, D].
+    bias: [D], cast to the dtype of `x`.
+    kernel: [3, 3, D].
+    stride: 2 or more.
+    implementation: as for `depthwise_conv`.
+
+  Returns:
+    [B, ceil(H / stride), ceil(W / stride), D] in the dtype of `x`.
+
+  Raises:
+    ValueError: see `depthwise_conv`; or stride < 2.
+    NotImplementedError: see `depthwise_conv`.
+  """
+  check_implementation(implementation, "relu_depthwise_conv")
+  if stride < 2:
+    raise ValueError(
+      f"relu_depthwise_conv: stride must be 2 or more, not {stride}"
+    )
+  x, bias, kernel = check_shapes(
+    "relu_depthwise_conv",
+    {"x": (x, "B H W D"), "bias": (bias, "D"), "kernel": (kernel, "3 3 D")},
+  )
+  return relu_operator(stride)((x, bias, kernel), implementation)
+
+
 def _operator(name, form, dimensions, *, stride=1):
   def run(arrays: Arrays, *, implementation: str | None) -> Any:
     del implementation
@@ -172,3 +211,24 @@ projected_operator = Operator(
   is_chosen_in_tracing=True,
   is_named=False,
 )
+
+
+@functools.cache
+def relu_operator(stride: int) -> Operator:
+  """Returns the convolution of (x, bias, kernel) after ReLU, with a stride."""
+
+  def run(arrays: Arrays, *, implementation: str | None) -> Any:
+    del implementation
+    return xla.after_relu(
+      *arrays, convolve=partial(xla.convolve, stride=stride)
+    )
+
+  return Operator(
+    "relu_depthwise_conv",
+    run,
+    plans.strided_kernels(stride),
+    plans.STRIDED_DIMENSIONS,
+    # XLA saves the values after ReLU, the kernel nothing.
+    is_chosen_in_tracing=True,
+    is_named=False,
+  )

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from spatial_mamba_kernels.case import (
   Argument,
@@ -13,9 +14,9 @@ from spatial_mamba_kernels.case import (
   of_bfloat16,
   per_channel,
 )
-from spatial_mamba_kernels.depthwise_conv import api, plans, xla
+from spatial_mamba_kernels.depthwise_conv import api, gpu_strided, plans, xla
 from spatial_mamba_kernels.depthwise_conv.plans import Form
-from spatial_mamba_kernels.dispatch import Operator
+from spatial_mamba_kernels.dispatch import Arrays, Operator
 from spatial_mamba_kernels.typing import Array
 
 # XLA's own convolution, not the shifted products of ours.
@@ -90,6 +91,47 @@ def _case(
   )
 
 
+def strided_case(stride: int) -> Case:
+  """Returns the case of `relu_depthwise_conv` with a stride."""
+
+  def loop_tokens(arrays: Arrays) -> dict[str, int]:
+    # A run of the loop computes all inputs for which a result stands.
+    count = stride**2 * gpu_strided.tokens_of(arrays[0].shape[-1]).count
+    return {"relu_depthwise_conv_backward": count}
+
+  convolve = partial(xla.grouped, stride=stride)
+  return Case(
+    operator=api.relu_operator(stride),
+    function=partial(api.relu_depthwise_conv, stride=stride),
+    arguments=_strided_arguments,
+    reference=partial(_after_relu, convolve=convolve),
+    rivals={"XLA": partial(xla.after_relu, convolve=convolve)},
+    gpu_kernels=(0, 1),
+    loop_tokens=loop_tokens,
+  )
+
+
+def _strided_arguments(sizes: Sizes, dtype: Any) -> dict[str, Argument]:
+  """Draws x and bias such that ReLU does not depend on how they are rounded."""
+  channels = sizes.channels
+  return {
+    "x": Argument((*sizes.image, channels), dtype, _sixteenths),
+    "bias": Argument((channels,), of_normal=_sixteenths),
+    "kernel": Argument((3, 3, channels)),
+  }
+
+
+def _sixteenths(x: Array) -> Array:
+  """Rounds to multiples of 1/16 up to 4; bfloat16 has the sums of two."""
+  return (jnp.round(16 * x) / 16).clip(-4, 4)
+
+
+def _after_relu(
+  x: Array, bias: Array, kernel: Array, *, convolve: Callable[..., Array]
+) -> Array:
+  return convolve(jax.nn.relu(x + per_channel(bias)), kernel)
+
+
 CASES = (
   _case(api.operator(1), api.depthwise_conv, plans.PLAIN, _convolve),
   _case(
@@ -107,4 +149,5 @@ CASES = (
     _projected,
     roundings=11,
   ),
+  strided_case(2),
 )

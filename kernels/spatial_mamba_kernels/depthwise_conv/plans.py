@@ -31,8 +31,14 @@ PROJECTED_DIMENSIONS = Dimensions(
   result=(IMAGE, (BATCH, WHOLE, WHOLE, WHOLE)),
   saved=(),
 )
+# Of the convolution with a stride, after ReLU.
+STRIDED_DIMENSIONS = Dimensions(
+  (IMAGE, (CHANNELS,), KERNEL), result=IMAGE, saved=()
+)
 OFFSETS = (-1, 0, 1)
 TAPS = tuple(itertools.product(OFFSETS, OFFSETS))
+# Dimensions of the partial sums: the cotangents of x, and of the rest.
+_SUMS = (IMAGE, (BATCH, WHOLE, CHANNELS))
 
 
 class Form(NamedTuple):
@@ -68,7 +74,7 @@ def kernels(form: Form) -> dict[str, Kernel]:
     partial(plan, form=form),
     "spatial_mamba_kernels.depthwise_conv.mosaic_gpu",
     _finish,
-    (IMAGE, (BATCH, WHOLE, CHANNELS)),
+    _SUMS,
     {"form": form},
   )
   return {"mosaic_gpu": kernel}
@@ -120,3 +126,35 @@ def _finish(arrays, sums):
   )
   dkernel = dweights.reshape(arrays[1].shape)
   return (dx, dkernel, dbias[0], dprojection.T)[: len(arrays)]
+
+
+def strided_kernels(stride: int) -> dict[str, Kernel]:
+  """Returns the kernels of `relu_depthwise_conv` for a stride of 2 or more."""
+  kernel = Kernel(
+    strided_plan,
+    "spatial_mamba_kernels.depthwise_conv.gpu_strided",
+    _finish_strided,
+    _SUMS,
+    {"stride": stride},
+  )
+  return {"mosaic_gpu": kernel}
+
+
+def strided_plan(arrays: Arrays) -> None:
+  """Raises NotImplementedError where the kernel cannot serve."""
+  gpu.check_served(arrays)
+  batch, *_, channels = arrays[0].shape
+  _, channels = share_of_device(batch, channels)
+  if channels % gpu.LANES:
+    raise NotImplementedError(
+      f"mosaic_gpu sums over {gpu.LANES} channels of a device, or a multiple,"
+      f" not {channels}"
+    )
+
+
+def _finish_strided(arrays, sums):
+  _, _, weights = arrays
+  dx, sums = sums
+  sums = jnp.sum(sums, axis=0)
+  dkernel = sums[: len(TAPS)].reshape(weights.shape)
+  return dx, sums[len(TAPS)], dkernel
