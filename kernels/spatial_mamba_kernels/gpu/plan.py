@@ -203,7 +203,7 @@ def _columns_read(width, strip, reach):
 def ring_rows(reach: int) -> int:
   """Returns how many rows a ring holds, for rows up to `reach` away.
 
-  A TMA needs one more, for the row that is on its way.
+  A TMA needs one more, for the row that is being loaded.
   """
   return 2 * reach + 1 + device().tma
 
