@@ -5,6 +5,7 @@
     python -m benchmarks.aot kernel selective_scan forward --target H200
     python -m benchmarks.aot step --model tiny --target v5e:16x16
     python -m benchmarks.aot step --model tiny --target H200:4
+    python -m benchmarks.aot step --target H200 --without mlp
 
 It prints one line of JSON. Needed are libtpu for TPUs, and for GPUs JAX's CUDA
 plugin and a ptxas (`pip install ".[train,aot]"`). A compiler that aborts takes
@@ -19,9 +20,10 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
@@ -65,12 +67,29 @@ def main() -> None:
         os.environ.update(tpu_code.dump_to(dump))
     programs = {"kernel": kernel, "inference": inference, "step": step}
     run = programs[arguments.program]
-    with _as_default_device(arguments.target):
+    with (
+      _as_default_device(arguments.target),
+      without_kernels(getattr(arguments, "without", ())),
+    ):
       try:
         record = run(arguments, dump)
       except NotImplementedError as error:
         sys.exit(f"{arguments.target}: {error}")
       print(json.dumps(record))
+
+
+@contextlib.contextmanager
+def without_kernels(operators: Sequence[str]) -> Iterator[None]:
+  """Leaves operators to XLA in the programs that are traced meanwhile.
+
+  Args:
+    operators: names of cases.
+  """
+  with contextlib.ExitStack() as patches:
+    for name in operators:
+      operator = by_name(name).operator
+      patches.enter_context(mock.patch.object(operator, "kernels", {}))
+    yield
 
 
 def platform_of(target: str) -> str:
@@ -262,11 +281,14 @@ def _compile(jitted, arguments, platform):
 
   Its `moved_bytes` are what `hlo` counts: of a kernel, operands and results.
   For a TPU `estimated_cycles` are libtpu's, of all but kernels and copies.
+  `processor_seconds` include tracing and lowering, `compile_seconds` do not.
   """
+  processor_start = _processor_seconds()
   lowered = jitted.lower(*arguments)
   start = time.perf_counter()
   compiled = lowered.compile()
   seconds = time.perf_counter() - start
+  processor_seconds = _processor_seconds() - processor_start
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None
   assert memory is not None
@@ -274,8 +296,10 @@ def _compile(jitted, arguments, platform):
   launches = hlo.Program(text).launches()
   record = {
     "compile_seconds": seconds,
+    "processor_seconds": processor_seconds,
     "kernels": text.count(f'"{CUSTOM_CALLS[platform]}"'),
     "all_gathers": text.count(" all-gather"),
+    "launches": hlo.total_launches(launches),
     "moved_bytes": hlo.total_bytes(launches),
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
@@ -283,6 +307,11 @@ def _compile(jitted, arguments, platform):
   if platform == "tpu":
     record["estimated_cycles"] = hlo.estimated_cycles(launches)
   return record, text
+
+
+def _processor_seconds():
+  """Returns what this process and its finished children have used."""
+  return sum(os.times()[:4])
 
 
 def _bytes(tree: Any) -> int:
@@ -320,6 +349,14 @@ def _parse() -> argparse.Namespace:
       default="",
       choices=("", *IMPLEMENTATIONS),
       help="empty: the best",
+    )
+    whole.add_argument(
+      "--without",
+      nargs="+",
+      default=(),
+      choices=[case.name for case in CASES],
+      metavar="OPERATOR",
+      help="operators whose kernels are off",
     )
     whole.add_argument("--text", help="a file for the compiled program")
   step.add_argument(

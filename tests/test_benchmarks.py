@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 import spatial_mamba_kernels as smk
+from spatial_mamba_kernels.case import Sizes
+from spatial_mamba_kernels.gpu import device as gpu_device
 
 from benchmarks import (
   ablation,
@@ -24,6 +26,7 @@ from benchmarks import (
   sections,
   table,
   tpu_code,
+  traffic,
 )
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
@@ -434,6 +437,28 @@ def test_a_file_of_another_kind(monkeypatch, capsys, tmp_path):
   with pytest.raises(SystemExit):
     run(table.main, monkeypatch, capsys, file)
   assert "KeyError('versions')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", traffic.FAMILIES, ids=" ".join)
+def test_kernels_are_switched_off_by_family(family, monkeypatch):
+  hopper = types.SimpleNamespace(compute_capability="9.0")
+  monkeypatch.setattr(gpu_device, "get_default_device", lambda: hopper)
+
+  def kernels(case):
+    def gradients(arrays):
+      y, pullback = jax.vjp(lambda arrays: case.function(**arrays), arrays)
+      return pullback(y)
+
+    shapes = case.shapes(Sizes(2, 4, 4, 128), "bfloat16")
+    traced = jax.jit(gradients).trace(shapes)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return program.count("@mosaic_gpu")
+
+  for name in family:
+    case = operators.OPERATORS[name]
+    with aot.without_kernels(family):
+      assert not kernels(case)
+    assert kernels(case)
 
 
 @pytest.mark.parametrize("target", ["v0e:2x2", "H200:none"])
