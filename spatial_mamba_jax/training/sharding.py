@@ -1,6 +1,5 @@
 """Sharding of batches and of the training state over a mesh of devices."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +9,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spatial_mamba_jax.models import fsdp
-from spatial_mamba_jax.models.pure import Weights
 from spatial_mamba_jax.training.config import (
   MeshConfig,
   TrainConfig,
   TrainingError,
 )
-from spatial_mamba_jax.training.shard_vector import ShardVector, vector_specs
-from spatial_mamba_jax.training.state import TrainState
+from spatial_mamba_jax.training.shard_vector import parameter_spec, vector_spec
 
 # Axes of the mesh, slowest network first. All three shard the batch; `fsdp`
 # also shards the parameters.
@@ -86,41 +83,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(MESH_AXES))
 
 
-def weights_sharding(shapes: Weights, mesh: Mesh) -> Weights:
-  """Returns the shardings of weights.
+def shardings(shapes: Any, mesh: Mesh) -> Any:
+  """Returns the shardings of `Weights` or of a `TrainState`.
 
-  Parameters are sharded by `fsdp.shard_axis`; statistics are replicated.
-
-  Args:
-    shapes: shapes of the weights.
-    mesh: the devices.
-  """
-  specs = ShardVector.on(mesh, shapes.params).specs
-  return Weights(
-    params={name: NamedSharding(mesh, spec) for name, spec in specs.items()},
-    stats={name: replicated(mesh) for name in shapes.stats},
-  )
-
-
-def state_sharding(shapes: TrainState, mesh: Mesh) -> TrainState:
-  """Returns the shardings of a training state.
-
-  Weights and their average are sharded as by `weights_sharding`, the moments as
-  by `vector_specs`. All else is replicated.
+  Parameters are sharded by `fsdp.shard_axis`, the optimizer's vectors by
+  `ShardVector`. All else is replicated.
 
   Args:
-    shapes: shapes of the state.
+    shapes: shapes of the arrays.
     mesh: the devices.
   """
-  on_all = jax.tree.map(lambda _: replicated(mesh), shapes)
-  return dataclasses.replace(
-    on_all,
-    weights=weights_sharding(shapes.weights, mesh),
-    ema=weights_sharding(shapes.ema, mesh),
-    opt_state=jax.tree.map(
-      lambda spec: NamedSharding(mesh, spec), vector_specs(shapes.opt_state)
-    ),
-  )
+
+  def sharding(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.startswith("opt_state/"):
+      spec = vector_spec(x)
+    elif "params/" in name:
+      spec = parameter_spec(name.rpartition("/")[2], x.shape, shards)
+    else:
+      spec = PartitionSpec()
+    return NamedSharding(mesh, spec)
+
+  shards = fsdp.shard_count(mesh)
+  return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
 def shard_batch(
