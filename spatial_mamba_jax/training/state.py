@@ -8,10 +8,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from spatial_mamba_kernels.typing import Array, Float, Int
+from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.pure import PureModel, Weights
 from spatial_mamba_jax.training.optimizer import Optimizer
+
+
+# An array []. No stricter, because JAX rebuilds the state with shapes or
+# shardings in place of arrays.
+Scalar = Any
 
 
 @flax.struct.dataclass
@@ -28,12 +33,12 @@ class TrainState:
     bad_step: the first step whose loss or gradient was not finite; -1 if none.
   """
 
-  step: Int[Any, ""]
+  step: Scalar
   weights: Weights
   ema: Weights
   opt_state: optax.OptState
-  window: dict[str, Float[Any, ""]]
-  bad_step: Int[Any, ""]
+  window: dict[str, Scalar]
+  bad_step: Scalar
 
 
 # {platform: compiler options} of the program that draws the weights. It runs

@@ -26,6 +26,7 @@ from spatial_mamba_jax.training.checkpoint import (
 )
 from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles
 from spatial_mamba_jax.training.config import TrainingError
+from spatial_mamba_jax.training.optimizer import Optimizer
 from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.weights import load_weights
 
@@ -44,7 +45,9 @@ def _collect():
 
 def state_after(step):
   weights = Weights(params={"w": jnp.full(3, float(step))}, stats={})
-  state = initial_state(weights, optax.sgd(1.0), ())
+  # Checkpoints never call `update`.
+  optimizer = Optimizer(optax.sgd(1.0).init, lambda *_: ())
+  state = initial_state(weights, optimizer, ())
   ema = Weights(params={"w": jnp.full(3, step + 0.5)}, stats={})
   return state.replace(step=jnp.asarray(step), ema=ema)
 

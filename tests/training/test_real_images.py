@@ -97,4 +97,5 @@ def test_a_folder_of_images_trains_and_evaluates(
   assert status == 0, err
   status, out, err = experiment.run("eval.py", *arguments)
   assert status == 0, err
-  assert re.fullmatch(f"ema{NUMBERS}raw{NUMBERS}", out)
+  step = r"step (\d+): "
+  assert re.fullmatch(f"{step}ema{NUMBERS}{step}raw{NUMBERS}", out)
