@@ -13,7 +13,6 @@ from spatial_mamba_kernels.typing import Array, Float
 from spatial_mamba_jax.models.pure import PureModel, Weights
 from spatial_mamba_jax.training.optimizer import Optimizer
 
-
 # An array []. No stricter, because JAX rebuilds the state with shapes or
 # shardings in place of arrays.
 Scalar = Any

@@ -23,6 +23,7 @@ from spatial_mamba_jax.training.config import (
   TrainingError,
 )
 from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
+from spatial_mamba_jax.training.optimizer import Optimizer
 from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.weights import load_model
 
@@ -98,7 +99,8 @@ def test_converted_weights_cannot_be_resumed(experiment, sources):
 def test_a_run_gives_its_average_or_raw_weights(small, tmp_path):
   pure = PureModel(partial(smj.SpatialMamba, small.config))
   weights = pure.weights_of(small)
-  state = initial_state(weights, optax.adam(1.0), ("correct",))
+  optimizer = Optimizer(optax.adam(1.0).init, lambda *_: ())
+  state = initial_state(weights, optimizer, ("correct",))
   state = state.replace(ema=jax.tree.map(lambda x: 2 * x, weights))
   with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
     checkpoints.save(state, {})
