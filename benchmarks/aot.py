@@ -5,6 +5,7 @@
     python -m benchmarks.aot kernel selective_scan forward --target H200
     python -m benchmarks.aot step --model tiny --target v5e:16x16
     python -m benchmarks.aot step --model tiny --target H200:4
+    python -m benchmarks.aot step --target H200 --without mlp
 
 It prints one line of JSON. Needed are libtpu for TPUs, and for GPUs JAX's CUDA
 plugin and a ptxas (`pip install ".[train,aot]"`). A compiler that aborts takes
@@ -19,40 +20,23 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import (
-  AxisType,
-  Mesh,
-  NamedSharding,
-  PartitionSpec,
-)
-from spatial_mamba_kernels.by_platform import Kernel
-from spatial_mamba_kernels.depthwise_conv import gpu_strided
-from spatial_mamba_kernels.depthwise_conv import mosaic_gpu as gpu_conv
-from spatial_mamba_kernels.gpu_tokens import Tokens
-from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
-from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
-from spatial_mamba_kernels.mlp import gpu_weights
-from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
-from spatial_mamba_kernels.selective_scan import gpu_tiles
-from spatial_mamba_kernels.selective_scan import mosaic_gpu as gpu_scan
-from spatial_mamba_kernels.selective_scan import mosaic_tpu as tpu_scan
-from spatial_mamba_kernels.state_fusion import mosaic_gpu as gpu_fusion
-from spatial_mamba_kernels.state_fusion import mosaic_tpu as tpu_fusion
-from spatial_mamba_kernels.state_fusion.xla import DILATIONS
-from spatial_mamba_kernels.structure_aware_ssm import gpu_fused
-from spatial_mamba_kernels.structure_aware_ssm import mosaic_gpu as gpu_ssm
-from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as tpu_ssm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from spatial_mamba_kernels import IMPLEMENTATIONS, PLATFORMS
+from spatial_mamba_kernels.case import Sizes
+from spatial_mamba_kernels.cases import CASES, by_name
+from spatial_mamba_kernels.dispatch import Kernel
 
 from benchmarks import gpu_code, hlo, network, tpu_code
 from benchmarks.gpu_targets import TARGETS as GPUS
+from spatial_mamba_jax.training.config import MeshConfig
+from spatial_mamba_jax.training.sharding import make_mesh
 
 # A host of one v5e that is not there either. Nothing is computed, so processes
 # may share it.
@@ -65,39 +49,6 @@ ENVIRONMENT = {
   "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
 }
 
-OPS = (
-  "selective_scan",
-  "state_fusion",
-  "structure_aware_ssm",
-  "depthwise_conv",
-  "residual_depthwise_conv",
-  "silu_depthwise_conv",
-  "projected_depthwise_conv",
-  "relu_depthwise_conv",
-  "mlp",
-  "residual_layer_norm",
-  "gated_layer_norm",
-)
-KERNELS: dict[str, dict[str, Kernel]] = {
-  "tpu": {
-    "selective_scan": tpu_scan.KERNEL,
-    "state_fusion": tpu_fusion.kernel(DILATIONS),
-    "structure_aware_ssm": tpu_ssm.KERNEL,
-  },
-  "cuda": {
-    "selective_scan": gpu_scan.KERNEL,
-    "state_fusion": gpu_fusion.kernel(DILATIONS),
-    "structure_aware_ssm": gpu_ssm.KERNEL,
-    "depthwise_conv": gpu_conv.kernel(gpu_conv.PLAIN),
-    "residual_depthwise_conv": gpu_conv.kernel(gpu_conv.RESIDUAL),
-    "silu_depthwise_conv": gpu_conv.kernel(gpu_conv.SILU),
-    "projected_depthwise_conv": gpu_conv.kernel(gpu_conv.PROJECTED),
-    "relu_depthwise_conv": gpu_strided.kernel(2),
-    "mlp": gpu_mlp.KERNEL,
-    "residual_layer_norm": gpu_norm.KERNEL,
-    "gated_layer_norm": gpu_norm.GATED_KERNEL,
-  },
-}
 CUSTOM_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
 
 
@@ -116,12 +67,29 @@ def main() -> None:
         os.environ.update(tpu_code.dump_to(dump))
     programs = {"kernel": kernel, "inference": inference, "step": step}
     run = programs[arguments.program]
-    with _as_default_device(arguments.target):
+    with (
+      _as_default_device(arguments.target),
+      without_kernels(getattr(arguments, "without", ())),
+    ):
       try:
         record = run(arguments, dump)
       except NotImplementedError as error:
         sys.exit(f"{arguments.target}: {error}")
       print(json.dumps(record))
+
+
+@contextlib.contextmanager
+def without_kernels(operators: Sequence[str]) -> Iterator[None]:
+  """Leaves operators to XLA in the programs that are traced meanwhile.
+
+  Args:
+    operators: names of cases.
+  """
+  with contextlib.ExitStack() as patches:
+    for name in operators:
+      operator = by_name(name).operator
+      patches.enter_context(mock.patch.object(operator, "kernels", {}))
+    yield
 
 
 def platform_of(target: str) -> str:
@@ -161,14 +129,14 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   operands = jax.tree.map(placed, operands)
   record, text = _compile(jax.jit(function), operands, platform)
   arrays = operands[0]
-  passes = KERNELS[platform][arguments.op].passes
+  passes = kernel_of(arguments.op, platform).passes
   forward = partial(passes.forward, save=False)
   compulsory = _bytes((arrays, jax.eval_shape(forward, arrays)))
   if arguments.direction == "backward":
     compulsory += _bytes(arrays)
   record["compulsory_bytes"] = compulsory
   if platform == "cuda":
-    tokens = _loop_tokens(arguments.op, arrays)
+    tokens = by_name(arguments.op).loop_tokens(arrays)
     programs = [
       program | {"loop_tokens": tokens[program["name"]]}
       for program in gpu_code.kernels(dump)
@@ -185,58 +153,23 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   return record
 
 
-def _loop_tokens(op, arrays):
-  """{name of a GPU kernel: tokens that a run of its loop computes}."""
-  image, stencil = arrays[0], gpu_ssm.STENCIL
-  states = arrays[2].shape[1] if op == "selective_scan" else 1
-  tile = gpu_tiles.tokens_of_tile(states)
-  tokens = {
-    f"selective_scan_{name}": tile
-    for name in ("forward", "backward", "summary")
-  }
-  if op == "selective_scan":
-    return tokens
-  if op == "mlp":
-    pieces = dict.fromkeys(
-      ("mlp_backward_whole", "mlp_weights"), gpu_weights.PIECE
-    )
-    return pieces | dict.fromkeys(
-      ("mlp_forward", "mlp_backward"), gpu_mlp.TOKENS
-    )
-  if "layer_norm" in op:
-    count = Tokens(image.shape[-1]).count
-    return {f"{op}_{name}": count for name in ("forward", "backward")}
-  if op == "relu_depthwise_conv":
-    # A loop is as long as the pixels of x that one of the result stands for.
-    count = 4 * gpu_strided.tokens_of(image.shape[-1]).count
-    return {f"{op}_backward": count}
-  if op.endswith("depthwise_conv"):
-    forms = {"silu": gpu_conv.SILU, "projected": gpu_conv.PROJECTED}
-    form = forms.get(op.partition("_")[0], gpu_conv.PLAIN)
-    return {"depthwise_conv_backward": gpu_conv.cut(image, form).strip}
-  states = image.dtype if op == "state_fusion" else jnp.float32
-  types = image.shape, stencil, states, image.dtype
-  for name in ("forward", "weights"):
-    tokens[f"state_fusion_{name}"] = gpu_fusion.cut_to_fuse(*types).strip
-  tokens["state_fusion_states"] = gpu_fusion.cut_to_states(*types).strip
-  if op == "structure_aware_ssm":
-    # Where it is not made of the others.
-    with contextlib.suppress(NotImplementedError):
-      types = image.shape, image.dtype, arrays[1].dtype
-      tokens[f"{op}_forward"] = gpu_fused.share(*types).columns
-      columns = gpu_ssm.share_backward(*types).columns
-      tokens[f"{op}_backward"] = columns
-      tokens[f"{op}_observation_backward"] = columns
-  return tokens
-
-
 def _step_tokens(arguments, arrays):
   """Of 128 channels, that a step of a TPU kernel's grid computes."""
-  cut = KERNELS["tpu"][arguments.op].plan(arrays)
-  _, height, width, *_ = arguments.shape
-  if arguments.op == "selective_scan":
-    width = tpu_scan.row_length(height * width)
+  cut = kernel_of(arguments.op, "tpu").plan(arrays)
+  width = by_name(arguments.op).tpu_row(Sizes(*arguments.shape))
   return cut.group * width * -(-cut.block // 128)
+
+
+def kernel_of(op: str, platform: str) -> Kernel:
+  """Returns an operator's kernel for a platform, "tpu" or "cuda".
+
+  Raises:
+    NotImplementedError: there is none.
+  """
+  for name, kernel in by_name(op).operator.kernels.items():
+    if PLATFORMS[name] == platform:
+      return kernel
+  raise NotImplementedError(f"{op} has no kernel")
 
 
 def program(
@@ -249,14 +182,14 @@ def program(
   """An operator's forward pass, saving, or backward pass, and its arguments.
 
   Args:
-    op: one of `OPS`.
+    op: the name of a case.
     direction: "forward" or "backward".
     shape: B, H, W, D, N; of a mixer, also where the operator is the MLP.
     dtype: of what has a number or more a pixel, but for states, in float32.
     platform: "tpu" or "cuda".
   """
-  passes = KERNELS[platform][op].passes
-  arrays = _arrays(op, *shape, dtype=dtype)
+  passes = kernel_of(op, platform).passes
+  arrays = tuple(by_name(op).shapes(Sizes(*shape), dtype).values())
   forward = partial(passes.forward, save=True)
   if direction == "forward":
     return forward, (arrays,)
@@ -264,43 +197,6 @@ def program(
   if op == "selective_scan":
     saved = [result]
   return passes.backward, (arrays, tuple(saved), result)
-
-
-def _arrays(op, batch, height, width, channels, states, *, dtype):
-  def array(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-
-  pixels = partial(array, batch, height, width, dtype=dtype)
-  channel, A = array(channels), array(channels, states)
-  stencil = (array(3, 3, 3, channels), array(3))
-  image, numbers = pixels(channels), pixels(states)
-  if op == "depthwise_conv":
-    return image, array(3, 3, channels)
-  if op == "relu_depthwise_conv":
-    return image, channel, array(3, 3, channels)
-  if op == "projected_depthwise_conv":
-    # Time steps from a sixteenth of a block's input, and B and C.
-    numbers = -(-channels // 32) + 2 * states
-    whole = image, array(3, 3, channels), channel
-    return *whole, array(channels, numbers)
-  if op.endswith("depthwise_conv"):
-    return image, array(3, 3, channels), channel
-  if op == "mlp":
-    # A block's input has half as many channels as its mixer.
-    narrow, hidden = channels // 2, 2 * channels
-    first = array(narrow, hidden), array(hidden)
-    second = array(hidden, narrow), array(narrow)
-    return pixels(narrow), *first, *second, pixels(narrow), array(batch)
-  if op == "residual_layer_norm":
-    return image, channel, channel
-  if op == "gated_layer_norm":
-    return image, channel, channel, image, array(batch)
-  if op == "state_fusion":
-    return (image, *stencil)
-  if op == "selective_scan":
-    tokens = partial(array, batch, height * width, dtype=dtype)
-    return tokens(channels), tokens(channels), A, tokens(states), channel
-  return image, image, A, numbers, numbers, channel, *stencil, channel
 
 
 def inference(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
@@ -334,7 +230,7 @@ def _write_text(arguments, text):
 def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """A training step of one of the ImageNet experiments, without MESA."""
   del dump
-  mesh = _mesh(arguments.target)
+  mesh = _mesh(arguments.target, fsdp=arguments.fsdp)
   config = network.experiment(
     f"spatial_mamba_{arguments.model}",
     batch_size=arguments.batch_size * mesh.size,
@@ -352,7 +248,7 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   return record
 
 
-def _mesh(target: str, devices: int | None = None) -> Mesh:
+def _mesh(target: str, devices: int | None = None, fsdp: int = 1) -> Mesh:
   try:
     topology = _topology(target)
   except RuntimeError as error:  # All that JAX and its plugins raise is one.
@@ -361,8 +257,7 @@ def _mesh(target: str, devices: int | None = None) -> Mesh:
       f" {', '.join(GPUS)} (or H200:4, for four) or a TPU topology such as"
       f' v5e:2x2, and install ".[aot]" ({error})'
     )
-  chips = np.array(topology.devices[:devices]).flatten()
-  return Mesh(chips, ("data",), axis_types=(AxisType.Auto,))
+  return make_mesh(MeshConfig(fsdp=fsdp), topology.devices[:devices])
 
 
 def _topology(target):
@@ -386,11 +281,14 @@ def _compile(jitted, arguments, platform):
 
   Its `moved_bytes` are what `hlo` counts: of a kernel, operands and results.
   For a TPU `estimated_cycles` are libtpu's, of all but kernels and copies.
+  `processor_seconds` include tracing and lowering, `compile_seconds` do not.
   """
+  processor_start = _processor_seconds()
   lowered = jitted.lower(*arguments)
   start = time.perf_counter()
   compiled = lowered.compile()
   seconds = time.perf_counter() - start
+  processor_seconds = _processor_seconds() - processor_start
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None
   assert memory is not None
@@ -398,8 +296,10 @@ def _compile(jitted, arguments, platform):
   launches = hlo.Program(text).launches()
   record = {
     "compile_seconds": seconds,
+    "processor_seconds": processor_seconds,
     "kernels": text.count(f'"{CUSTOM_CALLS[platform]}"'),
     "all_gathers": text.count(" all-gather"),
+    "launches": hlo.total_launches(launches),
     "moved_bytes": hlo.total_bytes(launches),
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
@@ -407,6 +307,11 @@ def _compile(jitted, arguments, platform):
   if platform == "tpu":
     record["estimated_cycles"] = hlo.estimated_cycles(launches)
   return record, text
+
+
+def _processor_seconds():
+  """Returns what this process and its finished children have used."""
+  return sum(os.times()[:4])
 
 
 def _bytes(tree: Any) -> int:
@@ -417,7 +322,7 @@ def _parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.aot")
   programs = parser.add_subparsers(dest="program", required=True)
   kernel = programs.add_parser("kernel")
-  kernel.add_argument("op", choices=OPS)
+  kernel.add_argument("op", choices=[case.name for case in CASES])
   kernel.add_argument("direction", choices=("forward", "backward"))
   kernel.add_argument(
     "--shape",
@@ -445,7 +350,18 @@ def _parse() -> argparse.Namespace:
       choices=("", *IMPLEMENTATIONS),
       help="empty: the best",
     )
+    whole.add_argument(
+      "--without",
+      nargs="+",
+      default=(),
+      choices=[case.name for case in CASES],
+      metavar="OPERATOR",
+      help="operators whose kernels are off",
+    )
     whole.add_argument("--text", help="a file for the compiled program")
+  step.add_argument(
+    "--fsdp", type=int, default=1, help="devices that share the parameters"
+  )
   for subparser in (kernel, inference, step):
     subparser.add_argument(
       "--target", default="v5e:2x2", help="TPU topology, or a GPU"
@@ -455,12 +371,7 @@ def _parse() -> argparse.Namespace:
       choices=("O0", "O1", "O2", "O3"),
       help="the less, the sooner compiled; unset: JAX_OPTIMIZATION_LEVEL",
     )
-  arguments = parser.parse_args()
-  if arguments.program == "kernel":
-    platform = platform_of(arguments.target)
-    if arguments.op not in KERNELS[platform]:
-      parser.error(f"{arguments.op} has no kernel for {arguments.target}")
-  return arguments
+  return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 
 import jax
 import jax.numpy as jnp
-from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
+from spatial_mamba_kernels import IMPLEMENTATIONS
 
 import spatial_mamba_jax as smj
 from benchmarks import network, timing

@@ -25,6 +25,7 @@ from spatial_mamba_jax.models.mixers.structure_aware import (
 from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.config import ModelSection, TrainConfig
 from spatial_mamba_jax.training.program import Program, make_program
+from spatial_mamba_jax.training.sharding import make_mesh
 
 PROGRAMS = ("inference", "train")
 # Implementations of the mixer for which the layers have no kernels either.
@@ -71,7 +72,7 @@ def experiment(
 def training_program(config: TrainConfig, mesh: Mesh | None = None) -> Program:
   """What trains on ImageNet; by default on JAX's first device."""
   if mesh is None:
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
   return make_program(config, mesh, train_examples=IMAGENET_IMAGES)
 
 

@@ -10,100 +10,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import spatial_mamba_kernels as smk
-from spatial_mamba_kernels.activations import relu
-from spatial_mamba_kernels.depthwise_conv import xla as conv
-from spatial_mamba_kernels.layer_norm import xla as norm
-from spatial_mamba_kernels.mlp import xla as perceptron
+from spatial_mamba_kernels import cases
+from spatial_mamba_kernels.case import Sizes
 
 from benchmarks import timing
 
-
-def _depthwise_conv(x, kernel, *, implementation):
-  """XLA's convolution is what it is held against, and its rival."""
-  if implementation is None:
-    return smk.depthwise_conv(x, kernel)
-  return _grouped(x, kernel)
-
-
-def _residual_depthwise_conv(x, kernel, bias, *, implementation):
-  """XLA's convolution is what it is held against, and its rival."""
-  if implementation is None:
-    return smk.residual_depthwise_conv(x, kernel, bias)
-  return conv.residual(x, kernel, bias, convolve=_grouped)
-
-
-def _silu_depthwise_conv(x, kernel, bias, projection, *, implementation):
-  """XLA's convolution is what it is held against, and its rival."""
-  if implementation is None:
-    return smk.silu_depthwise_conv(x, kernel, bias, projection)
-  return conv.projected(x, kernel, bias, projection, convolve=_grouped)
-
-
-def _relu_depthwise_conv(x, kernel, bias, *, implementation):
-  """XLA's convolution is what it is held against, and its rival."""
-  if implementation is None:
-    return smk.relu_depthwise_conv(x, bias, kernel, stride=2)
-  return conv.grouped(relu(x + bias.astype(x.dtype)), kernel, stride=2)
-
-
-_grouped = partial(conv.grouped, stride=1)
-
-
-def _mlp(x, w1, b1, w2, b2, residual, *, implementation):
-  """XLA's is what it is held against, and its rival."""
-  if implementation is None:
-    return smk.mlp(x, w1, b1, w2, b2, residual=residual, branch_scale=_drop(x))
-  return perceptron.mlp(x, w1, b1, w2, b2, residual, _drop(x))
-
-
-def _drop(x):
-  """Scales of images, of which each fourth is dropped."""
-  return (jnp.arange(len(x)) % 4 != 3) / 0.75
-
-
-def _residual_layer_norm(x, scale, bias, *, implementation):
-  """XLA's is what it is held against, and its rival."""
-  if implementation is None:
-    return smk.residual_layer_norm(x, scale, bias)
-  return x, norm.layer_norm(x, scale, bias)
-
-
-def _gated_layer_norm(x, scale, bias, gate, *, implementation):
-  """XLA's is what it is held against, and its rival."""
-  if implementation is None:
-    return smk.gated_layer_norm(x, scale, bias, gate, _drop(x))
-  return norm.gated(x, scale, bias, gate, _drop(x))
-
-
-OPERATORS: dict[str, Callable[..., Any]] = {
-  "selective_scan": smk.selective_scan,
-  "state_fusion": smk.state_fusion,
-  "structure_aware_ssm": smk.structure_aware_ssm,
-  "depthwise_conv": _depthwise_conv,
-  "residual_depthwise_conv": _residual_depthwise_conv,
-  "silu_depthwise_conv": _silu_depthwise_conv,
-  "relu_depthwise_conv": _relu_depthwise_conv,
-  "mlp": _mlp,
-  "residual_layer_norm": _residual_layer_norm,
-  "gated_layer_norm": _gated_layer_norm,
-}
-# None is what is best on the platform: a kernel, or XLA's where it has none.
-# Without a kernel there are two ways to scan, and one to do anything else.
-IMPLEMENTATIONS = {"default": None, "XLA": "associative"}
-SCAN_IMPLEMENTATIONS = {
-  "default": None,
-  "associative": "associative",
-  "sequential": "sequential",
-}
-SCANS = ("selective_scan", "structure_aware_ssm")
 # In a compiled program's text, of the kernels for GPUs and TPUs.
 _KERNEL = re.compile(r'custom_call_target="(mosaic_gpu\w*|tpu_custom_call)"')
+OPERATORS: dict[str, cases.Case] = {case.name: case for case in cases.CASES}
 DTYPES = ("float32", "bfloat16")
-# How often XLA's form rounds a number to bfloat16 on its way: six times in
-# SiLU's derivative, and before and after that what it is of.
-ROUNDINGS = {"gated_layer_norm": 8, "silu_depthwise_conv": 11}
-USUAL_ROUNDINGS = 4
+# What is best on the platform: a kernel, or XLA's form where it has none.
+DEFAULT = "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +28,9 @@ class Case:
   """An operator at a stage of a network.
 
   Attributes:
-    op: one of `OPERATORS`.
+    op: the name of one of the `OPERATORS`.
     shape: B, H, W, D, of the mixer; a channel has one state.
-    dtype: of what has a number or more a pixel.
+    dtype: of images.
   """
 
   op: str
@@ -121,75 +38,18 @@ class Case:
   dtype: str
 
   def arrays(self) -> dict[str, jax.Array]:
-    """Arguments of the operator, random."""
+    """Random arguments of the operator."""
     keys = map(jax.random.key, itertools.count())
-
-    def normal(*shape, dtype="float32"):
-      return jax.random.normal(next(keys), shape, dtype)
-
-    *image, channels = self.shape
-    stencil = {"kernels": normal(3, 3, 3, channels), "alpha": normal(3)}
-    pixels = partial(normal, *image, dtype=self.dtype)
-    if self.op.endswith("depthwise_conv"):
-      whole = {"x": pixels(channels), "kernel": normal(3, 3, channels)}
-      if self.op == "depthwise_conv":
-        return whole
-      whole |= {"bias": normal(channels)}
-      if self.op == "residual_depthwise_conv":
-        return whole
-      if self.op == "relu_depthwise_conv":
-        # What is rectified must not depend on how a sum is rounded.
-        return whole | {x: _sixteenths(whole[x]) for x in ("x", "bias")}
-      # Numbers that the type of x has, to which they will be cast.
-      projection = normal(channels, -(-channels // 32) + 2, dtype=self.dtype)
-      return whole | {"projection": projection.astype("float32")}
-    if self.op == "mlp":
-      narrow, hidden = channels // 2, 2 * channels
-      weights = {
-        "w1": normal(narrow, hidden) * narrow**-0.5,
-        "w2": normal(hidden, narrow) * hidden**-0.5,
-      }
-      # Numbers that the type of x has, to which they will be cast.
-      rounded = jax.tree.map(lambda x: x.astype(self.dtype), weights)
-      return {
-        "x": pixels(narrow),
-        "residual": pixels(narrow),
-        **jax.tree.map(lambda x: x.astype("float32"), rounded),
-        "b1": normal(hidden),
-        "b2": normal(narrow),
-      }
-    if "layer_norm" in self.op:
-      whole = {
-        "x": pixels(channels),
-        "scale": normal(channels),
-        "bias": normal(channels),
-      }
-      is_gated = self.op == "gated_layer_norm"
-      return whole | ({"gate": pixels(channels)} if is_gated else {})
-    if self.op == "state_fusion":
-      return {"h": pixels(channels), **stencil}
-    whole = {
-      "u": pixels(channels),
-      "delta": pixels(channels),
-      "A": -jnp.exp(normal(channels, 1)),
-      "B": pixels(1),
-      "delta_bias": normal(channels),
-    }
-    if self.op == "structure_aware_ssm":
-      return {**whole, "C": pixels(1), "D": normal(channels), **stencil}
-    return {
-      name: x.reshape(len(x), -1, x.shape[-1]) if x.ndim == 4 else x
-      for name, x in whole.items()
-    }
+    return OPERATORS[self.op].draw(
+      lambda shape: jax.random.normal(next(keys), shape),
+      Sizes(*self.shape),
+      self.dtype,
+    )
 
   @property
   def implementations(self) -> tuple[str, ...]:
-    """The default, its rival among XLA's forms, and last the reference."""
-    return tuple(self._implementations)
-
-  @property
-  def _implementations(self):
-    return SCAN_IMPLEMENTATIONS if self.op in SCANS else IMPLEMENTATIONS
+    """The default, its rivals among XLA's forms, and last the reference."""
+    return (DEFAULT, *OPERATORS[self.op].rivals)
 
   @property
   def reference(self) -> "tuple[Case, str]":
@@ -205,20 +65,14 @@ class Case:
     over n pixels, one after the other, wander by some sqrt(n) of 2**-24.
     """
     if self.dtype == "bfloat16":
-      return 2**-9 * ROUNDINGS.get(self.op, USUAL_ROUNDINGS)
+      return 2**-9 * OPERATORS[self.op].roundings
     return 2**-24 * max(128, math.prod(self.shape[:3]) ** 0.5)
 
   def run(self, implementation: str) -> Callable[..., Any]:
     """The operator, of a dictionary of arrays."""
-    operator = partial(
-      OPERATORS[self.op], implementation=self._implementations[implementation]
-    )
-    return lambda arrays: operator(**arrays)
-
-
-def _sixteenths(x):
-  """Rounded to numbers of whose sums bfloat16 has each."""
-  return (jnp.round(16 * x) / 16).clip(-4, 4)
+    case = OPERATORS[self.op]
+    forms = {DEFAULT: case.function, **case.rivals}
+    return lambda arrays: forms[implementation](**arrays)
 
 
 class Programs(NamedTuple):
@@ -241,8 +95,8 @@ def stage_cases(op: str, stage: tuple[int, int], batch_size: int) -> list[Case]:
   return [
     Case(op, (batch_size, size, size, channels), dtype)
     for dtype in DTYPES
-    # In float32 the MLP is XLA's.
-    if (op, dtype) != ("mlp", "float32")
+    # Elsewhere a kernel of bfloat16 is XLA's.
+    if OPERATORS[op].is_for_every_gpu or dtype == "bfloat16"
   ]
 
 

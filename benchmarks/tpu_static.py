@@ -19,8 +19,11 @@ import subprocess
 import sys
 from typing import Any
 
+from spatial_mamba_kernels.cases import CASES
+
 BATCH_SIZE = 128
-OPS = ("structure_aware_ssm", "selective_scan", "state_fusion")
+# Those with a kernel.
+OPS = [case.name for case in CASES if "mosaic_tpu" in case.operator.kernels]
 STAGES = ((56, 128, 1), (28, 256, 1), (14, 512, 1), (7, 1024, 1))  # H = W, D, N
 TARGET = "v5e:2x2"
 

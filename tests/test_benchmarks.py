@@ -1,5 +1,6 @@
 """The benchmarks run, and their counts equal counts by hand."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 import spatial_mamba_kernels as smk
+from spatial_mamba_kernels.case import Sizes
+from spatial_mamba_kernels.gpu import device as gpu_device
 
 from benchmarks import (
   ablation,
@@ -23,6 +26,7 @@ from benchmarks import (
   sections,
   table,
   tpu_code,
+  traffic,
 )
 from benchmarks import input as input_speed
 from benchmarks import model as benchmark
@@ -239,13 +243,13 @@ def _without_a_derivative(kernels):
 def test_a_wrong_operator_fails_the_device_benchmark(
   monkeypatch, capsys, tmp_path, in_this_process, error
 ):
-  def wrong(*, implementation, **arrays):
+  def wrong(**arrays):
     y = smk.state_fusion(**arrays)
-    if implementation is None:
-      y += jnp.asarray(error(arrays["kernels"]), y.dtype)
-    return y
+    return y + jnp.asarray(error(arrays["kernels"]), y.dtype)
 
-  monkeypatch.setattr(operators, "OPERATORS", {"state_fusion": wrong})
+  fusion = operators.OPERATORS["state_fusion"]
+  fusion = dataclasses.replace(fusion, function=wrong)
+  monkeypatch.setattr(operators, "OPERATORS", {"state_fusion": fusion})
   file = tmp_path / "device.json"
   with pytest.raises(SystemExit, match="2 operators are wrong"):
     run(
@@ -257,7 +261,13 @@ def test_a_wrong_operator_fails_the_device_benchmark(
   assert "default is wrong" in run(table.main, monkeypatch, capsys, file)
 
 
-@pytest.mark.parametrize("op", [*operators.ROUNDINGS, "relu_depthwise_conv"])
+@pytest.mark.parametrize(
+  "op",
+  [
+    "relu_depthwise_conv",
+    *(x.name for x in operators.OPERATORS.values() if x.roundings > 4),
+  ],
+)
 def test_rounding_is_no_error(op):
   case = operators.Case(op, (1, 7, 7, 1024), "bfloat16")
   for measured in operators.measure(case, operators.compile_case, 1e9):
@@ -276,10 +286,14 @@ def test_a_failure_is_listed_and_the_rest_is_measured(
     del arrays
     raise RuntimeError("no memory")
 
-  fusion = operators.OPERATORS["state_fusion"]
-  monkeypatch.setattr(
-    operators, "OPERATORS", {"selective_scan": failing, "state_fusion": fusion}
+  cases = {
+    name: operators.OPERATORS[name]
+    for name in ("selective_scan", "state_fusion")
+  }
+  cases["selective_scan"] = dataclasses.replace(
+    cases["selective_scan"], function=failing
   )
+  monkeypatch.setattr(operators, "OPERATORS", cases)
   file = tmp_path / "device.json"
   with pytest.raises(SystemExit, match="failed: Case"):
     run(
@@ -298,7 +312,7 @@ def test_a_failure_is_listed_and_the_rest_is_measured(
 def test_checks_multiply_in_full_precision():
   """Also in kernels, which are traced when a program is lowered."""
 
-  case = operators.Case("silu_depthwise_conv", (1, 3, 3, 8), "float32")
+  case = operators.Case("projected_depthwise_conv", (1, 3, 3, 8), "float32")
   texts = [x.as_text() for x in operators._lower(case, "default")]
   products = re.findall(r".*dot_general.*", "\n".join(texts))
   assert len(products) == 4  # Of two forward passes, and of the backward pass.
@@ -423,6 +437,28 @@ def test_a_file_of_another_kind(monkeypatch, capsys, tmp_path):
   with pytest.raises(SystemExit):
     run(table.main, monkeypatch, capsys, file)
   assert "KeyError('versions')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", traffic.FAMILIES, ids=" ".join)
+def test_kernels_are_switched_off_by_family(family, monkeypatch):
+  hopper = types.SimpleNamespace(compute_capability="9.0")
+  monkeypatch.setattr(gpu_device, "get_default_device", lambda: hopper)
+
+  def kernels(case):
+    def gradients(arrays):
+      y, pullback = jax.vjp(lambda arrays: case.function(**arrays), arrays)
+      return pullback(y)
+
+    shapes = case.shapes(Sizes(2, 4, 4, 128), "bfloat16")
+    traced = jax.jit(gradients).trace(shapes)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return program.count("@mosaic_gpu")
+
+  for name in family:
+    case = operators.OPERATORS[name]
+    with aot.without_kernels(family):
+      assert not kernels(case)
+    assert kernels(case)
 
 
 @pytest.mark.parametrize("target", ["v0e:2x2", "H200:none"])

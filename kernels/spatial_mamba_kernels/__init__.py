@@ -5,9 +5,13 @@
     states = smk.selective_scan(u, delta, A, B)
     y = smk.structure_aware_ssm(u, delta, A, B, C, D, kernels, alpha)
 
-`CHECKPOINT_NAME` is what they call their results for `jax.checkpoint`, but for
-those of depthwise convolutions and normalisations, which cost less to make
-again than to keep.
+Public are the names of this module, and the modules `activations`,
+`normalization`, `shapes` and `typing`. Importing them loads no Pallas: the
+module of a kernel is imported while a program is lowered for its platform.
+
+The operators name their results `CHECKPOINT_NAME` for `jax.checkpoint`, except
+those of depthwise convolutions and normalisations, which cost less to recompute
+than to save.
 
 Derivatives work in reverse mode. Forward mode (`jax.jvp`, `jax.jacfwd`,
 `jax.hessian`) raises JAX's TypeError, because every operator is a
@@ -24,26 +28,37 @@ Axis letters: B batch, H and W height and width, L = H * W tokens, D channels,
 N states a channel.
 """
 
-from spatial_mamba_kernels.by_platform import CHECKPOINT_NAME
 from spatial_mamba_kernels.depthwise_conv import (
   depthwise_conv,
   relu_depthwise_conv,
   residual_depthwise_conv,
   silu_depthwise_conv,
 )
+from spatial_mamba_kernels.dispatch import (
+  CHECKPOINT_NAME,
+  PLATFORMS,
+  keep,
+  traced_for,
+)
+from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
 from spatial_mamba_kernels.layer_norm import (
   gated_layer_norm,
   residual_layer_norm,
 )
 from spatial_mamba_kernels.mlp import mlp
 from spatial_mamba_kernels.selective_scan import selective_scan
+from spatial_mamba_kernels.sharding import check_only_batch_is_split
 from spatial_mamba_kernels.state_fusion import state_fusion
 from spatial_mamba_kernels.structure_aware_ssm import structure_aware_ssm
 
 __all__ = [
   "CHECKPOINT_NAME",
+  "IMPLEMENTATIONS",
+  "PLATFORMS",
+  "check_only_batch_is_split",
   "depthwise_conv",
   "gated_layer_norm",
+  "keep",
   "mlp",
   "relu_depthwise_conv",
   "residual_depthwise_conv",
@@ -52,4 +67,5 @@ __all__ = [
   "silu_depthwise_conv",
   "state_fusion",
   "structure_aware_ssm",
+  "traced_for",
 ]

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
+from spatial_mamba_kernels import IMPLEMENTATIONS
 
 from spatial_mamba_jax.convert.json_text import parse_json
 from spatial_mamba_jax.convert.messages import listed, short

@@ -26,7 +26,7 @@ from contextlib import suppress
 import jax
 from flax import nnx
 from jax import export
-from spatial_mamba_kernels.by_platform import PLATFORMS as KERNELS
+from spatial_mamba_kernels import PLATFORMS as KERNELS
 
 from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.paths import local_path

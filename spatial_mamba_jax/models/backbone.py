@@ -12,7 +12,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from spatial_mamba_kernels.sharding import check_only_batch_is_split
+from spatial_mamba_kernels import check_only_batch_is_split
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.config import ModelConfig

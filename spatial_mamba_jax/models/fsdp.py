@@ -71,12 +71,13 @@ def gather(parameters: T) -> T:
     parameters: a tree of arrays, not stacked.
   """
   shards = shard_count(jax.sharding.get_abstract_mesh())
+  if shards == 1:
+    return parameters
 
   def gather_one(x: Array) -> Array:
-    axis = shard_axis(x.shape, shards)
-    if axis is None:
-      return x
-    return checkpoint_name(_gather(axis_spec(axis), x), GATHERED)
+    # Also of what stays whole, which XLA would shard as it sees fit.
+    spec = axis_spec(shard_axis(x.shape, shards))
+    return checkpoint_name(_gather(spec, x), GATHERED)
 
   return jax.tree.map(gather_one, parameters)
 

@@ -71,10 +71,10 @@ class DepthwiseConv(nnx.Module):
     arrays = x, self.kernel[...], self.bias[...], *others
     return operator(*arrays, implementation=self.implementation)
 
-  def of_relu(
+  def after_relu(
     self, x: Float[Array, "B H W C"], bias: Float[Array, "C"]
   ) -> Float[Array, "B Ho Wo C"]:
-    """The convolution of relu(x + bias), with a stride."""
+    """Returns conv(relu(x + bias)), for a stride of 2 or more."""
     y = smk.relu_depthwise_conv(
       x,
       bias,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
 from jax.typing import DTypeLike
-from spatial_mamba_kernels.layer_norm.xla import EPSILON, normalize
+from spatial_mamba_kernels.normalization import EPSILON, normalize
 from spatial_mamba_kernels.shapes import at_least_float32, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 

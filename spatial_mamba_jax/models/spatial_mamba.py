@@ -100,11 +100,12 @@ class DownSampling(nnx.Module):
     )
 
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo Co"]:
-    # Its bias is added where it is rectified.
+    # The operator of the convolution adds the bias, to read x once for the
+    # cotangents of both.
     expand = self.expand
     assert expand.bias is not None
     x = x @ expand.kernel.astype(x.dtype)
-    return self.project(relu(self.conv.of_relu(x, expand.bias[...])))
+    return self.project(relu(self.conv.after_relu(x, expand.bias[...])))
 
 
 class Block(nnx.Module):

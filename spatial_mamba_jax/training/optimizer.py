@@ -19,17 +19,17 @@ from spatial_mamba_jax.training.shard_vector import ShardVector
 def authors_schedule(
   *, peak: float, first: float, last: float, warmup_steps: int, steps: int
 ) -> optax.Schedule:
-  """Linear warm-up, then a cosine, as the authors' trainer runs timm's.
+  """Returns linear warm-up and a cosine, as the authors' trainer runs timm's.
 
-  Their scheduler is told of a step once it is done, so that the learning rate
-  of step s is the curve's at s - 1, and the first two are the same.
+  Their trainer updates the scheduler after each step. So step s has the
+  learning rate of the curve at s - 1, and the first two steps have the same.
 
   Args:
     peak: learning rate after warm-up.
     first: learning rate of the first step.
-    last: what the cosine falls to.
+    last: final value of the cosine.
     warmup_steps: steps of warm-up.
-    steps: steps of the run, warm-up included.
+    steps: steps of the run, including warm-up.
   """
   warmup = optax.linear_schedule(first, peak, max(warmup_steps, 1))
   cosine = optax.cosine_decay_schedule(
@@ -47,7 +47,7 @@ def authors_schedule(
 def make_schedule(
   config: OptimizerConfig, *, batch_size: int, warmup_steps: int, steps: int
 ) -> optax.Schedule:
-  """The schedule of a run of some steps, scaled to its batch size."""
+  """Returns the schedule of a run, scaled to its batch size."""
   scale = batch_size / config.reference_batch_size
   return authors_schedule(
     peak=scale * config.learning_rate,
@@ -59,12 +59,12 @@ def make_schedule(
 
 
 class Optimizer(NamedTuple):
-  """Changes the parameters that are trained.
+  """An optax transformation that also returns the gradients' global norm.
 
   Attributes:
-    init: (parameters) -> its state.
-    update: (gradients, state, parameters) -> (updates, state, global norm of
-      the gradients). The updates are to be added to the parameters.
+    init: (parameters) -> the optimizer's state.
+    update: (gradients, state, parameters) -> (updates, state, norm). Adding the
+      updates to the parameters is the caller's work.
   """
 
   init: Callable[[Arrays], Any]
@@ -77,19 +77,19 @@ def make_optimizer(
   model: PureModel,
   mesh: Mesh | None = None,
 ) -> Optimizer:
-  """Clipping by global norm, then AdamW, with a learning rate for each layer.
+  """Returns clipping by global norm, then AdamW with a rate for each layer.
 
   Weights of one dimension do not decay: biases, norms, D and alpha. All others
-  do, A_log and the fusion kernels included, as in the authors' code (it never
+  do, including A_log and the fusion kernels, as in the authors' code (it never
   reads its `_no_weight_decay` marks).
 
-  The last layer has the learning rate itself, each layer before it
-  `layer_decay` times that of the next.
+  The last layer has the scheduled learning rate. Each layer before it has
+  `layer_decay` times the rate of the next.
 
   Args:
     config: the optimizer's settings.
-    schedule: of the learning rate.
-    model: whose parameters are trained.
+    schedule: schedule of the learning rate.
+    model: the network whose parameters are trained.
     mesh: the devices that share the parameters; None for one device.
   """
   vector = ShardVector.on(mesh, model.trained(model.shapes.params))
@@ -121,7 +121,7 @@ def _clip_by_norm(
 ) -> optax.GradientTransformationExtraArgs:
   """Clips a vector of shards as `optax.clip_by_global_norm` clips arrays.
 
-  Only all shards together have the global norm, which `update` is given.
+  `update` takes the global norm, because one device has only its own shards.
   """
 
   def update(updates, state, params=None, **extra):
@@ -134,9 +134,9 @@ def _clip_by_norm(
 
 
 def _with_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
-  """The function, where JAX is not told to forbid promotion of types.
+  """Lets a function of optax promote types, which JAX may be told to forbid.
 
-  Optax needs it: it takes a float to the power of a count of steps.
+  Optax raises a float to the power of the number of steps.
   """
 
   @functools.wraps(function)
@@ -150,7 +150,7 @@ def _with_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
 def _scale_layers(
   decay: float, layers: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-  """Multiplies the updates of a layer by `decay`, to the layers after it."""
+  """Multiplies the updates of a layer by `decay` for each layer after it."""
   if decay == 1:
     return optax.identity()
   last = max(map(np.max, layers.values()))

@@ -27,8 +27,7 @@ from spatial_mamba_jax.training.sharding import (
   batch_sharding,
   check_batch_sizes,
   replicated,
-  state_sharding,
-  weights_sharding,
+  shardings,
 )
 from spatial_mamba_jax.training.state import (
   TrainState,
@@ -61,7 +60,7 @@ class Evaluator:
   def weight_shapes(self) -> Weights:
     """Shapes, types and shardings of the weights."""
     shapes = self.model.shapes
-    return _placed(shapes, weights_sharding(shapes, self.mesh))
+    return _placed(shapes, shardings(shapes, self.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Program(Evaluator):
   def state_shapes(self) -> TrainState:
     """Shapes, types and shardings of the training state."""
     shapes = state_shapes(self.model, self.optimizer, self.task.sums)
-    return _placed(shapes, state_sharding(shapes, self.mesh))
+    return _placed(shapes, shardings(shapes, self.mesh))
 
   @property
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -200,7 +199,7 @@ def make_program(
   )
   shapes = state_shapes(model, optimizer, task.sums)
   train_step = jax.jit(
-    step, donate_argnums=0, out_shardings=state_sharding(shapes, mesh)
+    step, donate_argnums=0, out_shardings=shardings(shapes, mesh)
   )
   evaluator_fields = {
     field.name: getattr(evaluator, field.name)

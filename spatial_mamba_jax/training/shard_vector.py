@@ -22,11 +22,17 @@ from spatial_mamba_jax.models.pure import Arrays, is_stacked
 _WHOLE = PartitionSpec()
 
 
-def vector_specs(state: Any) -> Any:
-  """The sharding of an optimizer's vectors and scalars."""
-  return jax.tree.map(
-    lambda x: PartitionSpec(fsdp.AXIS) if x.ndim else _WHOLE, state
-  )
+def parameter_spec(
+  name: str, shape: tuple[int, ...], shards: int
+) -> PartitionSpec:
+  """Returns the sharding of a parameter of a `PureModel`, by `shard_axis`."""
+  axis = fsdp.shard_axis(shape, shards, is_stacked=is_stacked(name))
+  return fsdp.axis_spec(axis)
+
+
+def vector_spec(x: Any) -> PartitionSpec:
+  """Returns the sharding of an array of the optimizer: a vector or a scalar."""
+  return PartitionSpec(fsdp.AXIS) if x.ndim else _WHOLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +110,7 @@ class ShardVector:
       del params
       if self.shards == 1:
         return of_device(updates, state, extra)
-      state_specs = vector_specs(state)
+      state_specs = jax.tree.map(vector_spec, state)
       run = self._on_each_device(
         of_device,
         (self.specs, state_specs, _WHOLE),

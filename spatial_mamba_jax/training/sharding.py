@@ -1,6 +1,5 @@
-"""Where arrays live: batches and the state on a mesh of devices."""
+"""Sharding of batches and of the training state over a mesh of devices."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,34 +9,32 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spatial_mamba_jax.models import fsdp
-from spatial_mamba_jax.models.pure import Weights
 from spatial_mamba_jax.training.config import (
   MeshConfig,
   TrainConfig,
   TrainingError,
 )
-from spatial_mamba_jax.training.shard_vector import ShardVector, vector_specs
-from spatial_mamba_jax.training.state import TrainState
+from spatial_mamba_jax.training.shard_vector import parameter_spec, vector_spec
 
-# Axes of the mesh: groups of devices joined by a slower network, devices with
-# parameters of their own, devices that share the parameters.
+# Axes of the mesh, slowest network first. All three shard the batch; `fsdp`
+# also shards the parameters.
 MESH_AXES = ("replica", "data", fsdp.AXIS)
 
 
 def initialize_distributed() -> None:
   """Joins the other processes of a run on several hosts.
 
-  JAX finds them by itself on TPU pods, Slurm, Open MPI and Kubernetes.
-  Elsewhere JAX_COORDINATOR_ADDRESS (process 0's host:port), JAX_NUM_PROCESSES
-  and JAX_PROCESS_ID name them.
+  JAX detects TPU pods, Slurm, Open MPI and Kubernetes. Elsewhere the
+  environment must define JAX_COORDINATOR_ADDRESS (process 0's host:port),
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
   Raises:
-    TrainingError: neither names them.
+    TrainingError: JAX detects no cluster, and the variables are not set.
   """
   count = os.environ.get("JAX_NUM_PROCESSES")
   index = os.environ.get("JAX_PROCESS_ID")
   try:
-    # JAX reads the address from the environment, but not these two.
+    # JAX reads only the address from the environment.
     jax.distributed.initialize(
       num_processes=int(count) if count else None,
       process_id=int(index) if index else None,
@@ -50,11 +47,12 @@ def initialize_distributed() -> None:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] = ()) -> Mesh:
-  """The devices of all processes along the axes `replica`, `data` and `fsdp`.
+  """Makes a mesh of all devices, with the axes `replica`, `data` and `fsdp`.
 
   Args:
-    config: the sizes of the axes.
-    devices: need not be there; empty for JAX's devices.
+    config: the sizes of `replica` and `fsdp`; `data` takes the other devices.
+    devices: the devices, which may be those of an ahead-of-time topology; empty
+      for JAX's devices.
 
   Raises:
     TrainingError: the devices are not a multiple of `replica` * `fsdp`.
@@ -63,9 +61,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] = ()) -> Mesh:
   data, left = divmod(len(devices), config.replica * config.fsdp)
   if left or not data:
     raise TrainingError(
-      f"config.mesh asks for replica={config.replica} times"
-      f" fsdp={config.fsdp} devices, which must divide the {len(devices)} there"
-      " are"
+      f"config.mesh.replica={config.replica} times"
+      f" config.mesh.fsdp={config.fsdp} must divide the number of devices,"
+      f" {len(devices)}"
     )
   return jax.make_mesh(
     (config.replica, data, config.fsdp),
@@ -76,51 +74,44 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] = ()) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The first axis split over the devices."""
+  """Returns the sharding of a batch: its first axis over all devices."""
   return NamedSharding(mesh, PartitionSpec(MESH_AXES))
 
 
-def weights_sharding(shapes: Weights, mesh: Mesh) -> Weights:
-  """Parameters sharded over `fsdp` by the rule; statistics on every device.
+def shardings(shapes: Any, mesh: Mesh) -> Any:
+  """Returns the shardings of `Weights` or of a `TrainState`.
+
+  Parameters are sharded by `fsdp.shard_axis`, the optimizer's vectors by
+  `ShardVector`. All else is replicated.
 
   Args:
-    shapes: of the weights.
+    shapes: shapes of the arrays.
     mesh: the devices.
   """
-  specs = ShardVector.on(mesh, shapes.params).specs
-  return Weights(
-    params={name: NamedSharding(mesh, spec) for name, spec in specs.items()},
-    stats={name: replicated(mesh) for name in shapes.stats},
-  )
 
+  def sharding(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.startswith("opt_state/"):
+      spec = vector_spec(x)
+    elif "params/" in name:
+      spec = parameter_spec(name.rpartition("/")[2], x.shape, shards)
+    else:
+      spec = PartitionSpec()
+    return NamedSharding(mesh, spec)
 
-def state_sharding(shapes: TrainState, mesh: Mesh) -> TrainState:
-  """Weights as `weights_sharding`, moments with their parameters.
-
-  Args:
-    shapes: of the state.
-    mesh: the devices.
-  """
-  on_all = jax.tree.map(lambda _: replicated(mesh), shapes)
-  return dataclasses.replace(
-    on_all,
-    weights=weights_sharding(shapes.weights, mesh),
-    ema=weights_sharding(shapes.ema, mesh),
-    opt_state=jax.tree.map(
-      lambda spec: NamedSharding(mesh, spec), vector_specs(shapes.opt_state)
-    ),
-  )
+  shards = fsdp.shard_count(mesh)
+  return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
 def shard_batch(
   batch: dict[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """Makes one global batch of the parts that the processes hold."""
+  """Makes a global batch from the part that each process holds."""
   sharding = batch_sharding(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, array)
@@ -129,10 +120,10 @@ def shard_batch(
 
 
 def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
-  """Raises a TrainingError unless the devices share batches evenly."""
-  part = config.batch_size // config.accumulation_steps
+  """Raises a TrainingError unless the devices divide the batch sizes."""
+  microbatch = config.batch_size // config.accumulation_steps
   for field, size in (
-    ("batch_size / accumulation_steps", part),
+    ("batch_size / accumulation_steps", microbatch),
     ("evaluation_batch_size", config.evaluation_batch_size),
   ):
     if size % mesh.size:

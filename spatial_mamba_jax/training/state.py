@@ -1,4 +1,4 @@
-"""All that a training step changes."""
+"""The state that a training step changes."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,13 +19,13 @@ class TrainState:
   """The state between two steps; a checkpoint holds all of it.
 
   Attributes:
-    step: steps taken.
-    weights: the model's.
-    ema: their moving average.
-    opt_state: the optimizer's.
-    window: sums of metrics since the last logged line; they belong here so
-      that a resumed run logs what the uninterrupted one would have.
-    bad_step: the first step whose loss or gradient was not finite, else -1.
+    step: the number of steps taken.
+    weights: the network's weights.
+    ema: the moving average of the weights.
+    opt_state: the optimizer's state.
+    window: sums of metrics since the last logged line. A checkpoint holds them,
+      so that a resumed run logs the same values as an uninterrupted one.
+    bad_step: the first step whose loss or gradient was not finite; -1 if none.
   """
 
   step: Int[Any, ""]
@@ -36,11 +36,11 @@ class TrainState:
   bad_step: Int[Any, ""]
 
 
-# Compiler options, by platform. Drawing numbers is little work in a large
-# program, that takes longer to optimise than to run.
-_QUICKLY = {
+# {platform: compiler options} of the program that draws the weights. It runs
+# once, and optimising it would take longer than running it.
+_COMPILER_OPTIONS = {
   "cpu": {"xla_backend_optimization_level": 0},
-  "tpu": {"optimization_level": 9},  # XLA's name of it is O0.
+  "tpu": {"optimization_level": 9},  # XLA's number of O0.
 }
 
 
@@ -51,11 +51,11 @@ def create_state(
   seed: int,
   sharding: Any,
 ) -> TrainState:
-  """A fresh state, made where it is to live."""
+  """Creates the state at step 0 with these shardings."""
   return jax.jit(
     lambda: initial_state(model.init(jax.random.key(seed)), optimizer, sums),
     out_shardings=sharding,
-    compiler_options=_QUICKLY.get(jax.default_backend()),
+    compiler_options=_COMPILER_OPTIONS.get(jax.default_backend()),
   )()
 
 
@@ -64,7 +64,7 @@ def state_shapes(
   optimizer: Optimizer,
   sums: Sequence[str],
 ) -> TrainState:
-  """The shapes and types of a state."""
+  """Returns the shapes and types of a state."""
   return jax.eval_shape(
     partial(initial_state, optimizer=optimizer, sums=sums), model.shapes
   )
@@ -75,11 +75,11 @@ def initial_state(
   optimizer: Optimizer,
   sums: Sequence[str],
 ) -> TrainState:
-  """The state at step 0 of a run that starts from `weights`.
+  """Returns the state at step 0 of a run that starts from `weights`.
 
   Args:
-    weights: of the network.
-    optimizer: whose state is begun.
+    weights: weights of the network.
+    optimizer: the optimizer, which creates its own state.
     sums: see `Task`.
   """
   return TrainState(
@@ -93,7 +93,7 @@ def initial_state(
 
 
 def empty_window(sums: Sequence[str]) -> dict[str, Float[Array, ""]]:
-  """Sums of nothing: the task's, loss, gradient norm, images and steps."""
+  """Returns zero for each of the sums of a window."""
   names = (*sums, "loss", "grad_norm", "images", "steps")
   if len(set(names)) < len(names):
     raise ValueError(f"a task's sums must have names of their own, not {sums}")

@@ -6,6 +6,7 @@ ptxas. Shared memory beyond a device's is refused by the compiler.
 
 import jax
 import pytest
+from spatial_mamba_kernels.cases import CASES, by_name
 
 from benchmarks import traffic
 from benchmarks.tpu_static import compiled
@@ -23,18 +24,7 @@ TARGETS = (A100, "H100", "H200", "B200")
 # With and without a TMA.
 KINDS = (A100, "H200")
 DIRECTIONS = ("forward", "backward")
-OPS = (
-  "selective_scan",
-  "state_fusion",
-  "structure_aware_ssm",
-  "depthwise_conv",
-  "residual_depthwise_conv",
-  "silu_depthwise_conv",
-  "projected_depthwise_conv",
-  "relu_depthwise_conv",
-  "residual_layer_norm",
-  "gated_layer_norm",
-)
+OPS = [case.name for case in CASES if case.is_for_every_gpu]
 # What a program may have, in bytes.
 MOST_SMEM = {
   "A100": 166_912,
@@ -42,30 +32,6 @@ MOST_SMEM = {
   "H100": 232_448,
   "H200": 232_448,
   "B200": 232_448,
-}
-# Kernels of the operators, forward and backward, with a TMA.
-COUNTS = {
-  ("selective_scan", "forward"): 1,
-  ("selective_scan", "backward"): 1,
-  ("state_fusion", "forward"): 1,
-  ("state_fusion", "backward"): 2,
-  ("structure_aware_ssm", "forward"): 1,
-  ("structure_aware_ssm", "backward"): 2,
-  **{
-    (f"{form}depthwise_conv", direction): int(direction == "backward")
-    for form in ("", "residual_", "silu_", "projected_", "relu_")
-    for direction in DIRECTIONS
-  },
-  **{
-    (f"{kind}_layer_norm", direction): 1
-    for kind in ("residual", "gated")
-    for direction in DIRECTIONS
-  },
-}
-# And without.
-OLDER_COUNTS = COUNTS | {
-  ("structure_aware_ssm", "forward"): 2,
-  ("structure_aware_ssm", "backward"): 4,
 }
 # Channels of the MLPs that have kernels on a Hopper: at three stages of tiny,
 # with so many of its 18 blocks, and at two of base.
@@ -90,6 +56,15 @@ SHAPES = (
 WIDE = (SHAPES[0], SHAPES[3], *SHAPES[-2:])
 # So few programs that tokens and rows are cut: a kernel more for each scan.
 SINGLE = ((1, 56, 56, 128, 1), (1, 14, 14, 512, 1))
+
+
+def count(target, op, direction):
+  """How many kernels a pass of an operator has."""
+  case = by_name(op)
+  counts = case.gpu_kernels
+  if target == "A100" and case.older_gpu_kernels:
+    counts = case.older_gpu_kernels
+  return counts[DIRECTIONS.index(direction)]
 
 
 def assert_kernels_compile(target, *arguments):
@@ -121,8 +96,7 @@ def test_the_fused_operator_at_every_shape(target, shape, dtype, direction):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_generation(target, op, direction):
   kernels = assert_kernels_compile(target, op, direction)
-  counts = OLDER_COUNTS if target == "A100" else COUNTS
-  assert kernels == counts[op, direction]
+  assert kernels == count(target, op, direction)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -132,7 +106,7 @@ def test_one_image(target, shape, direction):
   kernels = assert_kernels_compile(
     target, "structure_aware_ssm", direction, "--shape", *shape
   )
-  assert kernels > COUNTS["structure_aware_ssm", direction]
+  assert kernels > count(target, "structure_aware_ssm", direction)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -218,14 +192,14 @@ def test_layer_norm(op, shape, dtype, direction):
   [
     ((128, 56, 56, 512, 1), "bfloat16"),
     ((128, 14, 14, 2048, 1), "float32"),
-    # Images with borders of their own, fewer than a warpgroup has at a time.
+    # Fewer images than a warpgroup has at a time.
     ((3, 27, 9, 96, 1), "float32"),
   ],
   ids=str,
 )
 @pytest.mark.parametrize("target", KINDS)
 def test_relu_depthwise_conv(target, shape, dtype):
-  """Its derivative has as many registers as it may, and spills none."""
+  """The kernel has as many registers as it may, and spills none."""
   kernels = assert_kernels_compile(
     *(target, "relu_depthwise_conv", "backward"),
     *("--shape", *shape, "--dtype", dtype),
@@ -239,10 +213,8 @@ def test_sharded_training_step(target):
     "step", "--target", f"{target}:4", "--batch-size", 128, "--model", "tiny"
   )
   # In each of the 18 blocks, with its three convolutions, and three norms.
-  counts = OLDER_COUNTS if target == "A100" else COUNTS
-  kernels = (
-    sum(counts["structure_aware_ssm", x] for x in DIRECTIONS) + 3 + 2 * 3
-  )
+  ssm = [count(target, "structure_aware_ssm", x) for x in DIRECTIONS]
+  kernels = sum(ssm) + 3 + 2 * 3
   # And three convolutions with a stride.
   expected = 18 * kernels + 3
   if target in ("H100", "H200"):
@@ -257,7 +229,7 @@ def test_sharded_training_step(target):
     assert_golden(record, STEP_H200)
 
 
-# The goals were 180 and, 1.3 times the ideal, 497 megabytes.
+# The goals are 180 and, 1.3 times the ideal, 497 megabytes.
 @pytest.mark.parametrize(
   ("program", "megabytes", "launches"),
   [("inference", 142.3, 476), ("step", 482.6, 1410)],

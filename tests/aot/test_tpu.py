@@ -4,6 +4,7 @@ Run by `make aot`, in an environment of its own with libtpu.
 """
 
 import pytest
+from spatial_mamba_kernels.cases import CASES
 
 from benchmarks.tpu_static import compiled
 from tests.aot.golden import STEP_V5E, assert_golden
@@ -12,7 +13,8 @@ pytestmark = pytest.mark.aot
 
 TARGETS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 DIRECTIONS = ("forward", "backward")
-OPS = ("selective_scan", "state_fusion", "structure_aware_ssm")
+OPS = [case.name for case in CASES if "mosaic_tpu" in case.operator.kernels]
+PARTS = [name for name in OPS if name != "structure_aware_ssm"]
 # [B, H, W, D, N] at the four stages of tiny, at stage 1 of base, in images of
 # 512 x 512 and 800 x 1280 pixels, off the sizes of a register, and with states.
 SHAPES = (
@@ -48,7 +50,7 @@ def test_the_fused_operator_fits_a_v5e_at_every_shape(shape, dtype, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("op", OPS[:2])
+@pytest.mark.parametrize("op", PARTS)
 @pytest.mark.parametrize("shape", HARD_SHAPES, ids=str)
 def test_its_parts_fit_a_v5e(shape, op, direction):
   assert_kernel_compiles(op, direction, "--dtype", "float32", "--shape", *shape)

@@ -160,9 +160,9 @@ def test_counts_of_updates_are_not_required(
     (
       lambda modules, x: {"model": module(modules), "epoch": 3},
       {},
-      "'model' is 'mmengine.HistoryBuffer', no dictionary: save its state_dict",
+      "'model' is 'mmengine.HistoryBuffer', not a dictionary: save its",
     ),
-    (lambda _, x: {"model": [1]}, {}, "'model' is a list, no dictionary"),
+    (lambda _, x: {"model": [1]}, {}, "'model' is a list, not a dictionary"),
     (
       lambda modules, x: module(modules),
       {},
@@ -197,7 +197,7 @@ def test_counts_of_updates_are_not_required(
     (
       lambda _, x: without(("head.weight", "head.bias"), x),
       {},
-      "a run can start from them, by config.init_from",
+      "config.init_from of train.py can start a run",
     ),
   ],
 )  # fmt: skip

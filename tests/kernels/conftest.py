@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spatial_mamba_kernels as smk
-from spatial_mamba_kernels.depthwise_conv import api as conv_api
-from spatial_mamba_kernels.depthwise_conv import xla as conv_xla
-from spatial_mamba_kernels.drop_path import drop_path
-from spatial_mamba_kernels.layer_norm import api as norm_api
-from spatial_mamba_kernels.mlp import api as mlp_api
+from spatial_mamba_kernels.case import Sizes
+from spatial_mamba_kernels.cases import by_name
+from spatial_mamba_kernels.depthwise_conv.cases import strided_case
+from spatial_mamba_kernels.state_fusion import cases as state_fusion
 
 
 @pytest.fixture(autouse=True)
@@ -24,33 +22,36 @@ def refuse_promotion(strict):
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}
 
 
+def draw(case, sizes, dtype, **options):
+  """Random arguments; all of them in float64 where images are."""
+  rng = np.random.default_rng(0)
+
+  def normal(shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  arrays = case.draw(normal, Sizes(*sizes), dtype, **options)
+  if dtype == jnp.float64:
+    return {name: x.astype(dtype) for name, x in arrays.items()}
+  return arrays
+
+
+def named(case):
+  """The operator; "sequential" is its reference, which shares no code."""
+
+  def run(*, implementation=None, **arrays):
+    if implementation == "sequential":
+      return case.reference(**arrays)
+    return case.function(**arrays, implementation=implementation)
+
+  return run
+
+
 @pytest.fixture(scope="session")
 def ssm_arguments():
-  """(batch, height, width, channels, states, dtype, images=) -> {name: array}.
+  """(B, H, W, D, N, dtype of images) -> {name: array}."""
 
-  `images` is the type of what has one number or more a pixel.
-  """
-
-  def arguments(
-    batch, height, width, channels, n, dtype=jnp.float32, images=None
-  ):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape, dtype=dtype):
-      return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    image, kind = (batch, height, width), images or dtype
-    return {
-      "u": normal(*image, channels, dtype=kind),
-      "delta": normal(*image, channels, dtype=kind),
-      "A": -jnp.exp(normal(channels, n)),
-      "B": normal(*image, n, dtype=kind),
-      "C": normal(*image, n, dtype=kind),
-      "D": normal(channels),
-      "kernels": normal(3, 3, 3, channels),
-      "alpha": normal(3),
-      "delta_bias": normal(channels),
-    }
+  def arguments(*sizes, images=jnp.float32):
+    return draw(by_name("structure_aware_ssm"), sizes, images)
 
   return arguments
 
@@ -60,55 +61,9 @@ def fusion_arguments():
   """(shape of the image, dilations, its dtype) -> {name: array}."""
 
   def arguments(shape, dilations, dtype):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape, dtype=jnp.float32):
-      return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    count = len(dilations)
-    return {
-      "h": normal(*shape, dtype=dtype),
-      "kernels": normal(count, 3, 3, shape[-1]),
-      "alpha": normal(count),
-    }
+    return draw(state_fusion.case(dilations), shape, dtype)
 
   return arguments
-
-
-def _channels(numbers):
-  """[C] as [1, 1, 1, C]."""
-  return numbers[None, None, None]
-
-
-def _depthwise_conv(
-  x, kernel, bias=None, projection=None, *, form, implementation=None
-):
-  """By a kernel, or with XLA's convolution, which is none of ours.
-
-  A projection follows after the channels.
-  """
-  if implementation != "sequential":
-    if form == "plain":
-      return conv_api.operator(1)((x, kernel), implementation)
-    if form == "silu":
-      return conv_api.silu_operator((x, kernel, bias), implementation)
-    if form == "residual":
-      return smk.residual_depthwise_conv(
-        x, kernel, bias, implementation=implementation
-      )
-    results = smk.silu_depthwise_conv(
-      x, kernel, bias, projection, implementation=implementation
-    )
-    return jnp.concatenate(results, axis=-1)
-  y = conv_xla.grouped(x, kernel, stride=1)
-  if form == "plain":
-    return y
-  if form == "residual":
-    return x + (y + _channels(bias))
-  y = jax.nn.silu(y + _channels(bias))
-  if form == "silu":
-    return y
-  return jnp.concatenate((y, y @ projection), axis=-1)
 
 
 @pytest.fixture(scope="session")
@@ -119,127 +74,35 @@ def convolution():
   """
 
   def arguments(shape, dtype, form="plain", numbers=6):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape, dtype=jnp.float32):
-      return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    kernel, x = normal(3, 3, shape[-1]), normal(*shape, dtype=dtype)
-    arrays = {"x": x, "kernel": kernel}
-    if form != "plain":
-      arrays["bias"] = normal(shape[-1])
-    if form == "projected":
-      # Numbers that bfloat16 has, to which they may be cast; so small that what
-      # they make is no greater than what it is made of, which is rounded first.
-      projection = normal(shape[-1], numbers) * shape[-1] ** -0.5
-      projection = projection.astype(jnp.bfloat16)
-      arrays["projection"] = projection.astype(jnp.float32)
-    return partial(_depthwise_conv, form=form), arrays
+    is_plain, is_projected = form == "plain", form == "projected"
+    case = by_name("depthwise_conv" if is_plain else f"{form}_depthwise_conv")
+    options = {"projected": numbers} if is_projected else {}
+    return named(case), draw(case, shape, dtype, **options)
 
   return arguments
-
-
-def _relu_depthwise_conv(x, bias, kernel, *, stride, implementation=None):
-  """By a kernel, or as XLA's convolution, which is none of ours."""
-  if implementation == "sequential":
-    return conv_xla.grouped(
-      jax.nn.relu(x + _channels(bias)), kernel, stride=stride
-    )
-  return conv_api.relu_operator(stride)((x, bias, kernel), implementation)
 
 
 @pytest.fixture(scope="session")
-def rectified_convolution():
-  """(shape of the image, its dtype, stride) -> one, {name: array}.
-
-  Image and bias are sixteenths up to 4: bfloat16 has their sums, too, of which
-  some are 0.
-  """
+def strided_convolution():
+  """(shape of the image, its dtype, stride) -> one, {name: array}."""
 
   def arguments(shape, dtype, stride=2):
-    rng = np.random.default_rng(0)
-
-    def sixteenths(*shape):
-      numbers = np.round(16 * rng.standard_normal(shape)) / 16
-      return jnp.asarray(numbers.clip(-4, 4), jnp.float32)
-
-    channels = shape[-1]
-    kernel = jnp.asarray(rng.standard_normal((3, 3, channels)), jnp.float32)
-    return partial(_relu_depthwise_conv, stride=stride), {
-      "x": sixteenths(*shape).astype(dtype),
-      "bias": sixteenths(channels),
-      "kernel": kernel,
-    }
+    case = strided_case(stride)
+    return named(case), draw(case, shape, dtype)
 
   return arguments
-
-
-def _branch_scales(batch):
-  """Of each image; the last one's branch is dropped."""
-  return jnp.linspace(1.25, 0, batch)
-
-
-def _mlp(x, w1, b1, w2, b2, residual, *, implementation=None):
-  """By a kernel, or with JAX's GELU."""
-  scale = _branch_scales(len(x))
-  if implementation != "sequential":
-    arrays = x, w1, b1, w2, b2, residual, scale
-    return mlp_api.operator(arrays, implementation)
-  with jax.default_matmul_precision("highest"):
-    branch = jax.nn.gelu(x @ w1 + _channels(b1), approximate=False)
-    branch = branch @ w2 + _channels(b2)
-  return residual + drop_path(branch, scale)
 
 
 @pytest.fixture(scope="session")
 def perceptron():
-  """(shape of the image, hidden units, its dtype) -> an MLP, {name: array}.
-
-  Its weights are numbers that bfloat16 has, because it is cast to that.
-  """
+  """(shape of the image, hidden units, its dtype) -> an MLP, {name: array}."""
 
   def arguments(shape, hidden, dtype):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape, scale=1.0):
-      numbers = jnp.asarray(rng.standard_normal(shape) * scale, jnp.bfloat16)
-      return numbers.astype(jnp.float32)
-
-    channels = shape[-1]
-    return _mlp, {
-      "x": normal(*shape).astype(dtype),
-      "w1": normal(channels, hidden, scale=channels**-0.5),
-      "b1": normal(hidden),
-      "w2": normal(hidden, channels, scale=hidden**-0.5),
-      "b2": normal(channels),
-      "residual": normal(*shape).astype(dtype),
-    }
+    case, (*pixels, channels) = by_name("mlp"), shape
+    sizes = *pixels, 2 * channels
+    return named(case), draw(case, sizes, dtype, hidden=hidden)
 
   return arguments
-
-
-def _residual_layer_norm(x, scale, bias, *, implementation=None):
-  """By a kernel, or as its equation."""
-  if implementation != "sequential":
-    arrays = x, scale, bias
-    return jnp.stack(norm_api.residual_operator(arrays, implementation))
-  return jnp.stack((x, _layer_norm(x, scale, bias)))
-
-
-def _gated_layer_norm(x, scale, bias, gate, *, implementation=None):
-  """By a kernel, or as its equation."""
-  branch_scale = _branch_scales(len(x))
-  if implementation != "sequential":
-    arrays = x, scale, bias, gate, branch_scale
-    return norm_api.gated_operator(arrays, implementation)
-  gated = _layer_norm(x, scale, bias) * jax.nn.silu(gate)
-  return drop_path(gated, branch_scale)
-
-
-def _layer_norm(x, scale, bias):
-  centred = x - x.mean(-1, keepdims=True)
-  var = jnp.square(centred).mean(-1, keepdims=True)
-  return centred / jnp.sqrt(var + 1e-5) * _channels(scale) + _channels(bias)
 
 
 @pytest.fixture(scope="session")
@@ -247,39 +110,20 @@ def normalisation():
   """(shape of the image, its dtype, is_gated=) -> one, {name: array}."""
 
   def arguments(shape, dtype, *, is_gated):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape, dtype=jnp.float32):
-      return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    arrays = {
-      "x": 3 + normal(*shape, dtype=dtype),
-      "scale": normal(shape[-1]),
-      "bias": normal(shape[-1]),
-    }
-    if not is_gated:
-      return _residual_layer_norm, arrays
-    return _gated_layer_norm, arrays | {"gate": normal(*shape, dtype=dtype)}
+    case = by_name(f"{'gated' if is_gated else 'residual'}_layer_norm")
+    return named(case), draw(case, shape, dtype)
 
   return arguments
 
 
 @pytest.fixture(scope="session")
 def every_operator():
-  """Each operator with its arguments, taken from those of the fused one."""
+  """(sizes, dtype of images) -> the SSM and its parts, with arguments."""
 
-  def operators(whole):
-    tokens = {
-      name: whole[name].reshape(len(whole[name]), -1, whole[name].shape[-1])
-      for name in ("u", "delta", "B")
-    }
-    parameters = {name: whole[name] for name in ("A", "delta_bias")}
-    stencil = {name: whole[name] for name in ("kernels", "alpha")}
-    return (
-      (smk.structure_aware_ssm, whole),
-      (smk.selective_scan, {**tokens, **parameters}),
-      (smk.state_fusion, {"h": whole["u"], **stencil}),
-    )
+  def operators(*sizes, images=jnp.float32):
+    names = "structure_aware_ssm", "selective_scan", "state_fusion"
+    cases = map(by_name, names)
+    return [(case.function, draw(case, sizes, images)) for case in cases]
 
   return operators
 
@@ -291,7 +135,9 @@ def cotangent():
   def random(operator, arrays):
     rng = np.random.default_rng(1)
     result = jax.eval_shape(lambda arrays: operator(**arrays), arrays)
-    return jnp.asarray(rng.standard_normal(result.shape), result.dtype)
+    return jax.tree.map(
+      lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), result
+    )
 
   return random
 
@@ -329,14 +175,20 @@ def assert_is_sequential(cotangent, value_and_gradients):
     expected = value_and_gradients(sequential, exact, exact_g)
     assert actual.keys() == expected.keys()
     # Roundings of a sum over pixels, one after the other, wander.
-    sums = 2**-24 * math.prod(g.shape[:-1]) ** 0.5
+    sums = 2**-24 * math.prod(jax.tree.leaves(g)[0].shape[:-1]) ** 0.5
     tolerance = max(TOLERANCE[dtype], sums)
-    for name, wanted in expected.items():
-      assert actual[name].dtype == arrays.get(name, g).dtype, name
-      wanted = np.asarray(wanted)
-      error = np.abs(np.asarray(actual[name], np.float32) - wanted).max()
+
+    for name, like in {"result": g, **arrays}.items():
+      # Of results that come together, one may be made of the other, rounded.
       # Cotangents that vanish (of A for one token) are compared as they are.
-      scale = max(np.abs(wanted).max(), 1e-6)
-      assert error <= tolerance * scale, (name, error / scale)
+      leaves = map(np.asarray, jax.tree.leaves(expected[name]))
+      scale = max(1e-6, *(np.abs(wanted).max() for wanted in leaves))
+
+      def compare(actual, wanted, like, name=name, scale=scale):
+        assert actual.dtype == like.dtype, name
+        error = np.abs(np.asarray(actual, np.float32) - np.asarray(wanted))
+        assert error.max() <= tolerance * scale, (name, error.max() / scale)
+
+      jax.tree.map(compare, actual[name], expected[name], like)
 
   return check

@@ -8,10 +8,10 @@ import numpy as np
 import spatial_mamba_kernels as smk
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from spatial_mamba_kernels import tpu_rows
+from spatial_mamba_kernels.tpu import plan as tpu_plan
 
 pl.pallas_call = partial(pl.pallas_call, interpret=True)
-tpu_rows.CONFIG = tpu_rows.Config(tile=4, row=5)
+tpu_plan.CONFIG = tpu_plan.Config(tile=4, row=5)
 BATCH, HEIGHT, WIDTH, CHANNELS, STATES = 4, 3, 4, 6, 2
 
 # Axes of each argument: images over "data", channels over "model".

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from spatial_mamba_kernels import gpu_device
+from spatial_mamba_kernels.gpu import device as gpu_device
 
 
 @pytest.fixture
@@ -92,10 +92,11 @@ def test_what_goes_astray():
   ],
   ids=str,
 )
-def test_ssm(ssm_arguments, every_operator, sent, shape, dtype):
-  whole = ssm_arguments(*shape, images=dtype)
+def test_ssm(every_operator, sent, shape, dtype):
   states = shape[-1]
-  for place, (operator, arrays) in enumerate(every_operator(whole)):
+  for place, (operator, arrays) in enumerate(
+    every_operator(*shape, images=dtype)
+  ):
     if place == 0 and states > 1:
       continue  # It has one state a channel.
     copies = sent(operator, arrays)

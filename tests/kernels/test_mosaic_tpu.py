@@ -15,21 +15,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from spatial_mamba_kernels import tpu_rows
-from spatial_mamba_kernels.selective_scan import mosaic_tpu as scan
-from spatial_mamba_kernels.state_fusion import mosaic_tpu as fusion
-from spatial_mamba_kernels.state_fusion.taps import Stencil
-from spatial_mamba_kernels.structure_aware_ssm import mosaic_tpu as ssm
+from spatial_mamba_kernels.selective_scan import plans as scan
+from spatial_mamba_kernels.state_fusion import plans as fusion
+from spatial_mamba_kernels.structure_aware_ssm import plans as ssm
+from spatial_mamba_kernels.taps import Stencil
+from spatial_mamba_kernels.tpu import plan as tpu_plan
 
 # Tiles and rows small enough to compile in seconds.
-SMALL = tpu_rows.Config(tile=4, row=5)
+SMALL = tpu_plan.Config(tile=4, row=5)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
   """Runs kernels as JAX operations."""
   jax.clear_caches()
-  monkeypatch.setattr(tpu_rows, "CONFIG", SMALL)
+  monkeypatch.setattr(tpu_plan, "CONFIG", SMALL)
   monkeypatch.setattr(
     pl, "pallas_call", partial(pl.pallas_call, interpret=True)
   )
@@ -74,11 +74,12 @@ def test_structure_aware_ssm(
   ids=str,
 )
 def test_selective_scan(
-  interpreted, ssm_arguments, every_operator, assert_is_sequential, shape, dtype
+  interpreted, every_operator, assert_is_sequential, shape, dtype
 ):
   batch, length, channels, states = shape
-  whole = ssm_arguments(batch, 1, length, channels, states, images=dtype)
-  _, (operator, arrays), _ = every_operator(whole)
+  _, (operator, arrays), _ = every_operator(
+    batch, 1, length, channels, states, images=dtype
+  )
   assert_is_sequential("mosaic_tpu", operator, arrays, dtype)
 
 
@@ -104,15 +105,14 @@ def test_state_fusion(
 
 def test_blocks_of_channels(
   interpreted,
-  ssm_arguments,
   every_operator,
   assert_is_sequential,
   monkeypatch,
 ):
   """VMEM for 128 of 192 channels, so that the second block is half full."""
-  cut = tpu_rows.Cut(group=2, block=128)
-  monkeypatch.setattr(tpu_rows, "cut", lambda *_, **__: cut)
-  for operator, arrays in every_operator(ssm_arguments(3, 2, 3, 192, 1)):
+  cut = tpu_plan.Cut(group=2, block=128)
+  monkeypatch.setattr(tpu_plan, "cut", lambda *_, **__: cut)
+  for operator, arrays in every_operator(3, 2, 3, 192, 1):
     assert_is_sequential("mosaic_tpu", operator, arrays)
 
 
@@ -145,10 +145,10 @@ def test_any_shape(
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm", "cpu"])
 def test_a_kernel_is_chosen_when_lowering_for_its_platform(
-  ssm_arguments, every_operator, value_and_gradients, platform
+  every_operator, value_and_gradients, platform
 ):
   """On a TPU one each way; on a GPU one for each kind of what is computed."""
-  operators = every_operator(ssm_arguments(8, 3, 4, 128, 1))
+  operators = every_operator(8, 3, 4, 128, 1)
   for (operator, arrays), of_gpu in zip(operators, (6, 2, 3), strict=True):
     g = jax.eval_shape(lambda a, op=operator: op(**a), arrays)
     traced = value_and_gradients.trace(operator, arrays, g)
@@ -158,17 +158,15 @@ def test_a_kernel_is_chosen_when_lowering_for_its_platform(
     assert calls == kernels
 
 
-def test_elsewhere_none_is_xla(
-  ssm_arguments, every_operator, assert_is_sequential
-):
+def test_elsewhere_none_is_xla(every_operator, assert_is_sequential):
   """Nor is anything lost by saving what the kernels save."""
-  for operator, arrays in every_operator(ssm_arguments(2, 3, 4, 5, 2)):
+  for operator, arrays in every_operator(2, 3, 4, 5, 2):
     assert_is_sequential(None, operator, arrays)
 
 
-def test_second_derivatives(ssm_arguments, every_operator):
+def test_second_derivatives(every_operator):
   """They are XLA's: kernels have none."""
-  for operator, arrays in every_operator(ssm_arguments(2, 2, 3, 2, 1)):
+  for operator, arrays in every_operator(2, 2, 3, 2, 1):
 
     def curvature(implementation, operator=operator, arrays=arrays):
       def loss(arrays):
@@ -190,15 +188,13 @@ def test_second_derivatives(ssm_arguments, every_operator):
 
 
 @pytest.mark.parametrize("axes", [("data",), ()], ids=["split", "whole"])
-def test_within_a_shard_map_none_is_left_to_xla(
-  ssm_arguments, every_operator, axes
-):
+def test_within_a_shard_map_none_is_left_to_xla(every_operator, axes):
   """One that checks how values vary, which kernels do not say."""
   mesh = jax.sharding.AbstractMesh(
     (2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
   )
   images = jax.sharding.PartitionSpec(*axes)
-  for operator, arrays in every_operator(ssm_arguments(2, 2, 3, 2, 1)):
+  for operator, arrays in every_operator(2, 2, 3, 2, 1):
     specs = {
       name: images
       if name in ("u", "delta", "B", "C", "h")
@@ -217,13 +213,13 @@ def test_within_a_shard_map_none_is_left_to_xla(
 def test_what_does_not_fit_is_cut():
   def plan(batch, height, width, channels, states, dtype=jnp.bfloat16):
     u = jnp.empty((batch, height, width, channels), dtype)
-    return ssm.plan((u, u, jnp.empty((channels, states))))
+    return ssm.tpu_plan((u, u, jnp.empty((channels, states))))
 
-  assert plan(128, 2, 56, 128, 1) == tpu_rows.Cut(8, 128)
-  assert plan(3, 7, 7, 1024, 1) == tpu_rows.Cut(3, 1024)
-  assert plan(128, 2, 56, 192, 1) == tpu_rows.Cut(8, 128)
+  assert plan(128, 2, 56, 128, 1) == tpu_plan.Cut(8, 128)
+  assert plan(3, 7, 7, 1024, 1) == tpu_plan.Cut(3, 1024)
+  assert plan(128, 2, 56, 192, 1) == tpu_plan.Cut(8, 128)
   # 6 images take the place of 8.
-  assert plan(6, 2, 56, 192, 1) == tpu_rows.Cut(6, 128)
+  assert plan(6, 2, 56, 192, 1) == tpu_plan.Cut(6, 128)
   assert plan(8, 2, 320, 128, 1).group < 8
   with pytest.raises(NotImplementedError, match="1024 tokens and 16 states"):
     plan(8, 1, 1024, 128, 16)
@@ -234,9 +230,9 @@ def test_what_does_not_fit_is_cut():
 def test_any_length_is_scanned():
   def plan(length, states):
     u = jnp.empty((8, length, 128), jnp.float32)
-    return scan.plan((u, u, jnp.empty((128, states))))
+    return scan.tpu_plan((u, u, jnp.empty((128, states))))
 
-  assert plan(3136, 1) == tpu_rows.Cut(8, 128)
+  assert plan(3136, 1) == tpu_plan.Cut(8, 128)
   assert plan(1_000_003, 16).group == 4
   assert [scan.row_length(n) for n in (3136, 49, 128, 257)] == [
     112,
@@ -250,7 +246,7 @@ def test_a_stencil_that_is_too_wide_is_refused():
   stencil = Stencil((1, 500))
   h = jnp.empty((1, 2, 1000, 128), jnp.float32)
   with pytest.raises(NotImplementedError, match="2006 rows of 1000 pixels"):
-    fusion.plan((h,), stencil=stencil)
+    fusion.tpu_plan((h,), stencil=stencil)
 
 
 @pytest.mark.parametrize(
@@ -299,15 +295,15 @@ def test_each_device_computes_its_part():
 
 @pytest.mark.parametrize("place", range(3), ids=["fused", "scan", "fusion"])
 def test_no_race_and_nothing_out_of_bounds(
-  ssm_arguments, every_operator, value_and_gradients, monkeypatch, capsys, place
+  every_operator, value_and_gradients, monkeypatch, capsys, place
 ):
   """TPU semantics: two cores, buffers, and memory that is not set."""
   jax.clear_caches()
-  monkeypatch.setattr(tpu_rows, "CONFIG", SMALL)
+  monkeypatch.setattr(tpu_plan, "CONFIG", SMALL)
   # Two groups of images and two blocks of channels, for two cores.
-  cut = tpu_rows.Cut(group=1, block=128)
-  monkeypatch.setattr(tpu_rows, "cut", lambda *_, **__: cut)
-  operator, arrays = every_operator(ssm_arguments(2, 3, 4, 130, 1))[place]
+  cut = tpu_plan.Cut(group=1, block=128)
+  monkeypatch.setattr(tpu_plan, "cut", lambda *_, **__: cut)
+  operator, arrays = every_operator(2, 3, 4, 130, 1)[place]
   kernel = partial(operator, implementation="mosaic_tpu")
   sequential = partial(operator, implementation="sequential")
   g = jnp.ones_like(jax.eval_shape(lambda arrays: kernel(**arrays), arrays))

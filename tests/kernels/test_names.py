@@ -1,31 +1,32 @@
 """Programs and profiles tell operators apart by their names."""
 
 import importlib
+import pathlib
 
-from spatial_mamba_kernels.by_platform import Operator
-from spatial_mamba_kernels.depthwise_conv import api as depthwise_conv
-from spatial_mamba_kernels.state_fusion import api as state_fusion
+import pytest
+import spatial_mamba_kernels
+from spatial_mamba_kernels.cases import CASES
+from spatial_mamba_kernels.dispatch import Operator
 
-FOLDERS = (
-  *("depthwise_conv", "layer_norm", "mlp", "selective_scan"),
-  *("state_fusion", "structure_aware_ssm"),
-)
+FOLDERS = [
+  path.parent.name
+  for path in pathlib.Path(spatial_mamba_kernels.__file__).parent.glob(
+    "*/api.py"
+  )
+]
 
 
 def test_no_two_operators_have_one_name():
-  modules = [
-    importlib.import_module(f"spatial_mamba_kernels.{folder}.api")
-    for folder in FOLDERS
-  ]
-  operators = [
-    value
-    for module in modules
-    for value in vars(module).values()
-    if isinstance(value, Operator)
-  ]
-  # Those that are made for a stride or for dilations.
-  operators += [depthwise_conv.operator(1), depthwise_conv.relu_operator(2)]
-  operators.append(state_fusion._operator((1, 3, 5)))
-  names = [operator.name for operator in operators]
-  assert len(names) == 11
+  names = [case.name for case in CASES]
   assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_operator_has_its_case(folder):
+  api = importlib.import_module(f"spatial_mamba_kernels.{folder}.api")
+  made = [x for x in vars(api).values() if isinstance(x, Operator)]
+  names = {x.name for x in made}
+  if callable(getattr(api, "operator", None)) and not made:
+    names.add(folder)  # Made for dilations.
+  assert names
+  assert names <= {case.name for case in CASES}

@@ -52,10 +52,11 @@ def gpu():
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_is_sequential(
-  ssm_arguments, every_operator, assert_is_sequential, shape, name, dtype
+  every_operator, assert_is_sequential, shape, name, dtype
 ):
-  whole = ssm_arguments(*shape, images=DTYPES[dtype])
-  operator, arrays = every_operator(whole)[OPERATORS[name]]
+  operator, arrays = every_operator(*shape, images=DTYPES[dtype])[
+    OPERATORS[name]
+  ]
   assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
 
 
@@ -80,9 +81,9 @@ def test_convolution(convolution, assert_is_sequential, shape, form, dtype):
   ids=str,
 )
 def test_convolution_with_a_stride(
-  rectified_convolution, assert_is_sequential, shape, dtype
+  strided_convolution, assert_is_sequential, shape, dtype
 ):
-  operator, arrays = rectified_convolution(shape, DTYPES[dtype])
+  operator, arrays = strided_convolution(shape, DTYPES[dtype])
   assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
 
 
@@ -141,9 +142,9 @@ def test_layer_norm(
   "shape", [(8, 14, 14, 512, 16), (*ODD[:4], 3)], ids=str
 )
 def test_scan_of_several_states(
-  ssm_arguments, every_operator, assert_is_sequential, shape, dtype
+  every_operator, assert_is_sequential, shape, dtype
 ):
-  _, scan, _ = every_operator(ssm_arguments(*shape, images=DTYPES[dtype]))
+  _, scan, _ = every_operator(*shape, images=DTYPES[dtype])
   assert_is_sequential("mosaic_gpu", *scan, DTYPES[dtype])
 
 
@@ -161,7 +162,6 @@ def test_fusion_of_other_dilations(
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("shape", [SHAPES[2], ODD], ids=str)
 def test_none_is_the_kernel(
-  ssm_arguments,
   every_operator,
   cotangent,
   value_and_gradients,
@@ -170,8 +170,9 @@ def test_none_is_the_kernel(
   dtype,
 ):
   """Bit for bit."""
-  whole = ssm_arguments(*shape, images=DTYPES[dtype])
-  operator, arrays = every_operator(whole)[OPERATORS[name]]
+  operator, arrays = every_operator(*shape, images=DTYPES[dtype])[
+    OPERATORS[name]
+  ]
   g = cotangent(operator, arrays)
   kernel = partial(operator, implementation="mosaic_gpu")
   expected = value_and_gradients(kernel, arrays, g)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from spatial_mamba_kernels import gpu_device
 from spatial_mamba_kernels.activations import gelu, relu, silu
 from spatial_mamba_kernels.drop_path import drop_path
+from spatial_mamba_kernels.gpu import device as gpu_device
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.models import stage as stages

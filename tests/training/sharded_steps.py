@@ -1,7 +1,10 @@
 """Run by test_sharding on eight CPU devices: training steps over meshes."""
 
 import dataclasses
+import pathlib
 import re
+import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,12 +13,14 @@ from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.models.fsdp import shard_axis
 from spatial_mamba_jax.models.pure import is_stacked
 from spatial_mamba_jax.tasks.classification import ClassificationConfig
+from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.config import (
   MeshConfig,
   ModelSection,
   OptimizerConfig,
   TrainConfig,
 )
+from spatial_mamba_jax.training.experiment import saved_shards, to_dict
 from spatial_mamba_jax.training.program import make_program
 from spatial_mamba_jax.training.shard_vector import ShardVector
 from spatial_mamba_jax.training.sharding import make_mesh, shard_batch
@@ -27,6 +32,14 @@ MESHES = {
   "fsdp": (8, MeshConfig(fsdp=8)),
   "all axes": (8, MeshConfig(replica=2, fsdp=2)),
 }
+# (mesh that saves, mesh that restores).
+RESTORED = (
+  ("one device", "one device"),
+  ("fsdp", "fsdp"),
+  ("fsdp", "one device"),
+  ("one device", "fsdp"),
+  ("fsdp", "all axes"),
+)
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all"
 
 
@@ -34,7 +47,7 @@ def program(mesh):
   devices, config = MESHES[mesh]
   return make_program(
     TrainConfig(
-      task=ClassificationConfig(num_classes=10),
+      task=ClassificationConfig(num_classes=10, erasing_probability=1.0),
       model=ModelSection(
         dims=(64,), depths=(2,), drop_path_rate=0.2, dtype="float64"
       ),
@@ -42,6 +55,7 @@ def program(mesh):
       optimizer=OptimizerConfig(warmup="1 step", clip_norm=0.5),
       mesh=config,
       batch_size=16,
+      accumulation_steps=2,
       length="4 steps",
       mesa_weight=1.0,
       mesa_start=0.0,
@@ -60,31 +74,45 @@ def batch():
   }
 
 
-def trained(program):
-  """The state after three steps."""
-  state = program.fresh_state()
-  for _ in range(3):
-    state = program.train_step(state, shard_batch(batch(), program.mesh))
+def compiled(program):
+  """Returns the training step; data parallelism moves no images or weights."""
+  step = program.train_step.lower(program.state_shapes, program.batch_shapes)
+  step = step.compile()
+  found = set(re.findall(rf" ({COLLECTIVES})\(", step.as_text()))
+  shards = program.mesh.shape["fsdp"]
+  assert ("all-gather" in found) == (shards > 1), found
+  assert ("all-reduce" in found) == (program.mesh.size > 1), found
+  assert "all-to-all" not in found
+  return step
+
+
+def trained(program, step, state, steps):
+  """Returns the state after more steps."""
+  for _ in range(steps):
+    state = step(state, shard_batch(batch(), program.mesh))
     # Two programs at once could wait for each other's CPU threads.
     jax.block_until_ready(state)
   return state
 
 
-def moments(program, state):
-  """The optimizer's moments as one device has them."""
+def results(program, state):
+  """Returns what must be equal on every mesh, the moments as of one device."""
   vector = ShardVector.on(
     program.mesh, program.model.trained(program.model.shapes.params)
   )
   one = dataclasses.replace(vector, shards=1)
   adam = state.opt_state[0][1]
-  return {
-    name: vector.moved(jax.device_get(x), one)
-    for name, x in (("mu", adam.mu), ("nu", adam.nu))
-  }
+  moments = [vector.moved(jax.device_get(x), one) for x in (adam.mu, adam.nu)]
+  return jax.device_get((state.window, state.weights, state.ema, moments))
+
+
+def assert_equal(found, expected, what):
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12, err_msg=what)
 
 
 def check_held(program, state):
-  """A device holds what the rule says, and the optimizer gathers nothing."""
+  """Each device holds its shards, and the optimizer gathers nothing."""
   shards = program.mesh.shape["fsdp"]
   names = {
     name: shard_axis(x.shape, shards, is_stacked=is_stacked(name))
@@ -108,19 +136,32 @@ def check_held(program, state):
 
 def main():
   jax.config.update("jax_enable_x64", True)
-  results = {}
-  for mesh in MESHES:
-    run = program(mesh)
-    with jax.set_mesh(run.mesh):
-      state = trained(run)
+  directory = pathlib.Path(sys.argv[1])
+  programs = {mesh: program(mesh) for mesh in MESHES}
+  steps, found = {}, {}
+  for mesh, run in programs.items():
+    with jax.set_mesh(run.mesh), Checkpoints(directory / mesh) as checkpoints:
+      steps[mesh] = compiled(run)
+      state = trained(run, steps[mesh], run.fresh_state(), 3)
       check_held(run, state)
-      results[mesh] = jax.device_get(
-        (state.window, state.weights, state.ema, moments(run, state))
+      found[mesh] = results(run, state)
+      checkpoints.save(state, to_dict(run.config))
+  for mesh in MESHES:
+    assert_equal(found[mesh], found["one device"], mesh)
+
+  # A checkpoint of one mesh, restored on another.
+  after = {}
+  for saved, mesh in RESTORED:
+    run = programs[mesh]
+    with jax.set_mesh(run.mesh), Checkpoints(directory / saved) as checkpoints:
+      state = run.restored_state(
+        partial(checkpoints.restore_state, 3),
+        shards=saved_shards(checkpoints.experiment(3)),
       )
-  expected = results.pop("one device")
-  for mesh, found in results.items():
-    for a, b in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
-      np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-12, err_msg=mesh)
+      assert_equal(results(run, state), found[saved], f"{saved} to {mesh}")
+      after[saved, mesh] = results(run, trained(run, steps[mesh], state, 1))
+  for meshes, result in after.items():
+    assert_equal(result, after[RESTORED[0]], " to ".join(meshes))
   print("equal")
 
 

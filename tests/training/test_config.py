@@ -334,7 +334,7 @@ def test_steps_are_counted_in_int32():
   assert (times.epoch, times.steps) == (2147, 2147 * 10**6)
   with pytest.raises(
     TrainingError,
-    match=r"config\.length is 2148000000 steps \(an epoch has 2148\), and must"
+    match=r"config\.length is 2148000000 steps \(an epoch has 2148\), but must"
     r" be at most 2147483647$",
   ):
     config.count_steps(2148)

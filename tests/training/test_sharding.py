@@ -44,15 +44,15 @@ def test_a_mesh_that_does_not_divide_the_devices():
   with pytest.raises(TrainingError) as caught:
     make_mesh(MeshConfig(replica=3, fsdp=2 * count))
   assert str(caught.value) == (
-    f"config.mesh asks for replica=3 times fsdp={2 * count} devices, which must"
-    f" divide the {count} there are"
+    f"config.mesh.replica=3 times config.mesh.fsdp={2 * count} must divide the"
+    f" number of devices, {count}"
   )
 
 
-def test_every_mesh_trains_as_one_device():
+def test_every_mesh_trains_and_restores_as_one_device(tmp_path):
   script = pathlib.Path(__file__).with_name("sharded_steps.py")
   result = subprocess.run(
-    (sys.executable, script),
+    (sys.executable, script, tmp_path),
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",

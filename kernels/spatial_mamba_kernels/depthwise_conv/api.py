@@ -7,9 +7,8 @@ from typing import Any
 from jax import Array
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.activations import relu
-from spatial_mamba_kernels.by_platform import Arrays, Operator
-from spatial_mamba_kernels.depthwise_conv import gpu_strided, mosaic_gpu, xla
+from spatial_mamba_kernels.depthwise_conv import plans, xla
+from spatial_mamba_kernels.dispatch import Arrays, Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
 
@@ -87,7 +86,7 @@ def residual_depthwise_conv(
       "bias": (bias, "D"),
     },
   )
-  return _residual_operator(tuple(arrays), implementation)
+  return residual_operator(tuple(arrays), implementation)
 
 
 def silu_depthwise_conv(
@@ -138,27 +137,24 @@ def relu_depthwise_conv(
   stride: int,
   implementation: str | None = None,
 ) -> Array:
-  """Convolves relu(x + bias) as `depthwise_conv` does, with a stride.
+  """Computes depthwise_conv(relu(x + bias), kernel) with a stride.
 
-  On GPUs its derivative is one kernel, which reads x once. The bias is that of
-  the product that makes x, so that its cotangent is summed there, too.
+  The bias is that of the linear layer before it: the kernel of the backward
+  pass computes its cotangent too, so that it reads x once for all cotangents.
 
   Args:
     x: [B, H, W, D].
     bias: [D], cast to the dtype of `x`.
-    kernel: [3, 3, D] (row, column, channel).
+    kernel: [3, 3, D].
     stride: 2 or more.
-    implementation: None (best for the platform) or "mosaic_gpu"; "sequential"
-      and "associative", as elsewhere, are without a kernel.
+    implementation: as for `depthwise_conv`.
 
   Returns:
-    [B, ceil(H / stride), ceil(W / stride), D] in the dtype of `x`; sums are in
-    float32, or float64 for float64 inputs.
+    [B, ceil(H / stride), ceil(W / stride), D] in the dtype of `x`.
 
   Raises:
-    ValueError: the shapes are inconsistent, stride < 2, or the implementation
-      is unknown.
-    NotImplementedError: there is no such kernel, or it cannot serve.
+    ValueError: see `depthwise_conv`; or stride < 2.
+    NotImplementedError: see `depthwise_conv`.
   """
   check_implementation(implementation, "relu_depthwise_conv")
   if stride < 2:
@@ -177,27 +173,28 @@ def _operator(name, form, dimensions, *, stride=1):
     del implementation
     return form.forward(*arrays, convolve=partial(xla.convolve, stride=stride))
 
-  kernels = {"mosaic_gpu": mosaic_gpu.kernel(form)} if stride == 1 else {}
-  return Operator(name, run, kernels, dimensions, is_named=False)
+  return Operator(
+    name,
+    run,
+    plans.kernels(form) if stride == 1 else {},
+    dimensions,
+    is_chosen_in_tracing=form.has_silu,
+    is_named=False,
+  )
 
 
 @functools.cache
 def operator(stride: int) -> Operator:
-  """The convolution of (x, kernel), by XLA or by a kernel's name."""
+  """Returns the convolution of (x, kernel) with a stride."""
   return _operator(
-    "depthwise_conv",
-    mosaic_gpu.PLAIN,
-    mosaic_gpu.PLAIN_DIMENSIONS,
-    stride=stride,
+    "depthwise_conv", plans.PLAIN, plans.PLAIN_DIMENSIONS, stride=stride
   )
 
 
-_residual_operator = _operator(
-  "residual_depthwise_conv", mosaic_gpu.RESIDUAL, mosaic_gpu.DIMENSIONS
+residual_operator = _operator(
+  "residual_depthwise_conv", plans.RESIDUAL, plans.DIMENSIONS
 )
-silu_operator = _operator(
-  "silu_depthwise_conv", mosaic_gpu.SILU, mosaic_gpu.DIMENSIONS
-)
+silu_operator = _operator("silu_depthwise_conv", plans.SILU, plans.DIMENSIONS)
 
 
 def _project_apart(arrays: Arrays, *, implementation: str | None) -> Any:
@@ -209,25 +206,29 @@ def _project_apart(arrays: Arrays, *, implementation: str | None) -> Any:
 projected_operator = Operator(
   "projected_depthwise_conv",
   _project_apart,
-  {"mosaic_gpu": mosaic_gpu.kernel(mosaic_gpu.PROJECTED)},
-  mosaic_gpu.PROJECTED_DIMENSIONS,
+  plans.kernels(plans.PROJECTED),
+  plans.PROJECTED_DIMENSIONS,
+  is_chosen_in_tracing=True,
   is_named=False,
 )
 
 
 @functools.cache
 def relu_operator(stride: int) -> Operator:
-  """That of (x, bias, kernel), by XLA or by a kernel's name."""
+  """Returns the convolution of (x, bias, kernel) after ReLU, with a stride."""
 
-  def convolve(arrays: Arrays, *, implementation: str | None) -> Any:
+  def run(arrays: Arrays, *, implementation: str | None) -> Any:
     del implementation
-    x, bias, kernel = arrays
-    return xla.convolve(relu(xla.biased(x, bias)), kernel, stride)
+    return xla.after_relu(
+      *arrays, convolve=partial(xla.convolve, stride=stride)
+    )
 
   return Operator(
     "relu_depthwise_conv",
-    convolve,
-    {"mosaic_gpu": gpu_strided.kernel(stride)},
-    gpu_strided.DIMENSIONS,
+    run,
+    plans.strided_kernels(stride),
+    plans.STRIDED_DIMENSIONS,
+    # XLA saves the values after ReLU, the kernel nothing.
+    is_chosen_in_tracing=True,
     is_named=False,
   )

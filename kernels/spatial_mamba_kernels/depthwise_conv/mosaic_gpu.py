@@ -1,16 +1,14 @@
 """The backward pass of a depthwise 3x3 convolution as one GPU kernel.
 
-For the cotangents of its weights alone XLA would read both images five times.
-A thread walks over the rows of its channel, column by column: of the nine
-pixels around one it makes what it needs of the convolution again, and what
-flows back from that pixel it adds to the sums of the weights, and to three rows
-of the input's cotangents that stay in registers. Forward the convolution is a
-fusion of XLA's, one pass over memory.
+XLA would read both images five times for the cotangents of the weights alone.
+Here a thread goes through the rows of its channel, column by column. From the
+nine pixels around a result it recomputes what it needs of the convolution; then
+it adds the result's part to the weights' cotangents, and to three rows of the
+input's cotangents, all in registers. The forward pass is a fusion of XLA, one
+pass over memory.
 """
 
 import functools
-import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,130 +16,27 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import (
-  Arrays,
-  Dimensions,
-  Kernel,
-  Passes,
-  Results,
-)
 from spatial_mamba_kernels.depthwise_conv import xla
-from spatial_mamba_kernels.gpu_device import device, is_default
-from spatial_mamba_kernels.sharding import (
-  BATCH,
-  CHANNELS,
-  WHOLE,
-  share_of_device,
+from spatial_mamba_kernels.depthwise_conv.plans import (
+  OFFSETS,
+  TAPS,
+  Form,
+  cut,
 )
-from spatial_mamba_kernels.state_fusion import gpu_strips as strips
-from spatial_mamba_kernels.state_fusion.gpu_strips import Cut, Program, Stream
+from spatial_mamba_kernels.dispatch import Arrays, Results
+from spatial_mamba_kernels.gpu import strips
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.strips import Program, Stream
 from spatial_mamba_kernels.typing import Array
 
-# Of a projection: with more, a product of its own costs less than what each
-# number of an image takes part in here.
-MOST_PROJECTED = 20
-
-IMAGE = (BATCH, WHOLE, WHOLE, CHANNELS)
-KERNEL = (WHOLE, WHOLE, CHANNELS)
-PLAIN_DIMENSIONS = Dimensions((IMAGE, KERNEL), result=IMAGE, saved=())
-DIMENSIONS = Dimensions((IMAGE, KERNEL, (CHANNELS,)), result=IMAGE, saved=())
-PROJECTED_DIMENSIONS = Dimensions(
-  (*DIMENSIONS.arguments, (WHOLE, WHOLE)),
-  result=(IMAGE, (BATCH, WHOLE, WHOLE, WHOLE)),
-  saved=(),
-)
-
-OFFSETS = (-1, 0, 1)
-TAPS = tuple(itertools.product(OFFSETS, OFFSETS))
+# Index of the tap without an offset.
 CENTRE = TAPS.index((0, 0))
 
 
-class Form(NamedTuple):
-  """What a convolution is part of.
-
-  Attributes:
-    forward: (x, kernel, *others, convolve=) -> result.
-    has_residual: its input is added to it.
-    has_silu: of which the result is.
-    is_projected: the result comes with its projection.
-  """
-
-  forward: Callable[..., Any]
-  has_residual: bool = False
-  has_silu: bool = False
-  is_projected: bool = False
-
-  @property
-  def reach(self) -> int:
-    """Columns to either side that a cotangent of the input depends on."""
-    return 2 if self.has_silu else 1
-
-
-PLAIN = Form(xla.plain)
-RESIDUAL = Form(xla.residual, has_residual=True)
-SILU = Form(xla.activated, has_silu=True)
-PROJECTED = Form(xla.projected, has_silu=True, is_projected=True)
-
-
-def kernel(form: Form) -> Kernel:
-  """The kernel for one of the forms."""
-  return Kernel(
-    partial(plan, form=form),
-    Passes(partial(run_forward, form=form), partial(run_backward, form=form)),
-    _finish,
-    (IMAGE, (BATCH, WHOLE, CHANNELS)),
-  )
-
-
-def plan(arrays: Arrays, *, form: Form) -> None:
-  """Raises NotImplementedError where the kernel cannot serve."""
-  gpu.check_served(arrays)
-  gpu.check_launched(arrays[0])
-  x, *_ = arrays
-  batch, *_, channels = x.shape
-  if not device().tma and channels % gpu.CHANNELS:
-    raise NotImplementedError(
-      f"mosaic_gpu would pad both images of {channels} channels to blocks of"
-      f" {gpu.CHANNELS} here"
-    )
-  # What XLA keeps of it elsewhere is decided in tracing.
-  if form.has_silu and not is_default():
-    raise NotImplementedError(
-      "mosaic_gpu makes the convolution again: make a GPU JAX's default device"
-    )
-  if form.is_projected:
-    _check_projected(batch, channels, arrays[-1].shape[1])
-  cut(x, form)
-
-
-def _check_projected(batch, channels, numbers):
-  if numbers > MOST_PROJECTED:
-    raise NotImplementedError(
-      f"mosaic_gpu projects to {MOST_PROJECTED} numbers at most, not {numbers}"
-    )
-  _, channels_of_device = share_of_device(batch, channels)
-  if channels_of_device < channels:
-    raise NotImplementedError("mosaic_gpu projects all channels of a token")
-
-
-def cut(x: Any, form: Form) -> Cut:
-  """How images like these are cut."""
-  size = gpu.CHANNELS * jnp.dtype(x.dtype).itemsize
-
-  def bytes_of(strip, read):
-    rows = (Stream.places(1) + Stream.places(0)) * read
-    return (rows + strip) * size
-
-  # Without a TMA rows that come wait in registers, too.
-  columns = strips.MOST_COLUMNS // (1 if device().tma else 2)
-  return strips.cut(x.shape, form.reach, bytes_of, columns=columns)
-
-
 def run_forward(arrays: Arrays, *, save: bool, form: Form) -> Results:
-  """The result on one device; there is nothing to save."""
+  """Returns the result on one device; saves nothing."""
   del save
-  # So that it is rounded once, as the backward pass makes it again.
+  # In float32, as the backward pass recomputes it: it is rounded once.
   convolve = partial(xla.shifted, stride=1, dtype=jnp.float32)
   return (form.forward(*arrays, convolve=convolve),)
 
@@ -149,9 +44,9 @@ def run_forward(arrays: Arrays, *, save: bool, form: Form) -> Results:
 def run_backward(
   arrays: Arrays, saved: Arrays, g: Any, *, form: Form
 ) -> Arrays:
-  """Cotangents [B, H, W, D] of x, and [G, S, D] of the others.
+  """Returns the cotangents of x, [B, H, W, D], and of the rest, [G, S, D].
 
-  These are the nine weights, the bias, and what a projection has.
+  The rest are the nine weights, the bias, and the columns of a projection.
   """
   del saved
   x, weights, *others = arrays
@@ -192,21 +87,12 @@ def run_backward(
   return dx[..., :channels], sums
 
 
-def _finish(arrays, sums):
-  dx, sums = sums
-  dweights, dbias, dprojection = jnp.split(
-    jnp.sum(sums, axis=0), (len(TAPS), len(TAPS) + 1)
-  )
-  dkernel = dweights.reshape(arrays[1].shape)
-  return (dx, dkernel, dbias[0], dprojection.T)[: len(arrays)]
-
-
 def _kernel(
   x, weights, bias, g, *refs, form, ring, flows, ring_barriers=None,
   flows_barriers=None, tile=None,
 ):  # fmt: skip
   *projected, dx, sums, program = refs
-  # Rows from which something flows back to its own.
+  # Rows of results that read its rows.
   rows = (
     jnp.maximum(program.first_row - 1, 0),
     jnp.minimum(program.end_row + 1, program.cut.height),
@@ -243,7 +129,7 @@ def _kernel(
   totals = [gpu.zeros() for _ in range(sums.shape[-2])]
   last, _, totals = strips.for_rows(rows, streams, step, [zeros, zeros, totals])
 
-  # No row comes after it that would finish it.
+  # No row follows the last one to finish it.
   @pl.when(program.end_row == program.cut.height)
   def _():
     strips.store(last, tile, own.at[program.cut.height - 1])
@@ -254,15 +140,16 @@ def _kernel(
 
 
 class _Walk(NamedTuple):
-  """How a program goes through a row; see `_kernel`.
+  """The step of `_kernel` for one row, and what it takes.
 
   Attributes:
     form: of the convolution.
-    program: what it computes.
+    program: what the program computes.
     weights: a vector of channels for each of the taps.
     bias: a vector of channels.
-    projection: a vector of channels for each number projected to.
-    numbers: reference to the cotangents of these, [H, W, P], or None.
+    projection: a vector of channels for each column of the projection.
+    numbers: reference to the cotangents of what is projected, [H, W, P], or
+      None.
   """
 
   form: Form
@@ -273,19 +160,19 @@ class _Walk(NamedTuple):
   numbers: Any
 
   def add_row(self, row, ring, flows, above, here, totals):
-    """Adds what flows back from a row of results.
+    """Adds the part of a row of results to all cotangents.
 
     Args:
-      row: that one.
-      ring: with it and those next to it, of the input.
-      flows: with its cotangents.
-      above: for each column, what has flowed back to the row above.
-      here: the same of this row.
-      totals: what has flowed back to weights, bias and projection.
+      row: index of the row.
+      ring: reference to rows of the input: this one and its neighbours.
+      flows: reference to rows of the results' cotangents.
+      above: the input's cotangents in the row above, by column.
+      here: the same in this row.
+      totals: the cotangents of weights, bias and projection.
 
     Returns:
-      The same of the row above, which is finished with it, of this row, of the
-      row below, and of weights, bias and projection.
+      The input's cotangents in the row above, which are then complete, in this
+      row and in the row below; and `totals`.
     """
     program, totals = self.program, list(totals)
     size = program.cut.strip
@@ -297,7 +184,7 @@ class _Walk(NamedTuple):
     back = list(self.weights)
     if self.form.has_residual:
       back[CENTRE] += 1
-    # Of the strips beside it, results that have read its pixels.
+    # With the columns beside the strip, whose results read its pixels.
     for j in range(-1, size + 1):
       is_beside = not 0 <= j < size
       y, slope = self._result(pixel, j)
@@ -323,7 +210,7 @@ class _Walk(NamedTuple):
     return *sums.values(), totals
 
   def _pixels(self, row, ring):
-    """(row offset, column) -> the input there, zeros beyond the image."""
+    """Returns (row offset, column) -> input, zero beyond the image."""
     program, rows = self.program, {}
     for offset in OFFSETS:
       nearest = jnp.clip(row + offset, 0, program.cut.height - 1)
@@ -343,7 +230,7 @@ class _Walk(NamedTuple):
     return pixel
 
   def _numbers(self, row):
-    """Column -> the cotangents of what its result is projected to."""
+    """Returns column -> cotangents of what its result is projected to."""
     if self.numbers is None:
       return lambda j: []
     column = self.program.columns_of(self.numbers.at[row])
@@ -351,7 +238,7 @@ class _Walk(NamedTuple):
     return lambda j: [column(j)[place] for place in places]
 
   def _result(self, pixel, j) -> tuple[Any, Any]:
-    """With SiLU, what is projected of column j, and the derivative there."""
+    """Returns column j after SiLU or None, and the derivative of SiLU or 1."""
     if not self.form.has_silu:
       return None, 1
     total = self.bias

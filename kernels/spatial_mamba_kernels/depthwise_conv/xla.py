@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from spatial_mamba_kernels import stencil
-from spatial_mamba_kernels.activations import silu
+from spatial_mamba_kernels.activations import relu, silu
 from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
 from spatial_mamba_kernels.sharding import check_only_batch_is_split
 from spatial_mamba_kernels.typing import Array, Float
@@ -81,6 +81,13 @@ def projected(
   """See `silu_depthwise_conv`."""
   y = activated(x, kernel, bias, convolve=convolve)
   return y, project(y, projection)
+
+
+def after_relu(
+  x: Array, bias: Array, kernel: Array, *, convolve: Callable[..., Array]
+) -> Array:
+  """See `relu_depthwise_conv`."""
+  return convolve(relu(biased(x, bias)), kernel)
 
 
 def project(y: Array, projection: Array) -> Array:

@@ -5,10 +5,10 @@ from typing import Any
 from jax import Array
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.by_platform import Arrays, Operator
+from spatial_mamba_kernels.dispatch import Arrays, Operator
 from spatial_mamba_kernels.drop_path import all_kept
 from spatial_mamba_kernels.implementation import check_implementation
-from spatial_mamba_kernels.layer_norm import mosaic_gpu, xla
+from spatial_mamba_kernels.layer_norm import plans, xla
 from spatial_mamba_kernels.shapes import check_shapes, state_dtype
 
 
@@ -25,15 +25,17 @@ def _gated(arrays: Arrays, *, implementation: str | None) -> Any:
 residual_operator = Operator(
   "residual_layer_norm",
   _residual,
-  {"mosaic_gpu": mosaic_gpu.KERNEL},
-  mosaic_gpu.DIMENSIONS,
+  plans.KERNELS,
+  plans.DIMENSIONS,
+  is_chosen_in_tracing=True,
   is_named=False,
 )
 gated_operator = Operator(
   "gated_layer_norm",
   _gated,
-  {"mosaic_gpu": mosaic_gpu.GATED_KERNEL},
-  mosaic_gpu.GATED_DIMENSIONS,
+  plans.GATED_KERNELS,
+  plans.GATED_DIMENSIONS,
+  is_chosen_in_tracing=True,
   is_named=False,
 )
 

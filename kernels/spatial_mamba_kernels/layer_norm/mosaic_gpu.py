@@ -1,4 +1,4 @@
-"""Layer normalisation as GPU kernels: each array is read once."""
+"""Layer normalisation as GPU kernels that read each array once."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,71 +10,44 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import (
-  Arrays,
-  Dimensions,
-  Kernel,
-  Passes,
-  Results,
-)
-from spatial_mamba_kernels.gpu_device import is_default
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.gpu_tokens import LANES, Tokens
-from spatial_mamba_kernels.layer_norm.xla import EPSILON
-from spatial_mamba_kernels.sharding import BATCH, WHOLE
+from spatial_mamba_kernels.dispatch import Arrays, Results
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
+from spatial_mamba_kernels.gpu.tokens import Tokens
+from spatial_mamba_kernels.normalization import EPSILON
 from spatial_mamba_kernels.typing import Array
 
-# With more, a thread's registers would not hold all images.
-MOST_CHANNELS = 1024
-# Numbers of an image that are on their way into registers at a time, so that a
-# device's memory is busy; with more, sums of more programs are written.
+# Values of an image loaded at a time by all programs: enough to keep a device's
+# memory busy. With more, more programs would write sums.
 LOADED = 2**20
 
-_IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
-_WEIGHTS = (WHOLE,)
-_SUMS = ((BATCH, WHOLE),) * 2
 
-DIMENSIONS = Dimensions(
-  arguments=(_IMAGE, _WEIGHTS, _WEIGHTS), result=(_IMAGE, _IMAGE), saved=()
-)
-GATED_DIMENSIONS = Dimensions(
-  arguments=(_IMAGE, _WEIGHTS, _WEIGHTS, _IMAGE, (BATCH,)),
-  result=_IMAGE,
-  saved=(),
-)
-
-
-def plan(arrays: Arrays) -> None:
-  """Raises NotImplementedError where the kernels cannot serve."""
-  gpu.check_served(arrays[:4])
-  # Elsewhere statistics are kept, which is decided in tracing.
-  if not is_default():
-    raise NotImplementedError(
-      "mosaic_gpu normalises where a GPU is JAX's default device"
-    )
-  channels = arrays[0].shape[-1]
-  if channels % LANES or channels > MOST_CHANNELS:
-    raise NotImplementedError(
-      f"mosaic_gpu normalises {LANES} channels or a multiple, up to"
-      f" {MOST_CHANNELS}, not {channels}"
-    )
-
-
-def run_forward(arrays: Arrays, *, save: bool) -> Results:
-  """What is normalised and x, on one device; there is nothing to save."""
+def run_forward(arrays: Arrays, *, save: bool, is_gated: bool) -> Results:
+  """Returns the operator's result on one device; saves nothing."""
   del save
-  x, scale, bias = arrays
+  forward: Any = _gated_forward if is_gated else _residual_forward
+  return forward(*arrays)
+
+
+def run_backward(
+  arrays: Arrays, saved: Arrays, g: Any, *, is_gated: bool
+) -> Arrays:
+  """Returns the cotangents of images and, [1, C], of scale and bias."""
+  del saved
+  backward: Any = _gated_backward if is_gated else _residual_backward
+  return backward(*arrays, g)
+
+
+def _residual_forward(x, scale, bias):
+  """Returns x, and x normalised."""
   (y,) = _call(
     _forward_kernel, [x], [scale, bias], [x], name="residual_layer_norm_forward"
   )
   return ((x, y),)
 
 
-def run_backward(arrays: Arrays, saved: Arrays, cotangents: Arrays) -> Arrays:
-  """The cotangents of x, and [1, C] of scale and bias."""
-  del saved
-  x, scale, _ = arrays
+def _residual_backward(x, scale, bias, cotangents):
+  del bias
   return _call(
     _backward_kernel,
     [x, *cotangents],
@@ -85,10 +58,7 @@ def run_backward(arrays: Arrays, saved: Arrays, cotangents: Arrays) -> Arrays:
   )
 
 
-def run_gated_forward(arrays: Arrays, *, save: bool) -> Arrays:
-  """The result on one device; there is nothing to save."""
-  del save
-  x, scale, bias, gate, branch_scale = arrays
+def _gated_forward(x, scale, bias, gate, branch_scale):
   return _call(
     _gated_forward_kernel,
     [x, gate],
@@ -99,10 +69,7 @@ def run_gated_forward(arrays: Arrays, *, save: bool) -> Arrays:
   )
 
 
-def run_gated_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
-  """The cotangents of x and of the gate, and [1, C] of scale and bias."""
-  del saved
-  x, scale, bias, gate, branch_scale = arrays
+def _gated_backward(x, scale, bias, gate, branch_scale, dy):
   return _call(
     _gated_backward_kernel,
     [x, gate, dy],
@@ -112,29 +79,6 @@ def run_gated_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
     branch_scale=branch_scale,
     name="gated_layer_norm_backward",
   )
-
-
-def _finish(arrays, sums):
-  del arrays
-  dx, *sums = sums
-  return dx, *(jnp.sum(x, axis=0) for x in sums)
-
-
-def _finish_gated(arrays, sums):
-  dx, dgate, *sums = sums
-  dscale, dbias = (jnp.sum(x, axis=0) for x in sums)
-  return dx, dscale, dbias, dgate, jnp.zeros_like(arrays[-1])
-
-
-KERNEL = Kernel(
-  plan, Passes(run_forward, run_backward), _finish, (_IMAGE, *_SUMS)
-)
-GATED_KERNEL = Kernel(
-  plan,
-  Passes(run_gated_forward, run_gated_backward),
-  _finish_gated,
-  (_IMAGE, _IMAGE, *_SUMS),
-)
 
 
 def _call(
@@ -153,9 +97,9 @@ def _call(
     kernel: (tokens, *images, branch_scale, *parameters, *results, *sums).
     images: each [B, H, W, C].
     parameters: each [C].
-    results: images of the shapes and types of the results.
-    sums: how many sums over tokens there are.
-    branch_scale: [B], if the kernel takes one.
+    results: images of the results' shapes and types.
+    sums: how many results are sums over tokens.
+    branch_scale: [B], or None.
     name: of the kernel.
 
   Returns:
@@ -189,23 +133,23 @@ def _call(
 
 
 def _programs(tokens, length):
-  """How many of them share so many tokens."""
+  """Returns how many programs share so many tokens."""
   return min(length // tokens.count, LOADED // math.prod(tokens.shape))
 
 
 def _each(
   tokens: Tokens, length: int, step: Callable[..., Any], *values: Any
 ) -> Any:
-  """Goes through a program's share of so many tokens.
+  """Calls a function for each tile of a program's tokens.
 
   Args:
-    tokens: how many at a time.
+    tokens: the tile.
     length: tokens of all programs.
-    step: (which tokens, *values) -> values, or nothing.
-    *values: the first ones.
+    step: (slice of tokens, *carry) -> carry, or None without any.
+    *values: the first carry.
 
   Returns:
-    The last ones.
+    The last carry.
   """
   program, programs = lax.axis_index("program"), _programs(tokens, length)
   steps = (length // tokens.count - program + programs - 1) // programs
@@ -218,7 +162,7 @@ def _each(
 
 
 def _sum(tokens, length, step, results):
-  """As `_each`, of sums that are then added up over tokens, and stored."""
+  """Calls `_each` with sums by token of a tile; stores the sums over tokens."""
   zeros = (tokens.zeros() for _ in results)
   totals = _each(tokens, length, step, *zeros)
   for total, result in zip(totals, results, strict=True):
@@ -281,14 +225,14 @@ def _gated_backward_kernel(
 
 
 def _normalize(tokens, x):
-  """To mean 0 and variance 1; also one over the standard deviation."""
+  """Returns x normalised, and one over the standard deviation."""
   centred = x - tokens.means(x)
   rstd = lax.rsqrt(tokens.means(centred * centred) + EPSILON)
   return centred * rstd, rstd
 
 
 def _to_input(tokens, normalized, rstd, g):
-  """From the cotangents of what is normalised to those of what it was."""
+  """Returns the cotangents of x, given `g` of the normalised x."""
   along = tokens.means(g * normalized)
   return rstd * (g - tokens.means(g) - normalized * along)
 

@@ -1,20 +1,12 @@
-"""Normalisation in plain JAX.
+"""Layer normalisation in plain JAX, alone and gated.
 
 Axis letters: B batch, H and W height and width, C channels.
 """
 
-import math
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-
 from spatial_mamba_kernels.activations import silu
 from spatial_mamba_kernels.drop_path import drop_path
-from spatial_mamba_kernels.shapes import with_rank_of
+from spatial_mamba_kernels.normalization import normalize
 from spatial_mamba_kernels.typing import Array, Float
-
-EPSILON = 1e-5
 
 
 def layer_norm(
@@ -34,77 +26,3 @@ def gated(
 ) -> Float[Array, "B H W C"]:
   """See `spatial_mamba_kernels.gated_layer_norm`."""
   return drop_path(layer_norm(x, scale, bias) * silu(gate), branch_scale)
-
-
-def normalize(
-  x: Float[Array, "B H W C"],
-  scale: Float[Array, "C"],
-  bias: Float[Array, "C"],
-  axes: tuple[int, ...],
-) -> tuple[Float[Array, "B H W C"], Float[Array, "..."], Float[Array, "..."]]:
-  """Normalises to mean 0 and variance 1 over these axes, then scales.
-
-  Its derivative moves less memory on a GPU than the one that JAX finds. Of that
-  XLA makes fusions that find each mean and variance anew and leave products in
-  float32 behind, for sums over tokens to read; and it searches long for them.
-  Here means are behind a barrier: all that is made from them takes one pass.
-
-  Returns:
-    The result in the dtype of `scale`, and mean and biased variance without
-    these axes. Nothing is propagated back through mean and variance.
-  """
-  return _normalize(x, scale, bias, axes)
-
-
-def _normalized(x, scale, bias, axes, *, in_one_pass):
-  y = x.astype(scale.dtype)
-  mean = jnp.mean(y, axes)
-  centred = y - jnp.expand_dims(mean, axes)
-  if in_one_pass:
-    var = jnp.maximum(jnp.mean(jnp.square(y), axes) - jnp.square(mean), 0)
-  else:
-    var = jnp.mean(jnp.square(centred), axes)
-  rstd = jax.lax.rsqrt(var + EPSILON)
-  scale, bias = with_rank_of(y, scale), with_rank_of(y, bias)
-  y = centred * (jnp.expand_dims(rstd, axes) * scale) + bias
-  return (y, mean, var), rstd
-
-
-def _result(x, scale, bias, axes):
-  return _normalized(x, scale, bias, axes, in_one_pass=False)[0]
-
-
-def _forward(x, scale, bias, axes):
-  # XLA makes a pass over x of each statistic that is kept for a derivative, but
-  # one of both where neither needs the other. In half precision what cancels in
-  # the variance is less than what the rounding of x has changed.
-  in_one_pass = jnp.finfo(x.dtype).bits < 32
-  results, rstd = _normalized(x, scale, bias, axes, in_one_pass=in_one_pass)
-  return results, (x, scale, results[1], rstd)
-
-
-def _backward(axes, residuals, cotangents):
-  x, scale, *statistics = residuals
-  g, *_ = cotangents
-  mean, rstd = (
-    jnp.expand_dims(statistic, axes)
-    for statistic in jax.lax.optimization_barrier(statistics)
-  )
-  normalized = (x.astype(g.dtype) - mean) * rstd
-  scaled = g * with_rank_of(g, scale)
-  dscale, dbias = (jnp.sum(x, (0, 1, 2)) for x in (g * normalized, g))
-  if axes == (0, 1, 2):
-    # The same sums, of a batch's channels.
-    share = scale / math.prod(x.shape[:3])
-    means = dbias * share, dscale * share
-  else:
-    means = jnp.mean(scaled, axes), jnp.mean(scaled * normalized, axes)
-  across, along = (
-    jnp.expand_dims(mean, axes) for mean in jax.lax.optimization_barrier(means)
-  )
-  dx = rstd * (scaled - across - normalized * along)
-  return dx.astype(x.dtype), dscale, dbias
-
-
-_normalize: Any = jax.custom_vjp(_result, nondiff_argnums=(3,))
-_normalize.defvjp(_forward, _backward)

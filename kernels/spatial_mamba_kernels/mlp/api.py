@@ -5,10 +5,10 @@ from typing import Any
 from jax import Array
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.by_platform import Arrays, Operator
+from spatial_mamba_kernels.dispatch import Arrays, Operator
 from spatial_mamba_kernels.drop_path import all_kept
 from spatial_mamba_kernels.implementation import check_implementation
-from spatial_mamba_kernels.mlp import mosaic_gpu, xla
+from spatial_mamba_kernels.mlp import plans, xla
 from spatial_mamba_kernels.shapes import check_shapes
 
 
@@ -20,8 +20,9 @@ def _xla(arrays: Arrays, *, implementation: str | None) -> Any:
 operator = Operator(
   "mlp",
   _xla,
-  {"mosaic_gpu": mosaic_gpu.KERNEL},
-  mosaic_gpu.DIMENSIONS,
+  plans.KERNELS,
+  plans.DIMENSIONS,
+  is_chosen_in_tracing=True,
   is_named=False,
 )
 

@@ -10,9 +10,10 @@ from spatial_mamba_kernels.typing import Array
 
 
 def _log_tail(degree=8, largest=5.0):
-  """Of log2 of the normal distribution below -a, for a up to the largest.
+  """Returns a polynomial for log2 of the normal distribution's tail at -a.
 
-  Interpolated at Chebyshev's points. Beyond, it falls as fast as must be.
+  It interpolates at Chebyshev's points up to the largest a. Beyond, it falls
+  fast enough.
   """
   points = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
   points = (points + 1) / 2 * largest
@@ -22,15 +23,15 @@ def _log_tail(degree=8, largest=5.0):
 
 
 LOG_TAIL = _log_tail()
-# Of d/da (a * tail(a)) / tail(a).
+# Coefficients of d/da (a * tail(a)) / tail(a).
 SLOPE = [1, *(math.log(2) * i * c for i, c in enumerate(LOG_TAIL) if i)]
 
 
 def gelu(x: Array) -> tuple[Array, Array]:
-  """The exact GELU, to 5e-7, and its derivative, to 3e-6.
+  """Returns the exact GELU, to 5e-7, and its derivative, to 3e-6.
 
-  As max(x, 0) less |x| times the normal distribution's tail there: one
-  exponential, of which a GPU has few a cycle, and nothing that cancels.
+  The GELU is max(x, 0) - |x| * tail(|x|), with the tail of the normal
+  distribution: it takes one exponential, and nothing cancels.
   """
   size = jnp.minimum(jnp.abs(x), 16)
   tail = jnp.exp2(_polynomial(LOG_TAIL, size))

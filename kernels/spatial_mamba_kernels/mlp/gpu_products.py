@@ -1,6 +1,6 @@
-"""What the MLP's GPU kernels share: products, by Hopper's tensor cores.
+"""What the MLP's GPU kernels share: products by Hopper's tensor cores.
 
-Layouts are those of their results: of 64 rows, a warp has 16.
+All values are in the layout of a product's result: of 64 rows, a warp has 16.
 """
 
 from typing import Any
@@ -9,50 +9,45 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
+from spatial_mamba_kernels.mlp.plans import EXCHANGED as EXCHANGED
+from spatial_mamba_kernels.mlp.plans import TOKENS as TOKENS
+from spatial_mamba_kernels.mlp.plans import WARPGROUPS as WARPGROUPS
 from spatial_mamba_kernels.typing import Array
-
-# Of a tile: the rows of Hopper's matrix products.
-TOKENS = 64
-WARPGROUPS = 2
-# Numbers that four warps exchange for a sum over the rows of 64 columns.
-EXCHANGED = 4 * 32 * 2
-BARRIER_BYTES = 1024
 
 
 def flat_tokens(x: Array) -> Array:
-  """As [T, C], with zeros so that all programs have tokens enough."""
+  """Returns x as [T, C], padded to whole programs."""
   return gpu.flat_tokens(x, WARPGROUPS * TOKENS)
 
 
 def token_scales(branch_scale: Array, x: Array) -> Array:
-  """[B] as [T]."""
+  """Returns [B] as [T], padded like `flat_tokens`."""
   return gpu.token_scales(branch_scale, x, WARPGROUPS * TOKENS)
 
 
 def tiles(width: int, *shape: int) -> Any:
-  """Shared memory for matrices in bfloat16.
+  """Returns shared memory for bfloat16 matrices, tiled for tensor cores.
 
-  Tensor cores read them in rows of one width, whose order copies change so that
-  banks are read evenly.
+  A tile has rows of `width`, swizzled so that banks are read evenly.
   """
   layout = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=layout)
 
 
 def compiler_params() -> Any:
-  """For `plgpu.kernel`."""
+  """Returns parameters for `plgpu.kernel`."""
   return plgpu.CompilerParams(
     approx_math=True,
-    # Pallas has one for all warpgroups, in which they would meet.
+    # Pallas has one scratch for all warpgroups, where they would race.
     reduction_scratch_bytes=0,
     lowering_semantics=plgpu.LoweringSemantics.Lane,
   )
 
 
 def product(a: Any, b: Any) -> Array:
-  """Of two matrices in shared memory."""
+  """Returns the product of two matrices in shared memory."""
 
   def multiply(total):
     plgpu.wgmma(total, a, b)
@@ -64,12 +59,12 @@ def product(a: Any, b: Any) -> Array:
 
 
 def add_product(total: Any, a: Array, b: Any) -> None:
-  """Starts to add values times a matrix in shared memory."""
+  """Starts to add to `total` the product with a matrix in shared memory."""
   plgpu.wgmma(total, a, b)
 
 
 def sum_rows(values: Array, exchanged: Any) -> Array:
-  """The sums over rows, by way of a reference to `EXCHANGED` numbers."""
+  """Returns the sums over rows; `exchanged` is a reference to scratch."""
 
   def reduce(_, values, exchanged):
     return values.reduce("add", 0, exchanged)
@@ -84,18 +79,18 @@ def sum_rows(values: Array, exchanged: Any) -> Array:
 
 
 def scaled(values: Array, scale: Array, axis: int = 0) -> Array:
-  """Times a number of each token; zero where that is, whatever was there.
+  """Returns values times scale; zero for a scale of zero, whatever the value.
 
   Args:
     values: a matrix.
-    scale: of each token.
-    axis: of the matrix that has the tokens.
+    scale: one value a token.
+    axis: the matrix's axis of tokens.
   """
   scale = lax.broadcast_in_dim(scale, values.shape, (axis,))
   return jnp.where(scale > 0, values * scale, 0)
 
 
 def store(tile: Any, values: Array) -> None:
-  """Stores where copies and tensor cores read."""
+  """Stores into shared memory, for copies and tensor cores to read."""
   tile[...] = values.astype(tile.dtype)
   plgpu.commit_smem()

@@ -1,11 +1,11 @@
-"""An MLP as GPU kernels: what lies between its products stays on the chip.
+"""An MLP as GPU kernels that keep its hidden units on the chip.
 
-A warpgroup has 64 tokens. Both products' weights come through shared memory,
-some hidden units at a time; tensor cores multiply, and the second product's
-sums stay in registers. So forward nothing of the hidden units, four times as
-wide as the tokens, reaches device memory. Backward they are made again. The
-weights' cotangents are products over all tokens: those of `gpu_weights`, or
-else XLA's, for which hidden units are written.
+A warpgroup has 64 tokens. The weights of both products are loaded into shared
+memory, some hidden units at a time; the sums of the second product stay in
+registers. Thus the hidden units, four times as wide as the tokens, never reach
+device memory in the forward pass; the backward pass recomputes them. The
+weights' cotangents are products over all tokens. `gpu_weights` computes them if
+it can, otherwise XLA, for which the hidden units are stored.
 """
 
 import math
@@ -18,14 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import Arrays, Dimensions, Kernel, Passes
-from spatial_mamba_kernels.gpu_device import device, is_default
-from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.dispatch import Arrays
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.mlp import gpu_weights
 from spatial_mamba_kernels.mlp.gpu_gelu import gelu
 from spatial_mamba_kernels.mlp.gpu_products import (
-  BARRIER_BYTES,
   EXCHANGED,
   TOKENS,
   WARPGROUPS,
@@ -38,66 +36,12 @@ from spatial_mamba_kernels.mlp.gpu_products import (
   tiles,
   token_scales,
 )
-from spatial_mamba_kernels.sharding import BATCH, WHOLE
+from spatial_mamba_kernels.mlp.plans import STAGES, units_of_weights
 from spatial_mamba_kernels.typing import Array
-
-# Parts of the weights on their way into shared memory.
-STAGES = 2
-# More would leave no registers for the rest.
-MOST_CHANNELS = 256
-
-_IMAGE = (BATCH, WHOLE, WHOLE, WHOLE)
-_SUMS = ((BATCH, WHOLE, WHOLE), (BATCH, WHOLE)) * 2
-
-DIMENSIONS = Dimensions(
-  arguments=(
-    *(_IMAGE, (WHOLE, WHOLE), (WHOLE,), (WHOLE, WHOLE), (WHOLE,)),
-    *(_IMAGE, (BATCH,)),
-  ),
-  result=_IMAGE,
-  saved=(),
-)
-
-
-def plan(arrays: Arrays) -> None:
-  """Raises NotImplementedError where the kernels cannot serve."""
-  gpu.check_served(arrays[:-1])
-  x, w1, *_ = arrays
-  # Elsewhere what the first product gives is kept, which is decided in tracing.
-  if not is_default() or not device().wgmma:
-    raise NotImplementedError(
-      "mosaic_gpu multiplies by Hopper's tensor cores: make such a GPU JAX's"
-      " default device"
-    )
-  if x.dtype != jnp.bfloat16:
-    raise NotImplementedError(
-      f"mosaic_gpu multiplies bfloat16 alone, not {x.dtype}"
-    )
-  channels, hidden = w1.shape
-  if channels % 32 or channels > MOST_CHANNELS:
-    raise NotImplementedError(
-      f"mosaic_gpu multiplies 32 channels or a multiple, up to {MOST_CHANNELS},"
-      f" not {channels}"
-    )
-  for images in (1, 2):
-    _units_of(channels, hidden, images)
-
-
-def _units_of(channels, hidden, images):
-  """Hidden units at a time, where so many images of tokens come."""
-  for units in (64, 32):
-    tokens = WARPGROUPS * TOKENS * images * (channels + units)
-    numbers = tokens + STAGES * 2 * channels * units
-    others = 4 * WARPGROUPS * EXCHANGED + BARRIER_BYTES
-    if hidden % units == 0 and 2 * numbers + others <= device().smem_bytes:
-      return units
-  raise NotImplementedError(
-    f"mosaic_gpu computes 32 hidden units at a time, not {hidden} in all"
-  )
 
 
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
-  """The result on one device; there is nothing to save."""
+  """Returns the result on one device; saves nothing."""
   del save
   x, w1, b1, w2, b2, residual, branch_scale = arrays
   flat = flat_tokens(x)
@@ -114,7 +58,7 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
 
 
 def run_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
-  """The cotangents of x, and [1, ...] of weights and biases."""
+  """Returns the cotangents of x and, [1, ...], of weights and biases."""
   del saved
   x, w1, b1, w2, _, _, branch_scale = arrays
   flat, dflat = flat_tokens(x), flat_tokens(dy)
@@ -134,10 +78,10 @@ def run_backward(arrays: Arrays, saved: Arrays, dy: Array) -> Arrays:
 
 
 def _backward(x, dy, scales, w1, b1, w2, *, is_hidden_kept):
-  """The cotangents of x and b2; then, if kept, what those of weights take.
+  """Returns the cotangents of x and b2 and, if kept, three sets of arrays.
 
-  That is what the second product was given, [T, F], its cotangent, and sums of
-  this.
+  These are the hidden units after the GELU and their cotangents before it, both
+  [T, F], and the sums of the latter over the tokens of each warpgroup.
   """
   tokens, hidden = len(x), w1.shape[1]
   groups = tokens // TOKENS
@@ -162,17 +106,6 @@ def _backward(x, dy, scales, w1, b1, w2, *, is_hidden_kept):
   return dx, jnp.sum(db2, 0), *others
 
 
-def _finish(arrays, sums):
-  dx, *cotangents, dy = sums
-  cotangents = (jnp.sum(x, axis=0) for x in cotangents)
-  return dx, *cotangents, dy, jnp.zeros_like(arrays[-1])
-
-
-KERNEL = Kernel(
-  plan, Passes(run_forward, run_backward), _finish, (_IMAGE, *_SUMS, _IMAGE)
-)
-
-
 def _programs(tokens):
   return tokens // (WARPGROUPS * TOKENS)
 
@@ -183,15 +116,15 @@ def _call(kernel, images, others, weights, biases, results, *, name, **scratch):
   Args:
     kernel: (*images, *others, *weights, *biases, *results, **scratch).
     images: each [T, C], to be copied into shared memory.
-    others: what else there is of tokens, each [T, ...].
+    others: other arrays of tokens, each [T, ...].
     weights: of the first product, [C, F], and of the second, [F, C].
-    biases: what the kernel takes of them.
-    results: shapes and types.
+    biases: those that the kernel takes.
+    results: their types.
     name: of the kernel.
-    **scratch: what else it takes.
+    **scratch: further scratch.
   """
   tokens, channels = images[0].shape
-  units = _units_of(channels, weights[0].shape[1], len(images))
+  units = units_of_weights(channels, weights[0].shape[1], len(images))
   tile = partial(tiles, math.gcd(64, channels, units))
   return plgpu.kernel(
     kernel,
@@ -236,7 +169,7 @@ def _forward_kernel(
     plgpu.wgmma(total, tile, w2_tile)
 
   total = _for_units(add, tokens.shape, w1, w2, **scratch)
-  # Sooner there are no registers for it.
+  # Loaded late, because there are no registers for it before.
   total += gpu.load(residual.at[own], plgpu.Layout.WGMMA).astype(jnp.float32)
   store(tokens, total + scaled(_row(b2), scale))
   plgpu.copy_smem_to_gmem(tokens, y.at[own])
@@ -271,9 +204,9 @@ def _backward_kernel(
     cotangent = slope * product(cotangents, w2_tile.transpose((1, 0)))
     cotangent = scaled(cotangent, scale)
     if kept:
-      # Until the ones before have been copied out.
+      # Wait until the tiles' last values have been copied out.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      # What the second product was given, which XLA multiplies by dy.
+      # The left factor of dw2, which XLA multiplies by dy.
       store(g_tile, scaled(value, scale))
     store(dh_tile, cotangent)
     if kept:
@@ -292,7 +225,7 @@ def _backward_kernel(
 
 
 def _own_tokens():
-  """This warpgroup, and its tokens."""
+  """Returns the index of this warpgroup, and the slice of its tokens."""
   me = lax.axis_index("warpgroup")
   first = (WARPGROUPS * lax.axis_index("program") + me) * TOKENS
   return me, pl.ds(first, TOKENS)
@@ -312,15 +245,15 @@ def _for_units(
   """Sums over hidden units.
 
   Args:
-    add: (sums, units, w1_tile, w2_tile) -> nothing; starts to add what some
-      hidden units give.
+    add: called with (sums, units, w1_tile, w2_tile); starts to add the part of
+      some hidden units.
     shape: of the sums.
     w1: weights of the first product, [C, F] in device memory.
     w2: weights of the second, [F, C].
-    w1_tiles: where they come, [STAGES, C, units].
-    w2_tiles: and these, [STAGES, units, C].
-    weights_come: a barrier for each stage.
-    used: a barrier for each stage.
+    w1_tiles: their slots in shared memory, [STAGES, C, units].
+    w2_tiles: those of the second, [STAGES, units, C].
+    weights_come: barriers, one a slot; the weights are loaded.
+    used: barriers, one a slot; both warpgroups are done with the weights.
   """
   me, size = lax.axis_index("warpgroup"), w1_tiles.shape[-1]
   parts = w1.shape[1] // size
@@ -361,7 +294,7 @@ def _for_units(
 
 
 def _row(ref):
-  """A vector in device memory as each token's row."""
+  """Loads a vector, and repeats it for each token."""
   layout = plgpu.Layout.WGMMA.reduce(0)
   vector = gpu.load(ref, layout)
   return lax.broadcast_in_dim(vector, (TOKENS, *vector.shape), (1,))

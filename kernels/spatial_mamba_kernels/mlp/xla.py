@@ -1,7 +1,7 @@
 """An MLP in plain JAX."""
 
 from spatial_mamba_kernels.activations import gelu
-from spatial_mamba_kernels.by_platform import keep
+from spatial_mamba_kernels.dispatch import keep
 from spatial_mamba_kernels.drop_path import drop_path
 from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.by_platform import Operator, Passes
+from spatial_mamba_kernels.dispatch import Operator, Passes
 from spatial_mamba_kernels.implementation import check_implementation
-from spatial_mamba_kernels.selective_scan import mosaic_gpu, mosaic_tpu, xla
-from spatial_mamba_kernels.selective_scan.dimensions import DIMENSIONS
+from spatial_mamba_kernels.selective_scan import xla
+from spatial_mamba_kernels.selective_scan.plans import DIMENSIONS, KERNELS
 from spatial_mamba_kernels.shapes import check_shapes
 from spatial_mamba_kernels.typing import Array
 
@@ -15,10 +15,10 @@ def _xla(arrays, *, implementation):
   return xla.states(*arrays, implementation=implementation)
 
 
-_operator = Operator(
+operator = Operator(
   "selective_scan",
   _xla,
-  {"mosaic_tpu": mosaic_tpu.KERNEL, "mosaic_gpu": mosaic_gpu.KERNEL},
+  KERNELS,
   DIMENSIONS,
   passes=Passes(xla.saving_states, xla.from_saved_states),
 )
@@ -74,4 +74,4 @@ def selective_scan(
       "delta_bias": (delta_bias, "D"),
     },
   )
-  return jnp.swapaxes(_operator(tuple(arrays), implementation), 2, 3)
+  return jnp.swapaxes(operator(tuple(arrays), implementation), 2, 3)

@@ -1,72 +1,44 @@
-"""The selective scan as TPU kernels, and the row of it that others use.
+"""The selective scan as TPU kernels.
 
-Tokens are scanned in rows of some hundred. Backward, rows come from the last to
-the first: each is scanned anew from the state before it, then its cotangents
-flow back. See `tpu_rows` for how arrays lie.
+Tokens are scanned in rows of about a hundred. The backward pass goes from the
+last row to the first: it recomputes a row's states from the state before the
+row, then scans the row's cotangents in reverse. `tpu.rows` describes the
+layout of arrays.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from spatial_mamba_kernels import tpu_rows as rows
-from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
-from spatial_mamba_kernels.selective_scan.dimensions import SUMS, finish
-from spatial_mamba_kernels.selective_scan.xla import softplus
+from spatial_mamba_kernels.dispatch import Arrays
+from spatial_mamba_kernels.selective_scan.plans import row_length, tpu_plan
+from spatial_mamba_kernels.tpu import rows
+from spatial_mamba_kernels.tpu.scan import Row, RowBackward, scan_row
 from spatial_mamba_kernels.typing import Array
 
 
-def plan(arrays: Arrays) -> rows.Cut:
-  """See `tpu_rows.cut`; the backward pass needs the most."""
-  u, delta, A, *_ = arrays
-  batch, length, channels = u.shape
-  states, width = A.shape[1], row_length(length)
-  itemsize = max(u.dtype.itemsize, delta.dtype.itemsize)
-
-  def bytes_of(group, lanes):
-    image_row = rows.image_row_bytes(width, group, lanes, itemsize)
-    lane_rows = states * rows.lane_row_bytes(width, group)
-    state_row = states * rows.image_row_bytes(width, group, lanes, 4)
-    numbers = rows.numbers_bytes(2 * (states + 1), group, lanes)
-    # The row computed anew, and two of each that comes or goes.
-    return 3 * state_row + 2 * (4 * image_row + 2 * lane_rows) + numbers
-
-  keeps = f"3 rows of {width} tokens and {states} states"
-  return rows.cut(arrays, batch, channels, bytes_of, keeps=keeps)
-
-
-def row_length(length: int) -> int:
-  """Tokens a row: many, and a divisor of all if there is one."""
-  longest = min(length, rows.CONFIG.row)
-  for width in range(longest, longest // 2, -1):
-    if length % width == 0:
-      return width
-  return longest
-
-
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
-  """The states [B, L, N, D] on one device."""
+  """Returns the states [B, L, N, D] on one device."""
   del save  # The result is all that the backward pass needs.
-  cut = plan(arrays)
+  cut = tpu_plan(arrays)
   batch, length, _ = arrays[0].shape
   h = forward(*_lay_out(arrays, cut), cut=cut)
   return (_from_rows(rows.states_of(h, batch), length),)
 
 
 def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
-  """Cotangents on one device; those of parameters as sums over some images.
+  """Returns cotangents on one device, partial sums for B and the parameters.
 
   Returns:
-    du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; and
-    [G, N + 1, D], to be summed over G: of A and delta_bias.
+    du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; and the
+    cotangents of A and delta_bias, [G, N + 1, D], to be summed over G.
   """
   (h,) = saved
-  cut = plan(arrays)
+  cut = tpu_plan(arrays)
   batch, length, _ = arrays[0].shape
   h, g = (_to_rows(x, row_length(length)) for x in (h, g))
   ends = h[:, :, -1].transpose(1, 2, 0, 3)
@@ -85,26 +57,20 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   )
 
 
-KERNEL = Kernel(
-  plan,
-  Passes(run_forward, run_backward),
-  finish,
-  SUMS,
-)
-
-
 def _to_rows(x, width):
-  """[B, L, ...] to [B, H, W, ...], filled up with zeros."""
+  """Reshapes [B, L, ...] to [B, H, W, ...], padded with zeros."""
   padding = [(0, 0)] * x.ndim
   padding[1] = (0, -x.shape[1] % width)
   return jnp.pad(x, padding).reshape(x.shape[0], -1, width, *x.shape[2:])
 
 
 def _from_rows(x, length):
+  """Inverts `_to_rows`."""
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _lay_out(arrays, cut):
+  """Returns the operator's arguments in the layout of `forward`."""
   u, delta, A, B, bias = arrays
   u, delta, B = (_to_rows(x, row_length(u.shape[1])) for x in (u, delta, B))
   return (
@@ -116,11 +82,56 @@ def _lay_out(arrays, cut):
   )
 
 
+class _Inputs(NamedTuple):
+  """References to the inputs of the backward kernel; also their blocks.
+
+  `above_ref` has the state before the row. For the others see `Row`.
+  """
+
+  u_ref: Any
+  delta_ref: Any
+  g_ref: Any
+  B_ref: Any
+  above_ref: Any
+  A_ref: Any
+  bias_ref: Any
+
+
+class _Outputs(NamedTuple):
+  """References to the results of the backward kernel; also their blocks."""
+
+  du_ref: Any
+  ddelta_ref: Any
+  dB_ref: Any
+  dparams_ref: Any
+
+
+class _Scratch(NamedTuple):
+  """References to the backward kernel's scratch, float32.
+
+  Attributes:
+    h_ref: [W, N, b, D], the recomputed states of the row.
+    carry_ref: [N, b, D], the state before the row, then after it.
+    adjoint_ref: [N, b, D], the cotangent that the row after passes on.
+    sums_ref: [N + 1, b, D], the accumulated cotangents of A and the bias.
+  """
+
+  h_ref: Any
+  carry_ref: Any
+  adjoint_ref: Any
+  sums_ref: Any
+
+
 def forward(u, delta, A, B, bias, *, cut):
   """Returns the states, [H, W, N, G, b, D].
 
-  u and delta are [H, W, G, b, D]; B [H, N, G, b, Wp]; A [N, D] and bias [1, D]
-  float32.
+  Args:
+    u: [H, W, G, b, D].
+    delta: [H, W, G, b, D].
+    A: [N, D], float32.
+    B: [H, N, G, b, Wp].
+    bias: [1, D], float32.
+    cut: see `tpu.plan.Cut`.
   """
   height, width, groups, group, channels = u.shape
   states = A.shape[0]
@@ -128,20 +139,23 @@ def forward(u, delta, A, B, bias, *, cut):
   def row(step):
     return step
 
-  arguments = (u, delta, B, A, bias)
+  image = rows.image_spec(width, cut, row)
+  arguments = Row(u, delta, B, A, bias)
   h = jax.ShapeDtypeStruct(
     (height, width, states, groups, group, channels), jnp.float32
   )
   return pl.pallas_call(
     _forward_kernel,
     grid=(groups, -(-channels // cut.block), height),
-    in_specs=[
-      rows.image_spec(width, cut, row),
-      rows.image_spec(width, cut, row),
-      rows.token_spec(states, cut, B.shape[-1], row),
-      rows.parameter_spec(states, cut),
-      rows.parameter_spec(1, cut),
-    ],
+    in_specs=(
+      Row(
+        u_ref=image,
+        delta_ref=image,
+        B_ref=rows.token_spec(states, cut, B.shape[-1], row),
+        A_ref=rows.parameter_spec(states, cut),
+        bias_ref=rows.parameter_spec(1, cut),
+      ),
+    ),
     out_specs=rows.state_spec(width, states, cut, row),
     out_shape=h,
     scratch_shapes=[pltpu.VMEM((states, group, cut.block), jnp.float32)],
@@ -150,30 +164,68 @@ def forward(u, delta, A, B, bias, *, cut):
       arguments, h, flops=2 + 5 * states, transcendentals=2 + states
     ),
     name="selective_scan_forward",
-  )(*arguments)
+  )(arguments)
 
 
-def _forward_kernel(u, delta, B, A, bias, h, carry):
+def _forward_kernel(row: Row, h_ref, carry_ref):
+  # The state before the first row is zero.
   @pl.when(pl.program_id(2) == 0)
   def _():
-    carry[...] = jnp.zeros_like(carry)
+    carry_ref[...] = jnp.zeros_like(carry_ref)
 
-  scan_row(u, delta, A, B, bias, carry, h)
+  scan_row(row, carry_ref, h_ref)
 
 
 def backward(u, delta, A, B, bias, saved, g, *, cut):
-  """Cotangents of all that `forward` was given, from those of the states.
+  """Computes the cotangents of the arguments of `forward`.
 
-  Those of the parameters are sums over a group of images, those of B over a
-  block of channels.
+  `saved` is the state after each row, [H, N, G, b, D]; `g` the cotangents of
+  all states, [H, W, N, G, b, D]. Cotangents of the parameters are summed over
+  a group of images, those of B over a block of channels.
 
   Returns:
-    du, ddelta [H, W, G, b, D]; dB [K, H, N, G, b, Wp], K blocks; and
-    [G, N + 1, D]: those of A and the bias.
+    du, ddelta [H, W, G, b, D]; dB [K, H, N, G, b, Wp], K blocks; and the
+    cotangents of A and the bias, [G, N + 1, D].
   """
   height, width, groups, group, channels = u.shape
   states = A.shape[0]
   blocks = -(-channels // cut.block)
+  arguments = _Inputs(u, delta, g, B, saved, A, bias)
+  results = _Outputs(
+    du_ref=jax.ShapeDtypeStruct(u.shape, u.dtype),
+    ddelta_ref=jax.ShapeDtypeStruct(u.shape, delta.dtype),
+    dB_ref=jax.ShapeDtypeStruct((blocks, *B.shape), jnp.float32),
+    dparams_ref=jax.ShapeDtypeStruct(
+      (groups, states + 1, channels), jnp.float32
+    ),
+  )
+  in_specs, out_specs = _backward_specs(height, width, states, B.shape[-1], cut)
+  state = (states, group, cut.block)
+  (cotangents,) = pl.pallas_call(
+    partial(_backward_kernel, height=height, channels=channels),
+    grid=(groups, blocks, height),
+    in_specs=(in_specs,),
+    out_specs=(out_specs,),
+    out_shape=(results,),
+    scratch_shapes=(
+      _Scratch(
+        h_ref=pltpu.VMEM((width, *state), jnp.float32),
+        carry_ref=pltpu.VMEM(state, jnp.float32),
+        adjoint_ref=pltpu.VMEM(state, jnp.float32),
+        sums_ref=pltpu.VMEM((states + 1, group, cut.block), jnp.float32),
+      ),
+    ),
+    compiler_params=rows.COMPILER_PARAMS,
+    cost_estimate=rows.cost(
+      arguments, results, flops=8 + 21 * states, transcendentals=5 + 2 * states
+    ),
+    name="selective_scan_backward",
+  )(arguments)
+  return cotangents
+
+
+def _backward_specs(height, width, states, lanes, cut):
+  """Returns the blocks of inputs and results of the backward kernel."""
 
   def row(step):
     return height - 1 - step
@@ -182,197 +234,62 @@ def backward(u, delta, A, B, bias, saved, g, *, cut):
     return jnp.maximum(height - 2 - step, 0)
 
   image = rows.image_spec(width, cut, row)
-  sums = states + 1
-  arguments = (u, delta, g, B, saved, A, bias)
-  results = [
-    jax.ShapeDtypeStruct(u.shape, u.dtype),
-    jax.ShapeDtypeStruct(u.shape, delta.dtype),
-    jax.ShapeDtypeStruct((blocks, *B.shape), jnp.float32),
-    jax.ShapeDtypeStruct((groups, sums, channels), jnp.float32),
-  ]
-  return pl.pallas_call(
-    partial(_backward_kernel, height=height, channels=channels),
-    grid=(groups, blocks, height),
-    in_specs=[
-      image,
-      image,
-      rows.state_spec(width, states, cut, row),
-      rows.token_spec(states, cut, B.shape[-1], row),
-      rows.image_spec(states, cut, above),
-      rows.parameter_spec(states, cut),
-      rows.parameter_spec(1, cut),
-    ],
-    out_specs=[
-      image,
-      image,
-      rows.partial_token_spec(states, cut, B.shape[-1], row),
-      rows.sums_spec(sums, cut),
-    ],
-    out_shape=results,
-    scratch_shapes=[
-      pltpu.VMEM((width, states, group, cut.block), jnp.float32),
-      pltpu.VMEM((states, group, cut.block), jnp.float32),
-      pltpu.VMEM((states, group, cut.block), jnp.float32),
-      pltpu.VMEM((sums, group, cut.block), jnp.float32),
-    ],
-    compiler_params=rows.COMPILER_PARAMS,
-    cost_estimate=rows.cost(
-      arguments, results, flops=8 + 21 * states, transcendentals=5 + 2 * states
-    ),
-    name="selective_scan_backward",
-  )(*arguments)
+  in_specs = _Inputs(
+    u_ref=image,
+    delta_ref=image,
+    g_ref=rows.state_spec(width, states, cut, row),
+    B_ref=rows.token_spec(states, cut, lanes, row),
+    above_ref=rows.image_spec(states, cut, above),
+    A_ref=rows.parameter_spec(states, cut),
+    bias_ref=rows.parameter_spec(1, cut),
+  )
+  out_specs = _Outputs(
+    du_ref=image,
+    ddelta_ref=image,
+    dB_ref=rows.partial_token_spec(states, cut, lanes, row),
+    dparams_ref=rows.sums_spec(states + 1, cut),
+  )
+  return in_specs, out_specs
 
 
 def _backward_kernel(
-  u, delta, g, B, above, A, bias, du, ddelta, dB, dparams,
-  h, carry, adjoint, sums, *, height, channels,
-):  # fmt: skip
-  s = pl.program_id(2)
-  has_above = s < height - 1
-  inside = rows.inside(channels, u.shape[-1])
+  inputs: _Inputs, outputs: _Outputs, scratch: _Scratch, *, height, channels
+):
+  step = pl.program_id(2)
+  has_above = step < height - 1
+  u_ref, delta_ref, g_ref, B_ref, above_ref, A_ref, bias_ref = inputs
+  row = Row(u_ref, delta_ref, B_ref, A_ref, bias_ref)
+  block = u_ref.shape[-1]
+  inside = rows.inside(channels, block)
 
-  @pl.when(s == 0)
+  # Nothing follows the last row of an image: its adjoint is zero.
+  @pl.when(step == 0)
   def _():
-    adjoint[...] = jnp.zeros_like(adjoint)
-    sums[...] = jnp.zeros_like(sums)
+    scratch.adjoint_ref[...] = jnp.zeros_like(scratch.adjoint_ref)
+    scratch.sums_ref[...] = jnp.zeros_like(scratch.sums_ref)
 
-  carry[...] = jnp.where(has_above, above[...], 0)
-  scan_row(u, delta, A, B, bias, carry, h)
-  dB[...] = jnp.zeros_like(dB)
+  # Recompute the states, of which the forward pass saved each row's last.
+  scratch.carry_ref[...] = jnp.where(has_above, above_ref[...], 0)
+  scan_row(row, scratch.carry_ref, scratch.h_ref)
 
-  def scan(lanes):
-    scan_row_backward(
-      u, delta, A, B, bias, h, above, has_above, g, adjoint, du, ddelta, dB,
-      sums, lanes, inside,
-    )  # fmt: skip
+  # Scan the cotangents from the row's last token to its first.
+  outputs.dB_ref[...] = jnp.zeros_like(outputs.dB_ref)
+  backward_row = RowBackward(
+    row,
+    h_ref=scratch.h_ref,
+    before_ref=above_ref,
+    has_before=has_above,
+    dh_ref=g_ref,
+    adjoint_ref=scratch.adjoint_ref,
+    du_ref=outputs.du_ref,
+    ddelta_ref=outputs.ddelta_ref,
+    dB_ref=outputs.dB_ref,
+    sums_ref=scratch.sums_ref,
+    inside=inside,
+  )
+  rows.for_lanes(block, backward_row.scan)
 
-  rows.for_lanes(u.shape[-1], scan)
-
-  @pl.when(s == height - 1)
+  # After the first row, the sums over all rows are complete.
+  @pl.when(step == height - 1)
   def _():
-    dparams[...] = jnp.sum(sums[...], axis=1)
-
-
-def scan_row(u, delta, A, B, bias, carry, out):
-  """Scans a row on from `carry`, which it replaces.
-
-  Args:
-    u: reference to [W, b, D], as all of these.
-    delta: [W, b, D].
-    A: [N, D].
-    B: [N, b, Wp].
-    bias: [1, D].
-    carry: [N, b, D], the state before the row, then after it.
-    out: [W, N, b, D], the states.
-  """
-  width, _, channels = u.shape
-  states = A.shape[0]
-
-  def scan(lanes):
-    def tile(first, size, h):
-      b = columns(B, first)
-      for j in range(size):
-        x = u[first + j, :, lanes].astype(jnp.float32)
-        dt = softplus(_time_step(delta, bias, first + j, lanes))
-        h = tuple(
-          jnp.exp(dt * A[pl.ds(n, 1), lanes]) * h[n]
-          + (dt * x) * b[n][:, j : j + 1]
-          for n in range(states)
-        )
-        for n in range(states):
-          out[first + j, n, :, lanes] = h[n]
-      return h
-
-    h = tuple(carry[n, :, lanes] for n in range(states))
-    h = rows.for_tiles(width, tile, h, states=states)
-    for n in range(states):
-      carry[n, :, lanes] = h[n]
-
-  rows.for_lanes(channels, scan)
-
-
-def scan_row_backward(
-  u, delta, A, B, bias, h, before, has_before, dh, adjoint,
-  du, ddelta, dB, sums, lanes, inside,
-  skip: Callable[[Any], Array] | None = None,
-):  # fmt: skip
-  """From the cotangents of a row's states back to all that made them.
-
-  Args:
-    u: reference to [W, b, D], as all of these unless said otherwise.
-    delta: [W, b, D].
-    A: [N, D].
-    B: [N, b, Wp].
-    bias: [1, D].
-    h: [W, N, b, D], the states.
-    before: [N, b, D], the state before the row.
-    has_before: a boolean; without, the row is the first.
-    dh: [W, N, b, D], the cotangents of the states.
-    adjoint: [N, b, D], what flows back from the row after, then from this one.
-    du: [W, b, D], written.
-    ddelta: [W, b, D], written.
-    dB: [N, b, Wp], added to.
-    sums: [N + 1, b, D], added to: the cotangents of A and the bias.
-    lanes: index of the lanes to be computed.
-    inside: see `tpu_rows.inside`.
-    skip: column -> what else flows back to `u` there.
-  """
-  width, states, _, _ = dh.shape
-
-  def previous(first, n):
-    above = jnp.where(has_before, before[n, :, lanes], 0)
-    left = h[jnp.maximum(first - 1, 0), n, :, lanes]
-    return jnp.where(first > 0, left, above)
-
-  def tile(first, size, flow):
-    b = columns(B, first)
-    dA, dbias = [None] * states, None
-    products = [[] for _ in range(states)]
-    for j in reversed(range(size)):
-      x = u[first + j, :, lanes].astype(jnp.float32)
-      before_softplus = _time_step(delta, bias, first + j, lanes)
-      dt = softplus(before_softplus)
-      ddt: Any = None
-      dx: Any = skip(first + j) if skip else None
-      into = []
-      for n in range(states):
-        a = A[pl.ds(n, 1), lanes]
-        decay = jnp.exp(dt * a)
-        adjoint_n = dh[first + j, n, :, lanes] + flow[n]
-        into.append(decay * adjoint_n)
-        ddecay = into[n] * (
-          h[first + j - 1, n, :, lanes] if j else previous(first, n)
-        )
-        drive = adjoint_n * b[n][:, j : j + 1]
-        ddt = rows.add(ddt, ddecay * a + drive * x)
-        dx = rows.add(dx, drive * dt)
-        dA[n] = rows.add(dA[n], ddecay * dt)
-        products[n].insert(0, adjoint_n * (dt * x))
-      flow = tuple(into)
-      dbefore = ddt * jax.nn.sigmoid(before_softplus)
-      du[first + j, :, lanes] = dx.astype(du.dtype)
-      ddelta[first + j, :, lanes] = dbefore.astype(ddelta.dtype)
-      dbias = rows.add(dbias, dbefore)
-    for place, total in enumerate((*dA, dbias)):
-      sums[place, :, lanes] += total
-    for n in range(states):
-      dB[n] += rows.lane_sums(products[n], first, dB.shape[1:], lanes, inside)
-    return flow
-
-  flow = tuple(adjoint[n, :, lanes] for n in range(states))
-  flow = rows.for_tiles(width, tile, flow, states=states, reverse=True)
-  for n in range(states):
-    adjoint[n, :, lanes] = flow[n]
-
-
-def columns(per_token, first) -> list[Array]:
-  """The numbers of a tile's tokens, for each state, its first column first."""
-  return [
-    rows.columns_from(per_token[n].astype(jnp.float32), first)
-    for n in range(per_token.shape[0])
-  ]
-
-
-def _time_step(delta, bias, column, lanes):
-  """The time step before softplus."""
-  return delta[column, :, lanes].astype(jnp.float32) + bias[:, lanes]
+    outputs.dparams_ref[...] = jnp.sum(scratch.sums_ref[...], axis=1)

@@ -4,26 +4,25 @@ import functools
 
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.by_platform import Operator
+from spatial_mamba_kernels.dispatch import Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.state_fusion import mosaic_gpu, mosaic_tpu, xla
-from spatial_mamba_kernels.state_fusion.dimensions import DIMENSIONS
+from spatial_mamba_kernels.state_fusion import plans, xla
+from spatial_mamba_kernels.state_fusion.plans import DIMENSIONS
+from spatial_mamba_kernels.taps import DILATIONS
 from spatial_mamba_kernels.typing import Array
 
 
 @functools.cache
-def _operator(dilations):
+def operator(dilations: tuple[int, ...]) -> Operator:
+  """Returns the fusion of (h, kernels, alpha) by these dilations."""
+
   def fuse(arrays, *, implementation):
     del implementation  # Without a recurrence XLA has only one form.
     h, kernels, alpha = arrays
     return xla.fuse(h, kernels, alpha, dilations)
 
-  kernels = {
-    "mosaic_tpu": mosaic_tpu.kernel(dilations),
-    "mosaic_gpu": mosaic_gpu.kernel(dilations),
-  }
-  return Operator("state_fusion", fuse, kernels, DIMENSIONS)
+  return Operator("state_fusion", fuse, plans.kernels(dilations), DIMENSIONS)
 
 
 def state_fusion(
@@ -31,7 +30,7 @@ def state_fusion(
   kernels: ArrayLike,
   alpha: ArrayLike,
   *,
-  dilations: tuple[int, ...] = xla.DILATIONS,
+  dilations: tuple[int, ...] = DILATIONS,
   implementation: str | None = None,
 ) -> Array:
   """Fuses each state with its neighbours, by dilated depthwise convolutions.
@@ -79,4 +78,4 @@ def state_fusion(
     },
   )
   arrays = (h, kernels, alpha)
-  return _operator(tuple(dilations))(arrays, implementation)
+  return operator(tuple(dilations))(arrays, implementation)

@@ -1,23 +1,26 @@
 """State fusion as TPU kernels.
 
-Row r of an image comes while row r - reach is fused, whose neighbours have then
-all come; the last rows of states stay in a ring. So do, backward, the last rows
-of cotangents. See `tpu_rows` for how arrays lie.
+A step loads row r of an image into a ring and fuses row r - reach, all of whose
+neighbours are then in the ring. The backward pass keeps a second ring, of
+cotangents. `tpu.rows` describes the layout of arrays.
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from spatial_mamba_kernels import tpu_rows as rows
-from spatial_mamba_kernels.by_platform import Arrays, Kernel, Passes
-from spatial_mamba_kernels.state_fusion.dimensions import SUMS, finish
-from spatial_mamba_kernels.state_fusion.taps import Stencil
-from spatial_mamba_kernels.state_fusion.tpu_stencil import (
+from spatial_mamba_kernels.dispatch import Arrays
+from spatial_mamba_kernels.state_fusion.plans import tpu_plan
+from spatial_mamba_kernels.taps import Stencil
+from spatial_mamba_kernels.tpu import rows
+from spatial_mamba_kernels.tpu.fusion import (
   CotangentRing,
+  Tile,
+  Window,
   fuse_tile,
   states_backward,
   weights_backward_tile,
@@ -25,41 +28,11 @@ from spatial_mamba_kernels.state_fusion.tpu_stencil import (
 from spatial_mamba_kernels.typing import Array
 
 
-def kernel(dilations: tuple[int, ...]) -> Kernel:
-  """The kernel for one choice of dilations."""
-  stencil = Stencil(dilations)
-  return Kernel(
-    partial(plan, stencil=stencil),
-    Passes(
-      partial(run_forward, stencil=stencil),
-      partial(run_backward, stencil=stencil),
-    ),
-    partial(finish, stencil=stencil),
-    SUMS,
-  )
-
-
-def plan(arrays: Arrays, *, stencil: Stencil) -> rows.Cut:
-  """See `tpu_rows.cut`; the backward pass needs the most."""
-  h, *_ = arrays
-  batch, _, width, channels = h.shape
-  kept = stencil.window + stencil.cotangent_rows + 1
-
-  def bytes_of(group, lanes):
-    state_row = rows.image_row_bytes(width, group, lanes, 4)
-    image_row = rows.image_row_bytes(width, group, lanes, h.dtype.itemsize)
-    numbers = rows.numbers_bytes(len(stencil.taps), group, lanes)
-    return kept * state_row + 2 * 3 * image_row + numbers
-
-  keeps = f"{kept} rows of {width} pixels"
-  return rows.cut(arrays, batch, channels, bytes_of, keeps=keeps)
-
-
 def run_forward(arrays: Arrays, *, save: bool, stencil: Stencil) -> Arrays:
-  """The fused states [B, H, W, D] on one device; there is nothing to save."""
+  """Returns the fused states [B, H, W, D] on one device; saves nothing."""
   del save
   h, *weights = arrays
-  cut = plan(arrays, stencil=stencil)
+  cut = tpu_plan(arrays, stencil=stencil)
   h = rows.rows_of(h, cut.group)
   y = forward(h, stencil.merge(*weights), stencil=stencil, cut=cut)
   return (rows.images_of(y, len(arrays[0])),)
@@ -68,10 +41,10 @@ def run_forward(arrays: Arrays, *, save: bool, stencil: Stencil) -> Arrays:
 def run_backward(
   arrays: Arrays, saved: Arrays, g: Array, *, stencil: Stencil
 ) -> Arrays:
-  """The cotangents [B, H, W, D], and [G, T, D] of the merged weights."""
+  """Returns dh [B, H, W, D], and of the merged weights [G, T, D]."""
   del saved
   h, *weights = arrays
-  cut = plan(arrays, stencil=stencil)
+  cut = tpu_plan(arrays, stencil=stencil)
   dh, dweights = backward(
     rows.rows_of(h, cut.group),
     stencil.merge(*weights),
@@ -83,7 +56,7 @@ def run_backward(
 
 
 def forward(h, weights, *, stencil, cut):
-  """Fuses [H, W, G, b, D] by weights [T, D]."""
+  """Returns the fused states [H, W, G, b, D], by weights [T, D]."""
   height, width, groups, group, channels = h.shape
   reach, window = stencil.reach, stencil.window
   return pl.pallas_call(
@@ -108,42 +81,61 @@ def forward(h, weights, *, stencil, cut):
   )(h, weights)
 
 
-def _forward_kernel(h, weights, y, ring, *, height, stencil):
+def _forward_kernel(h_ref, weights_ref, y_ref, ring_ref, *, height, stencil):
   r = pl.program_id(2)
-  width, _, channels = h.shape
+  width, _, channels = h_ref.shape
 
+  # Load row r, if the image has it.
   @pl.when(r < height)
   def _():
-    ring[r % stencil.window, :, 0] = h[...].astype(jnp.float32)
+    ring_ref[r % stencil.window, :, 0] = h_ref[...].astype(jnp.float32)
 
+  # Fuse the row whose last neighbour this is.
   @pl.when(r >= stencil.reach)
   def _():
     slots = stencil.slots(r - stencil.reach, height, stencil.window)
+    window = Window(stencil, ring_ref, slots, weights_ref)
 
     def fuse(lanes):
       def tile(first, size, _):
-        fused = fuse_tile(stencil, ring, slots, 0, lanes, weights, first, size)
+        fused = fuse_tile(window, Tile(first, size, 0, lanes))
         for j, value in enumerate(fused):
-          y[first + j, :, lanes] = value.astype(y.dtype)
+          y_ref[first + j, :, lanes] = value.astype(y_ref.dtype)
 
       rows.for_tiles(width, tile, None)
 
     rows.for_lanes(channels, fuse)
 
 
-def backward(h, weights, g, *, stencil, cut):
-  """Cotangents of [H, W, G, b, D] and, [G, T, D], of the weights.
+class _Scratch(NamedTuple):
+  """References to the backward kernel's scratch, float32.
 
-  Those of the weights are sums over a group of images.
+  Attributes:
+    ring_ref: rows of states, [window, W, 1, b, D].
+    dring_ref: rows of cotangents, a `CotangentRing`.
+    dh_ref: cotangents of a row of states, [W, 1, b, D].
+    sums_ref: cotangents of the weights, [T, b, D].
+  """
+
+  ring_ref: Any
+  dring_ref: Any
+  dh_ref: Any
+  sums_ref: Any
+
+
+def backward(h, weights, g, *, stencil, cut):
+  """Returns dh [H, W, G, b, D], and of the weights [G, T, D].
+
+  Cotangents of the weights are summed over a group of images.
   """
   height, width, groups, group, channels = h.shape
   reach, sums = stencil.reach, len(stencil.taps)
   row = (width, 1, group, cut.block)
 
-  def coming(step):
+  def loaded(step):
     return jnp.minimum(step, height - 1)
 
-  image = rows.image_spec(width, cut, coming)
+  image = rows.image_spec(width, cut, loaded)
   arguments = (h, g, weights)
   results = [
     jax.ShapeDtypeStruct(h.shape, h.dtype),
@@ -158,12 +150,14 @@ def backward(h, weights, g, *, stencil, cut):
       rows.sums_spec(sums, cut),
     ],
     out_shape=results,
-    scratch_shapes=[
-      pltpu.VMEM((stencil.window, *row), jnp.float32),
-      pltpu.VMEM((stencil.cotangent_rows, *row), jnp.float32),
-      pltpu.VMEM(row, jnp.float32),
-      pltpu.VMEM((sums, group, cut.block), jnp.float32),
-    ],
+    scratch_shapes=(
+      _Scratch(
+        ring_ref=pltpu.VMEM((stencil.window, *row), jnp.float32),
+        dring_ref=pltpu.VMEM((stencil.cotangent_rows, *row), jnp.float32),
+        dh_ref=pltpu.VMEM(row, jnp.float32),
+        sums_ref=pltpu.VMEM((sums, group, cut.block), jnp.float32),
+      ),
+    ),
     compiler_params=rows.COMPILER_PARAMS,
     cost_estimate=rows.cost(
       arguments, results, flops=4 * sums, transcendentals=0
@@ -173,42 +167,55 @@ def backward(h, weights, g, *, stencil, cut):
 
 
 def _backward_kernel(
-  h, g, weights, dh, dweights, ring, dring, dstates, sums, *, height, stencil
-):
+  h_ref, g_ref, weights_ref, dh_ref, dweights_ref, scratch: _Scratch, *,
+  height, stencil,
+):  # fmt: skip
   r = pl.program_id(2)
-  width, _, channels = h.shape
-  cotangents = CotangentRing(stencil, dring, height)
+  width, _, channels = h_ref.shape
+  cotangents = CotangentRing(stencil, scratch.dring_ref, height)
 
+  # Before the first row, nothing has been summed.
   @pl.when(r == 0)
   def _():
-    sums[...] = jnp.zeros_like(sums)
+    scratch.sums_ref[...] = jnp.zeros_like(scratch.sums_ref)
     cotangents.clear()
 
+  # Load row r of states and of cotangents, if the image has it.
   @pl.when(r < height)
   def _():
-    ring[r % stencil.window, :, 0] = h[...].astype(jnp.float32)
-    dring[r % stencil.window, :, 0] = g[...].astype(jnp.float32)
+    for ring_ref, x_ref in (
+      (scratch.ring_ref, h_ref),
+      (scratch.dring_ref, g_ref),
+    ):
+      ring_ref[r % stencil.window, :, 0] = x_ref[...].astype(jnp.float32)
 
+  # Transpose the stencil for the row whose last neighbour this is.
   @pl.when(r >= stencil.reach)
   def _():
     row = r - stencil.reach
     slots = stencil.slots(row, height, stencil.window)
     cotangents.add_border_rows(row)
-    sources = cotangents.sources(row)
+    window = Window(stencil, scratch.ring_ref, slots, weights_ref)
+    transposed = window._replace(
+      ring_ref=scratch.dring_ref, slots=cotangents.sources(row)
+    )
 
     def finish(lanes):
       def tile(first, size, _):
         weights_backward_tile(
-          stencil, ring, slots, dring.at[slots[0]], 0, lanes, weights, sums,
-          first, size,
-        )  # fmt: skip
+          window,
+          Tile(first, size, 0, lanes),
+          scratch.dring_ref.at[slots[0]],
+          scratch.sums_ref,
+        )
 
       rows.for_tiles(width, tile, None)
-      states_backward(stencil, dring, sources, weights, dstates, lanes)
-      dh[:, :, lanes] = dstates[:, 0, :, lanes].astype(dh.dtype)
+      states_backward(transposed, scratch.dh_ref, lanes)
+      dh_ref[:, :, lanes] = scratch.dh_ref[:, 0, :, lanes].astype(dh_ref.dtype)
 
     rows.for_lanes(channels, finish)
 
+  # After the last row, the sums over all rows are complete.
   @pl.when(r == height + stencil.reach - 1)
   def _():
-    dweights[...] = jnp.sum(sums[...], axis=1)
+    dweights_ref[...] = jnp.sum(scratch.sums_ref[...], axis=1)

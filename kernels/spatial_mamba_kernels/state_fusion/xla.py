@@ -9,17 +9,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spatial_mamba_kernels import stencil
-from spatial_mamba_kernels.by_platform import keep
-from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
+from spatial_mamba_kernels.dispatch import keep
+from spatial_mamba_kernels.shapes import state_dtype
 from spatial_mamba_kernels.sharding import check_only_batch_is_split
-from spatial_mamba_kernels.typing import Array, Float, Size
-
-DILATIONS = (1, 3, 5)
-
-Taps = dict[tuple[int, int], list[tuple[int, int, int]]]
+from spatial_mamba_kernels.taps import merge_weights, stencil_taps
+from spatial_mamba_kernels.typing import Array, Float
 
 # Barrier without which XLA pads the image and merges the weights in every tap.
 _computed_once = jax.lax.optimization_barrier
@@ -129,43 +125,6 @@ def _shifted_bwd(h, kernels, g, *, dilations):
     [(row + reach, column + reach) for row, column in taps],
   )
   return dh.astype(h.dtype), *unmerge(dweights)
-
-
-def stencil_taps(
-  dilations: tuple[int, ...],
-  height: Size = None,
-  width: Size = None,
-) -> Taps:
-  """{offset from the pixel: the places in [M, 3, 3] that have it}.
-
-  In an image of known size, an offset of more than height - 1 rows or width - 1
-  columns reaches the border from every pixel and is as good as that: in small
-  images more taps coincide (9 are left of 2 x 2, and 1 of 1 x 1). A size that
-  is only a symbol is not known.
-  """
-  taps: Taps = {}
-  for m, dilation in enumerate(dilations):
-    by_row, by_column = (
-      min(dilation, size - 1) if isinstance(size, int) else dilation
-      for size in (height, width)
-    )
-    for row in range(3):
-      for column in range(3):
-        offset = (row - 1) * by_row, (column - 1) * by_column
-        taps.setdefault(offset, []).append((m, row, column))
-  return taps
-
-
-def merge_weights(
-  kernels: Float[Array, "M 3 3 D"], taps: Taps
-) -> Float[Array, "T D"]:
-  """One weight for each distinct offset."""
-  # As sums of slices it was a quarter of a training step's operations.
-  has = np.zeros((len(taps), *kernels.shape[:3], 1), kernels.dtype)
-  for tap, places in enumerate(taps.values()):
-    for place in places:
-      has[tap][place] = 1
-  return jnp.sum(has * with_rank_of(has, kernels), axis=(1, 2, 3))
 
 
 def _reach(taps):

@@ -4,15 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from spatial_mamba_kernels.by_platform import Operator
+from spatial_mamba_kernels.dispatch import Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.structure_aware_ssm import (
-  mosaic_gpu,
-  mosaic_tpu,
-  xla,
-)
-from spatial_mamba_kernels.structure_aware_ssm.dimensions import DIMENSIONS
+from spatial_mamba_kernels.structure_aware_ssm import xla
+from spatial_mamba_kernels.structure_aware_ssm.plans import DIMENSIONS, KERNELS
 from spatial_mamba_kernels.typing import Array
 
 
@@ -28,10 +24,10 @@ def _last_states(arrays):
   return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
 
-_operator = Operator(
+operator = Operator(
   "structure_aware_ssm",
   _xla,
-  {"mosaic_tpu": mosaic_tpu.KERNEL, "mosaic_gpu": mosaic_gpu.KERNEL},
+  KERNELS,
   DIMENSIONS,
   saves=_last_states,
 )
@@ -100,4 +96,4 @@ def structure_aware_ssm(
       "delta_bias": (delta_bias, "D"),
     },
   )
-  return _operator(tuple(arrays), implementation)
+  return operator(tuple(arrays), implementation)

@@ -1,13 +1,16 @@
-"""The structure-aware SSM's walk up an image, as one GPU kernel.
+"""The structure-aware SSM's backward pass but for C, as one GPU kernel.
 
-Backward it gives all cotangents but those of C, which `gpu_fused` has. Row r is
-scanned once more, from the state that the forward pass saved before it. The
-cotangents of what was observed are in a ring in shared memory, of the eleven
-rows that flow back to row r; each is read once, for the cotangents of states
-and of weights. Then the row is scanned from its end, and what the scan gives
-takes the place of what it read. The warpgroups of a program scan a row at once,
-each its columns (see `gpu_share`), from zero; what each adds and how much it
-lets decay says what the others begin with.
+`gpu_fused` computes the cotangents of C. This kernel goes up an image, with a
+row of cotangents of y for each row that reads the present one in a ring in
+shared memory. For a row it
+
+1. recomputes the states, from the state that the forward pass saved;
+2. transposes the fusion: each row of the ring is read once, for the cotangents
+   of the states and of the weights;
+3. scans the cotangents of the states from the row's end to its beginning, and
+   writes those of u and delta in place of the row's u and delta.
+
+The warpgroups of a program share the row's columns; see `gpu_share`.
 """
 
 from functools import partial
@@ -15,33 +18,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.state_fusion.taps import columns_read, sources
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.structure_aware_ssm import gpu_share
+from spatial_mamba_kernels.structure_aware_ssm.gpu_backward_row import (
+  EXCHANGED,
+  Inputs,
+  Outputs,
+  Scratch,
+  Walk,
+)
 from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
   REACH,
-  STENCIL,
   SUMMED,
   VECTOR_BYTES,
+  Program,
+  Scanned,
   Share,
   Weights,
 )
-
-# Row offsets, so that the row that most taps read is the last one: other orders
-# take more registers than there are.
-FARTHEST_FIRST = sorted(STENCIL.by_row, key=abs, reverse=True)
-# Of a warpgroup: what it leaves of a state, what it adds to it, and what to one
-# that comes from behind; and what flows back from the row below.
-NUMBERS = 4
+from spatial_mamba_kernels.structure_aware_ssm.plans import STENCIL
+from spatial_mamba_kernels.typing import Array
 
 
 def share(shape: tuple[int, ...], image: Any, delta: Any) -> Share:
-  """For images [B, H, W, D] of this type, with time steps of that one.
+  """Returns how the kernel shares columns.
+
+  Args:
+    shape: of the images, [B, H, W, D].
+    image: type of the images.
+    delta: type of the time steps.
 
   Raises:
     NotImplementedError: see `gpu_share.share`.
@@ -49,80 +58,60 @@ def share(shape: tuple[int, ...], image: Any, delta: Any) -> Share:
   image, delta = (jnp.dtype(x).itemsize for x in (image, delta))
 
   def bytes_of(width, warpgroups):
-    come = STENCIL.window * image, 2 * image, 2 * delta
-    rows = [width * gpu.CHANNELS * size for size in come]
-    numbers = [warpgroups * VECTOR_BYTES * count for count in (NUMBERS, SUMMED)]
-    return rows + numbers
+    loaded = STENCIL.window * image, 2 * image, 2 * delta
+    rows = [width * gpu.CHANNELS * size for size in loaded]
+    vectors = [
+      warpgroups * VECTOR_BYTES * count for count in (EXCHANGED, SUMMED)
+    ]
+    return rows + vectors
 
   return gpu_share.share(shape, bytes_of)
 
 
-def backward(u, delta, A, B, C, D, weights, bias, before, dy):
-  """The cotangents of what `gpu_fused.forward` was given, but of C.
+def backward(
+  scanned: Scanned, C: Array, D: Array, saved: Array, dy: Array
+) -> tuple[Array, ...]:
+  """Returns the cotangents of all arguments of `gpu_fused.forward` but C.
 
   Args:
-    u: [B, H, W, D], as for `gpu_fused.forward`, like all up to the bias.
-    delta: [B, H, W, D].
-    A: [D].
-    B: [B, H, W].
+    scanned: as for `gpu_fused.forward`.
     C: [B, H, W].
     D: [D].
-    weights: [T, D].
-    bias: [D].
-    before: [H, 1, B, D], the state that each row left.
-    dy: [B, H, W, D], the cotangents of what `gpu_fused.forward` gave.
+    saved: [H, 1, B, D], the state after each row.
+    dy: [B, H, W, D], the cotangents of y.
 
   Returns:
-    du, ddelta [B, H, W, D]; dB [K, B, H, W], to be summed over K; and to be
-    summed over G, [G, T, D], of the weights, and [G, 3, D], of A, the bias and
-    D.
+    du, ddelta [B, H, W, D]; dB [K, B, H, W], to be summed over K; and those of
+    the weights, [G, T, D], and of A, the bias and D, [G, 3, D], to be summed
+    over G.
   """
-  batch, height, width, channels = u.shape
+  u, delta = scanned.u, scanned.delta
   cut = share(u.shape, u.dtype, delta.dtype)
-  group, blocks = cut.warpgroups, gpu.blocks(channels)
-  image = gpu.pad_channels(u)
-  taps, padded = len(weights), blocks * gpu.CHANNELS
-  rows = (2, width, gpu.CHANNELS)
-  du, ddelta, dB, sums = gpu.kernel(
-    partial(_kernel, cut=cut),
-    name="structure_aware_ssm_backward",
-    out_type=[
-      cut.result(image, u.dtype),
-      cut.result(image, delta.dtype),
-      jax.ShapeDtypeStruct(
-        (blocks, batch, height, group, cut.sums), jnp.float32
-      ),
-      jax.ShapeDtypeStruct((batch, group, taps + 3, padded), jnp.float32),
-    ],
-    scratch_types={
-      "ring": plgpu.SMEM((STENCIL.window, *rows[1:]), dy.dtype),
-      "u_rows": plgpu.SMEM(rows, u.dtype),
-      "delta_rows": plgpu.SMEM(rows, delta.dtype),
-      "numbers": plgpu.SMEM((NUMBERS * group, gpu.CHANNELS), jnp.float32),
-      "products": plgpu.SMEM((group, SUMMED, gpu.CHANNELS), jnp.float32),
-      **Weights.scratch(cut.kept),
-      "come": plgpu.Barrier(num_arrivals=2, num_barriers=group),
-      "first_dy_come": plgpu.Barrier(num_arrivals=min(REACH + 1, height)),
-      "dy_come": plgpu.Barrier(),
-      "scanned": plgpu.Barrier(num_arrivals=group),
-      "scanned_back": plgpu.Barrier(num_arrivals=group),
-    },
-    grid=(batch, blocks),
-    grid_names=("image", "block"),
-    num_threads=group,
-    thread_name="warpgroup",
-  )(
-    image,
-    gpu.pad_channels(delta),
-    gpu.parameters(A[None]),
-    B.astype(jnp.float32),
+  taps, channels = scanned.weights.shape
+  u, delta, A, B, weights, bias = scanned.operands()
+  inputs = Inputs(
+    u,
+    delta,
+    A,
+    B,
     C.astype(jnp.float32),
     gpu.parameters(D[None]),
-    gpu.parameters(weights),
-    gpu.parameters(bias[None]),
-    gpu.parameters(before),
+    weights,
+    bias,
+    gpu.parameters(saved),
     gpu.pad_channels(dy),
   )
+  (outputs,) = gpu.kernel(
+    partial(_kernel, cut=cut),
+    name="structure_aware_ssm_backward",
+    out_type=(_results(inputs, cut),),
+    scratch_types=(_scratch(inputs, cut),),
+    grid=(len(u), gpu.blocks(channels)),
+    grid_names=("image", "block"),
+    num_threads=cut.warpgroups,
+    thread_name="warpgroup",
+  )(inputs)
+  du, ddelta, dB, sums = outputs
   sums = sums.reshape(-1, *sums.shape[2:])[..., :channels]
   return (
     du[..., :channels],
@@ -133,223 +122,105 @@ def backward(u, delta, A, B, C, D, weights, bias, before, dy):
   )
 
 
-def _kernel(
-  u, delta, A, B, C, D, weights, bias, left_by, dy, du, ddelta, dB, sums, *,
-  cut, ring, u_rows, delta_rows, numbers, products, come, first_dy_come,
-  dy_come, scanned, scanned_back, kept=None,
-):  # fmt: skip
-  image, me = lax.axis_index("image"), lax.axis_index("warpgroup")
-  block = lax.axis_index("block")
-  channels = pl.ds(block * gpu.CHANNELS, gpu.CHANNELS)
-  height = u.shape[1]
-  own, columns = cut.own(me), range(cut.columns)
-  taps = Weights(weights, kept, channels)
-  a, shift = A[0, channels], bias[0, channels]
-  a2 = a * np.float32(np.log2(np.e))
-  left, added, added_back, flow = (
-    numbers.at[pl.ds(cut.warpgroups * place, cut.warpgroups)]
-    for place in range(NUMBERS)
+def _results(inputs, cut):
+  """Returns the types of the kernel's results."""
+  batch, height, *_ = inputs.u_ref.shape
+  taps, channels = inputs.weights_ref.shape
+  return Outputs(
+    du_ref=cut.result(inputs.u_ref, inputs.u_ref.dtype),
+    ddelta_ref=cut.result(inputs.u_ref, inputs.delta_ref.dtype),
+    dB_ref=jax.ShapeDtypeStruct(
+      (gpu.blocks(channels), batch, height, cut.warpgroups, cut.sums),
+      jnp.float32,
+    ),
+    sums_ref=jax.ShapeDtypeStruct(
+      (batch, cut.warpgroups, taps + 3, channels), jnp.float32
+    ),
   )
 
-  def places(row):
-    return (
-      u_rows.at[row % 2, own],
-      delta_rows.at[row % 2, own],
-    )
 
-  def fetch(row):
-    for source, target in zip((u, delta), places(row), strict=True):
-      plgpu.copy_gmem_to_smem(
-        source.at[image, row, own, channels], target, come.at[me]
-      )
+def _scratch(inputs, cut):
+  """Returns the types of the kernel's scratch."""
+  rows, warpgroups = (2, cut.width, gpu.CHANNELS), cut.warpgroups
+  height = inputs.u_ref.shape[1]
+  return Scratch(
+    loaded=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+    delta_rows_ref=plgpu.SMEM(rows, inputs.delta_ref.dtype),
+    dy_loaded=plgpu.Barrier(),
+    first_dy_loaded=plgpu.Barrier(num_arrivals=min(REACH + 1, height)),
+    kept_ref=Weights.scratch(cut.kept),
+    exchanged_ref=plgpu.SMEM(
+      (EXCHANGED * warpgroups, gpu.CHANNELS), jnp.float32
+    ),
+    products_ref=plgpu.SMEM((warpgroups, SUMMED, gpu.CHANNELS), jnp.float32),
+    dy_ring_ref=plgpu.SMEM((STENCIL.window, *rows[1:]), inputs.dy_ref.dtype),
+    scanned=plgpu.Barrier(num_arrivals=warpgroups),
+    scanned_back=plgpu.Barrier(num_arrivals=warpgroups),
+    u_rows_ref=plgpu.SMEM(rows, inputs.u_ref.dtype),
+  )
 
-  def fetch_dy(row, barrier):
-    plgpu.copy_gmem_to_smem(
-      dy.at[image, row, :, channels], ring.at[row % STENCIL.window], barrier
-    )
 
-  def scan_row(row, u_row, delta_row):
-    """The row's time steps, decays and states, of these also the one before."""
-    state = left_by[jnp.maximum(row - 1, 0), 0, image, channels]
-    state = jnp.where(row > 0, state, 0)
-    b = B.at[image, row, own]
-    dts, decays, drives = [], [], []
-    for j in columns:
-      dts.append(gpu.softplus(delta_row[j].astype(jnp.float32) + shift))
-      decays.append(jnp.exp(dts[j] * a))
-      drives.append(dts[j] * u_row[j].astype(jnp.float32) * b[j])
-    product, total = decays[0], drives[0]
-    for decay, drive in zip(decays[1:], drives[1:], strict=True):
-      product, total = product * decay, total * decay + drive
-    left[me], added[me] = product, total
-    cut.meet(scanned)
-    state, _ = cut.hand_on(state, left, added, me)
-    states = [state]
-    for decay, drive in zip(decays, drives, strict=True):
-      states.append(decay * states[-1] + drive)
-    return dts, states
+def _kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch, *, cut):
+  program = Program.this(cut)
+  walk = Walk.of(program, inputs, outputs, scratch)
+  height, warpgroup = inputs.u_ref.shape[1], program.warpgroup
 
   def step(i, carry):
     row = height - 1 - i
     totals, dweights = carry
-    u_row, delta_row = places(row)
-    plgpu.barrier_wait(come.at[me])
-    dts, states = scan_row(row, u_row, delta_row)
+
+    # Recompute the states. Then the row above may be loaded, in the place of
+    # the row below, whose cotangents have been sent.
+    recomputed = walk.recompute(row)
 
     @pl.when(row > 0)
     def _():
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      fetch(row - 1)
+      walk.fetch(row - 1)
 
+    # Transpose the fusion, once the farthest row of cotangents is loaded.
     @pl.when((row >= REACH) & (i > 0))
     def _():
-      plgpu.barrier_wait(dy_come)
+      plgpu.barrier_wait(scratch.dy_loaded)
 
-    def cotangents(source):
-      return partial(
-        _column,
-        ring.at[source % STENCIL.window],
-        C.at[image, source],
-        cut,
-        me,
-      )
+    dh, dweights = walk.transpose(row, recomputed.states[1:], dweights)
 
-    dh, dweights = _transpose(
-      cotangents, row, height, states[1:], taps, dweights, cut, me
-    )
-    total = gpu.zeros()
-    for j in reversed(columns):
-      total = jnp.exp2(dts[j] * a2) * (dh[j] + total)
-    added_back[me] = total
-    # Before another one may be at the next row.
-    lefts = [left[other] for other in range(cut.warpgroups)]
+    # Scan in reverse: first for the adjoint that the columns start from. Then
+    # all warpgroups have read the ring, and its last row may be replaced.
+    decays, added = walk.scan_back_from_zero(recomputed.dts, dh)
     gpu.commit()
-    cut.meet(scanned_back)
+    cut.meet(scratch.scanned_back)
 
-    @pl.when((me == 0) & (row > REACH))
+    @pl.when((warpgroup == 0) & (row > REACH))
     def _():
-      fetch_dy(row - REACH - 1, dy_come)
+      walk.fetch_dy(row - REACH - 1, scratch.dy_loaded)
 
-    adjoint_after, flow[me] = cut.hand_on(
-      flow[me], lefts, added_back, me, reverse=True
+    adjoint_ref = scratch.exchanged()[-1]
+    adjoint, adjoint_ref[warpgroup] = program.chain(
+      adjoint_ref[warpgroup], decays, added, reverse=True
     )
-    b, cotangent = B.at[image, row, own], ring.at[row % STENCIL.window, own]
-    dA, dbias, dD = totals
-    summed: list[Any] = [None] * cut.columns
-    for j in reversed(columns):
-      adjoint = dh[j] + adjoint_after
-      adjoint_after = jnp.exp2(dts[j] * a2) * adjoint
-      x = u_row[j].astype(jnp.float32)
-      g = cotangent[j].astype(jnp.float32)
-      ddecay = adjoint_after * states[j]
-      drive = adjoint * b[j]
-      dbefore = (ddecay * a + drive * x) * gpu.sigmoid(
-        delta_row[j].astype(jnp.float32) + shift
-      )
-      dA, dbias, dD = dA + ddecay * dts[j], dbias + dbefore, dD + g * x
-      summed[j] = adjoint * (dts[j] * x)
-      u_row[j] = (drive * dts[j] + D[0, channels] * g).astype(du.dtype)
-      delta_row[j] = dbefore.astype(ddelta.dtype)
-    gpu.store_sums(summed, products.at[me], dB.at[block, image, row, me])
-    gpu.commit()
-    for source, target in ((u_row, du), (delta_row, ddelta)):
-      plgpu.copy_smem_to_gmem(source, target.at[image, row, own, channels])
-    return (dA, dbias, dD), dweights
 
-  fetch(height - 1)
+    # Then from that adjoint, for all cotangents that depend on it.
+    totals = walk.scan_back(recomputed, dh, adjoint, totals)
+    return totals, dweights
 
-  @pl.when(me == 0)
+  # Load the last row, the cotangents that it depends on, and the weights.
+  walk.fetch(height - 1)
+
+  @pl.when(warpgroup == 0)
   def _():
     for row in range(max(height - 1 - REACH, 0), height):
-      fetch_dy(row, first_dy_come)
-    taps.load()
+      walk.fetch_dy(row, scratch.first_dy_loaded)
+    walk.weights.load()
 
-  flow[me] = gpu.zeros()
-  cut.meet(scanned)
-  plgpu.barrier_wait(first_dy_come)
-  zeros = [gpu.zeros() for _ in range(weights.shape[0])]
+  scratch.exchanged()[-1][warpgroup] = gpu.zeros()
+  cut.meet(scratch.scanned)
+  plgpu.barrier_wait(scratch.first_dy_loaded)
+
+  # Go up the image; then store what has been summed over it.
+  zeros = [gpu.zeros() for _ in range(inputs.weights_ref.shape[0])]
   carry = (gpu.zeros(), gpu.zeros(), gpu.zeros()), zeros
   totals, dweights = lax.fori_loop(0, height, step, carry)
-  for place, total in enumerate((*dweights, *totals)):
-    sums[image, me, place, channels] = total
+  for index, total in enumerate((*dweights, *totals)):
+    outputs.sums_ref[program.image, warpgroup, index, program.channels] = total
   plgpu.wait_smem_to_gmem(0)
-
-
-def _column(dy, c, cut, me, j):
-  """Column j of a row of cotangents of fused states; zero beyond the image."""
-  beyond = cut.is_beyond(me, j)
-  if beyond is True:
-    return None
-  value = cut.read(c, me, j) * cut.read(dy, me, j).astype(jnp.float32)
-  return value if beyond is False else jnp.where(beyond, 0, value)
-
-
-def _transpose(cotangents, row, height, h, taps, dweights, cut, me):
-  """What flows back to a row of states, and to the weights.
-
-  Args:
-    cotangents: row -> (column -> see `_column`).
-    row: of the states.
-    height: of the image.
-    h: its states.
-    taps: see `Weights`.
-    dweights: what has flowed back to each of the weights.
-    cut: see `Share`.
-    me: this warpgroup.
-
-  Returns:
-    The cotangents of the states, and `dweights`.
-  """
-  dh: list[Any] = [gpu.zeros() for _ in h]
-  dweights = list(dweights)
-  for offset in FARTHEST_FIRST:
-    in_row = STENCIL.by_row[offset]
-    weights = {place: taps[place] for _, place in in_row}
-
-    def add_row(source, carry, in_row=in_row, weights=weights):
-      column, (dh, flows) = cotangents(source), carry
-      dh, flows = _add(column, in_row, weights, h, list(dh), dict(flows))
-      return _add_borders(column, in_row, weights, h, dh, flows, cut, me)
-
-    first, end = sources(row, offset, height)
-    flows = {place: dweights[place] for place in weights}
-    dh, flows = lax.fori_loop(first, end, add_row, (dh, flows))
-    for place, total in flows.items():
-      dweights[place] = total
-  return dh, dweights
-
-
-def _add(column, in_row, weights, h, dh, flows):
-  """Adds what flows back from one row of pixels, by the taps of one offset."""
-  transposed = [(-offset, place) for offset, place in in_row]
-  for source, readers in columns_read(transposed, len(h)):
-    value = column(source)
-    if value is not None:
-      for j, place in readers:
-        dh[j] += weights[place] * value
-        flows[place] += h[j] * value
-  return dh, flows
-
-
-def _add_borders(column, in_row, weights, h, dh, flows, cut, me):
-  """Adds what pixels read beyond the image, to the columns at its borders."""
-  for side, border in ((-1, 0), (1, cut.columns - 1)):
-    at_border = me == (0 if side < 0 else cut.warpgroups - 1)
-    beyond = [tap for tap in in_row if tap[0] * side > 0]
-
-    def fold(_, carry, side=side, border=border, beyond=beyond):
-      # Read once more, because there are no registers to keep them.
-      pixels = [column(border - side * k) for k in range(min(REACH, cut.width))]
-      dh, flows = carry
-      flows = dict(flows)
-      for offset, place in beyond:
-        folded = sum(pixels[1 : abs(offset)], pixels[0])
-        dh += weights[place] * folded
-        flows[place] += h[border] * folded
-      return dh, flows
-
-    carry = dh[border], {place: flows[place] for _, place in beyond}
-    times = at_border.astype(jnp.int32)
-    dh[border], reads = lax.fori_loop(0, times, fold, carry)
-    flows |= reads
-  return dh, flows

@@ -1,14 +1,16 @@
-"""The structure-aware SSM's walk down an image, as one GPU kernel.
+"""The structure-aware SSM forward, as one GPU kernel from scan to observation.
 
-Forward it gives the operator's result; backward, the cotangents of C, which
-take the fused states anew. The warpgroups of a program scan row r at once, each
-its columns (see `gpu_share`), from a state of zero; what each adds and how much
-it lets decay says what the others begin with. Of the rows that a row of pixels
-reads, those above come from a ring in shared memory when the row itself has
-been scanned; those below are added as they come, to sums that stay in
-registers. A ring of all eleven rows would not fit at 56 x 56.
+The forward pass computes y. The backward pass uses the same kernel for the
+cotangents of C alone, for which it recomputes the fused states.
+
+The kernel goes down an image. The warpgroups of a program scan row r together
+(see `gpu_share`) and write its states to a ring in shared memory. A row of
+pixels reads states up to 5 rows above and below it: those above it once it has
+been scanned, from the ring; those below it when they are scanned, into sums
+that stay in registers. A ring of all eleven rows would not fit at 56 x 56.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,327 +19,201 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.state_fusion.taps import clip, columns_read
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.structure_aware_ssm import gpu_share
+from spatial_mamba_kernels.structure_aware_ssm.gpu_fused_row import (
+  FINISHING,
+  GOING_ON,
+  RING,
+  Inputs,
+  Observation,
+  Outputs,
+  Scratch,
+  Walk,
+  observe,
+  sum_products,
+)
 from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
   REACH,
-  STENCIL,
   SUMMED,
   VECTOR_BYTES,
+  Program,
+  Scanned,
   Share,
   Weights,
 )
-
-# Rows above a row of pixels, and itself.
-RING = REACH + 1
-
-
-def _taps(offset, above):
-  """Taps of the row at `offset` from the one that has come, for `_add`.
-
-  Args:
-    offset: 0 or less.
-    above: how many rows above the one that has come the pixels are.
-  """
-  in_row = STENCIL.by_row[offset + above]
-  return [(column, (above, place)) for column, place in in_row]
-
-
-# What a row that has come, and those above it, give to the rows of pixels that
-# go on, and before that to those of which one is then finished: together they
-# would take more registers than there are.
-FINISHING = [(0, _taps(0, 5) + _taps(0, 3))]
-GOING_ON = [(0, _taps(0, 1) + _taps(0, 0))]
-GOING_ON += [(offset, _taps(offset, 0)) for offset in (-1, -3, -5)]
+from spatial_mamba_kernels.typing import Array
 
 
 def share(
   shape: tuple[int, ...], image: Any, delta: Any, *, products: int = 0
 ) -> Share:
-  """For images [B, H, W, D] of this type, with time steps of that one.
+  """Returns how the kernel shares columns.
 
   Args:
-    shape: of the images.
-    image: type of them, and of what is observed with them.
+    shape: of the images, [B, H, W, D].
+    image: type of the images.
     delta: type of the time steps.
-    products: of how many columns a warpgroup sums products over channels.
+    products: columns of a warpgroup whose products are summed over channels at
+      once.
 
   Raises:
     NotImplementedError: see `gpu_share.share`.
   """
-  come = [jnp.dtype(x).itemsize for x in (image, delta, image)]
+  loaded = [jnp.dtype(x).itemsize for x in (image, delta, image)]
 
   def bytes_of(width, warpgroups):
-    rows = [width * gpu.CHANNELS * size for size in (RING * 4, *come)]
-    numbers = [warpgroups * VECTOR_BYTES * count for count in (2, products)]
-    return rows + numbers
+    rows = [width * gpu.CHANNELS * size for size in (RING * 4, *loaded)]
+    vectors = [warpgroups * VECTOR_BYTES * count for count in (2, products)]
+    return rows + vectors
 
   return gpu_share.share(shape, bytes_of)
 
 
-def forward(u, delta, A, B, C, D, weights, bias, *, save):
-  """The operator, and if `save` the state that each row leaves, [H, 1, B, D].
+def forward(scanned: Scanned, C: Array, D: Array, *, save: bool) -> list[Array]:
+  """Returns y and, if `save`, the state after each row, [H, 1, B, D].
 
   Args:
-    u: [B, H, W, D].
-    delta: [B, H, W, D].
-    A: [D].
-    B: [B, H, W].
+    scanned: the other arguments.
     C: [B, H, W].
     D: [D].
-    weights: [T, D].
-    bias: [D].
     save: see above.
   """
+  u = scanned.u
   batch, height, _, channels = u.shape
-  cut = share(u.shape, u.dtype, delta.dtype)
-  results = [cut.result(gpu.pad_channels(u), u.dtype)]
-  if save:
-    padded = gpu.blocks(channels) * gpu.CHANNELS
-    shape = (height, 1, batch, padded)
-    results.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-  y, *saved = _walk(
-    _observe,
-    (u, delta, A, B, weights, bias),
+  cut = share(u.shape, u.dtype, scanned.delta.dtype)
+  padded = gpu.blocks(channels) * gpu.CHANNELS
+  shape = (height, 1, batch, padded)
+  results = _run(
+    observe,
+    scanned,
     u,
-    (C.astype(jnp.float32), gpu.parameters(D[None])),
-    results,
+    Observation(C.astype(jnp.float32), gpu.parameters(D[None])),
+    Outputs(
+      cut.result(gpu.pad_channels(u), u.dtype),
+      jax.ShapeDtypeStruct(shape, jnp.float32) if save else None,
+    ),
     cut,
     name="structure_aware_ssm_forward",
   )
-  return y[..., :channels], *(x[..., :channels] for x in saved)
+  return [x[..., :channels] for x in results if x is not None]
 
 
-def observation_backward(u, delta, A, B, weights, bias, dy):
-  """The cotangents of C, [K, B, H, W], to be summed over K.
+def observation_backward(scanned: Scanned, dy: Array) -> Array:
+  """Returns the cotangents of C, [K, B, H, W], to be summed over K.
 
   Args:
-    u: [B, H, W, D], as for `forward`, like all up to the bias.
-    delta: [B, H, W, D].
-    A: [D].
-    B: [B, H, W].
-    weights: [T, D].
-    bias: [D].
-    dy: [B, H, W, D], the cotangents of what `forward` gives.
+    scanned: as for `forward`.
+    dy: [B, H, W, D], the cotangents of y.
   """
+  u = scanned.u
   batch, height, _, channels = u.shape
-  cut = share(u.shape, u.dtype, delta.dtype, products=SUMMED)
+  cut = share(u.shape, u.dtype, scanned.delta.dtype, products=SUMMED)
   shape = (gpu.blocks(channels), batch, height, cut.warpgroups, cut.sums)
-  dC = _walk(
-    _sum,
-    (u, delta, A, B, weights, bias),
+  dC, _ = _run(
+    sum_products,
+    scanned,
     dy,
-    (),
-    jax.ShapeDtypeStruct(shape, jnp.float32),
+    None,
+    Outputs(jax.ShapeDtypeStruct(shape, jnp.float32)),
     cut,
     name="structure_aware_ssm_observation_backward",
-    scratch={
-      "products": plgpu.SMEM(
-        (cut.warpgroups, SUMMED, gpu.CHANNELS), jnp.float32
-      )
-    },
+    products=plgpu.SMEM((cut.warpgroups, SUMMED, gpu.CHANNELS), jnp.float32),
   )
   return cut.of_columns(dC)
 
 
-def _walk(finish, scanned, image, others, results, cut, *, name, scratch=None):
+def _run(
+  finish: Callable[..., None],
+  scanned: Scanned,
+  image: Array,
+  observation: Observation | None,
+  results: Outputs,
+  cut: Share,
+  *,
+  name: str,
+  products: Any = None,
+) -> Outputs:
   """Runs the kernel.
 
   Args:
-    finish: what becomes of fused states: `_observe` or `_sum`.
-    scanned: (u, delta, A, B, weights, bias), as for `forward`.
-    image: [B, H, W, D], whose row comes along with a row of fused states.
-    others: what else `finish` reads.
-    results: shapes and types.
+    finish: what it does with a row of fused states: `observe` or
+      `sum_products`.
+    scanned: as for `forward`.
+    image: [B, H, W, D]; see `Inputs`.
+    observation: what `observe` needs.
+    results: their types.
     cut: see `Share`.
     name: of the kernel.
-    scratch: what `finish` needs.
+    products: scratch that `sum_products` needs.
   """
-  u, delta, A, B, weights, bias = scanned
   rows = (cut.warpgroups, cut.columns, gpu.CHANNELS)
-  return gpu.kernel(
-    partial(_kernel, finish=finish, cut=cut, others=len(others)),
+  scratch = Scratch(
+    loaded=plgpu.Barrier(num_arrivals=2, num_barriers=cut.warpgroups),
+    delta_row_ref=plgpu.SMEM(rows, scanned.delta.dtype),
+    image_loaded=plgpu.Barrier(num_barriers=cut.warpgroups),
+    image_row_ref=plgpu.SMEM(rows, image.dtype),
+    kept_ref=Weights.scratch(cut.kept),
+    chained_ref=plgpu.SMEM((2 * cut.warpgroups, gpu.CHANNELS), jnp.float32),
+    products_ref=products,
+    ring_ref=plgpu.SMEM((RING, cut.width, gpu.CHANNELS), jnp.float32),
+    scanned=plgpu.Barrier(num_arrivals=cut.warpgroups),
+    u_row_ref=plgpu.SMEM(rows, scanned.u.dtype),
+    written=plgpu.Barrier(num_arrivals=cut.warpgroups),
+  )
+  (outputs,) = gpu.kernel(
+    partial(_kernel, finish=finish, cut=cut),
     name=name,
-    out_type=results,
-    scratch_types={
-      "ring": plgpu.SMEM((RING, cut.width, gpu.CHANNELS), jnp.float32),
-      "numbers": plgpu.SMEM((2 * cut.warpgroups, gpu.CHANNELS), jnp.float32),
-      **Weights.scratch(cut.kept),
-      "u_row": plgpu.SMEM(rows, u.dtype),
-      "delta_row": plgpu.SMEM(rows, delta.dtype),
-      "image_row": plgpu.SMEM(rows, image.dtype),
-      "come": plgpu.Barrier(num_arrivals=2, num_barriers=cut.warpgroups),
-      "image_come": plgpu.Barrier(num_barriers=cut.warpgroups),
-      "scanned": plgpu.Barrier(num_arrivals=cut.warpgroups),
-      "written": plgpu.Barrier(num_arrivals=cut.warpgroups),
-      **(scratch or {}),
-    },
-    grid=(len(u), gpu.blocks(u.shape[-1])),
+    out_type=(results,),
+    scratch_types=(scratch,),
+    grid=(len(image), gpu.blocks(image.shape[-1])),
     grid_names=("image", "block"),
     num_threads=cut.warpgroups,
     thread_name="warpgroup",
-  )(
-    gpu.pad_channels(u),
-    gpu.pad_channels(delta),
-    gpu.parameters(A[None]),
-    B.astype(jnp.float32),
-    gpu.parameters(weights),
-    gpu.parameters(bias[None]),
-    gpu.pad_channels(image),
-    *others,
-  )
+  )(Inputs(*scanned.operands(), gpu.pad_channels(image)), observation)
+  return outputs
 
 
 def _kernel(
-  u, delta, A, B, weights, bias, along, *refs, finish, cut, others,
-  ring, numbers, u_row, delta_row, image_row, come, image_come, scanned,
-  written, kept=None, **scratch,
+  inputs: Inputs, observation: Any, outputs: Outputs, scratch: Scratch, *,
+  finish, cut,
 ):  # fmt: skip
-  refs, (result, *saved) = refs[:others], refs[others:]
-  image, me = lax.axis_index("image"), lax.axis_index("warpgroup")
-  block = lax.axis_index("block")
-  channels = pl.ds(block * gpu.CHANNELS, gpu.CHANNELS)
-  height = u.shape[1]
-  size, own = cut.columns, cut.own(me)
-  u_row, delta_row, image_row = (
-    rows.at[me] for rows in (u_row, delta_row, image_row)
-  )
-  taps = Weights(weights, kept, channels)
-  all_left, all_added = (
-    numbers.at[pl.ds(cut.warpgroups * place, cut.warpgroups)]
-    for place in range(2)
-  )
-
-  def fetch(row):
-    for source, target in ((u, u_row), (delta, delta_row)):
-      plgpu.copy_gmem_to_smem(
-        source.at[image, row, own, channels], target, come.at[me]
-      )
-
-  def scan_row(row, state):
-    """Scans this warpgroup's columns; returns the state after the row."""
-    plgpu.barrier_wait(come.at[me])
-    a, shift = A[0, channels], bias[0, channels]
-    b = B.at[image, row, own]
-    # From a state of zero: the states, and what would be left of another one.
-    added, left = [], []
-    for j in range(size):
-      dt = gpu.softplus(delta_row[j].astype(jnp.float32) + shift)
-      decay = jnp.exp(dt * a)
-      drive = dt * u_row[j].astype(jnp.float32) * b[j]
-      added.append(decay * added[-1] + drive if j else drive)
-      left.append(decay * left[-1] if j else decay)
-    gpu.commit()
-
-    @pl.when(row + 1 < height)
-    def _():
-      fetch(row + 1)
-
-    all_left[me], all_added[me] = left[-1], added[-1]
-    cut.meet(scanned)
-    before, state = cut.hand_on(state, all_left, all_added, me)
-    for j in range(size):
-      ring[row % RING, me * size + j] = added[j] + left[j] * before
-    for out in saved:
-
-      @pl.when(me == 0)
-      def _(out=out):
-        out[row, 0, image, channels] = state
-
-    cut.meet(written)
-    return state
+  walk = Walk(Program.this(cut), inputs, observation, outputs, scratch)
+  height = inputs.u_ref.shape[1]
 
   def step(row, carry):
     state, *sums = carry
+
+    # Scan a row, unless only rows of pixels are left.
     state = lax.cond(
-      row < height, lambda x: scan_row(row, x), lambda x: x, state
+      row < height, partial(walk.scan_row, row), lambda x: x, state
     )
+
+    # Load what is combined with the row of fused states that this finishes.
     done = row - REACH
 
     @pl.when(done >= 0)
     def _():
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      plgpu.copy_gmem_to_smem(
-        along.at[image, done, own, channels], image_row, image_come.at[me]
-      )
+      walk.fetch_image(done)
 
-    sums = [[None] * size, *map(list, sums)]
-
-    def add(pieces):
-      for offset, in_row in pieces:
-        states = ring.at[clip(row + offset, height) % RING]
-        _add(partial(_column, states, cut, me), in_row, taps, sums, size)
-
-    add(FINISHING)
+    # Add the last states that this row reads, and write its result.
+    sums = [[None] * cut.columns, *map(list, sums)]
+    walk.add(FINISHING, row, sums)
     finished = sums.pop()
 
     @pl.when(done >= 0)
     def _():
-      plgpu.barrier_wait(image_come.at[me])
-      place = image, done, own, channels
-      finish(finished, image_row, *refs, result, place, me, block, **scratch)
+      plgpu.barrier_wait(scratch.image_loaded.at[walk.program.warpgroup])
+      finish(walk, done, finished)
 
-    add(GOING_ON)
+    # Add states to the rows that read more of them.
+    walk.add(GOING_ON, row, sums)
     return state, *sums
 
-  fetch(0)
-  pl.when(me == 0)(taps.load)
-  cut.meet(written)
-  nothing = [[gpu.zeros() for _ in range(size)] for _ in range(REACH)]
-  lax.fori_loop(0, height + REACH, step, (gpu.zeros(), *nothing))
+  walk.fetch(0)
+  pl.when(walk.program.warpgroup == 0)(walk.weights.load)
+  cut.meet(scratch.written)
+  zeros = [[gpu.zeros() for _ in range(cut.columns)] for _ in range(REACH)]
+  lax.fori_loop(0, height + REACH, step, (gpu.zeros(), *zeros))
   plgpu.wait_smem_to_gmem(0)
-
-
-def _observe(fused, row, C, D, y, place, me, block):
-  """C * fused + D * u, in place of the row of `u`."""
-  del me, block
-  *pixels, channels = place
-  c, skip = C.at[*pixels], D[0, channels]
-  for j, value in enumerate(fused):
-    x = row[j].astype(jnp.float32)
-    row[j] = (c[j] * value + skip * x).astype(y.dtype)
-  gpu.commit()
-  plgpu.copy_smem_to_gmem(row, y.at[*place])
-
-
-def _sum(fused, row, dC, place, me, block, *, products):
-  """Sums over channels of fused states and the cotangents in the row."""
-  image, done, *_ = place
-  values = [x * row[j].astype(jnp.float32) for j, x in enumerate(fused)]
-  gpu.store_sums(values, products.at[me], dC.at[block, image, done, me])
-
-
-def _column(states, cut, me, j):
-  """Column j of a row of states [W, D]; beyond the image, the border.
-
-  That is chosen after loading: see `Share.read`.
-  """
-  beyond = cut.is_beyond(me, j)
-  border = 0 if j < 0 else cut.columns - 1
-  if beyond is True:
-    return cut.read(states, me, border)
-  value = cut.read(states, me, j)
-  if beyond is False:
-    return value
-  return jnp.where(beyond, cut.read(states, me, border), value)
-
-
-def _add(column, in_row, taps, sums, size):
-  """Adds what a row of states gives to rows of pixels.
-
-  Args:
-    column: see `_column`.
-    in_row: [(column offset, (which of `sums`, place among the weights))].
-    taps: see `Weights`.
-    sums: for each row of pixels and each of its columns a vector, or None where
-      there is none yet. Changed.
-    size: columns of a row.
-  """
-  weights = {place: taps[place] for _, (_, place) in in_row}
-  for j, readers in columns_read(in_row, size):
-    value = column(j)
-    for i, (target, place) in readers:
-      total = sums[target]
-      total[i] = gpu.add(total[i], weights[place] * value)

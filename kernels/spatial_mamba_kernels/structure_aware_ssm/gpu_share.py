@@ -1,38 +1,72 @@
 """How the warpgroups of a GPU program share the columns of an image.
 
-A program takes an image for 128 channels and walks over its rows. In a row each
-of its warpgroups has so many columns as registers allow, and scans them at the
-same time as the others theirs.
+A program processes an image row by row, for 128 channels. Each of its
+warpgroups has as many columns as its registers allow, and all warpgroups scan
+their columns of a row at the same time, each from a state of zero. The scan is
+linear: a warpgroup's decay and the state it adds then give the state that the
+next one starts from.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_device import device
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.state_fusion.taps import Stencil
-from spatial_mamba_kernels.state_fusion.xla import DILATIONS
+from spatial_mamba_kernels.gpu import plan
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.device import device
+from spatial_mamba_kernels.gpu.threads import plgpu
+from spatial_mamba_kernels.structure_aware_ssm.plans import STENCIL
 from spatial_mamba_kernels.typing import Array
 
-STENCIL = Stencil(DILATIONS)
 REACH = STENCIL.reach
-# A warpgroup's columns, for each of which a thread keeps 5 numbers in
-# registers: with 4 warpgroups it has 128 of these.
+# Columns of a warpgroup at most. A thread keeps 5 values in registers for each;
+# with 4 warpgroups it has 128 registers.
 MOST_COLUMNS = 14
 MOST_WARPGROUPS = 4
-# Of barriers, a few for each warpgroup.
+# Shared memory for barriers, of which each warpgroup has a few.
 BARRIER_BYTES = 16 * 8
-# Arrays in shared memory are so aligned.
+# Alignment of arrays in shared memory, in bytes.
 ALIGNMENT = 1024
+# Size of a float32 for each channel.
 VECTOR_BYTES = gpu.CHANNELS * 4
-# Columns whose products wait in shared memory to be summed over channels.
+# Columns whose products are summed over channels at once, in shared memory.
 SUMMED = 4
+
+
+class Scanned(NamedTuple):
+  """The arguments that states and their fusion depend on.
+
+  Attributes:
+    u: [B, H, W, D].
+    delta: [B, H, W, D].
+    A: [D].
+    B: [B, H, W].
+    weights: [T, D], merged.
+    bias: [D].
+  """
+
+  u: Array
+  delta: Array
+  A: Array
+  B: Array
+  weights: Array
+  bias: Array
+
+  def operands(self) -> "Scanned":
+    """Returns them as the kernels take them, A and bias as [1, D]."""
+    return Scanned(
+      gpu.pad_channels(self.u),
+      gpu.pad_channels(self.delta),
+      gpu.parameters(self.A[None]),
+      self.B.astype(jnp.float32),
+      gpu.parameters(self.weights),
+      gpu.parameters(self.bias[None]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +74,10 @@ class Share:
   """How the warpgroups of a program share an image's columns.
 
   Attributes:
-    warpgroups: in a program.
-    columns: of each.
-    kept: so many of the weights fit into shared memory; threads load the others
-      from where they are.
+    warpgroups: of a program.
+    columns: of a warpgroup.
+    kept: how many of the weights fit into shared memory; threads load the
+      others from device memory.
   """
 
   warpgroups: int
@@ -57,65 +91,17 @@ class Share:
 
   @property
   def sums(self) -> int:
-    """Numbers written for a warpgroup's columns, of which the last are void."""
+    """Sums stored for a warpgroup: one a column, then padding."""
     return -(-self.columns // SUMMED) * SUMMED
 
   def of_columns(self, sums: Array) -> Array:
-    """[..., warpgroups, sums] as [..., W]."""
+    """Returns [..., warpgroups, sums] as [..., W], without padding."""
     return sums[..., : self.columns].reshape(*sums.shape[:-2], self.width)
 
   def result(self, image: Array, dtype: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of an image that is computed, from one that is read."""
+    """Returns the type of a result as large as a padded image."""
     shape = gpu.room(image.shape, (self.columns, gpu.CHANNELS))
     return jax.ShapeDtypeStruct(shape, dtype)
-
-  def own(self, me: Any) -> Any:
-    """Index of a warpgroup's columns."""
-    return pl.ds(me * self.columns, self.columns)
-
-  def is_beyond(self, me: Any, j: int) -> Any:
-    """Whether column j, from a warpgroup's first, is beyond the image."""
-    if 0 <= j < self.columns:
-      return False
-    if self.warpgroups == 1:
-      return True
-    return me == (0 if j < 0 else self.warpgroups - 1)
-
-  def read(self, row: Any, me: Any, j: int) -> Any:
-    """Column j of a row [W, ...], from a warpgroup's first.
-
-    Beyond the image it is any other column. Three addresses are enough for all
-    of a row, because beyond it is not each column that is clipped.
-    """
-    first = me * self.columns if self.warpgroups > 1 else 0
-    if 0 <= j < self.columns:
-      return row.at[pl.ds(first, self.columns)][j]
-    if j < 0:
-      start = jnp.maximum(first - REACH, 0)
-      return row.at[pl.ds(start, REACH)][j + REACH]
-    start = jnp.minimum(first + self.columns, self.width - REACH)
-    return row.at[pl.ds(start, REACH)][j - self.columns]
-
-  def hand_on(
-    self, state: Array, left: Any, added: Any, me: Any, *, reverse: bool = False
-  ) -> tuple[Array, Array]:
-    """Takes a state through all warpgroups, or from the last to the first.
-
-    Args:
-      state: before the first one.
-      left: what each leaves of a state.
-      added: what each adds to it.
-      me: one of them.
-      reverse: see above.
-
-    Returns:
-      The state before that one, and the state after the last one.
-    """
-    before, order = state, range(self.warpgroups)
-    for other in reversed(order) if reverse else order:
-      before = jnp.where(me == other, state, before)
-      state = left[other] * state + added[other]
-    return before, state
 
   def meet(self, barrier: Any) -> None:
     """Waits for all warpgroups."""
@@ -124,25 +110,98 @@ class Share:
       plgpu.barrier_wait(barrier)
 
 
+class Program(NamedTuple):
+  """What one warpgroup computes: its indices in the grid, and its columns.
+
+  Attributes:
+    cut: how the columns are shared.
+    image: index of the image.
+    warpgroup: index within the program.
+    block: index of the 128 channels.
+    channels: slice of the channels.
+    own: slice of the warpgroup's columns.
+  """
+
+  cut: Share
+  image: Any
+  warpgroup: Any
+  block: Any
+  channels: Any
+  own: Any
+
+  @classmethod
+  def this(cls, cut: Share) -> "Program":
+    """Returns the one that runs."""
+    image, warpgroup = lax.axis_index("image"), lax.axis_index("warpgroup")
+    block = lax.axis_index("block")
+    channels = pl.ds(block * gpu.CHANNELS, gpu.CHANNELS)
+    own = pl.ds(warpgroup * cut.columns, cut.columns)
+    return cls(cut, image, warpgroup, block, channels, own)
+
+  def is_beyond(self, j: int) -> Any:
+    """Returns whether its column j is beyond the image."""
+    if 0 <= j < self.cut.columns:
+      return False
+    if self.cut.warpgroups == 1:
+      return True
+    return self.warpgroup == (0 if j < 0 else self.cut.warpgroups - 1)
+
+  def read(self, row_ref: Any, j: int) -> Any:
+    """Returns its column j of a row [W, ...], or any column beyond the image.
+
+    Three addresses are enough for a row: what is clipped to the image is the
+    address of the columns to one side, not each column.
+    """
+    cut = self.cut
+    first = self.warpgroup * cut.columns if cut.warpgroups > 1 else 0
+    if 0 <= j < cut.columns:
+      return row_ref.at[pl.ds(first, cut.columns)][j]
+    if j < 0:
+      start = jnp.maximum(first - REACH, 0)
+      return row_ref.at[pl.ds(start, REACH)][j + REACH]
+    start = jnp.minimum(first + cut.columns, cut.width - REACH)
+    return row_ref.at[pl.ds(start, REACH)][j - cut.columns]
+
+  def chain(
+    self, state: Array, decays: Any, added: Any, *, reverse: bool = False
+  ) -> tuple[Array, Array]:
+    """Carries a state through the scans of all warpgroups.
+
+    Args:
+      state: before the first warpgroup, or after the last one if `reverse`.
+      decays: by warpgroup, the factor that remains of a state.
+      added: by warpgroup, the state that it scans from zero.
+      reverse: from the last warpgroup to the first.
+
+    Returns:
+      The state that this warpgroup starts from, and the final one.
+    """
+    start, order = state, range(self.cut.warpgroups)
+    for other in reversed(order) if reverse else order:
+      start = jnp.where(self.warpgroup == other, state, start)
+      state = decays[other] * state + added[other]
+    return start, state
+
+
 def share(
   shape: tuple[int, ...], bytes_of: Callable[[int, int], list[int]]
 ) -> Share:
-  """For images [B, H, W, D].
+  """Returns how to share the columns of images.
 
   Args:
-    shape: of the images.
+    shape: of the images, [B, H, W, D].
     bytes_of: (width, warpgroups) -> bytes of each array in shared memory, but
       for the weights.
 
   Raises:
-    NotImplementedError: the rows do not fit into registers and shared memory,
-      there are too few images to keep a GPU busy, or no TMA copies rows.
+    NotImplementedError: a row does not fit into registers and shared memory,
+      there are too few images to keep a GPU busy, or the GPU has no TMA.
   """
   gpu_device = device()
   if not gpu_device.tma:
     raise NotImplementedError("rows are copied by a TMA")
   batch, _, width, channels = shape
-  if batch * gpu.blocks(channels) < gpu.CONFIG.programs // 2:
+  if batch * gpu.blocks(channels) < plan.CONFIG.programs // 2:
     raise NotImplementedError("too few programs")
   for warpgroups in range(1, MOST_WARPGROUPS + 1):
     columns, rest = divmod(width, warpgroups)
@@ -158,31 +217,30 @@ def share(
 
 
 class Weights:
-  """The merged weights of 128 channels, of which some are in shared memory.
+  """The merged weights of 128 channels, the first of them in shared memory.
 
   Args:
-    weights: reference to [T, D].
-    kept: reference to [K, 128] for the first ones; nothing is there yet.
-    channels: index of the channels.
+    weights_ref: [T, D], in device memory.
+    kept_ref: [K, 128], in shared memory; None without any.
+    channels: slice of the channels.
   """
 
-  def __init__(self, weights: Any, kept: Any, channels: Any):
-    self._weights, self._kept, self._channels = weights, kept, channels
+  def __init__(self, weights_ref: Any, kept_ref: Any, channels: Any):
+    self._weights_ref, self._kept_ref = weights_ref, kept_ref
+    self._channels = channels
 
   @staticmethod
-  def scratch(kept: int) -> dict[str, Any]:
-    """Shared memory for them, if there is any."""
-    if not kept:
-      return {}
-    return {"kept": plgpu.SMEM((kept, gpu.CHANNELS), jnp.float32)}
+  def scratch(kept: int) -> Any:
+    """Returns the shared memory for K of them, or None."""
+    return plgpu.SMEM((kept, gpu.CHANNELS), jnp.float32) if kept else None
 
   def load(self) -> None:
-    """Fills shared memory, as one warpgroup does for all."""
-    if self._kept is not None:
-      for place in range(self._kept.shape[0]):
-        self._kept[place] = self._weights[place, self._channels]
+    """Fills the shared memory; one warpgroup does that for all."""
+    if self._kept_ref is not None:
+      for tap in range(self._kept_ref.shape[0]):
+        self._kept_ref[tap] = self._weights_ref[tap, self._channels]
 
-  def __getitem__(self, place: int) -> Array:
-    if self._kept is not None and place < self._kept.shape[0]:
-      return self._kept[place]
-    return self._weights[place, self._channels]
+  def __getitem__(self, tap: int) -> Array:
+    if self._kept_ref is not None and tap < self._kept_ref.shape[0]:
+      return self._kept_ref[tap]
+    return self._weights_ref[tap, self._channels]

@@ -1,59 +1,42 @@
 """The structure-aware SSM on GPUs.
 
-Where its rows fit a program it is one kernel forward (`gpu_fused`), and two
-backward (`gpu_backward`, and for C `gpu_fused` once more): inputs come once for
-each. Elsewhere it is made of the kernels of the scan and the fusion, and states
-go through device memory.
+If its rows fit into a program, it is one kernel forward (`gpu_fused`) and two
+backward (`gpu_backward`, and `gpu_fused` for C); each reads its inputs once.
+Otherwise it is composed of the kernels of the scan and the fusion, and the
+states go through device memory.
 """
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.by_platform import (
-  Arrays,
-  Kernel,
-  Passes,
-  is_implemented,
+from spatial_mamba_kernels.dispatch import Arrays, is_implemented
+from spatial_mamba_kernels.gpu import (
+  fusion,
+  fusion_backward,
+  scan,
+  scan_backward,
 )
-from spatial_mamba_kernels.selective_scan import mosaic_gpu as scan
-from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
-from spatial_mamba_kernels.state_fusion import mosaic_gpu as fusion
 from spatial_mamba_kernels.structure_aware_ssm import gpu_backward, gpu_fused
-from spatial_mamba_kernels.structure_aware_ssm.dimensions import IMAGE, NUMBERS
 from spatial_mamba_kernels.structure_aware_ssm.gpu_share import (
-  STENCIL,
   SUMMED,
+  Scanned,
   Share,
 )
+from spatial_mamba_kernels.structure_aware_ssm.plans import STENCIL
 from spatial_mamba_kernels.typing import Array
 
 
-def plan(arrays: Arrays) -> None:
-  """Raises NotImplementedError where the kernels cannot serve."""
-  gpu.check_served(arrays)
-  gpu.check_launched(arrays[0])
-  u, _, A, *_ = arrays
-  if A.shape[1] > 1:
-    raise NotImplementedError(
-      f"mosaic_gpu observes one state a channel, not {A.shape[1]}"
-    )
-  fusion.cut_to_fuse(u.shape, STENCIL, jnp.float32, u.dtype)
-  fusion.cut_to_states(u.shape, STENCIL, jnp.float32, u.dtype)
-
-
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
-  """The operator on one device, and if `save` each row's last states.
+  """Returns y [B, H, W, D] on one device and, if `save`, each row's last state.
 
-  They are [H, N, B, D].
+  The last states are [H, N, B, D].
   """
   u, delta, A, B, C, D, kernels, alpha, bias = arrays
   weights = STENCIL.merge(kernels, alpha)
   if is_implemented(gpu_fused.share, u.shape, u.dtype, delta.dtype):
-    A, B, C = A[:, 0], B[..., 0], C[..., 0]
-    return gpu_fused.forward(u, delta, A, B, C, D, weights, bias, save=save)
+    scanned = Scanned(u, delta, A[:, 0], B[..., 0], weights, bias)
+    return tuple(gpu_fused.forward(scanned, C[..., 0], D, save=save))
   h = _states(arrays)
   y = fusion.fuse(
     h,
@@ -68,42 +51,46 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
 
 
 def share_backward(shape: tuple[int, ...], image: Any, delta: Any) -> Share:
-  """How both kernels of the backward pass share columns; `gpu_fused.share`.
+  """Returns how `gpu_backward` shares columns, if both kernels can serve.
+
+  Args:
+    shape: of the images, [B, H, W, D].
+    image: type of the images.
+    delta: type of the time steps.
 
   Raises:
-    NotImplementedError: one of them cannot.
+    NotImplementedError: one of them cannot serve.
   """
   gpu_fused.share(shape, image, delta, products=SUMMED)
   return gpu_backward.share(shape, image, delta)
 
 
 def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
-  """Cotangents on one device; those of parameters as sums over some images.
+  """Returns cotangents on one device, partial sums for all but u and delta.
 
   Returns:
-    du, ddelta [B, H, W, D]; dB, dC [K, B, H, W, N], to be summed over K;
-    [G, T, D], of the merged weights, and [G, N + 2, D], of A, delta_bias and D,
+    du, ddelta [B, H, W, D]; dB, dC [K, B, H, W, N], to be summed over K; those
+    of the merged weights, [G, T, D], and of A, delta_bias and D, [G, N + 2, D],
     to be summed over G.
   """
   u, delta, A, B, C, D, kernels, alpha, bias = arrays
   weights = STENCIL.merge(kernels, alpha)
   if is_implemented(share_backward, u.shape, u.dtype, delta.dtype):
-    A, B, C = A[:, 0], B[..., 0], C[..., 0]
-    (before,) = saved
-    dC = gpu_fused.observation_backward(u, delta, A, B, weights, bias, g)
+    scanned = Scanned(u, delta, A[:, 0], B[..., 0], weights, bias)
+    dC = gpu_fused.observation_backward(scanned, g)
     du, ddelta, dB, dweights, parameters = gpu_backward.backward(
-      u, delta, A, B, C, D, weights, bias, before, g
+      scanned, C[..., 0], D, saved[0], g
     )
     return du, ddelta, dB[..., None], dC[..., None], dweights, parameters
-  # The states of all tokens are computed anew.
+  # Recompute the states of all tokens.
   h = _states(arrays)
-  dweights, dC = fusion.weights_backward(
+  dweights, dC = fusion_backward.weights_backward(
     h, weights, g, stencil=STENCIL, C=C[..., 0]
   )
-  dh = fusion.states_backward(
+  dh = fusion_backward.states_backward(
     g, weights, stencil=STENCIL, dtype=jnp.float32, C=C[..., 0]
   )
-  du, ddelta, dB, parameters = scan.scan_backward(
+  du, ddelta, dB, parameters = scan_backward.scan_backward(
     *_tokens(arrays),
     _to_tokens(h)[:, :, None],
     _to_tokens(dh)[:, :, None],
@@ -120,39 +107,17 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
 
 
 def _to_tokens(image):
+  """Reshapes [B, H, W, D] to [B, L, D]."""
   batch, _, _, channels = image.shape
   return image.reshape(batch, -1, channels)
 
 
 def _tokens(arrays):
+  """Returns the arguments of the scan, with tokens [B, L, ...]."""
   u, delta, A, B, *_, bias = arrays
   return _to_tokens(u), _to_tokens(delta), A, _to_tokens(B), bias
 
 
 def _states(arrays):
-  """[B, H, W, D]."""
+  """Returns the states, [B, H, W, D]."""
   return scan.scan(*_tokens(arrays)).reshape(arrays[0].shape)
-
-
-def _finish(arrays, sums):
-  du, ddelta, dB, dC, dweights, parameters = sums
-  *dA, dbias, dD = jnp.sum(parameters, axis=0)
-  _, unmerge = jax.vjp(STENCIL.merge, *arrays[6:8])
-  dkernels, dalpha = unmerge(jnp.sum(dweights, axis=0))
-  dA, dB, dC = jnp.stack(dA, -1), jnp.sum(dB, axis=0), jnp.sum(dC, axis=0)
-  return du, ddelta, dA, dB, dC, dD, dkernels, dalpha, dbias
-
-
-KERNEL = Kernel(
-  plan,
-  Passes(run_forward, run_backward),
-  _finish,
-  sums=(
-    IMAGE,
-    IMAGE,
-    (CHANNELS, *NUMBERS),
-    (CHANNELS, *NUMBERS),
-    (BATCH, WHOLE, CHANNELS),
-    (BATCH, WHOLE, CHANNELS),
-  ),
-)

@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
-from spatial_mamba_kernels.selective_scan import xla as scan
+from spatial_mamba_kernels.selective_scan import states as scan
 from spatial_mamba_kernels.shapes import with_rank_of
-from spatial_mamba_kernels.state_fusion import xla as fusion
+from spatial_mamba_kernels.state_fusion import fuse
+from spatial_mamba_kernels.taps import DILATIONS
 from spatial_mamba_kernels.typing import Array, Float
 
 
@@ -27,7 +28,7 @@ def structure_aware_ssm(
   def tokens(x):
     return x.reshape(batch, height * width, -1)
 
-  states = scan.states(
+  states = scan(
     tokens(u),
     tokens(delta),
     A,
@@ -36,7 +37,7 @@ def structure_aware_ssm(
     implementation=implementation,
   )
   states = states.reshape(batch, height, width, *states.shape[2:])
-  fused = fusion.fuse(states, kernels, alpha, fusion.DILATIONS)
+  fused = fuse(states, kernels, alpha, DILATIONS)
   C, D, image = (x.astype(fused.dtype) for x in (C, D, u))
   return (_observe(C, fused) + with_rank_of(image, D) * image).astype(u.dtype)
 

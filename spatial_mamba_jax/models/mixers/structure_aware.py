@@ -10,9 +10,6 @@ import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
 from jax.typing import DTypeLike
-from spatial_mamba_kernels import gpu_device
-from spatial_mamba_kernels.by_platform import keep
-from spatial_mamba_kernels.implementation import IMPLEMENTATIONS
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.fields import choice, number
@@ -67,7 +64,7 @@ class StructureAwareConfig(MixerConfig):
 
   d_state: int = number(1, least=1, most=MAX_STATES)
   expand: int = number(2, least=1, most=MAX_EXPANSION)
-  implementation: str | None = choice(None, among=IMPLEMENTATIONS)
+  implementation: str | None = choice(None, among=smk.IMPLEMENTATIONS)
 
   def create(
     self, dim: int, variant: Hashable, *, config: "ModelConfig", rngs: nnx.Rngs
@@ -127,7 +124,7 @@ class StructureAwareSSM(nnx.Module):
     """Computes the branch, times `branch_scale` (see `drop_path_scales`)."""
     x, z = self._project(x)
     y = self.mix(*self._select(x))
-    return keep(self.out_proj(self.norm.gated(y, z, branch_scale)))
+    return smk.keep(self.out_proj(self.norm.gated(y, z, branch_scale)))
 
   def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Operands]:
     """Returns the SSM's input u, and its operands, computed from the tokens."""
@@ -174,18 +171,18 @@ class StructureAwareSSM(nnx.Module):
 
   def _project(self, x):
     """Returns the SSM branch's x, and the gate z."""
-    if not gpu_device.is_default():
-      return jnp.split(keep(self.in_proj(x)), 2, axis=-1)
+    if smk.traced_for() != "cuda":
+      return jnp.split(smk.keep(self.in_proj(x)), 2, axis=-1)
     # Two products, because a kernel cannot read half of an array, so that XLA
     # would copy both halves of one product. On a CPU one product is faster.
     halves = jnp.split(self.in_proj.kernel.astype(x.dtype), 2, axis=1)
     # The barrier keeps XLA from merging the two products into one.
     same = x, jax.lax.optimization_barrier(x)
-    return [keep(x @ half) for x, half in zip(same, halves, strict=True)]
+    return [smk.keep(x @ half) for x, half in zip(same, halves, strict=True)]
 
   def _select(self, x):
     u, projected = self.conv.silu(x, self.x_proj.kernel[...])
-    dt_low, B, C = jnp.split(keep(projected), self.splits, axis=-1)
+    dt_low, B, C = jnp.split(smk.keep(projected), self.splits, axis=-1)
     return u, (self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C)
 
 

@@ -1,11 +1,29 @@
-"""Operators that are a kernel on some platforms and XLA's on all others.
+"""The choice between an operator's kernels and XLA.
 
-Which of them runs is known when a program is lowered, and only then is it
-traced: a primitive stands for each pass until then. Nothing here is
-differentiated by JAX: kernels cannot be, and neither should a choice between
-platforms. What the forward pass keeps has the same shapes on all of them.
+It is made while a program is lowered, for the platform it is lowered for. Until
+then a primitive stands for each pass; only then is a kernel's module imported,
+and Pallas with it. So one traced program serves the CPU it was traced on, the
+accelerator it runs on, and an ahead-of-time compile. What the forward pass
+saves has the same shapes whatever is chosen.
+
+An operator must choose while tracing where the choice decides what is saved:
+XLA saves intermediates that the kernel recomputes
+(`Operator.is_chosen_in_tracing`). Its kernel is a candidate only where programs
+are traced for the kernel's platform, which is that of JAX's default device
+(`traced_for`). A program that was traced for another platform has the same
+values, by XLA. To compile ahead of time, make the target the default device.
+
+A named implementation is not chosen: it is what runs, or fails to be lowered.
+
+A GPU kernel is planned for the GPU that is JAX's default device, and for a
+Hopper where that is no GPU. A lesser GPU refuses such a program when it is
+compiled.
+
+Nothing here is differentiated by JAX: kernels cannot be, and neither should a
+choice between platforms.
 """
 
+import importlib
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,9 +33,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.export import is_symbolic_dim
+from jax.extend.backend import get_default_device
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from spatial_mamba_kernels.gpu import device as gpu
 from spatial_mamba_kernels.sharding import (
   check_shard_map,
   per_shard,
@@ -35,7 +55,16 @@ CHECKPOINT_NAME = "spatial_mamba_kernels"
 
 keep = partial(checkpoint_name, name=CHECKPOINT_NAME)
 
+# The platform of each implementation that is a kernel.
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
+
+
+def traced_for() -> str:
+  """Returns the platform that programs are traced for: "cpu", "cuda", "tpu".
+
+  It is that of JAX's default device.
+  """
+  return "cuda" if gpu.is_default() else get_default_device().platform
 
 
 class Passes(NamedTuple):
@@ -55,16 +84,29 @@ class Kernel(NamedTuple):
 
   Attributes:
     plan: raises NotImplementedError, with the reason, for arrays that the
-      kernel cannot serve; asked again while lowering, of the device then known.
-    passes: the backward one returns partial sums.
+      kernel cannot serve. It is called while tracing on every platform, and
+      once more while lowering.
+    module: the name of the module that has the kernel's `run_forward` and
+      `run_backward`; the latter returns partial sums.
     finish: (arrays, partial sums) -> cotangents of `arrays`.
     sums: dimensions of the partial sums (see `per_shard`).
+    options: keyword arguments of `run_forward` and `run_backward`.
   """
 
   plan: Callable[[Arrays], Any]
-  passes: Passes
+  module: str
   finish: Callable[[Arrays, Arrays], Arrays]
   sums: Any
+  options: Mapping[str, Any] = {}
+
+  @property
+  def passes(self) -> Passes:
+    """The passes, from their module: nothing else imports Pallas."""
+    module = importlib.import_module(self.module)
+    return Passes(
+      partial(module.run_forward, **self.options),
+      partial(module.run_backward, **self.options),
+    )
 
 
 class Dimensions(NamedTuple):
@@ -90,6 +132,8 @@ class Operator:
     xla: (arrays, implementation=) -> result, differentiable, on any platform.
     kernels: {implementation: kernel}.
     dimensions: what all of these have in common.
+    is_chosen_in_tracing: whether the choice decides what the forward pass
+      saves, so that it must be made while tracing (see this module).
     saves: arrays -> shapes and types of what the kernels save. XLA computes the
       result anew in the backward pass, and saves zeros.
     passes: where the result is all that is saved, `xla` with that.
@@ -104,13 +148,15 @@ class Operator:
     kernels: Mapping[str, Kernel],
     dimensions: Dimensions,
     *,
+    is_chosen_in_tracing: bool = False,
     saves: Callable[[Arrays], Any] = lambda arrays: (),
     passes: Passes | None = None,
     is_named: bool = True,
   ):
     self.name = name
+    self.kernels = kernels
+    self.is_chosen_in_tracing = is_chosen_in_tracing
     self._xla = xla
-    self._kernels = kernels
     self._dimensions = dimensions
     self._saves = saves
     self._saves_result = passes is not None
@@ -127,9 +173,9 @@ class Operator:
     """
     if implementation is None:
       names = tuple(
-        name for name in self._kernels if self._serves(name, arrays)
+        name for name in self._candidates() if self._serves(name, arrays)
       )
-    elif implementation in self._kernels:
+    elif implementation in self.kernels:
       self._check_served(implementation, arrays)
       names = (implementation,)
     elif implementation in PLATFORMS:
@@ -140,12 +186,18 @@ class Operator:
       return self._chosen(arrays, (names, implementation is not None))
     return self._xla(arrays, implementation=implementation)
 
+  def _candidates(self):
+    if not self.is_chosen_in_tracing:
+      return list(self.kernels)
+    platform = traced_for()
+    return [name for name in self.kernels if PLATFORMS[name] == platform]
+
   def _serves(self, name, arrays):
     return is_implemented(self._check_served, name, arrays)
 
   def _check_served(self, name, arrays):
     check_sizes_known(arrays)
-    self._kernels[name].plan(arrays)
+    self.kernels[name].plan(arrays)
     self._axes(arrays)
     check_shard_map()
 
@@ -184,10 +236,6 @@ class Operator:
     """The passes by a kernel's name, or XLA's."""
     return self._kernel(kernel) if kernel else self._default
 
-  def plan(self, kernel: str, arrays: Arrays) -> None:
-    """See `Kernel`."""
-    self._kernels[kernel].plan(arrays)
-
   def _anew_forward(self, arrays, *, save):
     saved = self._saves(arrays) if save else ()
     zeros = (jnp.zeros(x.shape, x.dtype) for x in saved)
@@ -200,7 +248,7 @@ class Operator:
 
   def _kernel(self, name):
     """A kernel on whole arrays, which the mesh in force may have split."""
-    kernel, dimensions = self._kernels[name], self._dimensions
+    kernel, dimensions = self.kernels[name], self._dimensions
 
     def forward(arrays, *, save):
       results = (dimensions.result,)
@@ -260,8 +308,8 @@ class Run(NamedTuple):
     if self.named:
       return self.kernels[0]
     for name in self.kernels:
-      here = PLATFORMS[name] == platform
-      if here and is_implemented(self.operator.plan, name, arrays):
+      plan = self.operator.kernels[name].plan
+      if PLATFORMS[name] == platform and is_implemented(plan, arrays):
         return name
     return None
 

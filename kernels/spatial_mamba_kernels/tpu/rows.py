@@ -1,14 +1,15 @@
 """What the TPU kernels share: layout, cut, blocks, loops over a row.
 
-A kernel sees images as [H, W, G, b, D]: channels along the 128 lanes and b = 8
-images along the sublanes of a register, so that a token's step of the scan is a
-whole register wide, and a neighbour's state is another register and never a
-shift within one. XLA lays convolutions out in the same way, so that it comes at
-no copy where the batch is a multiple of 8. Rows of an image are streamed
-through VMEM one by one; what later rows need stays in rings there.
+A kernel takes images as [H, W, G, b, D], with D along the 128 lanes and b = 8
+images along the sublanes of a register. A token's step of the scan then fills
+whole registers, and a neighbour's state is another register, never a shift
+within one. XLA lays out convolutions in the same way: if the batch is a
+multiple of 8, the layout costs no copy. Rows of an image are streamed through
+VMEM one by one; rings in VMEM keep what later rows need.
+
+In the shapes, Wp is W padded to whole registers of lanes.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,100 +18,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from spatial_mamba_kernels.tpu import plan
+from spatial_mamba_kernels.tpu.plan import LANES, Cut
 from spatial_mamba_kernels.typing import Array, Float
 
-LANES = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Sizes that decide the speed, not the result.
-
-  Attributes:
-    tile: columns computed in one piece of code, so that their loads, their
-      exponentials and a recurrence's waits overlap. Rows of up to this many
-      need no loop, and their borders no arithmetic while running; more would
-      make the backward kernel longer than some 5000 instructions.
-    row: tokens in a row where there is no image to say so: as many numbers,
-      one a token, as lie along the lanes.
-    vmem_bytes: what a kernel may use of the 16 MiB that a v5e gives it.
-  """
-
-  tile: int = 64
-  row: int = LANES
-  vmem_bytes: int = 15 * 2**20
-
-
-CONFIG = Config()
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-  """How the work is cut.
-
-  Attributes:
-    group: images computed together, along the sublanes.
-    block: channels computed together, along the lanes.
-  """
-
-  group: int
-  block: int
-
-
-def cut(
-  arrays: Sequence[Array],
-  batch: int,
-  channels: int,
-  bytes_of: Callable[[int, int], int],
-  *,
-  keeps: str,
-) -> Cut:
-  """The largest cut that fits into VMEM.
-
-  Args:
-    arrays: what the operator is given.
-    batch: images.
-    channels: channels of an image.
-    bytes_of: (group, channels), each as it fills registers -> bytes of VMEM.
-    keeps: what takes the most of them, for the message.
-
-  Raises:
-    NotImplementedError: none does, or a type is not for a TPU.
-  """
-  for array in arrays:
-    if array.dtype not in (jnp.float32, jnp.bfloat16):
-      raise NotImplementedError(
-        f"mosaic_tpu computes float32 and bfloat16, not {array.dtype}"
-      )
-  registers = -(-channels // LANES)
-  for group in (8, 4, 2, 1):
-    group = min(group, batch)
-    for blocks in range(1, registers + 1):
-      lanes = -(-registers // blocks) * LANES
-      # In VMEM, as many images as a power of two.
-      if bytes_of(1 << (group - 1).bit_length(), lanes) <= CONFIG.vmem_bytes:
-        return Cut(group, min(channels, lanes))
-  raise NotImplementedError(
-    f"mosaic_tpu keeps {keeps} on the chip, which do not fit"
-  )
-
-
-def image_row_bytes(width: int, group: int, lanes: int, itemsize: int) -> int:
-  """Of a row of pixels; smaller numbers fill registers by pairs of rows."""
-  return width * max(group, 4 // itemsize) * lanes * itemsize
-
-
-def lane_row_bytes(width: int, group: int) -> int:
-  """Of a row with one float32 a pixel."""
-  return group * -(-width // LANES) * LANES * 4
-
-
-def numbers_bytes(count: int, group: int, lanes: int) -> int:
-  """Of so many states or sums; and as many parameters and their cotangents."""
-  return count * (group + 2 * 2) * lanes * 4
-
-
-# Rows follow one another; groups of images and blocks of channels need not.
+# Rows are processed in order; groups of images and blocks of channels are
+# independent.
 COMPILER_PARAMS = pltpu.CompilerParams(
   dimension_semantics=("parallel", "parallel", "arbitrary")
 )
@@ -119,13 +32,13 @@ COMPILER_PARAMS = pltpu.CompilerParams(
 def cost(
   arguments: Sequence[Array], results: Any, *, flops: int, transcendentals: int
 ) -> pl.CostEstimate:
-  """What XLA should count for a kernel, which it cannot look into.
+  """Returns a kernel's cost, for XLA's scheduler.
 
   Args:
-    arguments: each is read once, the first has all pixels and channels.
-    results: shapes of arrays; each is written once.
-    flops: for each pixel and channel.
-    transcendentals: for each pixel and channel.
+    arguments: each is read once; the first has all pixels and channels.
+    results: types of arrays, each of which is written once.
+    flops: operations a pixel and channel.
+    transcendentals: of these, transcendental functions.
   """
   moved = (*arguments, *jax.tree.leaves(results))
   return pl.CostEstimate(
@@ -135,12 +48,12 @@ def cost(
   )
 
 
-# A step of the grid to a row.
+# Maps a step of the grid to a row.
 RowOf = Callable[[Any], Any]
 
 
 def image_spec(width: int, cut: Cut, row_of: RowOf) -> pl.BlockSpec:
-  """A row of [H, W, G, b, D], or of [H, N, G, b, D] with N for the width."""
+  """Returns the block for a row of [H, W, G, b, D]; W may stand for states."""
   return pl.BlockSpec(
     (None, width, None, cut.group, cut.block),
     lambda i, c, step: (row_of(step), 0, i, 0, c),
@@ -148,7 +61,7 @@ def image_spec(width: int, cut: Cut, row_of: RowOf) -> pl.BlockSpec:
 
 
 def state_spec(width: int, states: int, cut: Cut, row_of: RowOf):
-  """A row of [H, W, N, G, b, D]."""
+  """Returns the block for a row of [H, W, N, G, b, D]."""
   return pl.BlockSpec(
     (None, width, states, None, cut.group, cut.block),
     lambda i, c, step: (row_of(step), 0, 0, i, 0, c),
@@ -156,7 +69,7 @@ def state_spec(width: int, states: int, cut: Cut, row_of: RowOf):
 
 
 def token_spec(states: int, cut: Cut, lanes: int, row_of: RowOf):
-  """A row of [H, N, G, b, Wp]."""
+  """Returns the block for a row of [H, N, G, b, Wp]."""
   return pl.BlockSpec(
     (None, states, None, cut.group, lanes),
     lambda i, c, step: (row_of(step), 0, i, 0, 0),
@@ -164,7 +77,7 @@ def token_spec(states: int, cut: Cut, lanes: int, row_of: RowOf):
 
 
 def partial_token_spec(states: int, cut: Cut, lanes: int, row_of: RowOf):
-  """A row of [K, H, N, G, b, Wp], one K for each block of channels."""
+  """Returns the block for a row of [K, H, N, G, b, Wp], K channel blocks."""
   return pl.BlockSpec(
     (None, None, states, None, cut.group, lanes),
     lambda i, c, step: (c, row_of(step), 0, i, 0, 0),
@@ -172,19 +85,19 @@ def partial_token_spec(states: int, cut: Cut, lanes: int, row_of: RowOf):
 
 
 def parameter_spec(count: int, cut: Cut) -> pl.BlockSpec:
-  """Of [count, D]."""
+  """Returns the block for parameters [count, D]."""
   return pl.BlockSpec((count, cut.block), lambda i, c, step: (0, c))
 
 
 def sums_spec(count: int, cut: Cut) -> pl.BlockSpec:
-  """Of [G, count, D], finished after the last row."""
+  """Returns the block for sums [G, count, D], written after the last row."""
   return pl.BlockSpec((None, count, cut.block), lambda i, c, step: (i, 0, c))
 
 
 def rows_of(
   x: Float[Array, "B H W D"], group: int
 ) -> Float[Array, "H W G b D"]:
-  """Images in groups of `group`, the last one filled up with zeros."""
+  """Returns images in groups of `group`, the last one padded with zeros."""
   batch, height, width, channels = x.shape
   x = jnp.pad(x, ((0, -batch % group), (0, 0), (0, 0), (0, 0)))
   x = x.transpose(1, 2, 0, 3)
@@ -194,7 +107,7 @@ def rows_of(
 def images_of(
   x: Float[Array, "H W G b D"], batch: int
 ) -> Float[Array, "B H W D"]:
-  """The images again, without what filled the last group up."""
+  """Inverts `rows_of`, for so many images."""
   height, width, _, _, channels = x.shape
   x = x.reshape(height, width, -1, channels)
   return x[:, :, :batch].transpose(2, 0, 1, 3)
@@ -203,7 +116,7 @@ def images_of(
 def last_state_rows_of(
   x: Float[Array, "H N B D"], group: int
 ) -> Float[Array, "H N G b D"]:
-  """States that rows leave, the images in groups as in `rows_of`."""
+  """Returns the state after each row, with images in groups as in `rows_of`."""
   height, states, batch, channels = x.shape
   x = jnp.pad(x, ((0, 0), (0, 0), (0, -batch % group), (0, 0)))
   return x.reshape(height, states, -1, group, channels)
@@ -212,7 +125,7 @@ def last_state_rows_of(
 def last_states_of(
   x: Float[Array, "H N G b D"], batch: int
 ) -> Float[Array, "H N B D"]:
-  """The inverse of `last_state_rows_of`."""
+  """Inverts `last_state_rows_of`."""
   height, states, _, _, channels = x.shape
   return x.reshape(height, states, -1, channels)[:, :, :batch]
 
@@ -220,7 +133,7 @@ def last_states_of(
 def state_rows_of(
   x: Float[Array, "B H W N D"], group: int
 ) -> Float[Array, "H W N G b D"]:
-  """All states of the images, in groups as in `rows_of`."""
+  """Returns all states, with images in groups as in `rows_of`."""
   batch, _, width, states, channels = x.shape
   x = rows_of(x.reshape(batch, -1, width * states, channels), group)
   return x.reshape(x.shape[0], width, states, *x.shape[2:])
@@ -229,7 +142,7 @@ def state_rows_of(
 def states_of(
   x: Float[Array, "H W N G b D"], batch: int
 ) -> Float[Array, "B H W N D"]:
-  """The inverse of `state_rows_of`."""
+  """Inverts `state_rows_of`."""
   height, width, states, *rest = x.shape
   x = images_of(x.reshape(height, width * states, *rest), batch)
   return x.reshape(batch, height, width, states, -1)
@@ -238,7 +151,7 @@ def states_of(
 def lane_rows_of(
   x: Float[Array, "B H W N"], group: int
 ) -> Float[Array, "H N G b Wp"]:
-  """One number a token: the tokens of a row along the lanes, filled up."""
+  """Returns values that have no channels, a row's tokens along the lanes."""
   batch, height, width, states = x.shape
   x = jnp.pad(x, ((0, -batch % group), (0, 0), (0, -width % LANES), (0, 0)))
   x = x.transpose(1, 3, 0, 2)
@@ -248,7 +161,7 @@ def lane_rows_of(
 def tokens_of(
   x: Float[Array, "H N G b Wp"], batch: int, width: int
 ) -> Float[Array, "B H W N"]:
-  """The inverse of `lane_rows_of`."""
+  """Inverts `lane_rows_of`."""
   height, states, _, _, lanes = x.shape
   x = x.reshape(height, states, -1, lanes)
   return x[:, :, :batch, :width].transpose(2, 0, 3, 1)
@@ -264,19 +177,19 @@ def for_tiles(
 ) -> Any:
   """Calls body(first column, columns, carry) for tiles that cover a row.
 
-  Tiles are as even as can be, so that little is left for the last one.
+  Tiles are as even as possible; the last one has the rest.
 
   Args:
     width: columns of the row.
-    body: what to do.
-    carry: passed from tile to tile.
-    states: how often the body's code stands for a column.
+    body: returns the next carry.
+    carry: the first one.
+    states: how often the body repeats its code for a column.
     reverse: from the last tile to the first.
 
   Returns:
     The last carry.
   """
-  count = -(-width // max(CONFIG.tile // states, 1))
+  count = -(-width // max(plan.CONFIG.tile // states, 1))
   tile = -(-width // count)
   whole, rest = divmod(width, tile)
 
@@ -297,14 +210,14 @@ def for_tiles(
 
 
 def for_states(states: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-  """Calls body(n, carry) for each state: one state needs no loop."""
+  """Calls body(n, carry) for each state, without a loop for one state."""
   if states == 1:
     return body(0, carry)
   return jax.lax.fori_loop(0, states, body, carry)
 
 
 def columns_from(row: Array, first: Any) -> Array:
-  """Turns a row of lanes so that column `first` comes first."""
+  """Returns a row of lanes, rotated so that column `first` is first."""
   lanes = row.shape[-1]
   if isinstance(first, int) and first == 0:
     return row
@@ -312,7 +225,7 @@ def columns_from(row: Array, first: Any) -> Array:
 
 
 def for_lanes(channels: int, body: Callable[[Any], None]) -> None:
-  """Calls body(index of the lanes) for each register's worth of channels."""
+  """Calls body(slice of the lanes) for each register of channels."""
   whole, rest = divmod(channels, LANES)
   if whole > 1:
 
@@ -327,14 +240,14 @@ def for_lanes(channels: int, body: Callable[[Any], None]) -> None:
 
 
 def add(total: Array | None, term: Array) -> Array:
-  """Sums that start from nothing."""
+  """Returns the sum; None stands for zero."""
   return term if total is None else total + term
 
 
 def inside(channels: int, block: int) -> Any:
-  """How many lanes of this block hold a channel; None if all of them do.
+  """Returns how many lanes of this block hold a channel; None if all do.
 
-  The last block of channels may reach beyond the last channel.
+  The last block may extend beyond the last channel.
   """
   if channels % block == 0:
     return None
@@ -348,14 +261,14 @@ def lane_sums(
   lanes: Any,
   inside: Any,
 ) -> Array:
-  """The sums over channels of a tile's columns, each in its token's lane.
+  """Returns a tile's sums over channels, each in the lane of its token.
 
   Args:
     products: [b, lanes] for each column.
     first: the first column.
     shape: [b, Wp], of the result.
-    lanes: index of the lanes summed over.
-    inside: as `inside` says.
+    lanes: slice of the lanes summed over.
+    inside: see `inside`.
   """
   token = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
   total = None

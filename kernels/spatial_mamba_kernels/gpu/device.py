@@ -1,4 +1,4 @@
-"""Which GPU kernels are for."""
+"""The GPU that kernels are compiled for."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ class Device(NamedTuple):
   """What kernels must know of a GPU.
 
   Attributes:
-    tma: whether that copies, or the threads do: there is one, and shared memory
-      for all that it brings at a time.
-    smem_bytes: of shared memory that a program may have.
-    wgmma: whether that multiplies matrices in shared memory.
+    tma: whether kernels copy by the TMA: the GPU has one, and shared memory
+      enough for what is loaded ahead.
+    smem_bytes: shared memory of a program at most.
+    wgmma: whether the GPU has Hopper's matrix products (`wgmma`).
   """
 
   tma: bool
@@ -21,7 +21,7 @@ class Device(NamedTuple):
   wgmma: bool = False
 
 
-# By compute capability.
+# Devices by compute capability.
 DEVICES = {
   **dict.fromkeys(("8.0", "8.7"), Device(False, 163 * 2**10)),
   **dict.fromkeys(("8.6", "8.9"), Device(False, 99 * 2**10)),
@@ -32,18 +32,18 @@ DEVICES = {
 
 
 def is_default() -> bool:
-  """Whether JAX's default device is a GPU."""
+  """Returns whether JAX's default device is a GPU."""
   return _capability() is not None
 
 
 def device() -> Device:
-  """The GPU that kernels are for: JAX's default device.
+  """Returns the GPU that kernels are for: JAX's default device.
 
-  To compile ahead of time, make it the one to compile for; where the default
-  device is no GPU, kernels are for a Hopper.
+  To compile ahead of time, make the target the default device. If that is no
+  GPU, kernels are for a Hopper.
 
   Raises:
-    NotImplementedError: no kernel can run there.
+    NotImplementedError: no kernel can run on that GPU.
   """
   capability = _capability() or "9.0"
   if capability not in DEVICES:

@@ -1,115 +1,31 @@
-"""How GPU kernels walk over an image, in strips of columns, row by row.
+"""How GPU kernels go over an image: in strips of columns, row by row.
 
-A program takes a strip for 128 channels, from the first row to the last, or
-some of the rows where a GPU needs more programs. Rows come into rings in shared
-memory, row r in place r modulo the size of the ring.
+A program computes a strip for 128 channels, from the first row to the last, or
+some of the rows if a GPU needs more programs. Rows are loaded into rings in
+shared memory, row r into slot r modulo the size of the ring.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_device import device
-from spatial_mamba_kernels.gpu_threads import plgpu
-from spatial_mamba_kernels.state_fusion.taps import clip
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.device import device
+from spatial_mamba_kernels.gpu.plan import Cut, ring_rows
+from spatial_mamba_kernels.gpu.threads import plgpu
+from spatial_mamba_kernels.taps import clip
 from spatial_mamba_kernels.typing import Array
-
-# Columns of a strip: a thread keeps a sum for each in registers.
-MOST_COLUMNS = 32
-# Shared memory for what is not rows: barriers, and what aligns rows to 1 KiB.
-OTHER_BYTES = 3 * 2**10
 
 GRID = ("image", "block", "strip", "rows")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-  """How an image is cut.
-
-  Attributes:
-    height: rows of the image.
-    width: columns of the image.
-    reach: columns to either side that a column reads.
-    strip: columns computed by a program. The last strip ends where the image
-      does, and may compute columns that another one computes as well.
-    rows: computed by a program; the last one may have fewer.
-  """
-
-  height: int
-  width: int
-  reach: int
-  strip: int
-  rows: int
-
-  @property
-  def strips(self) -> int:
-    """How many strips there are."""
-    return -(-self.width // self.strip)
-
-  def result(self, image: Array, dtype: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of an image that is computed, from one that is read."""
-    shape = gpu.room(image.shape, (self.strip, gpu.CHANNELS))
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-  @property
-  def blocks(self) -> int:
-    """How many blocks of rows there are."""
-    return -(-self.height // self.rows)
-
-  @property
-  def read(self) -> int:
-    """How many columns a strip reads."""
-    return _columns_read(self.width, self.strip, self.reach)
-
-
-def cut(
-  shape: tuple[int, ...],
-  reach: int,
-  bytes_of: Callable[[int, int], int],
-  *,
-  columns: int | None = None,
-) -> Cut:
-  """Into few strips that fit into shared memory.
-
-  Args:
-    shape: of the images, [B, H, W, D].
-    reach: columns to either side that a column reads.
-    bytes_of: (columns computed, columns read) -> bytes of shared memory.
-    columns: of a strip at most; None for `MOST_COLUMNS`.
-
-  Raises:
-    NotImplementedError: none fit.
-  """
-  batch, height, width, channels = shape
-  most_bytes = device().smem_bytes - OTHER_BYTES
-  for strips in range(-(-width // (columns or MOST_COLUMNS)), width + 1):
-    strip = -(-width // strips)
-    read = _columns_read(width, strip, reach)
-    if bytes_of(strip, read) <= most_bytes:
-      programs = batch * gpu.blocks(channels) * strips
-      parts = gpu.split(height, programs, least=reach)
-      return Cut(height, width, reach, strip, -(-height // parts))
-  raise NotImplementedError(
-    f"mosaic_gpu keeps rows in shared memory, which do not fit where a pixel"
-    f" reads {reach} columns to either side"
-  )
-
-
-def _columns_read(width, strip, reach):
-  # Of two strips each is at a border, with nothing beyond.
-  sides = 1 if strip < width <= 2 * strip else 2
-  return min(strip + sides * reach, width)
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
-  """What this program computes: its place in the grid, and in the image."""
+  """What this program computes: its indices in the grid, and in the image."""
 
   cut: Cut
   image: Any
@@ -119,7 +35,7 @@ class Program:
 
   @property
   def channels(self) -> Any:
-    """Index of its channels."""
+    """Slice of its channels."""
     return pl.ds(self.block * gpu.CHANNELS, gpu.CHANNELS)
 
   @property
@@ -154,9 +70,10 @@ class Program:
     return jnp.clip(self.column - self.cut.reach, 0, last)
 
   def places(self) -> dict[int, Any]:
-    """Where columns lie in what is read: counted from its own first column.
+    """Returns {column: its index in a row that is read}.
 
-    Columns beyond the image lie where the border does.
+    Columns are counted from the strip's first. Those beyond the image have the
+    index of the border.
     """
     strip, reach, first = self.cut.strip, self.cut.reach, self.first_read
     places = {j: self.column - first + j for j in range(strip)}
@@ -165,12 +82,13 @@ class Program:
     return places
 
   def columns_of(self, row: Any) -> Callable[[int], Any]:
-    """References to columns of a row that has been read, from its own first.
+    """Returns column -> reference to it in a row that is read.
 
-    Beyond the image it is some other column.
+    Columns are counted from the strip's first. Beyond the image the reference
+    is to some other column.
     """
     places = self.places()
-    # The others at distances from one address.
+    # The strip's own columns are at constant distances from one address.
     own = row.at[pl.ds(places[0], self.cut.strip)]
 
     def column(j):
@@ -179,26 +97,26 @@ class Program:
     return column
 
   def is_inside(self, j: int) -> Any:
-    """Whether column j, from its own first, is within the image."""
+    """Returns whether column j of the strip is within the image."""
     column = self.column + j
     return (column >= 0) & (column < self.cut.width)
 
   def is_own(self, j: int) -> Any:
-    """Whether no strip before computes its column j."""
+    """Returns whether no strip before computes column j of the strip."""
     if self.cut.width % self.cut.strip == 0:
       return True
     return self.column + j >= self.own_column
 
   def rows_of(self, image: Any) -> Any:
-    """[H, W, D], the columns that are read, of a reference [B, H, W, D]."""
+    """Returns a reference to the columns read, [H, W, D], of [B, H, W, D]."""
     return self.numbers_of(image).at[:, :, self.channels]
 
   def numbers_of(self, image: Any) -> Any:
-    """[H, W, N], of a reference [B, H, W, N] to numbers of no channel."""
+    """Returns the same of values without channels, [H, W, N]."""
     return image.at[self.image, :, pl.ds(self.first_read, self.cut.read)]
 
   def own_rows_of(self, image: Any) -> Any:
-    """[H, W, D], its own columns."""
+    """Returns a reference to the strip's columns, [H, W, D]."""
     columns = pl.ds(self.column, self.cut.strip)
     return image.at[self.image, :, columns, self.channels]
 
@@ -206,13 +124,13 @@ class Program:
 def kernel(
   body: Callable[..., None], image: Array, cut: Cut, **options: Any
 ) -> Callable[..., Any]:
-  """A kernel over images, [B, H, W, D], cut like this one.
+  """Returns a kernel over images [B, H, W, D].
 
   Args:
-    body: is given the `Program` after all references.
+    body: called with all references, then the `Program`.
     image: with padded channels.
     cut: see `Cut`.
-    **options: see `gpu_threads.kernel`.
+    **options: see `gpu.threads.kernel`.
   """
 
   def run(*refs, **scratch):
@@ -224,18 +142,18 @@ def kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """Rows of an image on their way through a ring in shared memory.
+  """A stream of an image's rows through a ring in shared memory.
 
-  While a row is computed the next one that is needed comes: by the TMA, to a
-  place of its own; by the threads, to their registers, and then in place of the
-  first row that was needed.
+  While a row is computed, the next row that is needed is loaded: by the TMA,
+  into a slot of its own; by the threads, into registers, from which it replaces
+  the oldest row of the ring.
 
   Attributes:
     image: reference to [H, W, D].
     ring: reference to [S, W, D].
-    barriers: one for each place of the ring, or None without a TMA.
-    rows: (first row to be computed, the one after the last).
-    reach: so many rows before and after a row must be there with it.
+    barriers: one for each slot of the ring, or None without a TMA.
+    rows: first row to be computed, and the one after the last.
+    reach: rows before and after a row that it needs.
   """
 
   image: Any
@@ -248,24 +166,19 @@ class Stream:
   def scratch(
     name: str, columns: int, dtype: Any, reach: int
   ) -> dict[str, Any]:
-    """The ring, and the barriers."""
-    size = Stream.places(reach)
+    """Returns the types of the ring and its barriers, by name."""
+    size = ring_rows(reach)
     ring = {name: plgpu.SMEM((size, columns, gpu.CHANNELS), dtype)}
     if not device().tma:
       return ring
     return {**ring, f"{name}_barriers": plgpu.Barrier(num_barriers=size)}
-
-  @staticmethod
-  def places(reach: int) -> int:
-    """How many rows its ring has."""
-    return 2 * reach + 1 + device().tma
 
   @property
   def _end(self):
     return jnp.minimum(self.rows[1] + self.reach, self.image.shape[0])
 
   def start(self) -> None:
-    """Brings all that the first row needs, but may not wait for the last."""
+    """Loads all that the first row needs; waits for all but the last."""
     first = jnp.maximum(self.rows[0] - self.reach, 0)
     last = self.rows[0] + self.reach
 
@@ -283,7 +196,7 @@ class Stream:
         self._wait(row)
 
   def request(self, row: Any) -> list[Any]:
-    """Begins to bring what the row after this one needs, for `receive`."""
+    """Starts to load what the next row needs; returns it for `receive`."""
     following = row + self.reach + 1
     if self.barriers is None:
       return self._load(jnp.minimum(following, self._end - 1))
@@ -297,7 +210,7 @@ class Stream:
       pl.when(last < self._end)(lambda: self._wait(last))
 
   def receive(self, row: Any, requested: list[Any]) -> None:
-    """Takes what was requested, when `row` has been computed."""
+    """Puts what was requested into the ring, once `row` has been computed."""
     self._put(row + self.reach + 1, requested)
 
   def _place(self, row):
@@ -322,7 +235,7 @@ class Stream:
 
 
 def len_of(ring: Any) -> int:
-  """How many rows a ring has."""
+  """Returns how many rows a ring has."""
   return ring.shape[0]
 
 
@@ -332,7 +245,7 @@ def for_rows(
   body: Callable[[Any, Any], Any],
   carry: Any,
 ) -> Any:
-  """Calls body(row, carry) for each row, with what it needs in the rings.
+  """Calls body(row, carry) for each row, once the rings have what it needs.
 
   Returns:
     The last carry.
@@ -357,9 +270,9 @@ def store(values: Sequence[Array], tile: Any, row: Any) -> None:
   """Writes a row of results.
 
   Args:
-    values: for each column a vector of channels.
-    tile: reference to [W, D] in shared memory, from which they are copied while
-      the next row is computed, or None without a TMA.
+    values: a vector of channels for each column.
+    tile: reference to [W, D] in shared memory, from which the TMA copies the
+      row while the next one is computed; None without a TMA.
     row: reference to [W, D].
   """
   place = row if tile is None else tile

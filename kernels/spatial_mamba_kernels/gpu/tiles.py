@@ -1,6 +1,6 @@
-"""How GPU kernels walk over the tokens of an image, tile by tile.
+"""How GPU kernels go over the tokens of an image, tile by tile.
 
-A program takes all tokens for 128 channels, or a chunk of them where a GPU
+A program computes all tokens for 128 channels, or a chunk of them if a GPU
 needs more programs.
 """
 
@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_device import device
-from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.gpu import plan
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.device import device
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.typing import Array
 
 GRID = ("image", "block", "chunk")
@@ -26,9 +27,9 @@ class Chunks:
   """How the tokens of an image are cut: into chunks of whole tiles.
 
   Attributes:
-    states: of a channel.
-    tiles: in all; the last one may reach beyond the tokens.
-    per_chunk: tiles of a chunk; the last one may have fewer.
+    states: states of a channel.
+    tiles: tiles of an image; the last one may extend beyond the tokens.
+    per_chunk: tiles of a chunk; the last chunk may have fewer.
   """
 
   states: int
@@ -37,12 +38,12 @@ class Chunks:
 
   @classmethod
   def of(cls, u: Array, A: Array) -> "Chunks":
-    """As many chunks as a GPU needs, and no more."""
+    """Returns as many chunks as a GPU needs, and no more."""
     batch, length, channels = u.shape
     states = A.shape[1]
     tiles = -(-length // tokens_of_tile(states))
     programs = batch * gpu.blocks(channels)
-    parts = gpu.split(tiles, programs, least=gpu.CONFIG.stages)
+    parts = gpu.split(tiles, programs, least=plan.CONFIG.stages)
     return cls(states, tiles, -(-tiles // parts))
 
   @property
@@ -56,18 +57,18 @@ class Chunks:
     return -(-self.tiles // self.per_chunk)
 
   def tiles_of(self, chunk: Any) -> Any:
-    """How many tiles a chunk has."""
+    """Returns how many tiles a chunk has."""
     if self.tiles % self.per_chunk == 0:
       return self.per_chunk
     return jnp.minimum(self.per_chunk, self.tiles - chunk * self.per_chunk)
 
   def pad(self, x: Array) -> Array:
-    """Fills up channels and tokens, [B, L, ..., D], where copies ask for it."""
+    """Pads channels and tokens of [B, L, ..., D] as copies require."""
     x = gpu.pad_channels(x)
     return x if device().tma else self.pad_tokens(x)
 
   def room(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that results [B, L, ..., D] need; see `gpu_threads.room`."""
+    """Returns the shape that results need; see `gpu.threads.room`."""
     batch, length, *rest, _ = shape
     sent = (self.tile, *rest, gpu.CHANNELS)
     if gpu.is_one_piece(shape, sent):
@@ -75,20 +76,20 @@ class Chunks:
     return gpu.room((batch, length, *shape[2:]), sent)
 
   def pad_tokens(self, x: Array) -> Array:
-    """Fills tokens up to whole tiles."""
+    """Pads tokens to whole tiles."""
     padding = [(0, 0)] * x.ndim
     padding[1] = (0, self.tiles * self.tile - x.shape[1])
     return jnp.pad(x, padding)
 
 
 def tokens_of_tile(states):
-  """So many that the code is as long for any number of states."""
-  return max(1, gpu.CONFIG.tokens // states)
+  """Returns the tokens of a tile, so that code is as long for any states."""
+  return max(1, plan.CONFIG.tokens // states)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What this program computes: its place in the grid."""
+  """What this program computes: its indices in the grid."""
 
   chunks: Chunks
   image: Any
@@ -97,12 +98,12 @@ class Program:
 
   @classmethod
   def this(cls, chunks: Chunks) -> "Program":
-    """The one that runs."""
+    """Returns the one that runs."""
     return cls(chunks, *(lax.axis_index(name) for name in GRID))
 
   @property
   def channels(self) -> Any:
-    """Index of its channels."""
+    """Slice of its channels."""
     return pl.ds(self.block * gpu.CHANNELS, gpu.CHANNELS)
 
 
@@ -120,11 +121,11 @@ def for_tiles(
   Args:
     body: returns the next carry.
     refs: references to [B, L, ..., D].
-    program: whose chunk it is.
+    program: its chunk's tiles.
     carry: the first one.
     reverse: from the last tile to the first.
-    last_of: references of which the body is given, after the tiles, the last
-      token before the tile; the first tile's is meaningless.
+    last_of: references of which the body gets, after the tiles, the last token
+      before the tile; undefined for the first tile.
   """
   chunks = program.chunks
   count = chunks.tiles_of(program.chunk)
@@ -165,13 +166,13 @@ def _by_tma(body, sources, program, tile_of, count, carry):
     step,
     grid=(count,),
     in_specs=[spec(*source) for source in sources],
-    max_concurrent_steps=gpu.CONFIG.stages,
+    max_concurrent_steps=plan.CONFIG.stages,
     init_carry=carry,
   )(*(ref for ref, *_ in sources))
 
 
 def _by_threads(body, sources, program, tile_of, count, carry):
-  """While a tile is computed, the next one is on its way to registers."""
+  """Loads the next tile into registers while a tile is computed."""
 
   def load(step):
     tile = tile_of(jnp.minimum(step, count - 1))
@@ -187,7 +188,7 @@ def _by_threads(body, sources, program, tile_of, count, carry):
 
 
 def _load(program, tile, ref, tokens, first):
-  """{index: vector of channels} of a tile."""
+  """Returns a tile as {index: vector of channels}."""
   start, rest = first(tile), ref.shape[2:-1]
   return {
     (j, *indices) if rest else j: gpu.vector(

@@ -1,8 +1,8 @@
-"""GPU kernels whose warps have whole tokens: no thread waits for another.
+"""GPU kernels whose warps have whole tokens, so that no warp waits for another.
 
-Some threads of a warp have a token's channels in registers. What they sum over
-channels they exchange by shuffles; sums over tokens stay in registers until the
-end, and only then do the warps of a warpgroup meet.
+A token's channels are in the registers of some threads of a warp, which sum
+over channels by shuffles. Sums over tokens stay in registers until the end,
+where the warps of a warpgroup exchange them.
 """
 
 import dataclasses
@@ -13,23 +13,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from spatial_mamba_kernels import gpu_threads as gpu
-from spatial_mamba_kernels.gpu_threads import plgpu
+from spatial_mamba_kernels.gpu import threads as gpu
+from spatial_mamba_kernels.gpu.plan import LANES
+from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.typing import Array
 
-WARPS, LANES = 4, 32
-# Numbers loaded together; Mosaic sums no more over warps.
+WARPS = 4
+# Values that a thread loads at once; Mosaic sums no more over warps.
 VECTOR = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """Those that a warpgroup has at a time.
+  """A tile: the tokens that a warpgroup has at a time.
 
   Attributes:
-    channels: of a token.
-    numbers: of a token that a thread has at most, where there are threads
-      enough: with more of them fewer threads take part in a sum.
+    channels: channels of a token.
+    numbers: channels that a thread has at most, if there are threads enough;
+      with more, fewer threads take part in a sum.
   """
 
   channels: int
@@ -37,22 +38,22 @@ class Tokens:
 
   @property
   def threads(self) -> int:
-    """Those that have a token: a power of two, 32 at most."""
+    """Threads that share a token: a power of two, 32 at most."""
     return min(LANES, pl.next_power_of_2(-(-self.channels // self.numbers)))
 
   @property
   def count(self) -> int:
-    """How many tokens."""
+    """How many tokens there are."""
     return WARPS * LANES // self.threads
 
   @property
   def shape(self) -> tuple[int, int]:
-    """Of their numbers."""
+    """The tile's shape."""
     return self.count, self.channels
 
   @property
   def layout(self) -> Any:
-    """Which thread has which numbers."""
+    """Which thread has which values."""
     vector = math.gcd(self.channels // self.threads, VECTOR)
     tile = self.count, self.threads * vector
     if self.threads == LANES:
@@ -66,35 +67,35 @@ class Tokens:
     )
 
   def load(self, image: Any, own: Any) -> Array:
-    """These tokens' numbers."""
+    """Loads a tile of an image, at a slice of tokens."""
     return gpu.load(image.at[own], self.layout).astype(jnp.float32)
 
   def store(self, image: Any, own: Any, values: Array) -> None:
-    """Stores these tokens' numbers."""
+    """Stores a tile of an image, at a slice of tokens."""
     gpu.store(image.at[own], values.astype(image.dtype))
 
   def parameters(self, ref: Any) -> Array:
-    """A vector of channels, for each token."""
+    """Loads a vector of channels, repeated for each token."""
     return self._spread(gpu.load(ref, self.layout.reduce(0)), 1)
 
   def scales(self, ref: Any, own: Any) -> Array:
-    """A number of each token, for each of its channels."""
+    """Loads a value a token, repeated for each channel."""
     return self._spread(gpu.load(ref.at[own], self.layout.reduce(1)), 0)
 
   def means(self, values: Array) -> Array:
-    """Of each token, for each of its channels."""
+    """Returns the mean of each token, repeated for each channel."""
     return self._spread(jnp.sum(values, axis=1) * (1 / self.channels), 0)
 
   def zeros(self) -> Array:
-    """Sums over tokens begin with these."""
+    """Returns a tile of zeros, with which sums over tokens begin."""
     return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
 
   def store_sum(self, values: Array, tile: Any, out: Any) -> None:
-    """Sums over these tokens, where several warpgroups have some each.
+    """Stores the sum over the tile's tokens, one warpgroup of several.
 
     Args:
-      values: of this warpgroup.
-      tile: reference to as many, float32 in shared memory; its own.
+      values: the warpgroup's tile.
+      tile: reference to its own scratch of that shape, float32.
       out: reference to [C], float32 in device memory.
     """
     gpu.store(tile, values)
@@ -118,11 +119,11 @@ class Tokens:
     )
 
   def compiler_params(self, *, sums: bool) -> Any:
-    """For `plgpu.kernel`, with `sums` over tokens or without."""
+    """Returns parameters for `plgpu.kernel`, with or without `sums`."""
     return plgpu.CompilerParams(
       approx_math=True,
       unsafe_no_auto_barriers=True,
-      # Where warps exchange sums over their tokens.
+      # For warps to exchange their sums over tokens.
       reduction_scratch_bytes=4 * math.prod(self.shape) if sums else 0,
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     )

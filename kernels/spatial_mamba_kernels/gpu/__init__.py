@@ -1,0 +1,1 @@
+"""What GPU kernels of several operators share; see `threads`."""

@@ -1,0 +1,1 @@
+"""What TPU kernels of several operators share; see `rows`."""
