@@ -1,4 +1,4 @@
-"""An operator as tests, benchmarks and ahead-of-time compilation call it."""
+"""What tests, benchmarks and ahead-of-time compilation know of an operator."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from spatial_mamba_kernels.typing import Array
 
 
 class Sizes(NamedTuple):
-  """Sizes of a mixer's images, from which those of all arguments follow."""
+  """Sizes of a mixer's images; they determine the shapes of all arguments."""
 
   batch: int
   height: int
@@ -32,12 +32,12 @@ def unchanged(x: Array) -> Array:
 
 
 class Argument(NamedTuple):
-  """An argument of an operator, to be drawn at random.
+  """The distribution of a random argument of an operator.
 
   Attributes:
-    shape: of the array.
-    dtype: of the array.
-    of_normal: makes the array of standard normal numbers.
+    shape: the array's shape.
+    dtype: the array's type.
+    of_normal: maps standard normal samples to the array.
   """
 
   shape: tuple[int, ...]
@@ -47,25 +47,24 @@ class Argument(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """An operator, its arguments, and what is known of its kernels.
+  """An operator, its arguments, and facts about its kernels.
 
   Attributes:
-    operator: its name is that of the case.
+    operator: the operator, which gives the case its name.
     function: (**arrays, implementation=) -> result.
     arguments: (sizes, dtype of images, **options) -> {name: argument}, in the
       order of the operator's arrays.
-    reference: (**arrays) -> result, by JAX's own functions or one step after
-      the other.
-    rivals: {name: (**arrays) -> result}, what XLA makes of it without a kernel;
-      benchmarks compare values with those of the last one.
-    gpu_kernels: kernels of the forward and of the backward pass on a GPU with a
-      TMA, at the sizes of tiny's first stage.
-    older_gpu_kernels: the same on a GPU without one, where they differ.
-    is_for_every_gpu: whether there are kernels for each GPU, and of float32.
-    loop_tokens: arrays -> {name of a GPU kernel: tokens, of 128 channels, that
-      a run of its loop computes}.
-    tpu_row: sizes -> tokens in a row of the TPU kernels.
-    roundings: how often XLA's form rounds a number to bfloat16 on its way.
+    reference: (**arrays) -> result, by JAX's own functions or step by step.
+    rivals: {name: (**arrays) -> result}, forms without a kernel that benchmarks
+      time. Benchmarks compare values with those of the last one.
+    gpu_kernels: number of kernels of the forward and of the backward pass on a
+      GPU with a TMA, at the sizes of tiny's first stage.
+    older_gpu_kernels: the same on a GPU without a TMA, if it differs.
+    is_for_every_gpu: whether the kernels serve every GPU, and float32.
+    loop_tokens: (arrays) -> {name of a GPU kernel: tokens of 128 channels per
+      iteration of its loop}.
+    tpu_row: (sizes) -> tokens per row of the TPU kernels.
+    roundings: how often the XLA form rounds a value to bfloat16.
   """
 
   operator: Operator

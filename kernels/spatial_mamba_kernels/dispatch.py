@@ -1,26 +1,25 @@
 """The choice between an operator's kernels and XLA.
 
-It is made while a program is lowered, for the platform it is lowered for. Until
-then a primitive stands for each pass; only then is a kernel's module imported,
-and Pallas with it. So one traced program serves the CPU it was traced on, the
-accelerator it runs on, and an ahead-of-time compile. What the forward pass
-saves has the same shapes whatever is chosen.
+`implementation=None` is resolved while a program is lowered, for the platform of
+the lowering. Until then a primitive represents each pass of an operator. The
+lowering imports the kernel's module, and Pallas with it. So one traced program
+serves the CPU it was traced on, the accelerator it runs on, and ahead-of-time
+compilation. The residuals have the same shapes for every choice.
 
-An operator must choose while tracing where the choice decides what is saved:
-XLA saves intermediates that the kernel recomputes
-(`Operator.is_chosen_in_tracing`). Its kernel is a candidate only where programs
-are traced for the kernel's platform, which is that of JAX's default device
-(`traced_for`). A program that was traced for another platform has the same
-values, by XLA. To compile ahead of time, make the target the default device.
+Some operators must choose while tracing, because the choice decides which
+residuals are saved: XLA saves intermediates that the kernel recomputes
+(`Operator.is_chosen_in_tracing`). Their kernels are candidates only if JAX's
+default device has the kernel's platform (`traced_for`). A program traced for
+another platform computes the same values by XLA. To compile ahead of time, make
+the target the default device.
 
-A named implementation is not chosen: it is what runs, or fails to be lowered.
+A named implementation runs on every platform, or its lowering fails.
 
-A GPU kernel is planned for the GPU that is JAX's default device, and for a
-Hopper where that is no GPU. A lesser GPU refuses such a program when it is
-compiled.
+GPU kernels are planned for JAX's default device if it is a GPU, and for a
+Hopper otherwise. Compilation fails on a GPU that lacks what the plan uses.
 
-Nothing here is differentiated by JAX: kernels cannot be, and neither should a
-choice between platforms.
+JAX differentiates neither the kernels nor the choice: each operator defines its
+backward pass.
 """
 
 import importlib
@@ -46,33 +45,31 @@ from spatial_mamba_kernels.sharding import (
 from spatial_mamba_kernels.typing import Array
 
 Arrays = tuple[Array, ...]
-# The first may be a tuple of arrays.
+# Results of a pass; the first may itself be a tuple of arrays.
 Results = tuple[Any, ...]
 
-# What `checkpoint_name` calls all that took a scan or a fusion of states to
-# make, for the policies of `jax.checkpoint`.
+# Name of the results of scans, fusions and large products, for the policies of
+# `jax.checkpoint`.
 CHECKPOINT_NAME = "spatial_mamba_kernels"
 
 keep = partial(checkpoint_name, name=CHECKPOINT_NAME)
 
-# The platform of each implementation that is a kernel.
+# {implementation: platform} of the kernels.
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 
 
 def traced_for() -> str:
-  """Returns the platform that programs are traced for: "cpu", "cuda", "tpu".
-
-  It is that of JAX's default device.
-  """
+  """Returns the platform of JAX's default device: "cpu", "cuda" or "tpu"."""
   return "cuda" if gpu.is_default() else get_default_device().platform
 
 
 class Passes(NamedTuple):
-  """An operator and its derivative.
+  """The forward and the backward pass of an operator.
 
   Attributes:
-    forward: (arrays, save=bool) -> (result, *saved), `saved` only if `save`.
-    backward: (arrays, saved, cotangent of the result) -> those of `arrays`.
+    forward: (arrays, save=bool) -> (result, *saved); `saved` only if `save`.
+    backward: (arrays, saved, cotangent of the result) -> cotangents of the
+      arrays.
   """
 
   forward: Callable[..., Results]
@@ -80,16 +77,16 @@ class Passes(NamedTuple):
 
 
 class Kernel(NamedTuple):
-  """What one device computes of its own images and channels.
+  """A kernel that computes the images and channels of one device.
 
   Attributes:
     plan: raises NotImplementedError, with the reason, for arrays that the
-      kernel cannot serve. It is called while tracing on every platform, and
-      once more while lowering.
-    module: the name of the module that has the kernel's `run_forward` and
-      `run_backward`; the latter returns partial sums.
+      kernel cannot serve. It is called while tracing, on every platform, and
+      again while lowering.
+    module: name of the module with `run_forward` and `run_backward`. The latter
+      returns partial sums.
     finish: (arrays, partial sums) -> cotangents of `arrays`.
-    sums: dimensions of the partial sums (see `per_shard`).
+    sums: dimensions of the partial sums; see `per_shard`.
     options: keyword arguments of `run_forward` and `run_backward`.
   """
 
@@ -101,7 +98,7 @@ class Kernel(NamedTuple):
 
   @property
   def passes(self) -> Passes:
-    """The passes, from their module: nothing else imports Pallas."""
+    """Imports the module, and Pallas with it, and returns its passes."""
     module = importlib.import_module(self.module)
     return Passes(
       partial(module.run_forward, **self.options),
@@ -110,13 +107,13 @@ class Kernel(NamedTuple):
 
 
 class Dimensions(NamedTuple):
-  """Of what all kernels of an operator take and give (see `per_shard`).
+  """Dimensions of the arrays of an operator; see `per_shard`.
 
   Attributes:
-    arguments: those of the first one begin with the images and end with the
-      channels.
-    result: of the operator.
-    saved: of what the forward pass saves for the backward pass.
+    arguments: dimensions of each argument. The first argument's begin with the
+      images and end with the channels.
+    result: dimensions of the result.
+    saved: dimensions of the residuals.
   """
 
   arguments: Any
@@ -128,17 +125,17 @@ class Operator:
   """A differentiable operator over a tuple of arrays.
 
   Args:
-    name: of the scope in which a program has it.
-    xla: (arrays, implementation=) -> result, differentiable, on any platform.
+    name: name of the operator's scope in programs and profiles.
+    xla: (arrays, implementation=) -> result; differentiable, on every platform.
     kernels: {implementation: kernel}.
-    dimensions: what all of these have in common.
-    is_chosen_in_tracing: whether the choice decides what the forward pass
-      saves, so that it must be made while tracing (see this module).
-    saves: arrays -> shapes and types of what the kernels save. XLA computes the
-      result anew in the backward pass, and saves zeros.
-    passes: where the result is all that is saved, `xla` with that.
-    is_named: whether what is made is called `CHECKPOINT_NAME`; not where it
-      costs less to make it again than to keep it.
+    dimensions: dimensions of the arrays of all kernels.
+    is_chosen_in_tracing: whether the choice decides which residuals are saved,
+      and so must be made while tracing; see this module.
+    saves: (arrays) -> shapes and types of the kernels' residuals. The XLA form
+      saves zeros in their place, and its backward pass recomputes the result.
+    passes: the passes of the XLA form if the result is the only residual.
+    is_named: whether results and residuals get the name `CHECKPOINT_NAME`;
+      False if recomputing them costs less than saving them.
   """
 
   def __init__(
@@ -161,15 +158,15 @@ class Operator:
     self._saves = saves
     self._saves_result = passes is not None
     self._is_named = is_named
-    self._default = passes or Passes(self._anew_forward, self._anew_backward)
+    self._default = passes or Passes(self._xla_forward, self._xla_backward)
     self._chosen = jax.custom_vjp(self._forward, nondiff_argnums=(1,))
     self._chosen.defvjp(self._save, self._backward)
 
   def __call__(self, arrays: Arrays, implementation: str | None) -> Any:
-    """Computes by the implementation named, or by the platform's best.
+    """Computes the result with the named implementation, or with the best.
 
     Raises:
-      NotImplementedError: the kernel named cannot serve.
+      NotImplementedError: the named kernel cannot serve the arrays.
     """
     if implementation is None:
       names = tuple(
@@ -219,35 +216,35 @@ class Operator:
     return (self._pass("backward", choice)(*residuals, g),)
 
   def _pass(self, name, choice, **options):
-    """A pass by name; differentiated once more, it is XLA's."""
-    run = Run(self, name, tuple(options.items()), *choice)
+    """Returns a pass, whose own derivative is that of the XLA form."""
+    run = OperatorPass(self, name, tuple(options.items()), *choice)
 
     def chosen(*arguments):
       return run_by_platform(run, arguments)
 
-    once_more = jax.custom_vjp(chosen)
-    once_more.defvjp(
+    differentiable = jax.custom_vjp(chosen)
+    differentiable.defvjp(
       lambda *arguments: (chosen(*arguments), arguments),
       lambda arguments, g: jax.vjp(partial(run, None), *arguments)[1](g),
     )
-    return once_more
+    return differentiable
 
   def on(self, kernel: str | None) -> Passes:
-    """The passes by a kernel's name, or XLA's."""
+    """Returns the passes of a kernel by its name, or of the XLA form."""
     return self._kernel(kernel) if kernel else self._default
 
-  def _anew_forward(self, arrays, *, save):
+  def _xla_forward(self, arrays, *, save):
     saved = self._saves(arrays) if save else ()
     zeros = (jnp.zeros(x.shape, x.dtype) for x in saved)
     return self._xla(arrays, implementation=None), *zeros
 
-  def _anew_backward(self, arrays, saved, g):
+  def _xla_backward(self, arrays, saved, g):
     del saved
     function = partial(self._xla, implementation=None)
     return jax.vjp(function, arrays)[1](g)[0]
 
   def _kernel(self, name):
-    """A kernel on whole arrays, which the mesh in force may have split."""
+    """Returns a kernel's passes over arrays that the mesh in force shards."""
     kernel, dimensions = self.kernels[name], self._dimensions
 
     def forward(arrays, *, save):
@@ -278,15 +275,15 @@ class Operator:
     return Passes(forward, backward)
 
 
-class Run(NamedTuple):
-  """A pass of an operator, as a program has it until it is lowered.
+class OperatorPass(NamedTuple):
+  """The forward or the backward pass of an operator in a traced program.
 
   Attributes:
-    operator: whose pass it is.
-    name: of the pass.
-    options: of the pass, as pairs.
-    kernels: names of those that can serve.
-    named: the caller named the only one, for whatever platform.
+    operator: the operator.
+    name: "forward" or "backward".
+    options: keyword arguments of the pass, as pairs.
+    kernels: names of the kernels that can serve.
+    named: whether the caller named the kernel, for every platform.
   """
 
   operator: Operator
@@ -298,7 +295,7 @@ class Run(NamedTuple):
   def __call__(
     self, platform: str | None, arrays: Arrays, *rest: Any
   ) -> Results:
-    """Runs the pass as a platform does it best, or XLA."""
+    """Runs the pass with the platform's kernel, or with the XLA form."""
     passes = self.operator.on(self._kernel_for(platform, arrays))
     run = getattr(passes, self.name)
     with jax.named_scope(self.operator.name):
@@ -315,16 +312,16 @@ class Run(NamedTuple):
 
 
 def check_sizes_known(arrays: Arrays) -> None:
-  """Raises NotImplementedError where a size is only a symbol (`jax.export`)."""
+  """Raises NotImplementedError if a size is symbolic (`jax.export`)."""
   shapes = [x.shape for x in arrays]
   if any(map(is_symbolic_dim, itertools.chain(*shapes))):
     raise NotImplementedError(
-      f"a kernel must know the sizes that it will meet, not symbols: {shapes}"
+      f"a kernel needs sizes that are known, not symbolic ones: {shapes}"
     )
 
 
 def is_implemented(check: Callable[..., Any], *arguments: Any) -> bool:
-  """Whether a check does not raise NotImplementedError."""
+  """Returns whether a check passes without a NotImplementedError."""
   try:
     check(*arguments)
   except NotImplementedError:
@@ -333,8 +330,8 @@ def is_implemented(check: Callable[..., Any], *arguments: Any) -> bool:
 
 
 @partial(jax.jit, static_argnums=0)
-def run_by_platform(run: Run, arguments: Any) -> Any:
-  """Runs a pass as the platform lowered for does it best."""
+def run_by_platform(run: OperatorPass, arguments: Any) -> Any:
+  """Runs a pass with the best implementation for the platform of lowering."""
   if run.named:
     return run(None, *arguments)
   leaves, tree = jax.tree.flatten(arguments)
@@ -348,9 +345,9 @@ _primitive.multiple_results = True
 
 
 def _flat(run, tree, axes, platform):
-  """The pass over a list of arrays, mapped over these axes of them.
+  """Returns the pass over a flat list of arrays, mapped over some axes.
 
-  Mapped, it is XLA's: a TPU kernel cannot have an axis before any argument's.
+  A mapped pass is that of the XLA form: kernels take no further leading axis.
   """
 
   def function(*leaves):
