@@ -1,7 +1,7 @@
 """The choice between an operator's kernels and XLA.
 
-`implementation=None` is resolved while a program is lowered, for the platform of
-the lowering. Until then a primitive represents each pass of an operator. The
+`implementation=None` is resolved while a program is lowered, for the platform
+of the lowering. Until then a primitive represents each pass of an operator. The
 lowering imports the kernel's module, and Pallas with it. So one traced program
 serves the CPU it was traced on, the accelerator it runs on, and ahead-of-time
 compilation. The residuals have the same shapes for every choice.
