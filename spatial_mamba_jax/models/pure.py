@@ -21,8 +21,9 @@ T = TypeVar("T")
 # orbax rebuild such trees with shapes or options as leaves.
 Arrays = Any
 
-# The path of a weight of all blocks of a stage: no index follows "blocks".
+# The path of a weight of a block, stacked or not.
 _OF_BLOCKS = re.compile(r"(?:^|.*\.)stages\.\d+\.blocks\.")
+# The path of stacked weights: no index follows "blocks".
 _STACKED = re.compile(r"((?:^|.*\.)stages\.\d+\.blocks)\.(?!\d+\.)(.*)")
 # Parts of a backbone whose layers have their own learning rates, and parts that
 # have the head's learning rate.
