@@ -117,15 +117,15 @@ class Case:
 
 
 def of_bfloat16(scale: float = 1.0) -> Callable[[Array], Array]:
-  """Returns what scales and rounds to numbers that bfloat16 has."""
+  """Returns a function that scales an array and rounds it to bfloat16."""
   return lambda x: (scale * x).astype(jnp.bfloat16)
 
 
 def dropped(x: Array) -> Array:
-  """Makes scales of branches, of which every second one is dropped."""
+  """Returns branch scales, every second of which is 0."""
   return jnp.where(jnp.arange(len(x)) % 2 == 0, 0.5 + jnp.abs(x), 0)
 
 
-def per_channel(numbers: Array) -> Array:
-  """[C] as [1, 1, 1, C]."""
-  return numbers[None, None, None]
+def per_channel(x: Array) -> Array:
+  """Reshapes [C] to [1, 1, 1, C]."""
+  return x[None, None, None]

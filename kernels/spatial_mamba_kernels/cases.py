@@ -1,4 +1,4 @@
-"""Every operator's cases, which import kernels: the library imports none."""
+"""The cases of all operators; the library does not import this module."""
 
 from spatial_mamba_kernels.case import Case
 from spatial_mamba_kernels.depthwise_conv.cases import CASES as DEPTHWISE_CONV

@@ -222,10 +222,11 @@ class Operator:
     def chosen(*arguments):
       return run_by_platform(run, arguments)
 
+    xla = run._replace(kernels=(), named=False)
     differentiable = jax.custom_vjp(chosen)
     differentiable.defvjp(
       lambda *arguments: (chosen(*arguments), arguments),
-      lambda arguments, g: jax.vjp(partial(run, None), *arguments)[1](g),
+      lambda arguments, g: jax.vjp(partial(xla, None), *arguments)[1](g),
     )
     return differentiable
 

@@ -16,7 +16,7 @@ IMPLEMENTATIONS = get_args(Implementation)
 
 
 def check_implementation(name: str | None, op: str) -> None:
-  """Raises where `op` cannot be served by the implementation `name`.
+  """Raises a ValueError if `name` is no implementation.
 
   Args:
     name: what the caller asked for; None always works.

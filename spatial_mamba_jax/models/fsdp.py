@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from spatial_mamba_kernels.typing import Array
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ AXIS = "fsdp"
 # Name of the gathered parameters for the policies of `jax.checkpoint`.
 GATHERED = "gathered_parameters"
 # Elements below which a parameter stays whole: a collective of less than 16 KiB
-# takes as long as one of nothing.
+# takes about as long as an empty one.
 _MIN_ELEMENTS = 2**12
 
 
@@ -60,8 +60,14 @@ def shard_count(mesh: Mesh | AbstractMesh) -> int:
 
 
 def is_sharded() -> bool:
-  """Returns whether the mesh in force shards parameters."""
-  return shard_count(jax.sharding.get_abstract_mesh()) > 1
+  """Returns whether the mesh in force shards parameters.
+
+  Only XLA's partitioner gathers parameters: explicit axes shard as their arrays
+  say, and within a `shard_map` each device has what it was given.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  return shard_count(mesh) > 1 and kinds[AXIS] == AxisType.Auto
 
 
 def gather(parameters: T) -> T:
@@ -70,12 +76,12 @@ def gather(parameters: T) -> T:
   Args:
     parameters: a tree of arrays, not stacked.
   """
-  shards = shard_count(jax.sharding.get_abstract_mesh())
-  if shards == 1:
+  if not is_sharded():
     return parameters
+  shards = shard_count(jax.sharding.get_abstract_mesh())
 
   def gather_one(x: Array) -> Array:
-    # Also of what stays whole, which XLA would shard as it sees fit.
+    # Small parameters are constrained, too: otherwise XLA may shard them.
     spec = axis_spec(shard_axis(x.shape, shards))
     return checkpoint_name(_gather(spec, x), GATHERED)
 

@@ -52,8 +52,8 @@ class PureModel:
 
   Attributes:
     shapes: the weights' shapes and dtypes.
-    decays: {path of a trained parameter: whether weight decay applies}: whether
-      one block's parameter has two dimensions or more.
+    decays: {path of a trained parameter: whether weight decay applies}. It
+      applies if one block's parameter has two dimensions or more.
     layers: {path of a parameter: index of its layer}, for layer-wise learning
       rates: 0 for the stem of a backbone, then an index for each block (an
       array for stacked blocks); the last index for everything else.

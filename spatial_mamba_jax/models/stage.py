@@ -69,6 +69,7 @@ class Stage(nnx.Module):
       rngs: random streams; `params` initialises the weights.
     """
     self.blocks = nnx.List(_fresh_blocks(create, variants, rngs))
+    _check_state(self.blocks)
     self.is_stacked = False
     self.remat = remat
     self.deterministic = True
@@ -148,6 +149,18 @@ class Stage(nnx.Module):
     if self.remat is None:
       return get_default_device().platform != "gpu"
     return self.remat
+
+
+def _check_state(blocks: Any) -> None:
+  """Refuses state that a scan over blocks would not update."""
+  for path, variable in nnx.to_flat_state(nnx.state(blocks)):
+    if not isinstance(variable, nnx.Param | nnx.BatchStat):
+      name = ".".join(map(str, path))
+      raise ValueError(
+        f"blocks.{name} is neither a parameter nor a statistic of BatchNorm,"
+        " and would not change in training: give random streams (rngs) to the"
+        " network's call"
+      )
 
 
 def _with_shards_saved(step):

@@ -6,7 +6,10 @@ Axis letters: B batch, H and W height and width, D inner channels, N states.
 from jax.typing import ArrayLike
 
 from spatial_mamba_jax.models.backbone import Trunk, check_images
-from spatial_mamba_jax.models.mixers.structure_aware import States
+from spatial_mamba_jax.models.mixers.structure_aware import (
+  States,
+  StructureAwareSSM,
+)
 from spatial_mamba_jax.models.spatial_mamba import Block
 
 
@@ -35,8 +38,8 @@ def block_states(
     if the model's dtype is float64).
 
   Raises:
-    ValueError: there is no such block, the model is in training mode, or
-      `images` has a wrong shape or dtype.
+    ValueError: there is no such block, its mixer has no states, the model is in
+      training mode, or `images` has a wrong shape or dtype.
   """
   depths = model.config.depths
   if not (0 <= stage < len(depths) and 0 <= block < depths[stage]):
@@ -53,5 +56,11 @@ def block_states(
   for earlier in model.stages[stage].blocks[:block]:
     x = earlier(x)
   last = model.stages[stage].blocks[block]
-  assert isinstance(last, Block)
+  if not isinstance(last, Block) or not isinstance(
+    last.mixer, StructureAwareSSM
+  ):
+    raise ValueError(
+      "only blocks with the structure-aware mixer have states, not those with a"
+      f" {type(getattr(last, 'mixer', last)).__name__}"
+    )
   return last.states(x)

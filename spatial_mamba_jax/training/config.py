@@ -250,7 +250,8 @@ class TrainConfig(Section):
       statistics.
     mesa_weight: weight of the loss against the moving average's predictions
       (MESA, arXiv 2205.14083); 0 for no MESA.
-    mesa_start: fraction of the run after which MESA begins.
+    mesa_start: fraction of the run after which MESA begins, rounded down to the
+      unit of `length`: "3 epochs" and 0.25 begin at once.
     init_from: weights to start from instead of random ones: any file or
       directory that `python -m spatial_mamba_jax.convert` reads. The head
       keeps its initial values if the weights have none that fits.

@@ -63,8 +63,8 @@ def load_weights(
 
   Returns:
     The step of a run's checkpoint, None for a file; and the moving average,
-    "ema", and the weights themselves, "raw". Of a file, `read_file` chooses one
-    of the two.
+    "ema", and the weights themselves, "raw". A file gives only one of the two,
+    which `read_file` chooses.
 
   Raises:
     TrainingError: there are no weights, or they are of another model.

@@ -470,5 +470,5 @@ def test_sizes_that_are_symbols(ssm_arguments):
     assert_close(program.call(arguments_now), expected, 2e-6)
   for kernel in ("mosaic_tpu", "mosaic_gpu"):
     named = partial(smk.structure_aware_ssm, implementation=kernel)
-    with pytest.raises(NotImplementedError, match="must know the sizes"):
+    with pytest.raises(NotImplementedError, match="needs sizes that are known"):
       jax.eval_shape(lambda a, named=named: named(**a), arguments)

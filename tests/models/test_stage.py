@@ -15,6 +15,7 @@ from spatial_mamba_jax.models.layers import linear
 from spatial_mamba_jax.models.mixers import MixerConfig
 from spatial_mamba_jax.models.norms import BatchNorm
 from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.models.stage import Stage
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.usefixtures("strict")]
 
@@ -153,6 +154,31 @@ def test_a_block_of_another_shape_is_trained_too():
   plain.train()
   np.testing.assert_allclose(call(model), one_by_one(plain), rtol=1e-10)
   assert_equal_arrays(statistics(model), statistics(plain))
+
+
+class WithDropout(nnx.Module):
+  """A block with a random stream."""
+
+  def __init__(self, rngs):
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x, scales=None):
+    return self.dropout(x)
+
+
+def test_a_random_stream_within_a_block_is_refused():
+  with pytest.raises(ValueError, match=r"^blocks\.0\.dropout\.rngs.*network's"):
+    Stage(
+      lambda _, rngs: WithDropout(rngs), (0, 0), remat=None, rngs=nnx.Rngs(0)
+    )
+
+
+def test_a_mixer_without_states():
+  model = create(rngs=nnx.Rngs(0))
+  model.eval()
+  images = jnp.zeros((1, 8, 8, 3))
+  with pytest.raises(ValueError, match=r"structure-aware mixer.*with a Roll$"):
+    smj.block_states(model, images, 0, 0)
 
 
 class Nested(nnx.Module):

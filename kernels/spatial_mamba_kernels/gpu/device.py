@@ -10,8 +10,8 @@ class Device(NamedTuple):
   """What kernels must know of a GPU.
 
   Attributes:
-    tma: whether kernels copy by the TMA: the GPU has one, and shared memory
-      enough for what is loaded ahead.
+    tma: whether kernels copy by the TMA: the GPU has one, and enough shared
+      memory for prefetched tiles.
     smem_bytes: shared memory of a program at most.
     wgmma: whether the GPU has Hopper's matrix products (`wgmma`).
   """

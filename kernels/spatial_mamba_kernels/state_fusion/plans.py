@@ -18,7 +18,8 @@ DIMENSIONS = Dimensions(
   saved=(),
 )
 
-# Of dh, and of the merged weights, [G, T, D].
+# Dimensions of the partial sums: dh, and the cotangent of the merged weights,
+# [G, T, D].
 SUMS = (IMAGE, (BATCH, WHOLE, CHANNELS))
 
 
