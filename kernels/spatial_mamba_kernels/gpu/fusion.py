@@ -130,7 +130,7 @@ def image_stream(image_ref: Any, program: Program, scratch: Any) -> Stream:
 
 def load_weights(weights_ref: Any, program: Program) -> list[Array]:
   """Returns a vector of channels for each tap."""
-  return [weights_ref[t, program.channels] for t in range(len(weights_ref))]
+  return [weights_ref[t, program.channels] for t in range(weights_ref.shape[0])]
 
 
 def _observe(C_ref, D_ref, program, u_rows_ref, row, fused):

@@ -346,10 +346,12 @@ class _Walk(NamedTuple):
     of their hidden units.
     """
     scratch, (_, _, made, read) = self.scratch, self.scratch.to_input
+    # Recomputed, because one register more would spill.
+    warpgroup = lax.axis_index("warpgroup")
     plgpu.commit_smem()
     plgpu.barrier_arrive(made.at[tile.turn])
 
-    @pl.when(self.warpgroup == tile.turn)
+    @pl.when(warpgroup == tile.turn)
     def _():
       scales_ref = scratch.scales_ref.at[tile.slot]
       scale = gpu.load(scales_ref, plgpu.Layout.WGMMA.reduce(1))
@@ -358,13 +360,14 @@ class _Walk(NamedTuple):
 
       # In pieces, which take fewer registers.
       def add(piece, _):
-        self._sum_piece(tile, tokens, scale, pl.ds(piece * PIECE, PIECE))
+        columns = pl.ds(piece * PIECE, PIECE)
+        self._sum_piece(tile, warpgroup, tokens, scale, columns)
 
       channels = self.inputs.x_ref.shape[1]
       lax.fori_loop(0, channels // PIECE, add, None)
       plgpu.barrier_arrive(read.at[tile.turn])
 
-  def _sum_piece(self, tile, tokens, scale, columns):
+  def _sum_piece(self, tile, warpgroup, tokens, scale, columns):
     """Does what `sum_units` says for some channels."""
     exchanged_ref, hidden_ref, *_ = self.scratch.to_input
     dh_ref = hidden_ref.at[tile.turn]
@@ -384,5 +387,5 @@ class _Walk(NamedTuple):
     dy = scaled(dy.astype(jnp.float32), scale)
     gpu.store(
       self.outputs.db2_ref.at[tile.index, columns],
-      sum_rows(dy, exchanged_ref.at[self.warpgroup]),
+      sum_rows(dy, exchanged_ref.at[warpgroup]),
     )
