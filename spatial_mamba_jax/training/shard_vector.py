@@ -22,12 +22,9 @@ from spatial_mamba_jax.models.pure import Arrays, is_stacked
 _WHOLE = PartitionSpec()
 
 
-def parameter_spec(
-  name: str, shape: tuple[int, ...], shards: int
-) -> PartitionSpec:
-  """Returns the sharding of a parameter of a `PureModel`, by `shard_axis`."""
-  axis = fsdp.shard_axis(shape, shards, is_stacked=is_stacked(name))
-  return fsdp.axis_spec(axis)
+def sharded_axis(name: str, shape: tuple[int, ...], shards: int) -> int | None:
+  """Returns the axis of a parameter of a `PureModel` that is sharded."""
+  return fsdp.shard_axis(shape, shards, is_stacked=is_stacked(name))
 
 
 def vector_spec(x: Any) -> PartitionSpec:
@@ -68,7 +65,7 @@ class ShardVector:
   def axes(self) -> dict[str, int | None]:
     """{name: the axis that is sharded}."""
     return {
-      name: fsdp.shard_axis(x.shape, self.shards, is_stacked=is_stacked(name))
+      name: sharded_axis(name, x.shape, self.shards)
       for name, x in self.shapes.items()
     }
 

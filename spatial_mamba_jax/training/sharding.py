@@ -14,7 +14,7 @@ from spatial_mamba_jax.training.config import (
   TrainConfig,
   TrainingError,
 )
-from spatial_mamba_jax.training.shard_vector import parameter_spec, vector_spec
+from spatial_mamba_jax.training.shard_vector import sharded_axis, vector_spec
 
 # Axes of the mesh, slowest network first. All three shard the batch; `fsdp`
 # also shards the parameters.
@@ -99,7 +99,8 @@ def shardings(shapes: Any, mesh: Mesh) -> Any:
     if name.startswith("opt_state/"):
       spec = vector_spec(x)
     elif "params/" in name:
-      spec = parameter_spec(name.rpartition("/")[2], x.shape, shards)
+      axis = sharded_axis(name.rpartition("/")[2], x.shape, shards)
+      spec = fsdp.axis_spec(axis)
     else:
       spec = PartitionSpec()
     return NamedSharding(mesh, spec)

@@ -7,8 +7,9 @@ import sys
 
 import jax
 import pytest
+from jax.sharding import AxisType
 
-from spatial_mamba_jax.models.fsdp import axis_spec, shard_axis
+from spatial_mamba_jax.models.fsdp import axis_spec, is_sharded, shard_axis
 from spatial_mamba_jax.training.config import MeshConfig, TrainingError
 from spatial_mamba_jax.training.sharding import make_mesh
 
@@ -37,6 +38,17 @@ def test_the_largest_axis_is_sharded(shape, stacked, shards, axis):
 def test_spec_of_an_axis():
   assert axis_spec(None) == jax.sharding.PartitionSpec()
   assert axis_spec(1) == jax.sharding.PartitionSpec(None, "fsdp")
+
+
+@pytest.mark.parametrize(
+  ("kind", "is_gathered"),
+  [(AxisType.Auto, True), (AxisType.Explicit, False), (AxisType.Manual, False)],
+)
+def test_only_the_partitioner_gathers(kind, is_gathered):
+  """An axis named `fsdp` of another kind is not for `gather`."""
+  mesh = jax.sharding.AbstractMesh((2,), ("fsdp",), axis_types=(kind,))
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert is_sharded() == is_gathered
 
 
 def test_a_mesh_that_does_not_divide_the_devices():
