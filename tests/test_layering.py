@@ -21,7 +21,7 @@ ALLOWED = {
     *("tasks", "tasks.base"),
   },
   "training": {
-    *("errors", "fields", "paths", "kernels", "models", "convert"),
+    *("errors", "fields", "paths", "hardware", "kernels", "models", "convert"),
     *("data", "tasks.base", "training"),
   },
 }

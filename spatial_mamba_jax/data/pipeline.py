@@ -4,7 +4,9 @@ import itertools
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import grain
 import numpy as np
@@ -35,53 +37,48 @@ def train_batches(
   batch_size: int,
   seed: int,
   start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   examples: Examples | None = None,
 ) -> "Batches":
   """Returns endless batches of shuffled and augmented examples.
 
   They depend only on the source, the transforms' config and these arguments,
-  not on the number of workers or threads. In each epoch the processes read
-  disjoint images. If the images do not divide evenly among the processes, the
-  remainder is left out, different images in each epoch. A random image replaces
-  an unreadable one.
+  not on the number of workers or threads. Processes that read different rows
+  read parts of the same batches. A random image replaces an unreadable one.
 
   Workers import the main script, so it needs its `if __name__ == "__main__"`.
 
   Args:
     source: the images.
     config: the config of the pipeline.
-    batch_size: images in each batch of this process.
+    batch_size: images in each batch, over all processes.
     seed: seed of order and transforms; the same in all processes.
     start_step: number of batches to skip, to resume.
-    process_index: index of this process.
-    process_count: number of processes that share the source.
+    rows: the rows of each batch that this process reads; None for all.
     examples: turns records into examples; None for images with labels.
 
   Returns:
     Batches of `examples.train`; by default {"image": uint8 [B, image_size,
-    image_size, 3], "label": int32 [B]}.
+    image_size, 3], "label": int32 [B]}, where B is the number of rows.
 
   Raises:
-    DataError: the config is wrong, or there are fewer images than processes.
+    DataError: the config is wrong.
   """
   config.validate()
   examples = _checked(examples or _labelled_images(source, config))
-  share = len(source) // process_count
-  if not share:
-    raise DataError(
-      f"{len(source)} training images are too few for {process_count} processes"
-    )
-  dataset = (
+  rows = range(batch_size) if rows is None else rows
+  shuffled = (
     grain.MapDataset.range(len(source))
     .seed(seed)
     .shuffle()
-    # Also for one process: without this slice the random stream would change.
-    .slice(slice(process_index, share * process_count, process_count))
+    # Without this slice, of everything, the random stream would change.
+    .slice(slice(None))
     .repeat(None)
     .random_map(TrainingReader(source, examples))
-    .batch(batch_size, drop_remainder=True)
+  )
+  dataset = (
+    grain.MapDataset.source(_Rows(shuffled, batch_size, rows))
+    .batch(len(rows), drop_remainder=True)
     .slice(slice(start_step, None))
   )
   return Batches(dataset, source, config)
@@ -92,8 +89,7 @@ def evaluation_batches(
   config: DataConfig,
   *,
   batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   examples: Examples | None = None,
 ) -> "Batches":
   """Returns batches of each image once, in the source's order.
@@ -103,31 +99,56 @@ def evaluation_batches(
   Args:
     source: the images.
     config: the config of the pipeline.
-    batch_size: images in each batch of this process.
-    process_index: index of this process.
-    process_count: number of processes that share the source.
+    batch_size: images in each batch, over all processes.
+    rows: the rows of each batch that this process reads; None for all.
     examples: turns records into examples; None for images with labels.
 
   Returns:
-    Batches of `examples.evaluate`, with "index" int32 [B] and "mask" bool [B].
-    The index is the record's in the source; padding has indices beyond the
-    source's end. The mask is False for padding and for unreadable records,
-    whose examples are `examples.blank()`.
+    Batches of `examples.evaluate`, with "index" int32 [B] and "mask" bool [B],
+    where B is the number of rows. The index is the record's in the source;
+    padding has indices beyond the source's end. The mask is False for padding
+    and for unreadable records, whose examples are `examples.blank()`.
 
   Raises:
     DataError: the config is wrong.
   """
   config.validate()
   examples = _checked(examples or _labelled_images(source, config))
+  rows = range(batch_size) if rows is None else rows
+  # Endless padding, because a worker that stops keeps its shared memory.
+  records = range(sys.maxsize)
   dataset = (
-    # Endless padding, because a worker that stops keeps its shared memory.
-    grain.MapDataset.range(sys.maxsize)
-    .slice(slice(process_index, None, process_count))
+    grain.MapDataset.source(_Rows(records, batch_size, rows))
     .map(EvaluationReader(source, examples))
-    .batch(batch_size, drop_remainder=True)
+    .batch(len(rows), drop_remainder=True)
   )
-  num_batches = math.ceil(len(source) / (batch_size * process_count))
+  num_batches = math.ceil(len(source) / batch_size)
   return Batches(dataset, source, config, num_batches)
+
+
+class _Rows:
+  """The examples in some rows of each batch, one batch after the other.
+
+  Rows are taken after the random transforms, so that an example is the same
+  whichever process reads it.
+  """
+
+  def __init__(
+    self,
+    examples: grain.MapDataset | range,
+    batch_size: int,
+    rows: Sequence[int],
+  ):
+    self._examples = examples
+    self._batch_size = batch_size
+    self._rows = tuple(rows)
+
+  def __len__(self) -> int:
+    return len(self._examples) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int) -> Any:
+    batch, i = divmod(index, len(self._rows))
+    return self._examples[batch * self._batch_size + self._rows[i]]
 
 
 class Batches:

@@ -10,7 +10,7 @@ from spatial_mamba_jax.data import Source, evaluation_batches
 from spatial_mamba_jax.models.pure import Weights
 from spatial_mamba_jax.tasks.base import Evaluation, Meter
 from spatial_mamba_jax.training.program import Evaluator
-from spatial_mamba_jax.training.sharding import shard_batch
+from spatial_mamba_jax.training.sharding import local_rows, shard_batch
 
 
 class Measured:
@@ -61,9 +61,8 @@ def evaluate(
   with evaluation_batches(
     source,
     config.data,
-    batch_size=config.evaluation_batch_size // jax.process_count(),
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    batch_size=config.evaluation_batch_size,
+    rows=local_rows(config.evaluation_batch_size, evaluator.mesh),
     examples=task.examples(),
   ) as batches:
     # Results are fetched one step late, so that the device computes while the

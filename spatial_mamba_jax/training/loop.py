@@ -41,6 +41,7 @@ from spatial_mamba_jax.training.program import (
 )
 from spatial_mamba_jax.training.sharding import (
   check_batch_sizes,
+  local_rows,
   make_mesh,
   shard_batch,
 )
@@ -221,11 +222,10 @@ class _Trainer:
     return train_batches(
       self.train_source,
       self.config.data,
-      batch_size=self.config.batch_size // jax.process_count(),
+      batch_size=self.config.batch_size,
       seed=self.config.seed,
       start_step=step,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      rows=local_rows(self.config.batch_size, self.mesh),
       examples=self.program.task.examples(),
     )
 

@@ -112,12 +112,22 @@ def shardings(shapes: Any, mesh: Mesh) -> Any:
 def shard_batch(
   batch: dict[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """Makes a global batch from the part that each process holds."""
+  """Makes a global batch; each process passes its `local_rows`, in order."""
   sharding = batch_sharding(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, array)
     for name, array in batch.items()
   }
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+  """Returns the rows of a global batch that this process's devices hold."""
+  pieces = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  return sorted(
+    row
+    for (piece,) in pieces.values()
+    for row in range(*piece.indices(batch_size))
+  )
 
 
 def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:

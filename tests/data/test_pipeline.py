@@ -137,35 +137,20 @@ class TestTrainBatches:
       )
       assert_same_batches(actual, expected[start_step:])
 
-  def test_processes_are_disjoint_in_every_epoch(self):
-    source, config = numbered(20)
-    # Each of 3 processes has 6 images in each epoch; 2 are left out.
-    parts = [
-      labels_of(
-        take(
-          source,
-          config,
-          8,
-          batch_size=3,
-          seed=0,
-          process_index=i,
-          process_count=3,
-        )
-      )
-      for i in range(3)
-    ]
-    left_out = []
-    for epoch in range(4):
-      seen = [x for part in parts for x in part[6 * epoch : 6 * epoch + 6]]
-      assert len(set(seen)) == 18
-      left_out.append(set(range(20)) - set(seen))
-    assert len(set(map(frozenset, left_out))) > 1
-
-  def test_more_processes_than_images(self):
-    source, config = numbered(2)
-    with pytest.raises(DataError, match="2 training images are too few for 3"):
-      train_batches(
-        source, config, batch_size=1, seed=0, process_index=0, process_count=3
+  @pytest.mark.parametrize("num_workers", [0, 2])
+  def test_processes_read_rows_of_the_same_batches(
+    self, image_tree, num_workers
+  ):
+    # 12 images in batches of 5; one process has rows that lie apart.
+    arguments = {"batch_size": 5, "seed": 3}
+    source, config = open_tree(image_tree)
+    expected = take(source, config, 5, start_step=2, **arguments)
+    config.num_workers = num_workers
+    for rows in ([0, 3], [1], [2, 4]):
+      part = take(source, config, 5, start_step=2, rows=rows, **arguments)
+      assert_same_batches(
+        part,
+        [{name: x[rows] for name, x in batch.items()} for batch in expected],
       )
 
   def test_batches_of_one(self):
@@ -181,32 +166,30 @@ class TestTrainBatches:
 
 class TestEvaluationBatches:
   @pytest.mark.parametrize(
-    ("num_workers", "process_count", "batch_size"),
+    ("num_workers", "processes", "batch_size"),
     [
-      *itertools.product([0], [1, 3], [1, 4, 10, 23, 50]),
-      *((2, 1, 4), (3, 1, 10), (2, 3, 4)),
+      *itertools.product([0], [1, 3], [3, 12, 24, 60]),
+      *((2, 1, 4), (3, 1, 10), (2, 3, 12)),
     ],
   )
-  def test_counts_every_image_once(
-    self, num_workers, process_count, batch_size
-  ):
+  def test_counts_every_image_once(self, num_workers, processes, batch_size):
     source, config = numbered(23, num_workers=num_workers)
-    seen, num_batches = [], set()
-    for i in range(process_count):
+    seen = []
+    for first in range(processes):
+      rows = range(first, batch_size, processes)
       with evaluation_batches(
-        source,
-        config,
-        batch_size=batch_size,
-        process_index=i,
-        process_count=process_count,
+        source, config, batch_size=batch_size, rows=rows
       ) as batches:
         taken = list(batches)
-      num_batches.add(len(taken))
-      for batch in taken:
-        assert batch["image"].shape == (batch_size, 8, 8, 3)
+      assert len(taken) == -(-23 // batch_size)  # No more than needed.
+      for number, batch in enumerate(taken):
+        assert batch["image"].shape == (len(rows), 8, 8, 3)
         assert batch["mask"].dtype == np.bool_
         assert not batch["image"][~batch["mask"]].any()
         seen += batch["label"][batch["mask"]].tolist()
+        assert batch["index"].tolist() == [
+          number * batch_size + i for i in rows
+        ]
         # Labels are indices here; padding has the indices after the last.
         is_image = batch["index"] < 23
         np.testing.assert_array_equal(is_image, batch["mask"])
@@ -214,8 +197,6 @@ class TestEvaluationBatches:
           np.where(is_image, batch["index"], 0), batch["label"]
         )
     assert sorted(seen) == list(range(23))
-    # No more batches than needed, and as many in each process.
-    assert num_batches == {-(-23 // (batch_size * process_count))}
 
   def test_contents(self, image_tree):
     source, config = open_tree(image_tree, "validation", test_crop_ratio=1.0)
