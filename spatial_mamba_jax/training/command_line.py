@@ -27,6 +27,7 @@ from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training import config_file
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
 from spatial_mamba_jax.training.loop import Evaluated, NonFiniteError
+from spatial_mamba_jax.training.peers import end_with_peers, watching_peers
 from spatial_mamba_jax.training.sharding import initialize_distributed
 from spatial_mamba_jax.training.stopping import StoppedError, end_on_signals
 
@@ -59,6 +60,7 @@ WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Share the work with the processes on other hosts."
 )
+_MISTAKES = (UserError, OSError, NonFiniteError, StoppedError)
 _HELP = re.compile(r"--?(h|help\w*)(=.*)?")
 _PARSER = flags.FLAGS["config"].parser = _ConfigParser()
 
@@ -91,7 +93,7 @@ def run(main: Callable[[], object], usage: str | None = None) -> int:
   return run_command(
     _command(),
     lambda: _run(main),
-    (UserError, OSError, NonFiniteError, StoppedError),
+    _MISTAKES,
   )
 
 
@@ -107,7 +109,16 @@ def _run(main: Callable[[], object]) -> None:
       f"JAX has no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}):"
       f" {one_line(error)}"
     ) from error
-  main()
+  with watching_peers(_command()):
+    try:
+      main()
+    except StoppedError:
+      raise  # All processes stop after the same step.
+    except Exception as error:
+      if jax.process_count() > 1:
+        is_mistake = isinstance(error, _MISTAKES)
+        end_with_peers(_command(), error, is_mistake=is_mistake)
+      raise
 
 
 def config() -> TrainConfig:

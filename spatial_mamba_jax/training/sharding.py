@@ -125,8 +125,9 @@ def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
   pieces = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   return sorted(
     row
-    for (piece,) in pieces.values()
-    for row in range(*piece.indices(batch_size))
+    for index in pieces.values()
+    if index is not None
+    for row in range(*index[0].indices(batch_size))
   )
 
 

@@ -54,6 +54,7 @@ class Experiment:
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
     }
 

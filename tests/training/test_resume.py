@@ -44,8 +44,11 @@ def wait_for(condition, process):
     time.sleep(0.001)
 
 
-def test_killed_at_many_moments(experiment, tmp_path, whole):
-  """Kills after a logged step, during a save, and after a save."""
+def test_interrupted_at_many_moments(experiment, tmp_path, whole):
+  """Kills after a logged step, during a save, after it, and in an evaluation.
+
+  Between these, signals stop the run, which saves first.
+  """
   workdir = tmp_path / "run"
   log = workdir / "metrics.jsonl"
   checkpoints = workdir / "checkpoints"
@@ -64,18 +67,26 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
   def is_saved(step):
     return (checkpoints / str(step)).exists()
 
-  for condition in (
-    lambda: logged(2),
-    lambda: is_saving(3),
-    lambda: is_saved(9),  # Before it is logged, and evaluated.
-    lambda: logged(14),
-    lambda: logged(18),  # While it is evaluated.
+  for condition, stop in (
+    (lambda: logged(2), signal.SIGKILL),
+    (lambda: is_saving(3), signal.SIGKILL),
+    (lambda: logged(6), signal.SIGINT),
+    (lambda: is_saved(9), signal.SIGKILL),  # Before it is logged and evaluated.
+    (lambda: logged(14), signal.SIGHUP),
+    (lambda: logged(18), signal.SIGKILL),  # While it is evaluated.
   ):
-    process = experiment.start("train.py", f"--workdir={workdir}")
+    # A terminal signals the process group, and so the workers, too.
+    workers = 2 if stop == signal.SIGHUP else 0
+    process = experiment.start(
+      "train.py", f"--workdir={workdir}", f"--config.data.num_workers={workers}"
+    )
     wait_for(condition, process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    os.killpg(process.pid, stop)
+    _, err = process.communicate()
+    if stop == signal.SIGKILL:
+      assert process.returncode == -signal.SIGKILL
+    else:
+      assert_saved_first(process.returncode, err, stop, checkpoints)
   assert is_saved(18)
   # SIGKILL can leave half a line in the log. A disk can leave a block of zeros,
   # and a checkpoint with a truncated file.
@@ -89,32 +100,14 @@ def test_killed_at_many_moments(experiment, tmp_path, whole):
   assert_same_run(experiment, workdir, whole)
 
 
-def test_signals_save_first(experiment, tmp_path, whole):
-  """A terminal signals the process group, and so the workers too."""
-  workdir = tmp_path / "run"
-  log = workdir / "metrics.jsonl"
-  for stop, workers, reached in (
-    (signal.SIGTERM, 0, 2),
-    (signal.SIGINT, 0, 6),
-    (signal.SIGUSR1, 0, 10),
-    (signal.SIGHUP, 2, 14),
-  ):
-    process = experiment.start(
-      "train.py", f"--workdir={workdir}", f"--config.data.num_workers={workers}"
-    )
-    logged = f'"step": {reached},'
-    wait_for(lambda x=logged: log.exists() and x in log.read_text(), process)
-    os.killpg(process.pid, stop)
-    _, err = process.communicate()
-    assert process.returncode == 128 + stop, err
-    assert "Traceback" not in err
-    assert err.count("stopped by") == 1
-    last = err.splitlines()[-1]
-    assert last.startswith(f"train.py: stopped by {stop.name} after step ")
-    step = last.split("after step ")[1].split(",")[0]
-    assert (workdir / "checkpoints" / step).is_dir()
-  finish(experiment, workdir)
-  assert_same_run(experiment, workdir, whole)
+def assert_saved_first(status, err, stop, checkpoints):
+  assert status == 128 + stop, err
+  assert "Traceback" not in err
+  assert err.count("stopped by") == 1
+  last = err.splitlines()[-1]
+  assert last.startswith(f"train.py: stopped by {stop.name} after step ")
+  step = last.split("after step ")[1].split(",")[0]
+  assert (checkpoints / step).is_dir()
 
 
 def test_checkpoints_between_evaluations(experiment, tmp_path, whole):

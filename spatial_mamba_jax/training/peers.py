@@ -1,0 +1,129 @@
+"""Ends all processes of a run on several hosts when one of them ends."""
+
+import contextlib
+import itertools
+import json
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed
+
+from spatial_mamba_jax.errors import one_line, say
+
+# Seconds between two signs of life of a process.
+_PERIOD = 3
+# Seconds without a sign of life after which a process counts as dead. A run
+# ends within a minute of a death.
+_PATIENCE = 40
+# Seconds that a failed process lives on, so that the others read its message.
+# The first process holds the messages of all.
+_GRACE = 2 * _PERIOD
+
+# Keys of JAX's store, which all processes of a run share.
+_PREFIX = "spatial_mamba_jax/"
+_ALIVE = f"{_PREFIX}alive/"
+_FAILED = f"{_PREFIX}failed"
+
+
+@contextlib.contextmanager
+def watching_peers(name: str) -> Iterator[None]:
+  """Meanwhile, ends this process when another one fails or dies.
+
+  Otherwise this process would wait in a collective operation: JAX ends it only
+  after 100 seconds, with a stack trace. If the first process dies, JAX ends the
+  others at once.
+
+  Args:
+    name: the name of the command, with which the printed line begins.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  done = threading.Event()
+  thread = threading.Thread(target=_watch, args=(name, done), daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    # A thread in a call of JAX's would abort the process at its end.
+    thread.join()
+
+
+def end_with_peers(
+  name: str, error: Exception, *, is_mistake: bool
+) -> NoReturn:
+  """Ends this process and all others, with the same line on standard error.
+
+  Args:
+    name: the name of the command, with which the line begins.
+    error: what happened; its attribute `status` is the exit status.
+    is_mistake: whether it needs no traceback.
+  """
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    # A collective operation can fail because a process has died. The watching
+    # thread will know which one, and ends this process.
+    time.sleep(_PATIENCE + 2 * _PERIOD)
+  if not is_mistake:
+    traceback.print_exception(error)
+  failure = {"message": one_line(error), "status": getattr(error, "status", 2)}
+  with contextlib.suppress(Exception):  # Another process was first.
+    _client().key_value_set(_FAILED, json.dumps(failure))
+  time.sleep(_GRACE)
+  _end(name, failure["message"], failure["status"])
+
+
+def _client() -> Any:
+  # JAX has no public name for it; Orbax uses the same.
+  return distributed.global_state.client
+
+
+def _end(name: str, message: str, status: int) -> NoReturn:
+  say(f"{name}: {message}")
+  # Not `sys.exit`, which would wait for the other processes.
+  os._exit(status)
+
+
+def _watch(name: str, done: threading.Event) -> None:
+  client, own = _client(), f"{_ALIVE}{jax.process_index()}"
+  signs: dict[str, tuple[str, float]] = {}
+  for count in itertools.count():
+    try:
+      client.key_value_set(own, str(count), allow_overwrite=True)
+      values = dict(client.key_value_dir_get(_PREFIX))
+    except jax.errors.JaxRuntimeError:  # JAX itself will end this process.
+      return
+    if failure := values.pop(_FAILED, None):
+      _end(name, **json.loads(failure))
+    if dead := _silent(values, signs):
+      _end(
+        name,
+        f"process {dead.removeprefix(_ALIVE)} has ended or hangs: end all"
+        " processes; the same commands resume from the last checkpoint",
+        1,
+      )
+    if done.wait(_PERIOD):
+      return
+
+
+def _silent(
+  values: dict[str, str], signs: dict[str, tuple[str, float]]
+) -> str | None:
+  """Returns the key of a process without a new sign of life, if any.
+
+  Args:
+    values: the last sign of each process.
+    signs: the same from earlier calls, with the time of the first; updated.
+  """
+  now = time.monotonic()
+  for key, sign in values.items():
+    if signs.get(key, ("", now))[0] != sign:
+      signs[key] = (sign, now)
+    elif now - signs[key][1] > _PATIENCE:
+      return key
+  return None
