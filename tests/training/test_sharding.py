@@ -61,6 +61,7 @@ def test_a_mesh_that_does_not_divide_the_devices():
   )
 
 
+@pytest.mark.soak
 def test_every_mesh_trains_and_restores_as_one_device(tmp_path):
   script = pathlib.Path(__file__).with_name("sharded_steps.py")
   result = subprocess.run(
