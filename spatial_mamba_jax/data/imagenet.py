@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
-from spatial_mamba_jax.data import image_folder, shrink, tfds_source
+from spatial_mamba_jax.data import image_folder, shrink, stores, tfds_source
 from spatial_mamba_jax.data.config import SPLITS, DataConfig, DataError
 from spatial_mamba_jax.data.sources import LabelledSource
 from spatial_mamba_jax.errors import one_line
@@ -78,19 +78,24 @@ def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
   Raises:
     DataError: it is missing; the message says how to prepare it.
   """
-  data_dir = tfds_source.data_directory(config.data_dir)
+  data_dir = tfds_source.readable_directory(config.data_dir)
   directory = data_dir / NAME / VERSION
-  command = (
-    "python -m spatial_mamba_jax.data.prepare_imagenet --image_folder=DIR "
-    f"--data_dir={data_dir}"
-  )
-  if not os.path.lexists(directory):
+  if stores.is_remote(directory):
+    is_prepared = stores.exists(directory / "dataset_info.json")
+    command = f"prepare it on a disk and copy its {NAME} to {data_dir}"
+  else:
+    is_prepared = stores.exists(directory)
+    command = (
+      "run python -m spatial_mamba_jax.data.prepare_imagenet "
+      f"--image_folder=DIR --data_dir={data_dir}"
+    )
+  if not is_prepared:
     raise DataError(
       f"{NAME} {VERSION} is not prepared in {data_dir}: set "
-      f"config.data.data_dir, or run {command}"
+      f"config.data.data_dir, or {command}"
     )
   return tfds_source.TfdsSource(
-    directory, split, remedy=f"remove {directory} and run {command}"
+    directory, split, remedy=f"remove {directory} and {command}"
   )
 
 
