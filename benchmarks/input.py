@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -42,6 +43,7 @@ from spatial_mamba_jax.data import (
 )
 from spatial_mamba_jax.data.config import DECODERS
 from spatial_mamba_jax.data.randaugment import randaugment
+from spatial_mamba_jax.data.shrink import shrink
 from spatial_mamba_jax.training.config import MeshConfig
 from spatial_mamba_jax.training.sharding import make_mesh, shard_batch
 
@@ -49,6 +51,8 @@ ROUNDS = 3
 # Images of the synthetic dataset. With fewer, grain's shuffle would dominate.
 SYNTHETIC_IMAGES = 1024
 DISTINCT = 64
+# Most decoded pixels, which take 1 GB: fewer large images are timed.
+MAX_PIXELS = 2**28
 # JPEG quality of the synthetic files, with 4:2:0 chroma.
 QUALITY = 97
 
@@ -66,20 +70,18 @@ def main() -> None:
       image_size=arguments.image_size,
       decoder=arguments.decoder,
     )
-    measured = measure(config, arguments.images, arguments.batch_size)
+    images = min(
+      arguments.images, MAX_PIXELS // math.prod(arguments.photo_size)
+    )
+    batch_size = min(arguments.batch_size, max(1, images // 8))
+    measured = measure(config, images, batch_size)
     if arguments.max_side:
       copy = f"{temporary}/copy"
-      with _silence():
-        imagenet.prepare(
-          pathlib.Path(data_dir),
-          copy,
-          read=imagenet.read_prepared,
-          max_side=arguments.max_side,
-        )
+      _write_copy(arguments, data_dir, copy)
       copied = dataclasses.replace(config, data_dir=copy)
       measured["copy"] = {
         **measure(copied, arguments.images, arguments.batch_size),
-        **measure_change(config, copied, arguments.images),
+        **measure_change(config, arguments.max_side),
       }
   if arguments.json:
     print(json.dumps({**vars(arguments), **measured}))
@@ -92,6 +94,22 @@ def main() -> None:
       "evaluation's inputs differ from the original's by"
       " {mean_difference:.2f} of 255 levels in the mean; PSNR {psnr:.1f} dB in"
       " the mean, {least_psnr:.1f} at least".format(**measured["copy"])
+    )
+
+
+def _write_copy(
+  arguments: argparse.Namespace, data_dir: str, copy: str
+) -> None:
+  if not arguments.data_dir:
+    size, max_side = arguments.photo_size, arguments.max_side
+    write_imagenet(pathlib.Path(copy), size, max_side)
+    return
+  with _silence():
+    imagenet.prepare(
+      pathlib.Path(data_dir),
+      copy,
+      read=imagenet.read_prepared,
+      max_side=arguments.max_side,
     )
 
 
@@ -156,28 +174,26 @@ def measure(config: DataConfig, images: int, batch_size: int) -> dict[str, Any]:
   }
 
 
-def measure_change(
-  config: DataConfig, copied: DataConfig, images: int
-) -> dict[str, float]:
-  """Compares evaluation's inputs from the original and from the copy.
+def measure_change(config: DataConfig, max_side: int) -> dict[str, float]:
+  """Compares evaluation's inputs from some originals and from their copies.
 
   Args:
-    config: the original.
-    copied: the copy, which has the same images in the same order.
-    images: images to compare.
+    config: the originals, and the size of the inputs.
+    max_side: most pixels of a copy's longer side.
 
   Returns:
     Over these images, "mean_difference", of 255 levels, and "psnr" and
     "least_psnr", in dB (infinite where all inputs are equal).
   """
-  sources = [open_source(each, "train") for each in (config, copied)]
+  source = open_source(config, "train")
   differences, errors = [], []
-  for index in range(min(images, DISTINCT, len(sources[0]))):
+  for index in range(min(DISTINCT, len(source))):
+    file = source[index]["image"]
     one, other = (
       transforms.transform_for_evaluation(
-        transforms.decode_image(source[index]["image"]), config
+        transforms.decode_image(each), config
       ).astype(np.float64)
-      for source in sources
+      for each in (file, shrink(file, max_side))
     )
     differences.append(np.abs(one - other).mean())
     errors.append(np.square(one - other).mean())
@@ -274,11 +290,21 @@ def workers_speed(
     return count * batch_size / (time.perf_counter() - start)
 
 
-def write_imagenet(data_dir: pathlib.Path, size: tuple[int, int]) -> None:
-  """Prepares training files of one size, which repeat after `DISTINCT`."""
+def write_imagenet(
+  data_dir: pathlib.Path, size: tuple[int, int], max_side: int | None = None
+) -> None:
+  """Prepares training files, which repeat after `DISTINCT`.
+
+  Args:
+    data_dir: the TFDS directory.
+    size: width and height of the photographs.
+    max_side: writes their copies of this `--max_side` instead.
+  """
   files = [_photo_file(index, size) for index in range(DISTINCT)]
-  # Fewer large files, to save disk.
-  count = max(1, SYNTHETIC_IMAGES * 500 * 375 // (size[0] * size[1]))
+  if max_side:
+    files = [shrink(file, max_side) for file in files]
+  # No more than 512 MB.
+  count = min(SYNTHETIC_IMAGES, 2**29 // len(files[0]))
   tree = data_dir / "tree"
   for split, images in (("train", count), ("val", 1)):
     (tree / split / "n00000000").mkdir(parents=True)
