@@ -1,13 +1,17 @@
 """Times the input pipeline: `python -m benchmarks.input`.
 
 It times each stage alone on one thread, then the pipeline as training runs it,
-in processor seconds an image, so that other work on the machine counts little;
-it takes the best of several rounds. The lower bound is Pillow's decoding and
-resizing alone, of the same crops of the same files. Last, it times the pipeline
-with one worker process a core, by wall clock.
+in processor seconds an image, so that other work on the machine counts little.
+Of each stage it takes the best of several rounds. The lower bound is Pillow's
+decoding and resizing alone, of the same crops of the same files. Last, it times
+the pipeline with one worker process a core, by wall clock.
 
-Without --data_dir, it reads noise of ImageNet's average size (500 x 375 pixels,
-some 110 kB), prepared as TFDS's imagenet2012.
+Without --data_dir, it reads JPEG files of --photo_size, cut from scikit-learn's
+two photographs and prepared as TFDS's imagenet2012. At 500 x 375 pixels, which
+many files of ImageNet have, they have 99 kB; ImageNet's average is some 110 kB.
+
+With --max_side, it also measures the smaller copy that `prepare_imagenet
+--max_side` writes, and how far evaluation's inputs change.
 """
 
 import argparse
@@ -15,17 +19,19 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from spatial_mamba_jax.data import (
   DataConfig,
@@ -37,6 +43,7 @@ from spatial_mamba_jax.data import (
 )
 from spatial_mamba_jax.data.config import DECODERS
 from spatial_mamba_jax.data.randaugment import randaugment
+from spatial_mamba_jax.data.shrink import shrink
 from spatial_mamba_jax.training.config import MeshConfig
 from spatial_mamba_jax.training.sharding import make_mesh, shard_batch
 
@@ -44,26 +51,70 @@ ROUNDS = 3
 # Images of the synthetic dataset. With fewer, grain's shuffle would dominate.
 SYNTHETIC_IMAGES = 1024
 DISTINCT = 64
+# Most decoded pixels, which take 1 GB: fewer large images are timed.
+MAX_PIXELS = 2**28
+# JPEG quality of the synthetic files, with 4:2:0 chroma.
+QUALITY = 97
 
 
 def main() -> None:
   """Measures as the command line says."""
   arguments = _parse()
-  with contextlib.ExitStack() as stack:
-    data_dir = arguments.data_dir
-    if not data_dir:
-      data_dir = stack.enter_context(tempfile.TemporaryDirectory())
-      write_imagenet(pathlib.Path(data_dir), SYNTHETIC_IMAGES)
+  with tempfile.TemporaryDirectory() as temporary:
+    data_dir = arguments.data_dir or f"{temporary}/original"
+    if not arguments.data_dir:
+      write_imagenet(pathlib.Path(data_dir), arguments.photo_size)
     config = DataConfig(
       name="imagenet2012",
       data_dir=data_dir,
       image_size=arguments.image_size,
       decoder=arguments.decoder,
     )
-    measured = measure(config, arguments.images, arguments.batch_size)
+    images = min(
+      arguments.images, MAX_PIXELS // math.prod(arguments.photo_size)
+    )
+    batch_size = min(arguments.batch_size, max(1, images // 8))
+    measured = measure(config, images, batch_size)
+    if arguments.max_side:
+      copy = f"{temporary}/copy"
+      _write_copy(arguments, data_dir, copy)
+      copied = dataclasses.replace(config, data_dir=copy)
+      measured["copy"] = {
+        **measure(copied, arguments.images, arguments.batch_size),
+        **measure_change(config, arguments.max_side),
+      }
   if arguments.json:
     print(json.dumps({**vars(arguments), **measured}))
     return
+  _print(measured)
+  if arguments.max_side:
+    print(f"\nthe copy of --max_side={arguments.max_side}:")
+    _print(measured["copy"])
+    print(
+      "evaluation's inputs differ from the original's by"
+      " {mean_difference:.2f} of 255 levels in the mean; PSNR {psnr:.1f} dB in"
+      " the mean, {least_psnr:.1f} at least".format(**measured["copy"])
+    )
+
+
+def _write_copy(
+  arguments: argparse.Namespace, data_dir: str, copy: str
+) -> None:
+  if not arguments.data_dir:
+    size, max_side = arguments.photo_size, arguments.max_side
+    write_imagenet(pathlib.Path(copy), size, max_side)
+    return
+  with _silence():
+    imagenet.prepare(
+      pathlib.Path(data_dir),
+      copy,
+      read=imagenet.read_prepared,
+      max_side=arguments.max_side,
+    )
+
+
+def _print(measured: dict[str, Any]) -> None:
+  print(f"{measured['bytes'] / 1000:.0f} kB a file")
   for name, seconds in measured["seconds_an_image"].items():
     print(f"{name:28s} {1e3 * seconds:7.3f} ms  {1 / seconds:8.0f} images/s")
   print(
@@ -79,6 +130,13 @@ def _parse() -> argparse.Namespace:
   parser.add_argument(
     "--data_dir", default="", help="a TFDS directory with imagenet2012"
   )
+  parser.add_argument(
+    "--photo_size",
+    type=lambda text: tuple(map(int, text.split("x"))),
+    default=(500, 375),
+    help="WIDTHxHEIGHT of the files read without --data_dir",
+  )
+  parser.add_argument("--max_side", type=int, default=0)
   parser.add_argument("--images", type=int, default=1024)
   parser.add_argument("--batch_size", type=int, default=128)
   parser.add_argument("--image_size", type=int, default=224)
@@ -100,7 +158,9 @@ def measure(config: DataConfig, images: int, batch_size: int) -> dict[str, Any]:
   pipeline = time_pipeline(source, config, images, batch_size)
   pillow = stages.pop("Pillow's decode and resize")
   workers = os.cpu_count() or 1
+  sample = range(min(DISTINCT, len(source)))
   return {
+    "bytes": float(np.mean([len(source[index]["image"]) for index in sample])),
     "seconds_an_image": {
       **stages,
       "whole pipeline": pipeline,
@@ -111,6 +171,38 @@ def measure(config: DataConfig, images: int, batch_size: int) -> dict[str, Any]:
     "images_per_second_by_workers": workers_speed(
       source, config, images, batch_size, workers
     ),
+  }
+
+
+def measure_change(config: DataConfig, max_side: int) -> dict[str, float]:
+  """Compares evaluation's inputs from some originals and from their copies.
+
+  Args:
+    config: the originals, and the size of the inputs.
+    max_side: most pixels of a copy's longer side.
+
+  Returns:
+    Over these images, "mean_difference", of 255 levels, and "psnr" and
+    "least_psnr", in dB (infinite where all inputs are equal).
+  """
+  source = open_source(config, "train")
+  differences, errors = [], []
+  for index in range(min(DISTINCT, len(source))):
+    file = source[index]["image"]
+    one, other = (
+      transforms.transform_for_evaluation(
+        transforms.decode_image(each), config
+      ).astype(np.float64)
+      for each in (file, shrink(file, max_side))
+    )
+    differences.append(np.abs(one - other).mean())
+    errors.append(np.square(one - other).mean())
+  with np.errstate(divide="ignore"):
+    psnr = 10 * np.log10(255**2 / np.array(errors))
+  return {
+    "mean_difference": float(np.mean(differences)),
+    "psnr": float(psnr.mean()),
+    "least_psnr": float(psnr.min()),
   }
 
 
@@ -165,16 +257,16 @@ def time_pipeline(
   source: Source, config: DataConfig, images: int, batch_size: int
 ) -> float:
   """Measures processor seconds an image of the pipeline, over all threads."""
-  count = max(1, images // batch_size)
+  # One long round, because threads are amid a batch when it begins and ends.
+  count = ROUNDS * max(1, images // batch_size)
   with train_batches(source, config, batch_size=batch_size, seed=0) as batches:
 
-    def take():
+    def take(count: int):
       for _ in range(count):
         next(batches)
 
-    take()  # Threads fill their buffers.
-    seconds = min(_processor_seconds(take) for _ in range(ROUNDS))
-  return seconds / (count * batch_size)
+    take(config.prefetch + config.num_threads)  # Uses up the prefetched ones.
+    return _processor_seconds(lambda: take(count)) / (count * batch_size)
 
 
 def workers_speed(
@@ -198,34 +290,57 @@ def workers_speed(
     return count * batch_size / (time.perf_counter() - start)
 
 
-def write_imagenet(data_dir: pathlib.Path, count: int) -> None:
-  """Prepares `count` training files of ImageNet's average size."""
-  rng = np.random.default_rng(0)
-  files = [_noise_file(rng) for _ in range(min(DISTINCT, count))]
+def write_imagenet(
+  data_dir: pathlib.Path, size: tuple[int, int], max_side: int | None = None
+) -> None:
+  """Prepares training files, which repeat after `DISTINCT`.
+
+  Args:
+    data_dir: the TFDS directory.
+    size: width and height of the photographs.
+    max_side: writes their copies of this `--max_side` instead.
+  """
+  files = [_photo_file(index, size) for index in range(DISTINCT)]
+  if max_side:
+    files = [shrink(file, max_side) for file in files]
+  # No more than 512 MB.
+  count = min(SYNTHETIC_IMAGES, 2**29 // len(files[0]))
   tree = data_dir / "tree"
   for split, images in (("train", count), ("val", 1)):
     (tree / split / "n00000000").mkdir(parents=True)
     for index in range(images):
       path = tree / split / "n00000000" / f"{split}_{index:08d}.JPEG"
       path.write_bytes(files[index % len(files)])
-  # TFDS prints its progress.
+  with _silence():
+    imagenet.prepare(tree, str(data_dir))
+  shutil.rmtree(tree)
+
+
+def _photo_file(index: int, size: tuple[int, int]) -> bytes:
+  """Cuts an image out of a photograph that mirrors extend at its edges."""
+  rng = np.random.default_rng(index)
+  photo = load_sample_image(("china.jpg", "flower.jpg")[index % 2])
+  rows, columns = (
+    max(0, size[1 - axis] - photo.shape[axis]) for axis in range(2)
+  )
+  photo = np.pad(photo, [(0, rows), (0, columns), (0, 0)], mode="symmetric")
+  top = rng.integers(photo.shape[0] - size[1] + 1)
+  left = rng.integers(photo.shape[1] - size[0] + 1)
+  cut = photo[top : top + size[1], left : left + size[0]]
+  file = io.BytesIO()
+  Image.fromarray(cut).save(file, "JPEG", quality=QUALITY)
+  return file.getvalue()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  """Hides the progress that TFDS prints."""
   with (
     open(os.devnull, "w") as nowhere,
     contextlib.redirect_stderr(nowhere),
     contextlib.redirect_stdout(nowhere),
   ):
-    imagenet.prepare(tree, str(data_dir))
-  shutil.rmtree(tree)
-
-
-def _noise_file(rng: np.random.Generator) -> bytes:
-  coarse = rng.integers(0, 256, (24, 32, 3), np.uint8)
-  smooth = Image.fromarray(coarse).resize((500, 375))
-  noisy = np.asarray(smooth) + rng.normal(0, 16, (375, 500, 3))
-  file = io.BytesIO()
-  image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-  image.save(file, "JPEG", quality=90)
-  return file.getvalue()
+    yield
 
 
 if __name__ == "__main__":

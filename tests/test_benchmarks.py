@@ -78,8 +78,10 @@ def test_input_benchmark(monkeypatch, capsys):
   # Without worker processes, which would import this test.
   monkeypatch.setattr(input_speed, "workers_speed", lambda *_: 1.0)
   monkeypatch.setattr(input_speed, "SYNTHETIC_IMAGES", 8)
+  monkeypatch.setattr(input_speed, "DISTINCT", 2)
   sizes = ("--images=8", "--batch_size=4", "--image_size=32", "--json")
-  out = run(input_speed.main, monkeypatch, capsys, *sizes)
+  copy = "--photo_size=600x400", "--max_side=300"
+  out = run(input_speed.main, monkeypatch, capsys, *sizes, *copy)
   measured = json.loads(out)
   seconds = measured["seconds_an_image"]
   assert list(seconds)[-2:] == ["whole pipeline", "Pillow's decode and resize"]
@@ -87,6 +89,8 @@ def test_input_benchmark(monkeypatch, capsys):
   assert measured["share_of_pillow"] == pytest.approx(
     seconds["Pillow's decode and resize"] / seconds["whole pipeline"]
   )
+  assert measured["copy"]["bytes"] < measured["bytes"]
+  assert 30 < measured["copy"]["least_psnr"] <= measured["copy"]["psnr"] < 60
 
 
 @pytest.fixture

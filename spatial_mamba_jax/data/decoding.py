@@ -64,13 +64,7 @@ def decode_image(encoded: Any, decoder: str = "pillow") -> Image.Image:
   if not isinstance(encoded, bytes | bytearray | memoryview):
     raise TypeError(f"an image must be bytes, got {type(encoded).__name__}")
   encoded = bytes(encoded)
-  if not encoded:
-    raise ValueError("empty file")
-  _check_memory(len(encoded))
-  try:
-    image = Image.open(io.BytesIO(encoded), formats=_formats())
-  except UnidentifiedImageError:
-    raise ValueError("not an image of a known format") from None
+  image = _open(encoded)
   is_deep = image.mode in ("I", "F")
   check_size(image.width, image.height, _SCALED if is_deep else _PIXEL)
   if decoder == "simplejpeg" and encoded.startswith(_JPEG):
@@ -85,6 +79,16 @@ def decode_image(encoded: Any, decoder: str = "pillow") -> Image.Image:
     image.load()  # Converting would copy it.
     return image
   return image.convert("RGB")
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+  """Returns width and height in pixels, from an image file's header.
+
+  Raises:
+    ValueError: the format is unknown, or the file is too large.
+    Exception: the header is broken; the type depends on the format.
+  """
+  return _open(encoded).size
 
 
 def read_image(path: pathlib.Path) -> bytes:
@@ -128,6 +132,17 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
     )
   check_size(pixels.shape[1], pixels.shape[0])
   return Image.fromarray(pixels)
+
+
+def _open(encoded: bytes) -> Image.Image:
+  """Reads the header."""
+  if not encoded:
+    raise ValueError("empty file")
+  _check_memory(len(encoded))
+  try:
+    return Image.open(io.BytesIO(encoded), formats=_formats())
+  except UnidentifiedImageError:
+    raise ValueError("not an image of a known format") from None
 
 
 @functools.cache

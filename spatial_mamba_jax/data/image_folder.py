@@ -92,9 +92,12 @@ class ImageFolder:
     return len(self.labels)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
+    path = self.path(index)
     return {
-      "image": decoding.read_image(self.path(index)),
+      "image": decoding.read_image(path),
       "label": int(self.labels[index]),
+      # Bytes, because names may be in any encoding.
+      "file_name": os.fsencode(path.name),
     }
 
   def path(self, index: int) -> pathlib.Path:

@@ -2,41 +2,46 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
-from spatial_mamba_jax.data import image_folder, tfds_source
-from spatial_mamba_jax.data.config import DataConfig, DataError
+from spatial_mamba_jax.data import image_folder, shrink, stores, tfds_source
+from spatial_mamba_jax.data.config import SPLITS, DataConfig, DataError
+from spatial_mamba_jax.data.sources import LabelledSource
 from spatial_mamba_jax.errors import one_line
 
 NAME = "imagenet2012"
 VERSION = "5.1.0"
 EXTENSIONS = (".jpeg", ".jpg")
 
+# {split: images}, whose records have a "file_name".
+Splits = Mapping[str, LabelledSource]
+
 with registered.skip_registration():
 
   class Imagenet2012(tfds.core.GeneratorBasedBuilder):
-    """TFDS's `imagenet2012`, written from a tree of JPEG files.
+    """TFDS's `imagenet2012`, written from files or from a prepared data set.
 
     TFDS orders examples by their keys, the file names. Here the keys are the
     same, and so is the order. TFDS also re-encodes 22 CMYK files and one PNG as
-    RGB JPEG. Here every file keeps its bytes, and decoding converts to RGB.
+    RGB JPEG. Here every file keeps its bytes, and decoding converts to RGB;
+    only with `max_side` are large images re-encoded.
     """
 
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(
-      self, splits: dict[str, image_folder.ImageFolder], **kwargs: Any
-    ):
+    def __init__(self, splits: Splits, max_side: int | None, **kwargs: Any):
       self._images = splits
+      self._max_side = max_side
       super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
       classes = self._images["train"].classes
       return self.dataset_info_from_configs(
+        description=self._max_side and shrink.describe(self._max_side),
         features=tfds.features.FeaturesDict(
           {
             "image": tfds.features.Image(encoding_format="jpeg"),
@@ -56,12 +61,15 @@ with registered.skip_registration():
       }
 
     def _generate_examples(
-      self, images: image_folder.ImageFolder
-    ) -> Iterator[tuple[Any, dict[str, Any]]]:
-      for index in range(len(images)):
-        # Bytes, because names may be in any encoding.
-        file_name = os.fsencode(images.path(index).name)
-        yield file_name, {**images[index], "file_name": file_name}
+      self, images: LabelledSource
+    ) -> Iterator[tuple[bytes, dict[str, Any]]]:
+      def example(index: int) -> tuple[bytes, dict[str, Any]]:
+        record = dict(images[index])
+        if self._max_side:
+          record["image"] = shrink.shrink(record["image"], self._max_side)
+        return record["file_name"], record
+
+      return shrink.map_in_order(example, len(images))
 
 
 def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
@@ -70,46 +78,87 @@ def open_split(config: DataConfig, split: str) -> tfds_source.TfdsSource:
   Raises:
     DataError: it is missing; the message says how to prepare it.
   """
-  data_dir = tfds_source.data_directory(config.data_dir)
+  data_dir = tfds_source.readable_directory(config.data_dir)
   directory = data_dir / NAME / VERSION
-  command = (
-    "python -m spatial_mamba_jax.data.prepare_imagenet --image_folder=DIR "
-    f"--data_dir={data_dir}"
-  )
-  if not os.path.lexists(directory):
+  if stores.is_remote(directory):
+    is_prepared = stores.exists(directory / "dataset_info.json")
+    command = f"prepare it on a disk and copy its {NAME} to {data_dir}"
+  else:
+    is_prepared = stores.exists(directory)
+    command = (
+      "run python -m spatial_mamba_jax.data.prepare_imagenet "
+      f"--image_folder=DIR --data_dir={data_dir}"
+    )
+  if not is_prepared:
     raise DataError(
       f"{NAME} {VERSION} is not prepared in {data_dir}: set "
-      f"config.data.data_dir, or run {command}"
+      f"config.data.data_dir, or {command}"
     )
   return tfds_source.TfdsSource(
-    directory, split, remedy=f"remove {directory} and run {command}"
+    directory, split, remedy=f"remove {directory} and {command}"
   )
 
 
-def prepare(root: pathlib.Path, data_dir: str) -> pathlib.Path:
-  """Writes the tree in `root` as TFDS's `imagenet2012`, all or nothing.
+def read_tree(root: pathlib.Path) -> Splits:
+  """Opens a directory with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`.
+
+  Raises:
+    DataError: it has another layout.
+  """
+  splits = {
+    split: image_folder.open_tree(root, split, EXTENSIONS) for split in SPLITS
+  }
+  for images in splits.values():
+    _check_names_differ(images)
+    _check_class_names(images)
+  return splits
+
+
+def read_prepared(data_dir: pathlib.Path) -> Splits:
+  """Opens a TFDS directory in which `imagenet2012` is prepared.
+
+  Raises:
+    DataError: it is missing or damaged.
+  """
+  config = DataConfig(name=NAME, data_dir=str(data_dir))
+  return {split: open_split(config, split) for split in SPLITS}
+
+
+def prepare(
+  root: pathlib.Path,
+  data_dir: str,
+  *,
+  read: Callable[[pathlib.Path], Splits] = read_tree,
+  max_side: int | None = None,
+) -> pathlib.Path:
+  """Writes images as TFDS's `imagenet2012`, all or nothing.
 
   Args:
-    root: a directory with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`.
+    root: the directory to read.
     data_dir: the TFDS directory to write to; empty for the default.
+    read: opens `root`: `read_tree` or `read_prepared`.
+    max_side: most pixels of an image's longer side; see `shrink.shrink`. None
+      leaves every file unchanged.
 
   Returns:
     The data set's directory.
 
   Raises:
-    DataError: the tree has another layout, or the data set already exists.
+    DataError: the images have another layout, the data set already exists, or
+      `max_side` is less than the recipe needs.
   """
+  if max_side is not None:
+    shrink.check_max_side(max_side)
   directory = tfds_source.data_directory(data_dir) / NAME / VERSION
   if os.path.lexists(directory):
-    raise DataError(f"{directory} exists: remove it to prepare it again")
-  splits = {
-    split: image_folder.open_tree(root, split, EXTENSIONS)
-    for split in ("train", "validation")
-  }
-  for images in splits.values():
-    _check_names_differ(images)
-    _check_class_names(images)
-  tfds_source.prepare(Imagenet2012(splits, data_dir=directory.parent.parent))
+    raise DataError(
+      f"{directory} exists: remove it to prepare it again, or choose another"
+      " --data_dir"
+    )
+  splits = read(root)
+  tfds_source.prepare(
+    Imagenet2012(splits, max_side, data_dir=directory.parent.parent)
+  )
   return directory
 
 

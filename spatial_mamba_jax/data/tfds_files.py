@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 
+from spatial_mamba_jax.data import stores
 from spatial_mamba_jax.data.config import DataError
 from spatial_mamba_jax.errors import one_line
 
@@ -34,7 +35,7 @@ _READERS = 16
 class DamageError(Exception):
   """A file is missing or is not as TFDS writes it; the message says why."""
 
-  def __init__(self, path: pathlib.Path, why: object):
+  def __init__(self, path: pathlib.PurePath, why: object):
     if isinstance(why, OSError):
       why = why.strerror or why  # Without the path.
     super().__init__(f"{path} is damaged ({one_line(why)})")
@@ -68,7 +69,7 @@ class Contents(NamedTuple):
   has_file_name: bool
 
 
-def read_shards(directory: pathlib.Path, split: str) -> list[Shard]:
+def read_shards(directory: pathlib.PurePath, split: str) -> list[Shard]:
   """Returns the shards of a split, after checking their number of records.
 
   Args:
@@ -119,7 +120,7 @@ def read_shards(directory: pathlib.Path, split: str) -> list[Shard]:
   ]
 
 
-def _read_lengths(path: pathlib.Path, split: dict[str, Any]) -> list[int]:
+def _read_lengths(path: pathlib.PurePath, split: dict[str, Any]) -> list[int]:
   name = split["name"]
   if split.get("filepathTemplate") not in (None, "", _TEMPLATE):
     raise DamageError(path, f"filepathTemplate of {name} is not {_TEMPLATE}")
@@ -134,11 +135,11 @@ def _read_lengths(path: pathlib.Path, split: dict[str, Any]) -> list[int]:
   return [count for count in counts if count is not None]
 
 
-def _check_shard(path: pathlib.Path, length: int) -> None:
+def _check_shard(path: pathlib.PurePath, length: int) -> None:
   try:
     # array_record opens even a directory, and explains little of other damage.
-    with path.open("rb"):
-      pass
+    if not stores.is_remote(path):
+      stores.read(path, 0)
     reader = array_record_data_source.array_record_module.ArrayRecordReader(
       os.fsencode(path),
       options="readahead_buffer_size:0",
@@ -154,7 +155,7 @@ def _check_shard(path: pathlib.Path, length: int) -> None:
     )
 
 
-def read_contents(directory: pathlib.Path) -> Contents:
+def read_contents(directory: pathlib.PurePath) -> Contents:
   """Reads the features of an image classification data set.
 
   Args:
@@ -197,8 +198,8 @@ def read_contents(directory: pathlib.Path) -> Contents:
   )
 
 
-def _read_class_names(path: pathlib.Path, num_classes: int) -> list[str]:
-  if not os.path.lexists(path):
+def _read_class_names(path: pathlib.PurePath, num_classes: int) -> list[str]:
+  if not stores.exists(path):
     return [str(label) for label in range(num_classes)]
   lines = (line.strip() for line in _read_text(path).split("\n"))
   names = [line for line in lines if line]
@@ -255,7 +256,7 @@ def _class_names(value: Any) -> Iterator[str]:
     yield from _class_names(inner)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: pathlib.PurePath) -> dict[str, Any]:
   try:
     value = json.loads(_read_text(path))
   except (ValueError, RecursionError) as error:
@@ -265,10 +266,9 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
-def _read_text(path: pathlib.Path) -> str:
+def _read_text(path: pathlib.PurePath) -> str:
   try:
-    with path.open("rb") as file:
-      content = file.read(_MAX_BYTES + 1)
+    content = stores.read(path, _MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
       raise DamageError(path, f"it has more than {_MAX_BYTES:,} bytes")
     return content.decode()

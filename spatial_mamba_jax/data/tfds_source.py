@@ -9,20 +9,34 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 
-from spatial_mamba_jax.data import tfds_files, transforms
+from spatial_mamba_jax.data import stores, tfds_files, transforms
 from spatial_mamba_jax.data.config import DataError
 from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.paths import local_path
 
+_FIELD = "config.data.data_dir"
+
 
 def data_directory(data_dir: str) -> pathlib.Path:
-  """Returns the TFDS directory: the configured one, or TFDS's default.
+  """Returns the TFDS directory to write to: the configured one, or the default.
 
   Raises:
-    DataError: it is not on this machine, or there is no home directory.
+    UserError: it is not on this machine, or there is no home directory.
   """
-  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return local_path(data_dir or default, "config.data.data_dir")
+  return local_path(data_dir or _default(), _FIELD)
+
+
+def readable_directory(data_dir: str) -> pathlib.PurePath:
+  """Returns the TFDS directory to read, which may be a `gs://` path.
+
+  Raises:
+    UserError: it is another URL, or there is no home directory.
+  """
+  return stores.location(data_dir or _default(), _FIELD)
+
+
+def _default() -> str:
+  return os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
 
 
 class TfdsSource:
@@ -30,7 +44,7 @@ class TfdsSource:
 
   def __init__(
     self,
-    directory: pathlib.Path,
+    directory: pathlib.PurePath,
     split: str,
     *,
     remedy: str,
