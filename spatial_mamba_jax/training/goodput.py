@@ -266,7 +266,7 @@ def _sum_up(processes: list[list[_Record]]) -> dict[str, float]:
   return total
 
 
-def _seconds_at(records: list[_Record], step: float) -> float:
+def _seconds_at(records: list[_Record], step: float | int) -> float:
   """Seconds in steps when a process had taken a step."""
   known = {records[0].resumed: 0.0}
   known |= {record.step: record.seconds["steps"] for record in records}

@@ -45,7 +45,7 @@ from spatial_mamba_jax.training.sharding import (
   make_mesh,
   shard_batch,
 )
-from spatial_mamba_jax.training.speed import Speed, window_metrics
+from spatial_mamba_jax.training.speed import speed_of, window_metrics
 from spatial_mamba_jax.training.state import TrainState
 from spatial_mamba_jax.training.stopping import (
   StoppedError,
@@ -156,7 +156,7 @@ class _Trainer:
       )
       stack.enter_context(self.ledger.opened(step))
       stack.callback(self.trace.close)
-      self.speed = Speed(self.program)
+      self.speed = speed_of(self.program)
       state = self._restored_state(step) if step else self._fresh_state()
       self.saved_at = time.monotonic()
       self.progress = Progress(

@@ -39,5 +39,5 @@ def measured_line(devices: Sequence[Any]) -> str | None:
   return line
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
   return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

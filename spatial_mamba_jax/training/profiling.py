@@ -72,7 +72,10 @@ class StepTrace:
     if self._steps and step == self._steps[0]:
       jax.block_until_ready(state)
       with self._ledger.during("profile"):
-        jax.profiler.start_trace(self._directory)
+        options = jax.profiler.ProfileOptions()
+        # Calls of Python functions would be most of the trace.
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(self._directory, profiler_options=options)
         self._is_on = True
 
   def after(self, step: int, state: Any) -> None:

@@ -1,6 +1,8 @@
 """Values of a window of steps: means over its steps, and its speed."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,20 +67,24 @@ def image_flops(program: Program) -> float:
   return factor * flops / program.config.batch_size
 
 
-class Speed:
-  """Computes the speed of a window of steps."""
+def peak_flops(devices: Sequence[Any]) -> float | None:
+  """Peak of all devices together; None where their kind is not known."""
+  accelerator = by_kind(devices[0].device_kind)
+  return accelerator.flops * len(devices) if accelerator else None
 
-  def __init__(self, program: Program):
-    """Counts FLOPs, in the first process, which alone logs them."""
-    devices = program.mesh.devices.flat
-    accelerator = by_kind(devices[0].device_kind)
-    self._peak = accelerator.flops * len(devices) if accelerator else None
-    self._image_flops = None
-    if not jax.process_index():
-      try:
-        self._image_flops = image_flops(program)
-      except NotImplementedError as error:
-        say(f"model FLOPs are not logged: {error}")
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+  """Computes the speed of a window of steps.
+
+  Attributes:
+    image_flops: model FLOPs of training on an image; None if unknown.
+    peak_flops: floating-point operations a second of all devices together;
+      None if unknown.
+  """
+
+  image_flops: float | None
+  peak_flops: float | None
 
   def of(self, images: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """Returns the values to log.
@@ -97,9 +103,20 @@ class Speed:
       "images_per_second": images / total,
       "data_wait": seconds["input"] / total,
     }
-    if self._image_flops is not None:
-      flops = self._image_flops * speed["images_per_second"]
+    if self.image_flops is not None:
+      flops = self.image_flops * speed["images_per_second"]
       speed["model_flops_per_second"] = flops
-      if self._peak is not None:
-        speed["mfu"] = flops / self._peak
+      if self.peak_flops is not None:
+        speed["mfu"] = flops / self.peak_flops
     return speed
+
+
+def speed_of(program: Program) -> Speed:
+  """Counts FLOPs in the first process, which alone logs them."""
+  flops = None
+  if not jax.process_index():
+    try:
+      flops = image_flops(program)
+    except NotImplementedError as error:
+      say(f"model FLOPs are not logged: {error}")
+  return Speed(flops, peak_flops(program.mesh.devices.flatten().tolist()))
