@@ -229,6 +229,7 @@ class _Trainer:
     with self.ledger.during("compile"):
       shapes = self.program.state_shapes, self.program.batch_shapes
       train_step = self.program.train_step.lower(*shapes).compile()
+    self.ledger.write()
     self.progress.say(planned_line(train_step))
     first = next(batches)  # The workers start.
     self.ledger.window()
@@ -300,8 +301,8 @@ class _Trainer:
     """Logs a window of steps; returns the state with an empty window."""
     metrics = self._read_window(state, step)
     metrics |= self.speed.of(metrics.pop("images"), self.ledger.window())
-    self.writer.write(step, "train", metrics)
     self.ledger.write()
+    self.writer.write(step, "train", metrics)
     self.progress.show(step, metrics)
     if not self.is_memory_told:
       self.is_memory_told = True
