@@ -33,7 +33,7 @@ from spatial_mamba_kernels.cases import CASES, by_name
 from spatial_mamba_kernels.dispatch import Kernel
 
 from benchmarks import gpu_code, network, tpu_code
-from spatial_mamba_jax.forecast import hlo, topology
+from spatial_mamba_jax.forecast import collectives, hlo, topology
 from spatial_mamba_jax.training.config import MeshConfig
 from spatial_mamba_jax.training.sharding import make_mesh
 
@@ -212,7 +212,7 @@ def _write_text(arguments, text):
 def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """A training step of one of the ImageNet experiments, without MESA."""
   del dump
-  mesh = _mesh(arguments.target, fsdp=arguments.fsdp)
+  mesh = _mesh(arguments.target, replica=arguments.replica, fsdp=arguments.fsdp)
   config = network.experiment(
     f"spatial_mamba_{arguments.model}",
     batch_size=arguments.batch_size * mesh.size,
@@ -230,18 +230,19 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   return record
 
 
-def _mesh(target: str, devices: int | None = None, fsdp: int = 1) -> Mesh:
+def _mesh(target: str, devices: int | None = None, **sizes: int) -> Mesh:
   try:
     described = topology.devices_of(target)
   except topology.TopologyError as error:
     sys.exit(f"--target {target}: {error}")
-  return make_mesh(MeshConfig(fsdp=fsdp), described[:devices])
+  return make_mesh(MeshConfig(**sizes), described[:devices])
 
 
 def _compile(jitted, arguments, platform):
   """Compiles a jitted function; also returns the program's text.
 
   Its `moved_bytes` are what `hlo` counts: of a kernel, operands and results.
+  Its `collectives` are {kind: (number, bytes that a device sends)}.
   For a TPU `estimated_cycles` are libtpu's, of all but kernels and copies.
   `processor_seconds` include tracing and lowering, `compile_seconds` do not.
   """
@@ -255,12 +256,14 @@ def _compile(jitted, arguments, platform):
   assert text is not None
   assert memory is not None
   # XLA itself counts none for a GPU, and a loop's once.
-  launches = hlo.Program(text).launches()
+  program = hlo.Program(text)
+  launches = program.launches()
   record = {
     "compile_seconds": seconds,
     "processor_seconds": processor_seconds,
     "kernels": text.count(f'"{CUSTOM_CALLS[platform]}"'),
     "all_gathers": text.count(" all-gather"),
+    "collectives": collectives.total(collectives.collectives_of(program)),
     "launches": hlo.total_launches(launches),
     "moved_bytes": hlo.total_bytes(launches),
     "argument_bytes": memory.argument_size_in_bytes,
@@ -321,6 +324,9 @@ def _parse() -> argparse.Namespace:
       help="operators whose kernels are off",
     )
     whole.add_argument("--text", help="a file for the compiled program")
+  step.add_argument(
+    "--replica", type=int, default=1, help="slices, or other slow groups"
+  )
   step.add_argument(
     "--fsdp", type=int, default=1, help="devices that share the parameters"
   )

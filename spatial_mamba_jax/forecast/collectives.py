@@ -1,0 +1,160 @@
+"""The collectives of a compiled program: kinds, bytes, and who takes part.
+
+A device's program names the arrays of that device. `Collective.size` is the
+bytes of the whole array: what an all-gather has in the end, and all others in
+the beginning.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from spatial_mamba_jax.forecast.hlo import Launch, Program
+
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+)
+# A fusion of an all-reduce with the slice that a device keeps.
+_SCATTERING = "all-reduce-scatter"
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})?\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})?\}")
+_IOTA = re.compile(
+  r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+)
+_MESH = re.compile(
+  r"replica_groups=mesh\[([^\]]*)\]"
+  r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """A collective that a program runs.
+
+  Attributes:
+    kind: one of `KINDS`.
+    size: bytes of the whole array, each time.
+    groups: the devices that take part together, by their position in the mesh;
+      of a `collective-permute`, each source with its target.
+    times: how often it runs.
+    is_async: whether the compiler scheduled it beside other work.
+  """
+
+  kind: str
+  size: int
+  groups: tuple[tuple[int, ...], ...]
+  times: int
+  is_async: bool
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends in all runs, by the best algorithm.
+
+    Of n devices each sends (n - 1) / n of the array; in an all-reduce, which is
+    a reduce-scatter and an all-gather, twice.
+    """
+    count = len(self.groups[0])
+    return self.times * self.size * passes(self.kind) * share(self.kind, count)
+
+
+def passes(kind: str) -> int:
+  """How often the array goes round."""
+  return 2 if kind == "all-reduce" else 1
+
+
+def share(kind: str, count: int) -> float:
+  """The share of an array that one of `count` devices sends."""
+  if kind == "collective-permute":
+    return 1.0
+  return (count - 1) / count
+
+
+def collectives_of(program: Program) -> list[Collective]:
+  """Returns the collectives among more than one device."""
+  found = []
+  for launch in program.launches():
+    is_start = launch.instruction.opcode.endswith("-start")
+    calls = launch.instruction.called.get("calls", ("",))
+    for part in [launch, *program.fused(launch)]:
+      kind = part.instruction.opcode.removesuffix("-start")
+      if kind not in KINDS:
+        continue
+      groups = _groups(part.instruction.line, program.devices)
+      size = part.operands
+      if kind == "all-gather":
+        size *= len(groups[0])
+      if calls[0].startswith(_SCATTERING):
+        kind = "reduce-scatter"
+      if len(groups[0]) > 1:
+        times = launch.times * part.times if part is not launch else part.times
+        found.append(Collective(kind, size, groups, times, is_start))
+  return found
+
+
+def total(
+  collectives: Sequence[Collective],
+) -> dict[str, tuple[int, float]]:
+  """Returns {kind: (number of runs, bytes that a device sends)}."""
+  counts, sent = collections.Counter(), collections.Counter()
+  for each in collectives:
+    counts[each.kind] += each.times
+    sent[each.kind] += each.sent
+  return {kind: (counts[kind], sent[kind]) for kind in KINDS if counts[kind]}
+
+
+def _numbers(text: str | None) -> list[int]:
+  return [int(x) for x in re.findall(r"\d+", text or "")]
+
+
+def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
+  if match := _IOTA.search(line):
+    ids = _iota(match[2], match[3]).reshape(_numbers(match[1]))
+  elif match := _MESH.search(line):
+    ids = _along_axes(*match.groups(), devices)
+  elif match := _LISTED.search(line) or _PAIRS.search(line):
+    listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
+    return tuple(tuple(_numbers(x)) for x in listed) or (tuple(range(devices)),)
+  else:
+    raise ValueError(f"no replica groups: {line[:80]}")
+  return tuple(tuple(group) for group in ids.tolist())
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+  sizes = _numbers(shape)
+  ids = np.arange(math.prod(sizes)).reshape(sizes)
+  return ids.transpose(_numbers(order)) if order else ids
+
+
+def _along_axes(axes, shape, order, named, devices):
+  """Groups [G, N] along some axes of a mesh.
+
+  An axis may be named in part, 'axis_0':(4)2: after splitting it in 4 and more,
+  the next 2.
+  """
+  sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
+  taken = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named)
+  dimensions, grouped = [], []
+  for name, size in sizes.items():
+    start = 1
+    for _, before, part in sorted(
+      (x for x in taken if x[0] == name), key=lambda x: int(x[1] or 1)
+    ):
+      dimensions += [int(before or 1) // start, int(part or size)]
+      grouped += [False, True]
+      start = int(before or 1) * int(part or size)
+    dimensions.append(size // start)
+    grouped.append(False)
+  ids = _iota(shape, order) if shape else np.arange(devices)
+  ids = ids.reshape(dimensions)
+  rest = [i for i, is_grouped in enumerate(grouped) if not is_grouped]
+  along = [i for i, is_grouped in enumerate(grouped) if is_grouped]
+  count = math.prod(dimensions[i] for i in along)
+  return ids.transpose(*rest, *along).reshape(-1, count)
