@@ -1,8 +1,7 @@
 """The collectives of a compiled program: kinds, bytes, and who takes part.
 
-A device's program names the arrays of that device. `Collective.size` is the
-bytes of the whole array: what an all-gather has in the end, and all others in
-the beginning.
+Between slices of TPUs, a program sends arrays to its host, whose runtime
+(`xla_megascale_runtime`) sums or exchanges them.
 """
 
 import collections
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spatial_mamba_jax.forecast.hlo import Launch, Program
+from spatial_mamba_jax.forecast.hlo import Program
 
 KINDS = (
   "all-gather",
@@ -22,6 +21,9 @@ KINDS = (
   "all-to-all",
   "collective-permute",
 )
+# What a program sends to its host for other slices, numbered from 1: {1,2} or
+# {1:4} times devices.
+_BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]*)\}')
 # A fusion of an all-reduce with the slice that a device keeps.
 _SCATTERING = "all-reduce-scatter"
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})?\}")
@@ -41,11 +43,15 @@ class Collective:
 
   Attributes:
     kind: one of `KINDS`.
-    size: bytes of the whole array, each time.
+    size: bytes of the whole array, each time: what an all-gather has in the
+      end, and all others in the beginning.
     groups: the devices that take part together, by their position in the mesh;
-      of a `collective-permute`, each source with its target.
+      of a `collective-permute`, each source with its target. Between slices,
+      the indices of the slices.
     times: how often it runs.
-    is_async: whether the compiler scheduled it beside other work.
+    is_async: whether other work can run meanwhile.
+    is_between_slices: whether every device of a slice takes part, with those at
+      its position in the other slices.
   """
 
   kind: str
@@ -53,6 +59,7 @@ class Collective:
   groups: tuple[tuple[int, ...], ...]
   times: int
   is_async: bool
+  is_between_slices: bool = False
 
   @property
   def sent(self) -> float:
@@ -70,7 +77,7 @@ def passes(kind: str) -> int:
   return 2 if kind == "all-reduce" else 1
 
 
-def share(kind: str, count: int) -> float:
+def share(kind: str, count: float) -> float:
   """The share of an array that one of `count` devices sends."""
   if kind == "collective-permute":
     return 1.0
@@ -81,22 +88,39 @@ def collectives_of(program: Program) -> list[Collective]:
   """Returns the collectives among more than one device."""
   found = []
   for launch in program.launches():
-    is_start = launch.instruction.opcode.endswith("-start")
-    calls = launch.instruction.called.get("calls", ("",))
+    found += _between_slices(launch)
     for part in [launch, *program.fused(launch)]:
-      kind = part.instruction.opcode.removesuffix("-start")
-      if kind not in KINDS:
-        continue
-      groups = _groups(part.instruction.line, program.devices)
-      size = part.operands
-      if kind == "all-gather":
-        size *= len(groups[0])
-      if calls[0].startswith(_SCATTERING):
-        kind = "reduce-scatter"
-      if len(groups[0]) > 1:
-        times = launch.times * part.times if part is not launch else part.times
-        found.append(Collective(kind, size, groups, times, is_start))
-  return found
+      found += _collective(launch, part, program.devices)
+  return [each for each in found if len(each.groups[0]) > 1]
+
+
+def _between_slices(launch):
+  line = launch.instruction.line
+  match = _BETWEEN.search(line)
+  if launch.instruction.opcode != "send" or not match:
+    return []
+  first, *last = (_numbers(x) for x in match[1].split(":"))
+  slices = range(first[0], last[0][0] + 1) if last else first
+  is_permute = '_transfer_type="ONE_TO_ONE"' in line
+  kind = "collective-permute" if is_permute else "all-reduce"
+  groups = (tuple(slices),)
+  return [Collective(kind, launch.operands, groups, launch.times, True, True)]
+
+
+def _collective(launch, part, devices):
+  """Of a launched instruction, or of a part of a launched fusion."""
+  kind = part.instruction.opcode.removesuffix("-start")
+  if kind not in KINDS:
+    return []
+  groups = _groups(part.instruction.line, devices)
+  size = part.operands
+  if kind == "all-gather":
+    size *= len(groups[0])
+  (body,) = launch.instruction.called.get("calls", ("",))
+  if body.startswith(_SCATTERING):
+    kind = "reduce-scatter"
+  is_async = part.instruction.opcode.endswith("-start")
+  return [Collective(kind, size, groups, launch.times, is_async)]
 
 
 def total(
