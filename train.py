@@ -24,6 +24,9 @@ def main() -> int:
   profile_steps = flags.DEFINE_string(
     "profile_steps", None, "Steps to trace for XProf, such as 100:110."
   )
+  compiled = flags.DEFINE_string(
+    "compiled", None, "A compiled train step, of forecast --save=FILE."
+  )
 
   def run() -> None:
     train(
@@ -31,6 +34,7 @@ def main() -> int:
       command_line.workdir(),
       started=STARTED,
       profile_steps=parse_steps(profile_steps.value),
+      compiled=compiled.value,
     )
 
   command_line.own_process()

@@ -127,7 +127,8 @@ def total(
   collectives: Sequence[Collective],
 ) -> dict[str, tuple[int, float]]:
   """Returns {kind: (number of runs, bytes that a device sends)}."""
-  counts, sent = collections.Counter(), collections.Counter()
+  counts = collections.defaultdict(int)
+  sent = collections.defaultdict(float)
   for each in collectives:
     counts[each.kind] += each.times
     sent[each.kind] += each.sent
@@ -142,7 +143,7 @@ def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
   if match := _IOTA.search(line):
     ids = _iota(match[2], match[3]).reshape(_numbers(match[1]))
   elif match := _MESH.search(line):
-    ids = _along_axes(*match.groups(), devices)
+    ids = _along_axes(match, devices)
   elif match := _LISTED.search(line) or _PAIRS.search(line):
     listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
     return tuple(tuple(_numbers(x)) for x in listed) or (tuple(range(devices)),)
@@ -157,12 +158,13 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
   return ids.transpose(_numbers(order)) if order else ids
 
 
-def _along_axes(axes, shape, order, named, devices):
+def _along_axes(match, devices):
   """Groups [G, N] along some axes of a mesh.
 
   An axis may be named in part, 'axis_0':(4)2: after splitting it in 4 and more,
   the next 2.
   """
+  axes, shape, order, named = match.groups()
   sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
   taken = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named)
   dimensions, grouped = [], []

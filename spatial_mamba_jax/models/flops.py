@@ -41,7 +41,15 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     NotImplementedError: the function has a Pallas kernel, whose FLOP are
       unknown. Operators that name no implementation have none.
   """
-  return float(_of(jax.make_jaxpr(function)(*arguments).jaxpr))
+  return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def jaxpr_flops(jaxpr: Any) -> float:
+  """Counts the FLOP of a traced function, as `count_flops` does.
+
+  Recurrences of a backward pass are left out.
+  """
+  return float(_of(jaxpr))
 
 
 def _of(jaxpr):

@@ -20,6 +20,7 @@ from spatial_mamba_jax.errors import say, tell
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.tasks.base import Evaluation
 from spatial_mamba_jax.training.checkpoint import Checkpoints
+from spatial_mamba_jax.training.compiled_step import load_step
 from spatial_mamba_jax.training.config import TrainConfig
 from spatial_mamba_jax.training.description import write_description
 from spatial_mamba_jax.training.evaluation import Measured, evaluate
@@ -72,6 +73,7 @@ def train(
   *,
   started: float | None = None,
   profile_steps: range = range(0),
+  compiled: str | os.PathLike[str] | None = None,
 ) -> Evaluation | None:
   """Trains; resumes from the newest checkpoint if `workdir` has one.
 
@@ -81,6 +83,8 @@ def train(
     started: `time.time()` at the start of the process, for the ledger; None
       for now.
     profile_steps: the steps of which a trace is written, counted from 1.
+    compiled: a file with the compiled train step; see `compiled_step`. None to
+      compile it.
 
   Returns:
     The evaluation after the last step; None if all was already done.
@@ -96,7 +100,8 @@ def train(
   config.validate()
   started = time.time() if started is None else started
   workdir = local_path(workdir, "workdir")
-  return _Trainer(config, workdir, started, profile_steps).run()
+  path = local_path(compiled, "--compiled") if compiled else None
+  return _Trainer(config, workdir, started, profile_steps, path).run()
 
 
 class _Trainer:
@@ -108,6 +113,7 @@ class _Trainer:
     workdir: pathlib.Path,
     started: float,
     profile_steps: range,
+    compiled: pathlib.Path | None,
   ):
     self.config, self.workdir = config, workdir
     self.started, self.profile_steps = started, profile_steps
@@ -119,6 +125,7 @@ class _Trainer:
     self.program = make_program(
       config, self.mesh, train_examples=len(self.train_source)
     )
+    self.train_step = load_step(compiled, self.program) if compiled else None
     self.times = self.program.times
     self.steps = self.times.steps
     self.experiment = describe(config, len(self.train_source), task.sums)
@@ -228,7 +235,9 @@ class _Trainer:
       return None
     with self.ledger.during("compile"):
       shapes = self.program.state_shapes, self.program.batch_shapes
-      train_step = self.program.train_step.lower(*shapes).compile()
+      train_step = (
+        self.train_step or self.program.train_step.lower(*shapes).compile()
+      )
     self.ledger.write()
     self.progress.say(planned_line(train_step))
     first = next(batches)  # The workers start.
