@@ -219,6 +219,7 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     dtype="bfloat16",
     implementation=arguments.implementation,
   )
+  config.evaluation_batch_size = config.batch_size
   program = network.training_program(config, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     record, text = _compile(

@@ -21,7 +21,7 @@ TARGETS = {
   256: "v5e:16x16",
   1024: "4xv5e:16x16",
 }
-MOST_SHARDS = 16
+MOST_SHARDS = 8
 
 
 def main() -> None:

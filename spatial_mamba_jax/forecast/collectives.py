@@ -68,8 +68,8 @@ class Collective:
     Of n devices each sends (n - 1) / n of the array; in an all-reduce, which is
     a reduce-scatter and an all-gather, twice.
     """
-    count = len(self.groups[0])
-    return self.times * self.size * passes(self.kind) * share(self.kind, count)
+    part = share(self.kind, float(len(self.groups[0])))
+    return self.times * self.size * passes(self.kind) * part
 
 
 def passes(kind: str) -> int:

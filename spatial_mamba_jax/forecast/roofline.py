@@ -92,11 +92,11 @@ def _shares(each, domains):
   """The shares of an array that a device sends over links and the network."""
   kind, group = each.kind, each.groups[0]
   if each.is_between_slices:
-    return 0.0, share(kind, len(group))
+    return 0.0, share(kind, float(len(group)))
   if kind == "collective-permute":
     crosses = any(domains[a] != domains[b] for a, b in each.groups)
     return (0.0, 1.0) if crosses else (1.0, 0.0)
-  count = len({domains[x] for x in group})
+  count = float(len({domains[x] for x in group}))
   members = len(group) / count
   return share(kind, members), share(kind, count) / members
 
