@@ -14,9 +14,9 @@ def text(forecast: Forecast) -> str:
   step = forecast.step
   mesh = ", ".join(f"{axis} {size}" for axis, size in step.mesh.items())
   head = (
-    f"{step.target}: {step.devices:,} chips on {step.hosts:,} hosts; mesh:"
-    f" {mesh}; {step.batch_size:,} images a step,"
-    f" {step.batch_size / step.devices:g} a chip"
+    f"{step.target}: chips {step.devices:,}, hosts {step.hosts:,}; mesh:"
+    f" {mesh}; images a step {step.batch_size:,}, of a chip"
+    f" {step.batch_size / step.devices:g}"
   )
   parts = [
     [head],
@@ -45,10 +45,7 @@ def _memory(forecast):
 def _time(forecast):
   accelerator, work = forecast.step.accelerator, forecast.step.after
   network = accelerator.network_rate / accelerator.host_devices
-  lines = [
-    "a step of a chip, with MESA if the recipe has it"
-    " (ms: before MESA, with MESA)"
-  ]
+  lines = [f"{'a step of a chip, with MESA':<52}ms: before MESA   with MESA"]
   for name, amount, rate, unit, what in (
     ("compute", work.flops, accelerator.flops, "FLOP", "bfloat16 peak"),
     ("memory", work.memory, accelerator.memory_rate, "B", "device memory"),
@@ -59,13 +56,13 @@ def _time(forecast):
       1e3 * getattr(time, name) for time in (forecast.before, forecast.after)
     )
     lines.append(
-      f"  {name:<10}{amount / 1e9:12,.3f} G{unit:<5}at {rate / 1e9:9,.1f}"
-      f" G{unit}/s{before:10.3f}{after:10.3f}   {what}"
+      f"  {name:<10}{amount / 1e9:10,.3f} G{unit:<4} at {rate / 1e9:9,.1f}"
+      f" {f'G{unit}/s':<8}{before:12.3f}{after:12.3f}   {what}"
     )
-  before, after = forecast.before.total, forecast.after.total
+  before, after = 1e3 * forecast.before.total, 1e3 * forecast.after.total
   lines.append(
-    f"  {'step':<10}{'':12}  {'':5}{'':12}  {'':5}{1e3 * before:8.3f}"
-    f"{1e3 * after:10.3f}   at least; bound by {forecast.after.bound}"
+    f"  {'step':<10}{'':38}{before:12.3f}{after:12.3f}   at least, bound by"
+    f" {forecast.after.bound}"
   )
   return lines
 
@@ -98,7 +95,7 @@ def _recipe(forecast):
     f"  at most {forecast.images_per_second:,.0f} images/s,"
     f" MFU {forecast.mfu:.1%}"
     f" ({step.image_flops / 1e9:.2f} GFLOP an image)",
-    f"  at least {forecast.days:.3f} days,"
+    f"  at least {forecast.days:.3f} days ({24 * forecast.days:.1f} hours),"
     f" {forecast.chip_hours:,.1f} chip-hours{price}",
     f"  input: {forecast.input_cores:.1f} cores a host, of"
     f" {step.accelerator.cores}",
