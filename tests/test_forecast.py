@@ -13,6 +13,7 @@ from spatial_mamba_jax.forecast import (
   collectives,
   figure,
   hlo,
+  measured,
   output,
   recipe,
   roofline,
@@ -219,6 +220,26 @@ def test_a_table_and_a_plot_of_several():
   assert list(days.lines[0].get_xdata()) == [8, 16]
   assert list(days.lines[1].get_xdata()) == [8]  # The cross.
   assert cost.get_title() == "Chip-hours, at least"
+
+
+def test_a_measurement_of_the_same_step_is_compared(tmp_path):
+  found = forecast()
+  object.__setattr__(found.step, "program", mock.MagicMock())
+  config = found.step.program.config
+  config.model.name, config.data.image_size = "tiny", 224
+  network = {"program": "train", "model": "tiny", "size": 224}
+  file = tmp_path / "chip.json"
+
+  def ratios(device, batch_size):
+    networks = [network | {"batch_size": batch_size, "images_per_second": 2.0}]
+    file.write_text(json.dumps({"device": device, "networks": networks}))
+    return measured.ratios(found, tmp_path)
+
+  # Ten images a chip, in 3 s.
+  (line,) = ratios("TPU chip", 10)
+  assert line.endswith("the roofline says 3, 1.67 times as many")
+  assert not ratios("TPU chip", 20)
+  assert not ratios("cpu", 10)
 
 
 def test_gpus_have_the_share_that_jax_takes(monkeypatch):

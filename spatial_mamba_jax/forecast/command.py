@@ -19,6 +19,7 @@ from spatial_mamba_jax.errors import UserError, say, tell
 from spatial_mamba_jax.forecast import output
 from spatial_mamba_jax.forecast.compilation import compile_step
 from spatial_mamba_jax.forecast.figure import draw
+from spatial_mamba_jax.forecast.measured import ratios
 from spatial_mamba_jax.forecast.recipe import (
   IMAGES_PER_CORE,
   Forecast,
@@ -95,7 +96,8 @@ def _main() -> None:
   if _JSON.value:
     tell(json.dumps([output.to_json(each) for each in forecasts]))
   elif len(targets) == 1 and forecasts:
-    tell(output.text(forecasts[0]))
+    measured = ratios(forecasts[0])
+    tell("\n\n".join([output.text(forecasts[0]), *measured]))
   elif forecasts:
     _tell_table(forecasts)
   if _SAVE.value and forecasts:
