@@ -38,7 +38,7 @@ def test_another_task_is_forecast_and_saved(topology, tmp_path):
   assert status == 0, error
   (found,) = json.loads(out)
   assert found["memory"]["parameters"] * 2 == pytest.approx(
-    found["memory"]["moments"], rel=0.01
+    found["memory"]["moments"], rel=0.05
   )
   assert found["after"]["flops"] > 0
   assert found["collectives"]["all-reduce"][0] > 0
