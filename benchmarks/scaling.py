@@ -29,7 +29,7 @@ def main() -> None:
   argparse.ArgumentParser(prog="python -m benchmarks.scaling").parse_args()
   print(
     "| chips | topology | replica, data, fsdp | collectives a step"
-    " | MB sent by a chip | MB of state a chip | MB of temporaries |"
+    " | MB sent by a chip | MB of state and batch a chip | MB of temporaries |"
   )
   print("| --- | --- | --- | --- | --- | --- | --- |")
   for is_sharded in (False, True):
