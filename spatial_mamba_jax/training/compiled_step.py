@@ -22,6 +22,12 @@ from spatial_mamba_jax.training.experiment import program_fields
 from spatial_mamba_jax.training.program import Program
 
 
+def compile_step(program: Program) -> jax.stages.Compiled:
+  """Compiles the train step of a program."""
+  shapes = program.state_shapes, program.batch_shapes
+  return program.train_step.lower(*shapes).compile()
+
+
 def save_step(
   path: pathlib.Path, program: Program, compiled: jax.stages.Compiled
 ) -> None:

@@ -20,7 +20,7 @@ from spatial_mamba_jax.errors import say, tell
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.tasks.base import Evaluation
 from spatial_mamba_jax.training.checkpoint import Checkpoints
-from spatial_mamba_jax.training.compiled_step import load_step
+from spatial_mamba_jax.training.compiled_step import compile_step, load_step
 from spatial_mamba_jax.training.config import TrainConfig
 from spatial_mamba_jax.training.description import write_description
 from spatial_mamba_jax.training.evaluation import Measured, evaluate
@@ -83,8 +83,7 @@ def train(
     started: `time.time()` at the start of the process, for the ledger; None
       for now.
     profile_steps: the steps of which a trace is written, counted from 1.
-    compiled: a file with the compiled train step; see `compiled_step`. None to
-      compile it.
+    compiled: a file with the compiled train step; None to compile it.
 
   Returns:
     The evaluation after the last step; None if all was already done.

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatial_mamba_jax.training.compiled_step import load_step, save_step
+from spatial_mamba_jax.training.compiled_step import (
+  compile_step,
+  load_step,
+  save_step,
+)
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.config_file import load_config
 from spatial_mamba_jax.training.program import make_program
@@ -28,9 +32,7 @@ def saved(tmp_path_factory):
   path, file = directory / "experiment.py", directory / "step.bin"
   path.write_text(EXPERIMENT)
   program = program_of(path)
-  step = program.train_step.lower(
-    program.state_shapes, program.batch_shapes
-  ).compile()
+  step = compile_step(program)
   save_step(file, program, step)
   return path, program, step, file
 
