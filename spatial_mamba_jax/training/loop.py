@@ -233,10 +233,7 @@ class _Trainer:
     if step >= self.steps:
       return None
     with self.ledger.during("compile"):
-      shapes = self.program.state_shapes, self.program.batch_shapes
-      train_step = (
-        self.train_step or self.program.train_step.lower(*shapes).compile()
-      )
+      train_step = self.train_step or compile_step(self.program)
     self.ledger.write()
     self.progress.say(planned_line(train_step))
     first = next(batches)  # The workers start.
