@@ -17,7 +17,7 @@ def main() -> int:
   from absl import flags
 
   from spatial_mamba_jax.training import command_line
-  from spatial_mamba_jax.training.loop import evaluate_checkpoint
+  from spatial_mamba_jax.training.evaluation import evaluate_checkpoint
 
   string = flags.DEFINE_string
   checkpoint = string("checkpoint", None, "Weights, instead of --workdir's.")

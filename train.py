@@ -8,17 +8,37 @@ run that was stopped.
 
 import signal
 import sys
+import time
+
+STARTED = time.time()  # Before packages are imported.
 
 
 def main() -> int:
   """Trains as the flags say; returns the exit status."""
+  from absl import flags
+
   from spatial_mamba_jax.training import command_line
   from spatial_mamba_jax.training.loop import train
+  from spatial_mamba_jax.training.profiling import parse_steps
+
+  profile_steps = flags.DEFINE_string(
+    "profile_steps", None, "Steps to trace for XProf, such as 100:110."
+  )
+  compiled = flags.DEFINE_string(
+    "compiled", None, "A compiled train step, of forecast --save=FILE."
+  )
+
+  def run() -> None:
+    train(
+      command_line.config(),
+      command_line.workdir(),
+      started=STARTED,
+      profile_steps=parse_steps(profile_steps.value),
+      compiled=compiled.value,
+    )
 
   command_line.own_process()
-  return command_line.run(
-    lambda: train(command_line.config(), command_line.workdir()), __doc__
-  )
+  return command_line.run(run, __doc__)
 
 
 if __name__ == "__main__":

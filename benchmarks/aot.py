@@ -26,28 +26,16 @@ from typing import Any
 from unittest import mock
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spatial_mamba_kernels import IMPLEMENTATIONS, PLATFORMS
 from spatial_mamba_kernels.case import Sizes
 from spatial_mamba_kernels.cases import CASES, by_name
 from spatial_mamba_kernels.dispatch import Kernel
 
-from benchmarks import gpu_code, hlo, network, tpu_code
-from benchmarks.gpu_targets import TARGETS as GPUS
+from benchmarks import gpu_code, network, tpu_code
+from spatial_mamba_jax.forecast import collectives, hlo, topology
 from spatial_mamba_jax.training.config import MeshConfig
 from spatial_mamba_jax.training.sharding import make_mesh
-
-# A host of one v5e that is not there either. Nothing is computed, so processes
-# may share it.
-ENVIRONMENT = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  # XLA's search for a fusion of small products needs a GPU to try them on.
-  "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
-}
 
 CUSTOM_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
 
@@ -57,10 +45,9 @@ def main() -> None:
   arguments = _parse()
   with tempfile.TemporaryDirectory() as dump:
     # Before the compilers are loaded, which is with the first topology.
-    jax.config.update("jax_platforms", "cpu")
+    topology.use_compilers()
     if arguments.optimization_level:
       jax.config.update("jax_optimization_level", arguments.optimization_level)
-    os.environ.update(ENVIRONMENT)
     if arguments.program == "kernel":
       os.environ.update(gpu_code.dump_to(dump))
       if arguments.cost:
@@ -68,7 +55,7 @@ def main() -> None:
     programs = {"kernel": kernel, "inference": inference, "step": step}
     run = programs[arguments.program]
     with (
-      _as_default_device(arguments.target),
+      topology.as_default_device(arguments.target),
       without_kernels(getattr(arguments, "without", ())),
     ):
       try:
@@ -92,11 +79,6 @@ def without_kernels(operators: Sequence[str]) -> Iterator[None]:
     yield
 
 
-def platform_of(target: str) -> str:
-  """Of a target: "tpu", or "cuda" for one of `gpu_targets`."""
-  return "cuda" if target.partition(":")[0] in GPUS else "tpu"
-
-
 def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """An operator's forward or backward kernels on one device.
 
@@ -113,7 +95,7 @@ def kernel(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     `loop_tokens`, of 128 channels, that a run of its loop computes (the MLP's:
     of some hidden units).
   """
-  platform = platform_of(arguments.target)
+  platform = topology.platform_of(arguments.target)
   sharding = NamedSharding(_mesh(arguments.target, 1), PartitionSpec())
 
   def placed(x):
@@ -215,7 +197,7 @@ def inference(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     (state, images),
   )
-  platform = platform_of(arguments.target)
+  platform = topology.platform_of(arguments.target)
   record, text = _compile(jax.jit(function), operands, platform)
   _write_text(arguments, text)
   return record
@@ -230,56 +212,38 @@ def _write_text(arguments, text):
 def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """A training step of one of the ImageNet experiments, without MESA."""
   del dump
-  mesh = _mesh(arguments.target, fsdp=arguments.fsdp)
+  mesh = _mesh(arguments.target, replica=arguments.replica, fsdp=arguments.fsdp)
   config = network.experiment(
     f"spatial_mamba_{arguments.model}",
     batch_size=arguments.batch_size * mesh.size,
     dtype="bfloat16",
     implementation=arguments.implementation,
   )
+  config.evaluation_batch_size = config.batch_size
   program = network.training_program(config, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     record, text = _compile(
       program.train_step,
       (program.state_shapes, program.batch_shapes),
-      platform_of(arguments.target),
+      topology.platform_of(arguments.target),
     )
   _write_text(arguments, text)
   return record
 
 
-def _mesh(target: str, devices: int | None = None, fsdp: int = 1) -> Mesh:
+def _mesh(target: str, devices: int | None = None, **sizes: int) -> Mesh:
   try:
-    topology = _topology(target)
-  except RuntimeError as error:  # All that JAX and its plugins raise is one.
-    sys.exit(
-      f"nothing here compiles for --target {target}: give one of"
-      f" {', '.join(GPUS)} (or H200:4, for four) or a TPU topology such as"
-      f' v5e:2x2, and install ".[aot]" ({error})'
-    )
-  return make_mesh(MeshConfig(fsdp=fsdp), topology.devices[:devices])
-
-
-def _topology(target):
-  if platform_of(target) == "tpu":
-    return topologies.get_topology_desc(platform="tpu", topology_name=target)
-  name, _, count = target.partition(":")
-  return topologies.get_topology_desc(
-    platform="cuda", target_config=GPUS[name], topology=f"1x1x{count or 1}"
-  )
-
-
-def _as_default_device(target):
-  """Where the target is a GPU: kernels ask which, models whether to remat."""
-  if platform_of(target) == "tpu":
-    return contextlib.nullcontext()
-  return jax.default_device(_mesh(target, 1).devices.item())
+    described = topology.devices_of(target)
+  except topology.TopologyError as error:
+    sys.exit(f"--target {target}: {error}")
+  return make_mesh(MeshConfig(**sizes), described[:devices])
 
 
 def _compile(jitted, arguments, platform):
   """Compiles a jitted function; also returns the program's text.
 
   Its `moved_bytes` are what `hlo` counts: of a kernel, operands and results.
+  Its `collectives` are {kind: (number, bytes that a device sends)}.
   For a TPU `estimated_cycles` are libtpu's, of all but kernels and copies.
   `processor_seconds` include tracing and lowering, `compile_seconds` do not.
   """
@@ -293,12 +257,14 @@ def _compile(jitted, arguments, platform):
   assert text is not None
   assert memory is not None
   # XLA itself counts none for a GPU, and a loop's once.
-  launches = hlo.Program(text).launches()
+  program = hlo.Program(text)
+  launches = program.launches()
   record = {
     "compile_seconds": seconds,
     "processor_seconds": processor_seconds,
     "kernels": text.count(f'"{CUSTOM_CALLS[platform]}"'),
     "all_gathers": text.count(" all-gather"),
+    "collectives": collectives.total(collectives.collectives_of(program)),
     "launches": hlo.total_launches(launches),
     "moved_bytes": hlo.total_bytes(launches),
     "argument_bytes": memory.argument_size_in_bytes,
@@ -359,6 +325,9 @@ def _parse() -> argparse.Namespace:
       help="operators whose kernels are off",
     )
     whole.add_argument("--text", help="a file for the compiled program")
+  step.add_argument(
+    "--replica", type=int, default=1, help="slices, or other slow groups"
+  )
   step.add_argument(
     "--fsdp", type=int, default=1, help="devices that share the parameters"
   )

@@ -12,8 +12,8 @@ Needs `pip install ".[train,aot]"`. Takes a minute or two on two cores.
 
 import argparse
 
-from benchmarks.gpu_targets import TARGETS
 from benchmarks.tpu_static import BATCH_SIZE, OPS, STAGES, compiled
+from spatial_mamba_jax.forecast.gpu_targets import TARGETS
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Maps an instruction of a compiled program to the kind of its layer."""
 
-from benchmarks import hlo
+from spatial_mamba_jax.forecast import hlo
 
 # {prefix: kind of layer}. The innermost scope or function with one of these
 # prefixes decides.

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 import spatial_mamba_jax as smj
 from benchmarks import timing
+from spatial_mamba_jax.data.config import IMAGENET_IMAGES
 from spatial_mamba_jax.models.mixers.structure_aware import (
   StructureAwareConfig,
   dt_rank,
@@ -30,7 +31,6 @@ from spatial_mamba_jax.training.sharding import make_mesh
 PROGRAMS = ("inference", "train")
 # Implementations of the mixer for which the layers have no kernels either.
 _NO_KERNELS = ("xla", "sequential", "associative")
-IMAGENET_IMAGES = 1_281_167
 
 
 @dataclasses.dataclass(frozen=True)

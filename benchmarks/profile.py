@@ -25,7 +25,8 @@ from typing import Any
 import jax
 
 import spatial_mamba_jax as smj
-from benchmarks import hlo, kinds, network
+from benchmarks import kinds, network
+from spatial_mamba_jax.forecast import hlo
 
 CALLS = 3
 LONGEST = 20

@@ -19,9 +19,10 @@ import collections
 import os
 import tempfile
 
-from benchmarks import hlo, network
 from benchmarks import kinds as layers
+from benchmarks import network
 from benchmarks.tpu_static import compiled
+from spatial_mamba_jax.forecast import hlo
 from spatial_mamba_jax.models.presets import get_model_config
 
 # {program: (config, image size) -> ideal bytes an image}.

@@ -19,7 +19,7 @@ class Accelerator:
     link_rate: bytes a second that a device sends to the others of its slice
       or host, over all its links together.
     host_devices: devices that a host has.
-    cores: processor cores of the cloud's usual host.
+    cores: processor cores (vCPU) of the cloud's usual host.
     network_rate: bytes a second that a host sends to hosts outside of its
       slice; for GPUs to all other hosts.
   """
@@ -37,19 +37,22 @@ class Accelerator:
 
 GB = 1e9
 TERA = 1e12
+GIB = 2.0**30
 
-# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. A link's rate there
-# counts both directions. GPUs: nvidia.com's data sheets of the SXM boards,
-# whose NVLink rate counts both directions, too; hosts as in DGX and in the
-# clouds, with a network card of 50 GB/s a GPU (25 on an A100).
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. The interconnect's rate
+# there counts both directions; half of it times the chips of a pod is the pod's
+# all-reduce rate there (of a v4 only that is given). GPUs: nvidia.com's data
+# sheets of the SXM boards, whose NVLink rate counts both directions, too; hosts
+# as in DGX and in the clouds, with a network card of 50 GB/s a GPU (25 on an
+# A100). Cores are the cloud's virtual ones.
 ACCELERATORS = (
   Accelerator(
     name="v4",
     kinds=("TPU v4",),
     flops=275 * TERA,
-    memory=32 * 2**30,
-    memory_rate=1228 * GB,
-    link_rate=150 * GB,
+    memory=32 * GIB,
+    memory_rate=1200 * GB,
+    link_rate=270 * GB,
     host_devices=4,
     cores=240,
     network_rate=25 * GB,
@@ -58,9 +61,9 @@ ACCELERATORS = (
     name="v5e",
     kinds=("TPU v5 lite", "TPU v5e"),
     flops=197 * TERA,
-    memory=16 * 2**30,
+    memory=16 * GIB,
     memory_rate=819 * GB,
-    link_rate=100 * GB,
+    link_rate=200 * GB,
     host_devices=4,
     cores=112,
     network_rate=12.5 * GB,
@@ -69,9 +72,9 @@ ACCELERATORS = (
     name="v5p",
     kinds=("TPU v5", "TPU v5p"),
     flops=459 * TERA,
-    memory=95 * 2**30,
+    memory=95 * GIB,
     memory_rate=2765 * GB,
-    link_rate=300 * GB,
+    link_rate=600 * GB,
     host_devices=4,
     cores=208,
     network_rate=25 * GB,
@@ -80,9 +83,9 @@ ACCELERATORS = (
     name="v6e",
     kinds=("TPU v6 lite", "TPU v6e"),
     flops=918 * TERA,
-    memory=32 * 2**30,
-    memory_rate=1640 * GB,
-    link_rate=224 * GB,
+    memory=32 * GIB,
+    memory_rate=1638 * GB,
+    link_rate=400 * GB,
     host_devices=4,
     cores=180,
     network_rate=25 * GB,
@@ -91,7 +94,7 @@ ACCELERATORS = (
     name="a100",
     kinds=("NVIDIA A100-SXM4-80GB",),
     flops=312 * TERA,
-    memory=80 * 2**30,
+    memory=80 * GIB,
     memory_rate=2039 * GB,
     link_rate=300 * GB,
     host_devices=8,
@@ -102,7 +105,7 @@ ACCELERATORS = (
     name="h100",
     kinds=("NVIDIA H100 80GB HBM3",),
     flops=989 * TERA,
-    memory=80 * 2**30,
+    memory=80 * GIB,
     memory_rate=3350 * GB,
     link_rate=450 * GB,
     host_devices=8,
@@ -113,7 +116,7 @@ ACCELERATORS = (
     name="h200",
     kinds=("NVIDIA H200",),
     flops=989 * TERA,
-    memory=141 * GB,
+    memory=141 * GIB,
     memory_rate=4800 * GB,
     link_rate=450 * GB,
     host_devices=8,

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import hlo, traffic
+from benchmarks import traffic
+from spatial_mamba_jax.forecast import hlo
 
 # A loop of three iterations: each reads a row of [3, 8] float32 and writes one
 # row of the result in place. Then a conditional, one branch of which copies.

@@ -24,6 +24,9 @@ ALLOWED = {
     *("errors", "fields", "paths", "hardware", "kernels", "models", "convert"),
     *("data", "tasks.base", "training"),
   },
+  "forecast": {
+    *("errors", "paths", "hardware", "models", "data", "training", "forecast"),
+  },
 }
 
 KERNELS = "spatial_mamba_kernels"

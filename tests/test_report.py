@@ -18,10 +18,11 @@ VALUES = {
   "grad_norm": 3.0,
   "learning_rate": 1e-3,
   "images_per_second": 400.0,
+  "mfu": 0.5,
   "data_wait": 0.25,
 }
 # The drawn values, in the panels' units.
-DRAWN = {**VALUES, "accuracy": 50.0, "data_wait": 25.0}
+DRAWN = {**VALUES, "accuracy": 50.0, "mfu": 50.0, "data_wait": 25.0}
 RUN = {
   "config": {"length": "4 epochs", "model": {"name": "tiny"}},
   "epoch_steps": 10,
@@ -95,7 +96,8 @@ def report(workdir, capsys):
   assert "script" not in page.tags
   # No partial file is left.
   assert {path.name for path in workdir.iterdir()} <= {
-    *("metrics.jsonl", "run.json", "report.png", "report.html")
+    *("metrics.jsonl", "run.json", "goodput.jsonl"),
+    *("report.png", "report.html"),
   }
   return page, Image.open(io.BytesIO(png))
 
@@ -132,7 +134,7 @@ def test_every_logged_value_is_drawn(tmp_path, capsys):
   for place, name in zip(
     training,
     ("loss", "accuracy", "learning_rate", "grad_norm", "images_per_second",
-     "data_wait"),
+     "mfu", "data_wait"),
     strict=True,
   ):  # fmt: skip
     steps, values = lines[place]
@@ -166,6 +168,34 @@ def test_every_logged_value_is_drawn(tmp_path, capsys):
     ["config.model.name", "tiny"],
   ):
     assert row in page.rows
+
+
+def test_where_the_time_went(tmp_path, capsys):
+  write(tmp_path, [train(10)])
+  seconds = {"steps": 60.0, "start": 20.0, "save": 0.0}
+  record = {"kind": "time", "started": 1e9, "resumed": 0, "step": 10}
+  save = {"kind": "save", "step": 10, "bytes": 2_000_000}
+  lines = [
+    {**record, "until": 1e9 + 80, "seconds": seconds},
+    {**record, "until": 1e9 + 180, "started": 1e9 + 100, "seconds": seconds},
+    {**save, "blocked": 0.5, "durable": 4.0},
+    {**save, "blocked": 0.7, "durable": 6.0},
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (tmp_path / "goodput.jsonl").write_text(text + "{}\n")
+  page, _ = report(tmp_path, capsys)
+  assert "Goodput: 33.3% of 3.0 min, in 2 starts." in page.text
+  # The second process began anew: the steps of the first are lost.
+  rows = [[row[0].split(":")[0], *row[1:]] for row in page.rows]
+  assert rows[:4] == [
+    ["productive steps", "1.0 min", "33.3%", ""],
+    ["start and end", "40 s", "22.2%", ""],
+    ["lost work", "1.0 min", "33.3%", ""],
+    ["down time", "20 s", "11.1%", ""],
+  ]
+  assert "Saves: 2 of 2 MB. On average a save blocks training" in page.text
+  assert "for 0.6 s and is on disk after 5 s." in page.text
+  assert "1 lines of goodput.jsonl are damaged and left out." in page.text
 
 
 def test_a_run_of_a_version_before_tasks(tmp_path, capsys):
@@ -292,7 +322,7 @@ def test_an_invalid_task_is_named(tmp_path, capsys, task):
 
 def test_one_window_of_an_older_log_without_evaluation(tmp_path, capsys):
   record = train(5)
-  del record["data_wait"]
+  del record["data_wait"], record["mfu"]
   write(tmp_path, [record], run=None)
   page, picture = report(tmp_path, capsys)
   titles = [x.get_title(loc="left") for x in draw(read_run(tmp_path)).axes]

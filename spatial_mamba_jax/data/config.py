@@ -30,6 +30,8 @@ MAX_OPERATIONS = 100
 MAX_WORKERS = 2**10
 # Most batches that a process prefetches.
 MAX_PREFETCH = 2**16
+# Training images of ImageNet-1k, `imagenet2012`.
+IMAGENET_IMAGES = 1_281_167
 # Most images of a split: int32 also counts those that pad an evaluation.
 MAX_IMAGES = 2**30
 

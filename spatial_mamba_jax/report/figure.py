@@ -38,6 +38,12 @@ _FROM_ZERO = (
   ),
   Panel("Throughput", "images/s", (Line("train", "images_per_second", ""),)),
   Panel(
+    "Model FLOPs, share of the devices' peak (MFU)",
+    "%",
+    (Line("train", "mfu", ""),),
+    scale=100.0,
+  ),
+  Panel(
     "Waiting for data",
     "% of time",
     (Line("train", "data_wait", ""),),

@@ -5,10 +5,12 @@ import collections
 import html
 import json
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from spatial_mamba_jax.report.run_log import RunLog, to_float
+from spatial_mamba_jax.training.goodput import PARTS, Goodput, duration
 
 
 def page(run: RunLog, png: bytes) -> str:
@@ -24,6 +26,7 @@ def page(run: RunLog, png: bytes) -> str:
     *(f"<p class=note>{_escape(note)}</p>" for note in run.notes),
     f"<p>{_escape(_progress(run))}</p>",
     _evaluations(run),
+    *_time(run.goodput),
     f'<img alt="Curves of the run, by step" '
     f'src="data:image/png;base64,{picture}">',
     "<h2>Description</h2>",
@@ -52,6 +55,8 @@ table {{ border-collapse: collapse; width: 100%; font-size: .875rem;
 th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
   border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }}
 th {{ font-weight: 600; overflow-wrap: normal; }}
+.bar {{ display: block; height: 1em; background: #0072B2; }}
+.time td:last-child {{ width: 30%; }}
 .note {{ border-left: 4px solid #D55E00; padding-left: .75rem; }}
 @media print {{
   body {{ max-width: none; padding: 0; font-size: 10pt; }}
@@ -131,6 +136,35 @@ def _evaluations(run: RunLog) -> str:
     *(column.name for column in run.task.columns),
   )
   return _table(header, rows)
+
+
+def _time(goodput: Goodput | None) -> Iterator[str]:
+  """Yields a table of where the time went, and a sentence about the saves."""
+  if goodput is None:
+    return
+  yield "<h2>Time</h2>"
+  line = f"Goodput: {goodput.share('steps'):.1%} of {duration(goodput.wall)}"
+  if (starts := goodput.starts) > 1:
+    line += f", in {starts:,} starts"
+  yield f"<p>{line}.</p>"
+  rows = []
+  for part, description in PARTS.items():
+    if not (seconds := goodput.seconds[part]):
+      continue
+    share = goodput.share(part)
+    bar = f"<span class=bar style='width: {100 * share:.2f}%'></span>"
+    cells = (_escape(description), duration(seconds), f"{share:.1%}", bar)
+    rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+  body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+  yield f"<div><table class=time>\n{body}\n</table></div>"
+  if saves := goodput.saves:
+    blocked = statistics.fmean(save.blocked for save in saves)
+    durable = statistics.fmean(save.durable for save in saves)
+    yield (
+      f"<p>Saves: {len(saves):,} of {saves[-1].bytes / 1e6:,.3g} MB. On average"
+      f" a save blocks training for {duration(blocked)} and is on disk after"
+      f" {duration(durable)}.</p>"
+    )
 
 
 def _description_rows(description: dict[str, Any]) -> list[tuple[str, str]]:

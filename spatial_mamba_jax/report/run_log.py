@@ -10,6 +10,7 @@ from typing import Any
 from spatial_mamba_jax.fields import FLOAT32_MAX, INT32_MAX
 from spatial_mamba_jax.tasks.base import Column, Line, Panel
 from spatial_mamba_jax.tasks.classification import panels as classification
+from spatial_mamba_jax.training.goodput import Goodput, read_goodput
 
 # Maximum length of a column's format; ".2%" has three characters. A longer one
 # could pad a number to any width.
@@ -37,6 +38,7 @@ class RunLog:
     records: the records of the log, sorted by step.
     description: the content of `run.json`; empty where it cannot be read.
     task: how to show the task of the run.
+    goodput: where the time went; None where `goodput.jsonl` is missing.
     notes: sentences about damaged or missing files.
   """
 
@@ -44,6 +46,7 @@ class RunLog:
   records: list[dict[str, Any]]
   description: dict[str, Any]
   task: TaskReport
+  goodput: Goodput | None
   notes: list[str]
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -67,7 +70,7 @@ class RunLog:
 
 
 def read_run(workdir: pathlib.Path) -> RunLog:
-  """Reads `metrics.jsonl` and `run.json`.
+  """Reads `metrics.jsonl`, `run.json` and `goodput.jsonl`.
 
   Raises:
     ValueError: there is nothing to draw.
@@ -96,9 +99,14 @@ def read_run(workdir: pathlib.Path) -> RunLog:
   except (OSError, RecursionError, TypeError, ValueError):
     notes.append("run.json cannot be read: the config of the run is unknown.")
     description, task = {}, TaskReport()
+  goodput = read_goodput(workdir)
+  if goodput and goodput.damaged:
+    notes.append(
+      f"{goodput.damaged} lines of goodput.jsonl are damaged and left out."
+    )
   records.sort(key=lambda record: record["step"])
   name = workdir.resolve().name.encode(errors="replace").decode()
-  return RunLog(name, records, description, task, notes)
+  return RunLog(name, records, description, task, goodput, notes)
 
 
 def _read_task(description: Any) -> TaskReport:

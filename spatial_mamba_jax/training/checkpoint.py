@@ -27,6 +27,7 @@ from spatial_mamba_jax.training.checkpoint_items import (
 )
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.processes import from_first_process
+from spatial_mamba_jax.training.save_clock import Save, SaveClock
 from spatial_mamba_jax.training.state import TrainState
 
 
@@ -79,7 +80,8 @@ class Checkpoints:
         raise TrainingError(
           f"cannot write to {directory}: {reason(error, directory)}"
         ) from error
-    self._checkpointer = make_checkpointer()
+    self._clock = SaveClock()
+    self._checkpointer = make_checkpointer(self._clock.written)
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -205,6 +207,13 @@ class Checkpoints:
       if self._is_first:
         self._files.prune(self._keep_last)
 
+  def finished_save(self) -> Save | None:
+    """Returns the cost of a save that has finished; once for each save.
+
+    It is known in the first process alone.
+    """
+    return self._clock.take()
+
   def experiment(self, step: int) -> dict[str, Any]:
     """Returns the experiment that was passed to `save`.
 
@@ -272,12 +281,14 @@ class Checkpoints:
     return weights
 
   def _save(self, step: int, **items: Any) -> None:
+    self._clock.start()
     self.wait()
     if from_first_process(lambda: step in self.steps()):
       return
     self._saving = step
     with self._reporting_failures(step):
       self._checkpointer.save(self._files.path(step), args=Items(**items))
+    self._clock.returned(step)
 
   @contextmanager
   def _reporting_failures(self, step: int) -> Iterator[None]:

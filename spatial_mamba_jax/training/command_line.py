@@ -26,7 +26,8 @@ from spatial_mamba_jax.fields import nearest, show
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training import config_file
 from spatial_mamba_jax.training.config import TrainConfig, TrainingError
-from spatial_mamba_jax.training.loop import Evaluated, NonFiniteError
+from spatial_mamba_jax.training.evaluation import Evaluated
+from spatial_mamba_jax.training.loop import NonFiniteError
 from spatial_mamba_jax.training.peers import end_with_peers, watching_peers
 from spatial_mamba_jax.training.sharding import initialize_distributed
 from spatial_mamba_jax.training.stopping import StoppedError, end_on_signals

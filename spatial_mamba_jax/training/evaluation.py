@@ -1,16 +1,27 @@
-"""Evaluates weights on every record of a split."""
+"""Evaluates weights, or a checkpoint, on every record of a split."""
 
 import itertools
+import os
+import pathlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from spatial_mamba_jax.data import Source, evaluation_batches
+from spatial_mamba_jax.errors import reason
 from spatial_mamba_jax.models.pure import Weights
+from spatial_mamba_jax.paths import local_path, make_directory
 from spatial_mamba_jax.tasks.base import Evaluation, Meter
-from spatial_mamba_jax.training.program import Evaluator
-from spatial_mamba_jax.training.sharding import local_rows, shard_batch
+from spatial_mamba_jax.training.config import TrainConfig, TrainingError
+from spatial_mamba_jax.training.program import Evaluator, make_evaluator
+from spatial_mamba_jax.training.sharding import (
+  local_rows,
+  make_mesh,
+  shard_batch,
+)
+from spatial_mamba_jax.training.weights import load_weights
 
 
 class Measured:
@@ -75,3 +86,60 @@ def evaluate(
       for name, columns in jax.device_get(step).items():
         found[name].add(columns, len(source))
   return found
+
+
+class Evaluated(NamedTuple):
+  """The result of `evaluate_checkpoint`.
+
+  Attributes:
+    step: the step of the checkpoint; None for a file of weights.
+    evaluations: the evaluations of the moving average, "ema", and of the
+      weights, "raw". Some files have only one of the two.
+  """
+
+  step: int | None
+  evaluations: dict[str, Evaluation]
+
+
+def evaluate_checkpoint(
+  config: TrainConfig,
+  path: str | os.PathLike[str],
+  output_dir: str | os.PathLike[str] | None = None,
+) -> Evaluated:
+  """Evaluates the weights of a checkpoint and their moving average.
+
+  Args:
+    config: the experiment.
+    path: the weights; see `load_weights`.
+    output_dir: the directory for the predictions, with a subdirectory for each
+      set of weights; None to write none. See `Meter.write`.
+
+  Raises:
+    UserError: something is wrong with the config, the data or `path`.
+  """
+  config.validate()
+  directory = local_path(output_dir, "output_dir") if output_dir else None
+  if directory:
+    _check_writable(directory)  # Before the evaluation, which is long.
+  mesh = make_mesh(config.mesh)
+  evaluator = make_evaluator(config, mesh)
+  source = evaluator.task.source("validation")
+  step, weights = load_weights(
+    local_path(path), evaluator.model, evaluator.weight_shapes
+  )
+  with jax.set_mesh(mesh):  # Kernels are sharded over it.
+    found = evaluate(evaluator, weights, source)
+  if directory and not jax.process_index():
+    for name, each in found.items():
+      make_directory(directory / name)
+      each.meter.write(directory / name)
+  return Evaluated(step, {k: each.evaluation for k, each in found.items()})
+
+
+def _check_writable(directory: pathlib.Path) -> None:
+  try:
+    make_directory(directory)
+  except OSError as error:
+    raise TrainingError(
+      f"cannot write to {directory}: {reason(error, directory)}"
+    ) from error

@@ -79,6 +79,13 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
   return json.loads(json.dumps(fields))
 
 
+def program_fields(config: TrainConfig) -> dict[str, Any]:
+  """Returns {path: value} of the fields that the train step depends on."""
+  flat = _with_normalized_intervals(_flatten(to_dict(config)))
+  free = {*_FREE_TO_CHANGE, "init_from"}
+  return {name: x for name, x in flat.items() if name not in free}
+
+
 def describe(
   config: TrainConfig, training_examples: int, sums: Sequence[str]
 ) -> dict[str, Any]:

@@ -1,57 +1,59 @@
-"""Trains from the first step, or from a checkpoint; evaluates checkpoints."""
+"""Trains from the first step, or from a checkpoint."""
 
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import signal
 import time
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 
 from spatial_mamba_jax.data import Batches, train_batches
-from spatial_mamba_jax.errors import reason, say, tell
-from spatial_mamba_jax.paths import local_path, make_directory
+from spatial_mamba_jax.errors import say, tell
+from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.tasks.base import Evaluation
 from spatial_mamba_jax.training.checkpoint import Checkpoints
-from spatial_mamba_jax.training.config import TrainConfig, TrainingError
+from spatial_mamba_jax.training.compiled_step import compile_step, load_step
+from spatial_mamba_jax.training.config import TrainConfig
 from spatial_mamba_jax.training.description import write_description
-from spatial_mamba_jax.training.evaluation import evaluate
+from spatial_mamba_jax.training.evaluation import Measured, evaluate
 from spatial_mamba_jax.training.experiment import (
   check_same_experiment,
   describe,
   saved_shards,
 )
+from spatial_mamba_jax.training.goodput import Ledger, read_goodput
+from spatial_mamba_jax.training.memory import measured_line, planned_line
 from spatial_mamba_jax.training.metrics import (
   MOST_DATA_WAIT,
   MetricWriter,
   Progress,
-  Stopwatch,
   slow_data_warning,
 )
 from spatial_mamba_jax.training.processes import from_first_process
-from spatial_mamba_jax.training.program import (
-  copied,
-  make_evaluator,
-  make_program,
-)
+from spatial_mamba_jax.training.profiling import StepTrace
+from spatial_mamba_jax.training.program import copied, make_program
 from spatial_mamba_jax.training.sharding import (
   check_batch_sizes,
   local_rows,
   make_mesh,
   shard_batch,
 )
+from spatial_mamba_jax.training.speed import speed_of, window_metrics
 from spatial_mamba_jax.training.state import TrainState
 from spatial_mamba_jax.training.stopping import (
   StoppedError,
   stop_requested,
   stop_signals,
 )
-from spatial_mamba_jax.training.weights import load_weights, start_from
+from spatial_mamba_jax.training.weights import start_from
 from spatial_mamba_jax.training.workdir import WorkdirLock
 
 # Number of steps dispatched ahead of the device. Without a limit the host would
@@ -66,13 +68,22 @@ class NonFiniteError(Exception):
 
 
 def train(
-  config: TrainConfig, workdir: str | os.PathLike[str]
+  config: TrainConfig,
+  workdir: str | os.PathLike[str],
+  *,
+  started: float | None = None,
+  profile_steps: range = range(0),
+  compiled: str | os.PathLike[str] | None = None,
 ) -> Evaluation | None:
   """Trains; resumes from the newest checkpoint if `workdir` has one.
 
   Args:
     config: the experiment.
     workdir: the directory of checkpoints and logs.
+    started: `time.time()` at the start of the process, for the ledger; None
+      for now.
+    profile_steps: the steps of which a trace is written, counted from 1.
+    compiled: a file with the compiled train step; None to compile it.
 
   Returns:
     The evaluation after the last step; None if all was already done.
@@ -86,71 +97,25 @@ def train(
     NonFiniteError: the run diverged; all checkpoints are from before.
   """
   config.validate()
-  return _Trainer(config, local_path(workdir, "workdir")).run()
-
-
-class Evaluated(NamedTuple):
-  """The result of `evaluate_checkpoint`.
-
-  Attributes:
-    step: the step of the checkpoint; None for a file of weights.
-    evaluations: the evaluations of the moving average, "ema", and of the
-      weights, "raw". Some files have only one of the two.
-  """
-
-  step: int | None
-  evaluations: dict[str, Evaluation]
-
-
-def evaluate_checkpoint(
-  config: TrainConfig,
-  path: str | os.PathLike[str],
-  output_dir: str | os.PathLike[str] | None = None,
-) -> Evaluated:
-  """Evaluates the weights of a checkpoint and their moving average.
-
-  Args:
-    config: the experiment.
-    path: the weights; see `load_weights`.
-    output_dir: the directory for the predictions, with a subdirectory for each
-      set of weights; None to write none. See `Meter.write`.
-
-  Raises:
-    UserError: something is wrong with the config, the data or `path`.
-  """
-  config.validate()
-  directory = local_path(output_dir, "output_dir") if output_dir else None
-  if directory:
-    _check_writable(directory)  # Before the evaluation, which is long.
-  mesh = make_mesh(config.mesh)
-  evaluator = make_evaluator(config, mesh)
-  source = evaluator.task.source("validation")
-  step, weights = load_weights(
-    local_path(path), evaluator.model, evaluator.weight_shapes
-  )
-  with jax.set_mesh(mesh):  # Kernels are sharded over it.
-    found = evaluate(evaluator, weights, source)
-  if directory and not jax.process_index():
-    for name, each in found.items():
-      make_directory(directory / name)
-      each.meter.write(directory / name)
-  return Evaluated(step, {k: each.evaluation for k, each in found.items()})
-
-
-def _check_writable(directory: pathlib.Path) -> None:
-  try:
-    make_directory(directory)
-  except OSError as error:
-    raise TrainingError(
-      f"cannot write to {directory}: {reason(error, directory)}"
-    ) from error
+  started = time.time() if started is None else started
+  workdir = local_path(workdir, "workdir")
+  path = local_path(compiled, "--compiled") if compiled else None
+  return _Trainer(config, workdir, started, profile_steps, path).run()
 
 
 class _Trainer:
   """A run of an experiment in a working directory."""
 
-  def __init__(self, config: TrainConfig, workdir: pathlib.Path):
+  def __init__(
+    self,
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    started: float,
+    profile_steps: range,
+    compiled: pathlib.Path | None,
+  ):
     self.config, self.workdir = config, workdir
+    self.started, self.profile_steps = started, profile_steps
     self.mesh = make_mesh(config.mesh)
     check_batch_sizes(config, self.mesh)  # Before the data is opened.
     task = config.create_task()
@@ -159,20 +124,23 @@ class _Trainer:
     self.program = make_program(
       config, self.mesh, train_examples=len(self.train_source)
     )
+    self.train_step = load_step(compiled, self.program) if compiled else None
     self.times = self.program.times
     self.steps = self.times.steps
     self.experiment = describe(config, len(self.train_source), task.sums)
     self.copy = jax.jit(jnp.copy)
-    self.is_warned = False
+    self.is_warned = self.is_memory_told = self.is_eval_compiled = False
 
   def run(self) -> Evaluation | None:
     config, workdir = self.config, self.workdir
     with contextlib.ExitStack() as stack:
       self.lock = stack.enter_context(WorkdirLock(workdir))
+      self.ledger = Ledger(workdir, self.started)
       self.checkpoints = stack.enter_context(
         Checkpoints(workdir / "checkpoints", keep_last=config.keep_last)
       )
-      step = self._first_step()
+      with self.ledger.during("restore"):
+        step = self._first_step()
       is_evaluated = not self._is_evaluation_step(
         step
       ) or self.checkpoints.is_evaluated(step)
@@ -185,6 +153,16 @@ class _Trainer:
       self.writer = stack.enter_context(
         MetricWriter(workdir, resumed_step=step, is_evaluated=is_evaluated)
       )
+      self.trace = StepTrace(
+        self.profile_steps,
+        workdir / "tensorboard",
+        self.ledger,
+        done=step,
+        total=self.steps,
+      )
+      stack.enter_context(self.ledger.opened(step))
+      stack.callback(self.trace.close)
+      self.speed = speed_of(self.program)
       state = self._restored_state(step) if step else self._fresh_state()
       self.saved_at = time.monotonic()
       self.progress = Progress(
@@ -197,7 +175,10 @@ class _Trainer:
       self.stopping = stack.enter_context(stop_signals())
       state = self._finish_log(state, step)
       evaluation = None if is_evaluated else self._evaluate(state, step)
-      return self._loop(state, step, batches) or evaluation
+      evaluation = self._loop(state, step, batches) or evaluation
+      if not jax.process_index():
+        self.progress.say(str(read_goodput(workdir)))
+      return evaluation
 
   def _first_step(self) -> int:
     """Returns the step of the checkpoint to resume; 0 where there is none."""
@@ -213,10 +194,11 @@ class _Trainer:
   def _restored_state(self, step: int) -> TrainState:
     if not jax.process_index():
       say(f"resuming {self.workdir} after step {step}")
-    return self.program.restored_state(
-      lambda like: self.checkpoints.restore_state(step, like),
-      shards=saved_shards(self.checkpoints.experiment(step)),
-    )
+    with self.ledger.during("restore"):
+      return self.program.restored_state(
+        lambda like: self.checkpoints.restore_state(step, like),
+        shards=saved_shards(self.checkpoints.experiment(step)),
+      )
 
   def _batches(self, step: int) -> Batches:
     return train_batches(
@@ -248,16 +230,39 @@ class _Trainer:
     self, state: TrainState, step: int, batches: Batches
   ) -> Evaluation | None:
     """Trains to the last step; returns the last evaluation."""
+    if step >= self.steps:
+      return None
+    with self.ledger.during("compile"):
+      train_step = self.train_step or compile_step(self.program)
+    self.ledger.write()
+    self.progress.say(planned_line(train_step))
+    first = next(batches)  # The workers start.
+    self.ledger.window()
+    with self.ledger.during("steps"):
+      return self._take_steps(
+        train_step, state, step, itertools.chain((first,), batches)
+      )
+
+  def _take_steps(
+    self,
+    train_step: jax.stages.Compiled,
+    state: TrainState,
+    step: int,
+    batches: Iterator[Any],
+  ) -> Evaluation | None:
     evaluation = None
-    stopwatch = Stopwatch()
     in_flight = collections.deque()
     while step < self.steps:
-      batch = stopwatch.next(batches)
-      state = self.program.train_step(state, shard_batch(batch, self.mesh))
+      with self.ledger.during("input"):
+        batch = next(batches)
+      self.trace.before(step + 1, state)
+      state = train_step(state, shard_batch(batch, self.mesh))
       in_flight.append(self.copy(state.step))
       if len(in_flight) > _STEPS_IN_FLIGHT:
         jax.block_until_ready(in_flight.popleft())
       step += 1
+      self.ledger.step = step
+      self.trace.after(step, state)
       self.progress.advance()
       self.checkpoints.check()
       stopped_by = stop_requested(self.stopping, step)
@@ -265,17 +270,18 @@ class _Trainer:
       is_halting = is_evaluation_due or stopped_by is not None
       if is_halting or self._is_checkpoint_due(step):
         self._check_finite(state)
-        with stopwatch.paused():
+        with self.ledger.during("save"):
           self._save(state)
           if is_halting:
             self.checkpoints.wait()
+        self.ledger.write()
+      self._log_save()
       if self._is_logged(step):
-        state = self._log(state, step, stopwatch)
+        state = self._log(state, step)
       if stopped_by:
         self._stop(step, stopped_by)
       if is_evaluation_due:
-        with stopwatch.paused():
-          evaluation = self._evaluate(state, step)
+        evaluation = self._evaluate(state, step)
     return evaluation
 
   def _is_logged(self, step: int) -> bool:
@@ -292,18 +298,21 @@ class _Trainer:
     if self.writer.last_step < step and not is_empty:
       metrics = self._read_window(state, step)
       del metrics["images"]
-      unknown = {"images_per_second": math.nan, "data_wait": math.nan}
+      unknown = self.speed.of(math.nan, {"steps": math.nan, "input": math.nan})
       self.writer.write(step, "train", metrics | unknown)
     return dataclasses.replace(state, window=self.program.empty_window())
 
-  def _log(
-    self, state: TrainState, step: int, stopwatch: Stopwatch
-  ) -> TrainState:
+  def _log(self, state: TrainState, step: int) -> TrainState:
     """Logs a window of steps; returns the state with an empty window."""
     metrics = self._read_window(state, step)
-    metrics |= stopwatch.read(metrics.pop("images"))
+    metrics |= self.speed.of(metrics.pop("images"), self.ledger.window())
+    self.ledger.write()
     self.writer.write(step, "train", metrics)
     self.progress.show(step, metrics)
+    if not self.is_memory_told:
+      self.is_memory_told = True
+      if line := measured_line(jax.local_devices()):
+        self.progress.say(line)
     if not self.is_warned and metrics["data_wait"] > MOST_DATA_WAIT:
       warning = slow_data_warning(metrics["data_wait"], self.config.data)
       self.progress.say(warning)
@@ -314,6 +323,10 @@ class _Trainer:
     self.lock.check()
     self.checkpoints.save(state, self.experiment)
     self.saved_at = time.monotonic()
+
+  def _log_save(self) -> None:
+    if save := self.checkpoints.finished_save():
+      self.ledger.write_save(save)
 
   def _stop(self, step: int, stopped_by: signal.Signals) -> NoReturn:
     raise StoppedError(
@@ -348,34 +361,34 @@ class _Trainer:
     def eval_step(weights, batch):
       if stopped_by := stop_requested(self.stopping):
         self._stop(step, stopped_by)
-      return self.program.eval_step(weights, batch)
+      part = "evaluation" if self.is_eval_compiled else "compile"
+      self.is_eval_compiled = True
+      with self.ledger.during(part):
+        return self.program.eval_step(weights, batch)
 
-    found = evaluate(
-      dataclasses.replace(self.program, eval_step=eval_step),
-      {"ema": state.ema, "raw": state.weights},
-      self.eval_source,
-    )
+    with self.ledger.during("evaluation"):
+      found = evaluate(
+        dataclasses.replace(self.program, eval_step=eval_step),
+        {"ema": state.ema, "raw": state.weights},
+        self.eval_source,
+      )
+      return self._log_evaluation(found, step)
+
+  def _log_evaluation(
+    self, found: dict[str, Measured], step: int
+  ) -> Evaluation:
     evaluation, raw = found["ema"].evaluation, found["raw"].evaluation
     self.writer.write(step, "evaluation", evaluation.values)
     self.writer.write(step, "evaluation_raw", raw.values)
     self.checkpoints.add_evaluation(step, evaluation)
     when = f"epoch {step / self.times.epoch:.6g}"
     self.progress.say(f"{when}: ema  {evaluation}\n{when}: raw  {raw}")
+    self.ledger.write()
     return evaluation
 
   def _read_window(self, state: TrainState, step: int) -> dict[str, float]:
     self._check_finite(state)
-    sums = {k: float(v) for k, v in jax.device_get(state.window).items()}
-    # Optax passes Python scalars to JAX, which a transfer guard may forbid.
-    with jax.transfer_guard("allow"):
-      learning_rate = float(jnp.asarray(self.program.schedule(step - 1)))
-    return {
-      "loss": sums["loss"] / sums["steps"],
-      **self.program.task.logged(sums),
-      "grad_norm": sums["grad_norm"] / sums["steps"],
-      "learning_rate": learning_rate,
-      "images": sums["images"],
-    }
+    return window_metrics(self.program, state.window, step)
 
   def _check_finite(self, state: TrainState) -> None:
     bad_step = int(jax.device_get(state.bad_step))

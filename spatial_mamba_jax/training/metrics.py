@@ -6,8 +6,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -30,7 +29,10 @@ from spatial_mamba_jax.training.digests import write_whole
 MOST_DATA_WAIT = 0.1
 
 # Metrics that a line on the terminal omits, or has in another form.
-_NOT_SHOWN = ("grad_norm", "learning_rate", "images_per_second", "data_wait")
+_NOT_SHOWN = (
+  *("grad_norm", "learning_rate"),
+  *("images_per_second", "data_wait", "model_flops_per_second", "mfu"),
+)
 
 
 class MetricWriter:
@@ -183,40 +185,6 @@ def _parse_record(line: bytes) -> dict[str, Any] | None:
   return None
 
 
-class Stopwatch:
-  """Measures the time of a logged window, and the time spent on data."""
-
-  def __init__(self):
-    """Starts the first window."""
-    self._since = time.perf_counter()
-    self._waited = 0.0
-
-  def next(self, batches: Iterator[Any]) -> Any:
-    """Returns the next batch; measures the time until it is there."""
-    start = time.perf_counter()
-    batch = next(batches)
-    self._waited += time.perf_counter() - start
-    return batch
-
-  @contextmanager
-  def paused(self) -> Iterator[None]:
-    """Excludes the time of the `with` block."""
-    start = time.perf_counter()
-    yield
-    self._since += time.perf_counter() - start
-
-  def read(self, images: float) -> dict[str, float]:
-    """Ends a window of `images` images; returns its speed."""
-    seconds = time.perf_counter() - self._since
-    speed = {
-      "images_per_second": images / seconds,
-      "data_wait": self._waited / seconds,
-    }
-    self._since += seconds
-    self._waited = 0.0
-    return speed
-
-
 def slow_data_warning(fraction: float, data: DataConfig) -> str:
   """Returns a warning that says how to speed up the input pipeline."""
   return (
@@ -263,10 +231,7 @@ class Progress:
       for name, value in metrics.items()
       if name not in _NOT_SHOWN
     )
-    line = (
-      f"{values}  {metrics['images_per_second']:.0f} images/s"
-      f"  data wait {100 * metrics['data_wait']:.0f}%"
-    )
+    line = f"{values}  {_speed(metrics)}"
     if self._bar is not None:
       with suppress(OSError):
         self._bar.set_postfix_str(line)
@@ -291,3 +256,13 @@ class Progress:
     if self._bar is not None:
       with suppress(OSError):
         self._bar.close()
+
+
+def _speed(metrics: dict[str, float]) -> str:
+  parts = [f"{metrics['images_per_second']:.0f} images/s"]
+  if (flops := metrics.get("model_flops_per_second")) is not None:
+    unit, scale = ("TFLOP/s", 1e12) if flops >= 1e12 else ("GFLOP/s", 1e9)
+    parts.append(f"{flops / scale:.3g} {unit}")
+  if (mfu := metrics.get("mfu")) is not None:
+    parts.append(f"MFU {mfu:.0%}")
+  return "  ".join([*parts, f"data wait {metrics['data_wait']:.0%}"])

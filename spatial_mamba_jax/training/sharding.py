@@ -51,11 +51,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] = ()) -> Mesh:
 
   Args:
     config: the sizes of `replica` and `fsdp`; `data` takes the other devices.
+      The slices of TPUs, which a slower network joins, lie along `replica`.
     devices: the devices, which may be those of an ahead-of-time topology; empty
       for JAX's devices.
 
   Raises:
-    TrainingError: the devices are not a multiple of `replica` * `fsdp`.
+    TrainingError: the devices are not a multiple of `replica` * `fsdp`, or
+      `replica` is not a multiple of the slices.
   """
   devices = list(devices) or jax.devices()
   data, left = divmod(len(devices), config.replica * config.fsdp)
@@ -65,12 +67,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] = ()) -> Mesh:
       f" config.mesh.fsdp={config.fsdp} must divide the number of devices,"
       f" {len(devices)}"
     )
-  return jax.make_mesh(
-    (config.replica, data, config.fsdp),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
-  )
+  slices = _slices(devices)
+  replicas, left = divmod(config.replica, len(slices))
+  if left:
+    raise TrainingError(
+      f"config.mesh.replica={config.replica} must be a multiple of the"
+      f" {len(slices)} slices, which a slower network joins"
+    )
+  axis_types = (AxisType.Auto,) * len(MESH_AXES)
+  # JAX arranges the devices of one slice by its links, but not several slices.
+  meshes = [
+    jax.make_mesh(
+      (replicas, data, config.fsdp), MESH_AXES, axis_types, devices=of_slice
+    )
+    for of_slice in slices
+  ]
+  arranged = np.concatenate([mesh.devices for mesh in meshes])
+  return Mesh(arranged, MESH_AXES, axis_types)
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+  """The devices of each slice of TPUs; of other devices one list."""
+  slices = {}
+  for device in devices:
+    index = getattr(device, "slice_index", None)
+    index = index if device.platform == "tpu" else None
+    slices.setdefault(index, []).append(device)
+  return list(slices.values())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -22,7 +22,8 @@ from spatial_mamba_jax.training.config import (
   TrainConfig,
   TrainingError,
 )
-from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
+from spatial_mamba_jax.training.evaluation import evaluate_checkpoint
+from spatial_mamba_jax.training.loop import train
 from spatial_mamba_jax.training.optimizer import Optimizer
 from spatial_mamba_jax.training.state import initial_state
 from spatial_mamba_jax.training.weights import load_model

@@ -39,6 +39,8 @@ def get_config():
 """
 
 
+# Logged values that differ from run to run.
+SPEEDS = ("images_per_second", "data_wait", "model_flops_per_second", "mfu")
 # Seconds before a process counts as hung, even on a busy machine.
 PATIENCE = 1800
 
@@ -92,7 +94,7 @@ class Experiment:
     records = []
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
       record = json.loads(line)
-      for of_time in ("images_per_second", "data_wait"):
+      for of_time in SPEEDS:
         record.pop(of_time, None)
       records.append(record)
     return records

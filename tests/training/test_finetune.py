@@ -18,7 +18,8 @@ from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles
 from spatial_mamba_jax.training.config import TrainingError
-from spatial_mamba_jax.training.loop import evaluate_checkpoint, train
+from spatial_mamba_jax.training.evaluation import evaluate_checkpoint
+from spatial_mamba_jax.training.loop import train
 from spatial_mamba_jax.training.weights import (
   load_model,
   load_weights,

@@ -5,7 +5,6 @@ import json
 import os
 import struct
 import sys
-import time
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -15,7 +14,6 @@ from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.metrics import (
   MetricWriter,
   Progress,
-  Stopwatch,
   slow_data_warning,
 )
 
@@ -53,28 +51,6 @@ def test_a_resumed_run_drops_what_it_will_log_again(tmp_path):
   (event,) = (e for e in events if e.summary.value)
   (value,) = event.summary.value
   assert (event.step, value.tag, value.simple_value) == (30, "train/loss", 2.0)
-
-
-def test_the_data_wait_is_measured(monkeypatch):
-  now = 0.0
-  monkeypatch.setattr(time, "perf_counter", lambda: now)
-
-  def batches():
-    nonlocal now
-    while True:
-      now += 2.0  # Seconds that the loop waits.
-      yield "batch"
-
-  stopwatch = Stopwatch()
-  iterator = batches()
-  assert stopwatch.next(iterator) == "batch"
-  now += 6.0
-  with stopwatch.paused():
-    now += 100.0
-  assert stopwatch.read(80.0) == {"images_per_second": 10.0, "data_wait": 0.25}
-  now += 3.0
-  stopwatch.next(iterator)
-  assert stopwatch.read(10.0) == {"images_per_second": 2.0, "data_wait": 0.4}
 
 
 def test_slow_data_says_what_to_raise():
@@ -179,6 +155,17 @@ def test_a_log_that_is_not_a_file_is_refused(tmp_path, make):
   make(path := tmp_path / "metrics.jsonl")
   with pytest.raises(TrainingError, match=f"{path} is not a file: move it"):
     MetricWriter(tmp_path, resumed_step=0)
+
+
+def test_a_line_shows_the_speed(capsys):
+  progress = Progress(step=0, steps=9, epoch_steps=3)
+  speed = {"images_per_second": 812.3, "data_wait": 0.02}
+  flops = "model_flops_per_second"
+  progress.show(3, {"loss": 1.0, **speed, flops: 3.21e10})
+  assert "  812 images/s  32.1 GFLOP/s  data wait 2%" in capsys.readouterr().err
+  progress.show(3, {"loss": 1.0, **speed, flops: 8.1e13, "mfu": 0.411})
+  line = "loss 1  812 images/s  81 TFLOP/s  MFU 41%  data wait 2%"
+  assert line in capsys.readouterr().err
 
 
 def closed(*_):

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from spatial_mamba_jax.training.goodput import read_goodput
 from spatial_mamba_jax.training.workdir import WorkdirLock
 
 
@@ -52,6 +53,7 @@ def test_interrupted_at_many_moments(experiment, tmp_path, whole):
   workdir = tmp_path / "run"
   log = workdir / "metrics.jsonl"
   checkpoints = workdir / "checkpoints"
+  started = time.time()
 
   def logged(step):
     return (
@@ -94,10 +96,20 @@ def test_interrupted_at_many_moments(experiment, tmp_path, whole):
     file.write("\0\0\0\n" + '{"step": 1')
   (checkpoints / "18" / "state" / "manifest.ocdbt").write_bytes(b"")
   _, _, err = finish(experiment, workdir)
+  elapsed = time.time() - started
   first, second, *_ = err.splitlines()
   assert first.startswith(f"{checkpoints}: skipping step 18, which is")
   assert second.endswith(f"1 damaged lines were moved to {log}.damaged")
   assert_same_run(experiment, workdir, whole)
+  # The ledger has all seven processes, and the time between them.
+  goodput = read_goodput(workdir)
+  assert goodput.starts == 7
+  assert goodput.wall == pytest.approx(elapsed, rel=0.2)
+  assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall, rel=0.01)
+  parts = ("steps", "start", "compile", "restore", "evaluation", "save", "down")
+  assert all(goodput.seconds[part] > 0 for part in parts), goodput
+  assert err.splitlines()[-1].startswith("goodput ")
+  assert {18, 24} <= {save.step for save in goodput.saves}
 
 
 def assert_saved_first(status, err, stop, checkpoints):
@@ -131,6 +143,7 @@ def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
   status, _, err = experiment.run(
     "train.py",
     *flags,
+    "--profile_steps=18:19",
     JAX_TRANSFER_GUARD="disallow",
     JAX_NUMPY_RANK_PROMOTION="raise",
     JAX_NUMPY_DTYPE_PROMOTION="strict",
@@ -139,6 +152,7 @@ def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
   resumed_after = int(err.splitlines()[0].split("after step ")[1])
   assert resumed_after >= 12
   assert resumed_after % 4 == 0
+  assert len(list(workdir.rglob("plugins/profile/*/*.xplane.pb"))) == 1
   records = experiment.records(workdir)
   assert [r for r in records if r["kind"] == "train"] == [
     r for r in whole[0] if r["kind"] == "train"

@@ -3,7 +3,7 @@
 A launched instruction reads its operands and writes its result. Of an operand
 that it slices it reads the slice; of a result that it updates in place it
 writes the update. A loop's body counts once for each iteration. A conditional
-counts as its costliest branch.
+counts as its costliest branch, or as its cheapest.
 """
 
 import collections
@@ -75,17 +75,32 @@ class Launch:
     instruction: the instruction.
     size: bytes read and written each time.
     times: how often it runs.
+    operands: bytes of its operands in any memory.
   """
 
   instruction: Instruction
   size: int
   times: int
+  operands: int
 
 
 class Program:
-  """A compiled program's text, `compiled.as_text()`."""
+  """A compiled program's text, `compiled.as_text()`.
 
-  def __init__(self, text: str):
+  Attributes:
+    devices: the number of devices that run it together.
+  """
+
+  def __init__(self, text: str, *, cheapest: bool = False):
+    """Reads the text.
+
+    Args:
+      text: of the program.
+      cheapest: whether a conditional counts as its cheapest branch.
+    """
+    partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    self.devices = int(partitions[1]) if partitions else 1
+    self._branch = min if cheapest else max
     self._computations: dict[str, Computation] = {}
     self._frames = _Frames(text)
     entry, current = "", {}
@@ -105,6 +120,13 @@ class Program:
   def launches(self) -> list[Launch]:
     """Returns everything that runs, in the order of the text."""
     return self._of(self._entry)
+
+  def fused(self, launch: Launch) -> list[Launch]:
+    """Returns what a fusion is made of, as if each part was launched."""
+    if launch.instruction.opcode != "fusion":
+      return []
+    (body,) = launch.instruction.called["calls"]
+    return self._of(body)
 
   def functions(self, instruction: Instruction) -> tuple[str, ...]:
     """Returns its scopes, then its Python functions, the innermost first."""
@@ -133,12 +155,13 @@ class Program:
       ]
     if opcode == "conditional":
       branches = [self._of(x) for names in called.values() for x in names]
-      return max(branches, key=total_bytes)
+      return self._branch(branches, key=total_bytes)
     if opcode in ("call", "async-start"):
       (body,) = called.get("to_apply") or called["calls"]
       return self._of(body)
     size = self._size(instruction, computation)
-    return [Launch(instruction, size, 1)]
+    operands = sum(computation[x].extent for x in instruction.operands)
+    return [Launch(instruction, size, 1, operands)]
 
   def _trips(self, loop):
     if known := _TRIPS.search(loop.line):
