@@ -1,6 +1,5 @@
 """The collectives of compiled steps are those that the sharding's rule says."""
 
-import functools
 import math
 
 import pytest
@@ -21,7 +20,6 @@ OPTIONS = {
 DEVICES = {"v5e:16x16": 256, "H200:8": 8}
 
 
-@functools.cache
 def collectives(target, shards):
   record = compiled(
     "step", "--target", target, "--fsdp", shards, *OPTIONS[target]
@@ -29,7 +27,6 @@ def collectives(target, shards):
   return {kind: tuple(x) for kind, x in record["collectives"].items()}
 
 
-@functools.cache
 def sizes(shards):
   """Bytes in float32 of tiny's sharded parameters in blocks and outside of
   them, and of those that stay whole."""
@@ -45,10 +42,8 @@ def sizes(shards):
   return found
 
 
-@pytest.mark.parametrize(("target", "shards"), COLLECTIVES)
-def test_golden(target, shards):
+def assert_golden(found, target, shards):
   expected = COLLECTIVES[target, shards]
-  found = collectives(target, shards)
   assert {kind: count for kind, (count, _) in found.items()} == {
     kind: count for kind, (count, _) in expected.items()
   }
@@ -56,40 +51,31 @@ def test_golden(target, shards):
     assert found[kind][1] == pytest.approx(sent, rel=TOLERANCE), kind
 
 
+# One test a target, so that each program is compiled once.
 @pytest.mark.parametrize("target", DEVICES)
-def test_whole_parameters_are_summed_and_not_gathered(target):
-  """Gradients are bfloat16 where they are of products, else float32."""
-  found = collectives(target, 1)
-  assert "all-gather" not in found
-  assert "reduce-scatter" not in found
+def test_collectives_are_those_of_the_rule(target):
+  data, fsdp = collectives(target, 1), collectives(target, 8)
+  assert_golden(data, target, 1)
+  assert_golden(fsdp, target, 8)
+
+  # Whole parameters are summed and not gathered. Gradients are bfloat16 where
+  # they are of products, else float32.
+  assert "all-gather" not in data
+  assert "reduce-scatter" not in data
   count = DEVICES[target]
   whole = sizes(1)["whole"]
-  _, sent = found["all-reduce"]
-  reduced = sent / (2 * (count - 1) / count)
-  assert whole / 2 < reduced < whole
+  _, sent = data["all-reduce"]
+  assert whole / 2 < sent / (2 * (count - 1) / count) < whole
 
-
-@pytest.mark.parametrize("target", DEVICES)
-def test_sharded_parameters_are_gathered_in_each_pass(target):
-  """On a TPU the backward pass gathers a block's parameters again."""
+  # Sharded parameters are gathered in each pass. On a TPU the backward pass
+  # gathers a block's parameters again.
   size = sizes(8)
   passes = 2 if target.startswith("v5e") else 1
   expected = (passes * size["blocks"] + size["rest"]) * 7 / 8
-  _, sent = collectives(target, 8)["all-gather"]
-  assert sent == pytest.approx(expected, rel=TOLERANCE)
+  assert fsdp["all-gather"][1] == pytest.approx(expected, rel=TOLERANCE)
 
-
-@pytest.mark.parametrize("target", DEVICES)
-def test_sharded_gradients_are_summed_into_shards(target):
-  """All that leaves a device for sums is less than whole gradients would be.
-
-  Where the compiler sums the whole array and keeps a shard, that counts as an
-  all-reduce.
-  """
-  size, found = sizes(8), collectives(target, 8)
+  # Their gradients are summed into shards. Where the compiler sums a whole
+  # array and keeps a shard, that counts as an all-reduce.
   sharded = (size["blocks"] + size["rest"]) * 7 / 8
-  _, scattered = found["reduce-scatter"]
-  assert 0.3 * sharded < scattered < sharded
-  _, sent = found["all-reduce"]
-  _, without = collectives(target, 1)["all-reduce"]
-  assert sent < 0.4 * without
+  assert 0.3 * sharded < fsdp["reduce-scatter"][1] < sharded
+  assert fsdp["all-reduce"][1] < 0.4 * sent
