@@ -21,7 +21,7 @@ from spatial_mamba_jax.forecast import (
 from spatial_mamba_jax.forecast.compilation import Memory, Step
 from spatial_mamba_jax.forecast.topology import TopologyError, accelerator_of
 from spatial_mamba_jax.hardware import Accelerator
-from spatial_mamba_jax.training.config import Schedule
+from spatial_mamba_jax.training.config import ModelSection, Schedule
 from spatial_mamba_jax.training.program import Program
 from tests.test_docs import ROOT
 
@@ -135,6 +135,10 @@ def test_only_a_share_of_an_array_crosses_the_network():
   sent = roofline.sent_by_device([each], [0] * 4 + [1] * 4)
   assert sent == (3 * 2 * 64 * 3 / 4, 3 * 2 * 16 / 2)
   assert roofline.sent_by_device([each], [0] * 8) == (each.sent, 0)
+  # Each device has 8 bytes for each other one, of which four are far away.
+  each = dataclasses.replace(each, kind="all-to-all")
+  sent = roofline.sent_by_device([each], [0] * 4 + [1] * 4)
+  assert sent == (3 * 3 * 8, 3 * 4 * 8)
 
 
 def test_a_step_takes_its_longer_half_and_all_collectives():
@@ -195,7 +199,9 @@ def test_what_does_not_fit():
   assert "needs 0.0 GB" in problem
   assert "config.mesh.fsdp" in problem
   (problem,) = forecast(cores=2).problems
-  assert problem.startswith("the input needs 3 cores a host and a host has 2")
+  assert problem.startswith(
+    "the input needs up to 3 cores a host and a host has 2"
+  )
 
 
 def test_text_has_every_part_and_json_is_plain():
@@ -226,13 +232,20 @@ def test_a_measurement_of_the_same_step_is_compared(tmp_path):
   found = forecast()
   object.__setattr__(found.step, "program", mock.MagicMock())
   config = found.step.program.config
-  config.model.name, config.data.image_size = "tiny", 224
-  network = {"program": "train", "model": "tiny", "size": 224}
+  config.model = ModelSection(name="spatial_mamba_tiny", drop_path_rate=0.2)
+  config.data.image_size = 224
+  network = {
+    "program": "train",
+    "model": "spatial_mamba_tiny",
+    "size": 224,
+    "implementation": "default",
+  }
   file = tmp_path / "chip.json"
 
   def ratios(device, batch_size):
     networks = [network | {"batch_size": batch_size, "images_per_second": 2.0}]
-    file.write_text(json.dumps({"device": device, "networks": networks}))
+    record = {"device": device, "dtype": "float32", "networks": networks}
+    file.write_text(json.dumps(record))
     return measured.ratios(found, tmp_path)
 
   # Ten images a chip, in 3 s.
@@ -240,6 +253,8 @@ def test_a_measurement_of_the_same_step_is_compared(tmp_path):
   assert line.endswith("the roofline says 3, 1.67 times as many")
   assert not ratios("TPU chip", 20)
   assert not ratios("cpu", 10)
+  config.model.dims = (8, 8, 8, 8)
+  assert not ratios("TPU chip", 10)
 
 
 def test_gpus_have_the_share_that_jax_takes(monkeypatch):

@@ -71,7 +71,8 @@ def train_batches(
     grain.MapDataset.range(len(source))
     .seed(seed)
     .shuffle()
-    # Without this slice, of everything, the random stream would change.
+    # This slice takes everything. Without it, grain would draw another seed for
+    # the transforms, and a resumed run would see other images.
     .slice(slice(None))
     .repeat(None)
     .random_map(TrainingReader(source, examples))

@@ -73,7 +73,7 @@ class Collective:
 
 
 def passes(kind: str) -> int:
-  """How often the array goes round."""
+  """How often each device sends its share of the array."""
   return 2 if kind == "all-reduce" else 1
 
 

@@ -17,7 +17,7 @@ from absl import flags
 from spatial_mamba_jax.data.config import IMAGENET_IMAGES
 from spatial_mamba_jax.errors import UserError, say, tell
 from spatial_mamba_jax.forecast import output
-from spatial_mamba_jax.forecast.compilation import compile_step
+from spatial_mamba_jax.forecast.compilation import count_step
 from spatial_mamba_jax.forecast.figure import draw
 from spatial_mamba_jax.forecast.measured import ratios
 from spatial_mamba_jax.forecast.recipe import (
@@ -39,7 +39,11 @@ _TOPOLOGY = flags.DEFINE_list(
   module_name="forecast",
 )
 _PRICE = flags.DEFINE_float(
-  "price", None, "Price of a chip-hour.", module_name="forecast"
+  "price",
+  None,
+  "Price of a chip-hour.",
+  lower_bound=0.0,
+  module_name="forecast",
 )
 _IMAGES_PER_CORE = flags.DEFINE_float(
   "images_per_core",
@@ -133,7 +137,7 @@ def forecast_all(
   found, failures = [], []
   for target in targets:
     try:
-      step = compile_step(config, target, train_examples=examples)
+      step = count_step(config, target, train_examples=examples)
     except UserError as error:
       if len(targets) == 1:
         raise

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from spatial_mamba_jax.errors import UserError, one_line
+from spatial_mamba_jax.forecast import hlo
 from spatial_mamba_jax.forecast.collectives import collectives_of, total
-from spatial_mamba_jax.forecast.hlo import Program, total_bytes
 from spatial_mamba_jax.forecast.roofline import Work, sent_by_device
 from spatial_mamba_jax.forecast.topology import (
   accelerator_of,
@@ -18,8 +18,8 @@ from spatial_mamba_jax.forecast.topology import (
 )
 from spatial_mamba_jax.hardware import Accelerator
 from spatial_mamba_jax.models.flops import TRAINING_FACTOR, jaxpr_flops
-from spatial_mamba_jax.training import program as training
 from spatial_mamba_jax.training.config import Schedule, TrainConfig
+from spatial_mamba_jax.training.program import Program, make_program
 from spatial_mamba_jax.training.sharding import make_mesh
 from spatial_mamba_jax.training.speed import image_flops
 
@@ -92,11 +92,11 @@ class Step:
   collectives: dict[str, tuple[int, float]]
   asynchronous: int
   scheduled: int
-  program: training.Program
+  program: Program
   compiled: jax.stages.Compiled
 
 
-def compile_step(
+def count_step(
   config: TrainConfig, target: str, *, train_examples: int
 ) -> Step:
   """Compiles the train step of an experiment, and counts its work.
@@ -112,10 +112,13 @@ def compile_step(
       it.
   """
   accelerator, devices = accelerator_of(target), devices_of(target)
-  program = training.make_program(
+  program = make_program(
     config, make_mesh(config.mesh, devices), train_examples=train_examples
   )
-  flops_of_image = image_flops(program)
+  try:
+    flops_of_image = image_flops(program)
+  except NotImplementedError as error:  # Of a kernel that the config names.
+    raise UserError(f"there is no forecast: {one_line(error)}") from error
   with (
     as_default_device(target),
     jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh),
@@ -130,11 +133,11 @@ def compile_step(
   teacher = _teacher_flops(program, flops_of_image)
   count = len(devices)
   domains = [domain_of(x) for x in program.mesh.devices.flat]
-  after = _work(Program(text), step_flops / count, domains)
+  after = _work(hlo.Program(text), step_flops / count, domains)
   before = _work(
-    Program(text, cheapest=True), (step_flops - teacher) / count, domains
+    hlo.Program(text, cheapest=True), (step_flops - teacher) / count, domains
   )
-  found = collectives_of(Program(text))
+  found = collectives_of(hlo.Program(text))
   return Step(
     target=target,
     accelerator=accelerator,
@@ -176,7 +179,7 @@ def _teacher_flops(program, flops_of_image):
 
 def _work(program, flops, domains):
   link, network = sent_by_device(collectives_of(program), domains)
-  memory = float(total_bytes(program.launches()))
+  memory = float(hlo.total_bytes(program.launches()))
   return Work(flops=flops, memory=memory, link=link, network=network)
 
 

@@ -1,11 +1,13 @@
 """Forecasts beside measurements of the same step on one device."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from spatial_mamba_jax.forecast.recipe import Forecast
+from spatial_mamba_jax.training.config import ModelSection
 
 # Where `python -m benchmarks.device` writes, in a checkout.
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results"
@@ -14,8 +16,8 @@ RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results"
 def ratios(forecast: Forecast, results: pathlib.Path = RESULTS) -> list[str]:
   """Returns a line for each measurement of the forecast's step.
 
-  It is of the same network, image size and images a chip, on one device of the
-  kind, without MESA and without collectives.
+  Measured is the same network with the same image size and images a chip, on
+  one device of the kind, without MESA and without collectives.
 
   Args:
     forecast: the forecast.
@@ -41,10 +43,15 @@ def _measurements(
     "model": config.model.name,
     "size": config.data.image_size,
     "batch_size": images,
+    "implementation": "default",
   }
+  # Without stochastic depth, which changes no time.
+  model = dataclasses.replace(config.model, drop_path_rate=0.0)
   for path in sorted(results.glob("*.json")):
     found = json.loads(path.read_text())
     if found.get("device") not in forecast.step.accelerator.kinds:
+      continue
+    if model != ModelSection(name=model.name, dtype=found["dtype"]):
       continue
     for network in found.get("networks", ()):
       if {name: network.get(name) for name in wanted} == wanted:

@@ -45,26 +45,36 @@ def _memory(forecast):
 def _time(forecast):
   accelerator, work = forecast.step.accelerator, forecast.step.after
   network = accelerator.network_rate / accelerator.host_devices
-  lines = [f"{'a step of a chip, with MESA':<52}ms: before MESA   with MESA"]
+  has_mesa = forecast.step.times.mesa_from is not None
+  heads = ("before MESA", "with MESA") if has_mesa else ("all steps",)
+  title = "a step of a chip, with MESA" if has_mesa else "a step of a chip"
+  lines = [f"{title:<49}ms:" + "".join(f"{head:>12}" for head in heads)]
   for name, amount, rate, unit, what in (
     ("compute", work.flops, accelerator.flops, "FLOP", "bfloat16 peak"),
     ("memory", work.memory, accelerator.memory_rate, "B", "device memory"),
     ("link", work.link, accelerator.link_rate, "B", _links(forecast)),
     ("network", work.network, network, "B", "between hosts or slices"),
   ):
-    before, after = (
-      1e3 * getattr(time, name) for time in (forecast.before, forecast.after)
+    times = _columns(
+      [getattr(time, name) for time in (forecast.before, forecast.after)],
+      has_mesa,
     )
     lines.append(
       f"  {name:<10}{amount / 1e9:10,.3f} G{unit:<4} at {rate / 1e9:9,.1f}"
-      f" {f'G{unit}/s':<8}{before:12.3f}{after:12.3f}   {what}"
+      f" {f'G{unit}/s':<8}{times}   {what}"
     )
-  before, after = 1e3 * forecast.before.total, 1e3 * forecast.after.total
+  totals = [forecast.before.total, forecast.after.total]
   lines.append(
-    f"  {'step':<10}{'':38}{before:12.3f}{after:12.3f}   at least, bound by"
+    f"  {'step':<10}{'':38}{_columns(totals, has_mesa)}   at least, bound by"
     f" {forecast.after.bound}"
   )
   return lines
+
+
+def _columns(seconds, has_mesa):
+  """Milliseconds before MESA and with it; without MESA they are the same."""
+  shown = seconds if has_mesa else seconds[:1]
+  return "".join(f"{1e3 * x:12.3f}" for x in shown)
 
 
 def _links(forecast):
@@ -97,7 +107,7 @@ def _recipe(forecast):
     f" ({step.image_flops / 1e9:.2f} GFLOP an image)",
     f"  at least {forecast.days:.3f} days ({24 * forecast.days:.1f} hours),"
     f" {forecast.chip_hours:,.1f} chip-hours{price}",
-    f"  input: {forecast.input_cores:.1f} cores a host, of"
+    f"  input: at most {forecast.input_cores:.1f} cores a host, of"
     f" {step.accelerator.cores}",
   ]
 
@@ -109,7 +119,7 @@ def assumptions(forecast: Forecast) -> list[str]:
   if forecast.images_per_core == IMAGES_PER_CORE:
     source = (
       "measured with python -m benchmarks.input: the complete ImageNet recipe,"
-      " JPEG files of 500 x 375 pixels, one core of a 2-core server"
+      " photographs of 500 x 375 pixels, one core of a busy 2-core server"
     )
   usable = "what the data sheet says"
   if not step.accelerator.kinds[0].startswith("TPU"):
@@ -131,6 +141,7 @@ def assumptions(forecast: Forecast) -> list[str]:
     f"a chip's memory is {usable}",
     f"a core prepares {forecast.images_per_core:g} images/s ({source}); a host"
     f" has {step.accelerator.cores} virtual cores",
+    "for GPUs, XLA's choice of kernels for products is not tuned on a device",
     "evaluations, checkpoints, compilation, restarts and waiting for data are"
     " left out",
   ]

@@ -8,7 +8,7 @@ from spatial_mamba_jax.forecast.roofline import StepTime, mfu, step_time
 
 # Images a second that a core prepares: docs/measurements.md, measured with
 # `python -m benchmarks.input` for the complete ImageNet recipe.
-IMAGES_PER_CORE = 286.0
+IMAGES_PER_CORE = 251.0
 # Share of a GPU's memory that JAX takes unless the variable says another.
 _MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _GPU_SHARE = 0.75
@@ -67,7 +67,7 @@ class Forecast:
 
   @property
   def problems(self) -> list[str]:
-    """Why the run cannot go so; empty if it can."""
+    """Why the run cannot run on this machine; empty if it can."""
     step, found = self.step, []
     if step.memory.total > self.usable_memory:
       found.append(
@@ -78,8 +78,9 @@ class Forecast:
     cores = step.accelerator.cores
     if self.input_cores > cores:
       found.append(
-        f"the input needs {self.input_cores:.0f} cores a host and a host has"
-        f" {cores}: it would feed {cores / self.input_cores:.0%} of the images"
+        f"the input needs up to {self.input_cores:.0f} cores a host and a host"
+        f" has {cores}: at the fastest step, it feeds"
+        f" {cores / self.input_cores:.0%} of the images"
       )
     return found
 

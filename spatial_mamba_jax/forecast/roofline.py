@@ -98,6 +98,8 @@ def _shares(each, domains):
     return (0.0, 1.0) if crosses else (1.0, 0.0)
   count = float(len({domains[x] for x in group}))
   members = len(group) / count
+  if kind == "all-to-all":  # Each device has a part for each other device.
+    return share(kind, members) / count, share(kind, count)
   return share(kind, members), share(kind, count) / members
 
 

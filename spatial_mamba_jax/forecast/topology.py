@@ -24,9 +24,9 @@ ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  # XLA's search for a fusion of small products needs a GPU to try them on.
-  "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
 }
+# XLA's search for a fusion of small products needs a GPU to try them on.
+_FLAG = "--xla_gpu_enable_triton_gemm=false"
 _SLICES = re.compile(r"([0-9]+)x([a-z].*)", re.IGNORECASE)
 
 
@@ -40,7 +40,13 @@ def use_compilers() -> None:
   Call it before JAX has a device and before the first target is described.
   """
   jax.config.update("jax_platforms", "cpu")
-  os.environ.update(ENVIRONMENT)
+  os.environ.update(environment())
+
+
+def environment() -> dict[str, str]:
+  """Returns the environment variables with which a process can compile."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  return {**ENVIRONMENT, "XLA_FLAGS": f"{flags} {_FLAG}".strip()}
 
 
 def platform_of(target: str) -> str:
@@ -72,6 +78,8 @@ def devices_of(target: str) -> list[Any]:
   """
   try:
     return list(_describe(target).devices)
+  except TopologyError:
+    raise
   # All that JAX and its plugins raise is one of these.
   except (RuntimeError, ValueError) as error:
     raise TopologyError(
@@ -136,7 +144,10 @@ def _describe_gpus(target):
     if int(count) < each:
       hosts, each = 1, int(count)
     elif left:
-      raise ValueError(f"a host has {each} of them")
+      raise TopologyError(
+        f"--topology={target}: a host has {each} of these GPUs, so more than"
+        f" {each} must be a multiple of it"
+      )
   # Slices, hosts of each, devices of each.
   return topologies.get_topology_desc(
     platform="cuda",

@@ -13,8 +13,10 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import spatial_mamba_kernels
 from jax.experimental import serialize_executable
 
+import spatial_mamba_jax
 from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import write_whole
@@ -97,7 +99,8 @@ def _load(path, payload, program):
       devices[0].client,
       devices,
     )
-  except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
+  # What a pickle raises is open.
+  except Exception as error:
     raise TrainingError(
       f"{path} does not load on {devices[0].device_kind}:"
       f" {one_line(error)[:300]}; train without --compiled"
@@ -105,15 +108,32 @@ def _load(path, payload, program):
 
 
 def _description(program: Program) -> dict[str, Any]:
-  """Returns {name: value} of all that a compiled step depends on."""
+  """Returns {name: value} of what a compiled step depends on.
+
+  Not known are the source of a task outside of this package, the versions of
+  libtpu and CUDA, and XLA's flags.
+  """
   device = program.mesh.devices.flat[0]
+  slices = {getattr(x, "slice_index", 0) for x in program.mesh.devices.flat}
   times = dataclasses.asdict(program.times)
   return {
     **program_fields(program.config),
     **{f"times.{x}": times[x] for x in ("steps", "warmup", "mesa_from")},
     "jax": jax.__version__,
     "jaxlib": version("jaxlib"),
+    "source": _source_digest(),
     "device": device.device_kind,
     "mesh": dict(program.mesh.shape),
+    "slices": len(slices),
     "x64": jax.config.read("jax_enable_x64"),
   }
+
+
+def _source_digest() -> str:
+  """Returns a digest of the source of this package and of the kernels."""
+  digest = hashlib.sha256()
+  for package in (spatial_mamba_jax, spatial_mamba_kernels):
+    root = pathlib.Path(package.__path__[0])
+    for path in sorted(root.rglob("*.py")):
+      digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+  return digest.hexdigest()

@@ -170,7 +170,9 @@ class Goodput(NamedTuple):
 
   Attributes:
     seconds: {part: seconds}, for each of `PARTS`.
-    wall: seconds from the start of the first process to the last record.
+    wall: seconds from the start of the first process to the last record. If
+      the system's clock was set back in between, the seconds that it lost are
+      added.
     starts: how many processes the run had, one after the other.
     saves: what each checkpoint cost.
     damaged: lines that are not records.
@@ -240,11 +242,24 @@ def read_goodput(workdir: pathlib.Path) -> Goodput | None:
     return None
   return Goodput(
     seconds=_sum_up(processes),
-    wall=times[-1].until - times[0].started,
+    wall=_wall(processes),
     starts=len(processes),
     saves=[x for x in records if isinstance(x, Save)],
     damaged=records.count(None),
   )
+
+
+def _wall(processes: list[list[_Record]]) -> float:
+  lives = (records[-1].until - records[0].started for records in processes)
+  return sum(lives) + sum(_gaps(processes))
+
+
+def _gaps(processes: list[list[_Record]]) -> list[float]:
+  """Seconds from the last record of each process to the start of the next."""
+  return [
+    max(0.0, after[0].started - before[-1].until)
+    for before, after in itertools.pairwise(processes)
+  ]
 
 
 def _sum_up(processes: list[list[_Record]]) -> dict[str, float]:
@@ -252,7 +267,7 @@ def _sum_up(processes: list[list[_Record]]) -> dict[str, float]:
   total = dict.fromkeys(PARTS, 0.0)
   resumed = math.inf
   # Backwards: a later process may have resumed an earlier checkpoint.
-  for index, records in reversed([*enumerate(processes)]):
+  for records in reversed(processes):
     last = records[-1]
     for part, seconds in last.seconds.items():
       total[part] += seconds
@@ -260,9 +275,7 @@ def _sum_up(processes: list[list[_Record]]) -> dict[str, float]:
     total["steps"] -= lost
     total["lost"] += lost
     resumed = min(resumed, records[0].resumed)
-    if index:
-      before = processes[index - 1][-1].until
-      total["down"] += max(0.0, records[0].started - before)
+  total["down"] = sum(_gaps(processes))
   return total
 
 

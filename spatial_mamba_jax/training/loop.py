@@ -325,7 +325,7 @@ class _Trainer:
     self.saved_at = time.monotonic()
 
   def _log_save(self) -> None:
-    if save := self.checkpoints.finished_save():
+    while save := self.checkpoints.finished_save():
       self.ledger.write_save(save)
 
   def _stop(self, step: int, stopped_by: signal.Signals) -> NoReturn:

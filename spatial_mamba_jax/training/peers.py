@@ -20,14 +20,16 @@ _PERIOD = 3
 # Seconds without a sign of life after which a process counts as dead. A run
 # ends within a minute of a death.
 _PATIENCE = 40
-# Seconds that a failed process lives on, so that the others read its message.
-# The first process holds the messages of all.
+# Seconds that a failed process lives on. The first process holds the messages
+# of all, so the others could not read them after its end.
 _GRACE = 2 * _PERIOD
 
 # Keys of JAX's store, which all processes of a run share.
 _PREFIX = "spatial_mamba_jax/"
 _ALIVE = f"{_PREFIX}alive/"
 _FAILED = f"{_PREFIX}failed"
+# The last sign of a process that ends as it should.
+_DONE = "done"
 
 
 @contextlib.contextmanager
@@ -53,6 +55,9 @@ def watching_peers(name: str) -> Iterator[None]:
     done.set()
     # A thread in a call of JAX's would abort the process at its end.
     thread.join()
+    # This process may wait long for the others, which still write files.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      _client().key_value_set(_own_key(), _DONE, allow_overwrite=True)
 
 
 def end_with_peers(
@@ -65,7 +70,8 @@ def end_with_peers(
     error: what happened; its attribute `status` is the exit status.
     is_mistake: whether it needs no traceback.
   """
-  if isinstance(error, jax.errors.JaxRuntimeError):
+  cause = error.__cause__
+  if isinstance(cause or error, jax.errors.JaxRuntimeError):
     # A collective operation can fail because a process has died. The watching
     # thread will know which one, and ends this process.
     time.sleep(_PATIENCE + 2 * _PERIOD)
@@ -83,6 +89,10 @@ def _client() -> Any:
   return distributed.global_state.client
 
 
+def _own_key() -> str:
+  return f"{_ALIVE}{jax.process_index()}"
+
+
 def _end(name: str, message: str, status: int) -> NoReturn:
   say(f"{name}: {message}")
   # Not `sys.exit`, which would wait for the other processes.
@@ -90,14 +100,15 @@ def _end(name: str, message: str, status: int) -> NoReturn:
 
 
 def _watch(name: str, done: threading.Event) -> None:
-  client, own = _client(), f"{_ALIVE}{jax.process_index()}"
+  client = _client()
   signs: dict[str, tuple[str, float]] = {}
   for count in itertools.count():
-    try:
-      client.key_value_set(own, str(count), allow_overwrite=True)
+    values = {}
+    # An error may be of a short fault of the network. If the first process has
+    # died, JAX itself ends this one.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      client.key_value_set(_own_key(), str(count), allow_overwrite=True)
       values = dict(client.key_value_dir_get(_PREFIX))
-    except jax.errors.JaxRuntimeError:  # JAX itself will end this process.
-      return
     if failure := values.pop(_FAILED, None):
       _end(name, **json.loads(failure))
     if dead := _silent(values, signs):
@@ -124,6 +135,6 @@ def _silent(
   for key, sign in values.items():
     if signs.get(key, ("", now))[0] != sign:
       signs[key] = (sign, now)
-    elif now - signs[key][1] > _PATIENCE:
+    elif sign != _DONE and now - signs[key][1] > _PATIENCE:
       return key
   return None

@@ -88,5 +88,12 @@ def test_a_damaged_file_is_refused(saved, tmp_path):
 def test_train_starts_with_it(experiment, saved, tmp_path):
   _, _, _, file = saved
   workdir = f"--workdir={tmp_path / 'run'}"
+  damaged = tmp_path / "damaged.bin"
+  damaged.write_bytes(file.read_bytes()[:-1])
+  status, _, error = experiment.run(
+    "train.py", workdir, f"--compiled={damaged}"
+  )
+  assert status == 2
+  assert error.splitlines()[-1].startswith(f"train.py: {damaged} is damaged")
   status, _, error = experiment.run("train.py", workdir, f"--compiled={file}")
   assert status == 0, error
