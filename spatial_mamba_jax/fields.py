@@ -9,6 +9,7 @@ accepted names. A number without bounds must fit an int32 or a finite float32.
 """
 
 import dataclasses
+import functools
 import difflib
 import os
 import types
@@ -105,6 +106,12 @@ def choice(
   return _field(default, requirement)
 
 
+@functools.cache
+def _unbounded(is_int: bool) -> _Requirement:
+  """Returns the requirement of a field that states none."""
+  return number(0 if is_int else 0.0).metadata["requirement"]
+
+
 def _field(default: Any, requirement: _Requirement) -> Any:
   return dataclasses.field(
     default=default, metadata={"requirement": requirement}
@@ -165,9 +172,8 @@ def check_fields(
     if not _is_a(value, annotation):
       what = type_name(annotation)
     else:
-      by_type = number(0 if annotation is int else 0.0).metadata
-      requirement = {**by_type, **field.metadata}["requirement"]
-      what = requirement(value)
+      requirement = field.metadata.get("requirement")
+      what = (requirement or _unbounded(annotation is int))(value)
     if what:
       raise mistake(f"{prefix}{name} must be {what}, got {show(value)}")
   for name in fields:
