@@ -9,8 +9,8 @@ accepted names. A number without bounds must fit an int32 or a finite float32.
 """
 
 import dataclasses
-import functools
 import difflib
+import functools
 import os
 import types
 import typing
