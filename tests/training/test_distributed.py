@@ -103,7 +103,7 @@ def test_two_processes_train_as_one(experiment, tmp_path):
   for record, wanted in zip(logged, expected, strict=True):
     assert record.pop("kind") == wanted.pop("kind")
     if "ece" in wanted:  # A difference of shares.
-      assert record.pop("ece") == pytest.approx(wanted.pop("ece"), abs=1e-4)
+      assert record.pop("ece") == pytest.approx(wanted.pop("ece"), abs=5e-4)
     assert record == pytest.approx(wanted, rel=1e-4)
 
 
