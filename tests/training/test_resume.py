@@ -45,6 +45,7 @@ def wait_for(condition, process):
     time.sleep(0.001)
 
 
+@pytest.mark.soak
 def test_interrupted_at_many_moments(experiment, tmp_path, whole):
   """Kills after a logged step, during a save, after it, and in an evaluation.
 
@@ -122,6 +123,7 @@ def assert_saved_first(status, err, stop, checkpoints):
   assert (checkpoints / step).is_dir()
 
 
+@pytest.mark.soak
 def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
   """One is saved after four steps, and one after each epoch of three."""
   workdir = tmp_path / "run"
