@@ -12,7 +12,7 @@ class Accelerator:
 
   Attributes:
     name: the short name, as in a topology ("v5e:2x2", "h200:8").
-    kinds: `device_kind` in JAX, all that the device is known by.
+    kinds: the values that JAX's `device_kind` has for this device.
     flops: floating-point operations a second of dense bfloat16 products.
     memory: bytes of device memory.
     memory_rate: bytes a second to and from device memory.

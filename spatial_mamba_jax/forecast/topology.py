@@ -91,7 +91,9 @@ def devices_of(target: str) -> list[Any]:
 
 
 def domain_of(device: Any) -> int:
-  """The devices that fast links join: the index of a TPU slice or a GPU host.
+  """Returns the index of a device's TPU slice, or of a GPU's host.
+
+  Fast links join the devices of a slice or host.
 
   Args:
     device: one of `devices_of`.

@@ -20,7 +20,7 @@ import spatial_mamba_jax
 from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import write_whole
-from spatial_mamba_jax.training.experiment import program_fields
+from spatial_mamba_jax.training.experiment import differences, program_fields
 from spatial_mamba_jax.training.program import Program
 
 
@@ -75,12 +75,7 @@ def load_step(path: pathlib.Path, program: Program) -> jax.stages.Compiled:
   if digest != hashlib.sha256(payload).hexdigest():
     raise TrainingError(f"{path} is damaged: forecast --save it again")
   now = json.loads(json.dumps(_description(program)))
-  different = [
-    f"{name} was {header.get(name)!r} and is {now.get(name)!r}"
-    for name in sorted(header.keys() | now.keys())
-    if header.get(name) != now.get(name)
-  ]
-  if different:
+  if different := differences(header, now):
     raise TrainingError(
       f"{path} was compiled for another run: {'; '.join(different[:3])}; save"
       " it again, or train without --compiled"

@@ -49,17 +49,21 @@ def check_same_experiment(
   # Checkpoints from before the field existed are of this family.
   old = {"model.family": SPATIAL_MAMBA.name, **_of_version_1(_flatten(saved))}
   new = _flatten(now)
-  old, new = _with_normalized_intervals(old), _with_normalized_intervals(new)
-  differing = [
-    f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
-    for field in sorted(old.keys() | new.keys())
-    if old.get(field) != new.get(field) and field not in _FREE_TO_CHANGE
-  ]
+  differing = differences(_binding(old), _binding(new))
   if differing:
     raise TrainingError(
       f"{where} holds another experiment: {'; '.join(differing)}; choose"
       " another workdir, or the old values"
     )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """Returns a text for each field that differs, "seed was 0 and is 1"."""
+  return [
+    f"{field} was {old.get(field)!r} and is {new.get(field)!r}"
+    for field in sorted(old.keys() | new.keys())
+    if old.get(field) != new.get(field)
+  ]
 
 
 def saved_shards(experiment: dict[str, Any]) -> int:
@@ -81,9 +85,9 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def program_fields(config: TrainConfig) -> dict[str, Any]:
   """Returns {path: value} of the fields that the train step depends on."""
-  flat = _with_normalized_intervals(_flatten(to_dict(config)))
-  free = {*_FREE_TO_CHANGE, "init_from"}
-  return {name: x for name, x in flat.items() if name not in free}
+  fields = _binding(_flatten(to_dict(config)))
+  del fields["init_from"]
+  return fields
 
 
 def describe(
@@ -101,6 +105,12 @@ def describe(
     "training_images": training_examples,
     "sums": sorted(sums),
   }
+
+
+def _binding(flat: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields that a resumed run may not change."""
+  flat = _with_normalized_intervals(flat)
+  return {name: x for name, x in flat.items() if name not in _FREE_TO_CHANGE}
 
 
 # Intervals, of which each has several spellings.

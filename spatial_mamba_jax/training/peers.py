@@ -77,11 +77,12 @@ def end_with_peers(
     time.sleep(_PATIENCE + 2 * _PERIOD)
   if not is_mistake:
     traceback.print_exception(error)
-  failure = {"message": one_line(error), "status": getattr(error, "status", 2)}
+  message, status = one_line(error), getattr(error, "status", 2)
+  failure = json.dumps([jax.process_index(), message, status])
   with contextlib.suppress(Exception):  # Another process was first.
-    _client().key_value_set(_FAILED, json.dumps(failure))
+    _client().key_value_set(_FAILED, failure)
   time.sleep(_GRACE)
-  _end(name, failure["message"], failure["status"])
+  _end(name, message, status)
 
 
 def _client() -> Any:
@@ -110,7 +111,9 @@ def _watch(name: str, done: threading.Event) -> None:
       client.key_value_set(_own_key(), str(count), allow_overwrite=True)
       values = dict(client.key_value_dir_get(_PREFIX))
     if failure := values.pop(_FAILED, None):
-      _end(name, **json.loads(failure))
+      process, message, status = json.loads(failure)
+      if process != jax.process_index():  # This one waits for the others.
+        _end(name, message, status)
     if dead := _silent(values, signs):
       _end(
         name,

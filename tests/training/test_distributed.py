@@ -108,8 +108,11 @@ def test_two_processes_train_as_one(experiment, tmp_path):
 
 
 @pytest.mark.soak
-def test_a_save_that_fails_in_one_process_ends_both(experiment, tmp_path):
-  """Process 1 may write no file of more than 8 kB."""
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_save_that_fails_in_one_process_ends_both(
+  experiment, tmp_path, index
+):
+  """One process may write no file of more than 8 kB."""
   processes = start_two(
     experiment,
     "train.py",
@@ -117,7 +120,7 @@ def test_a_save_that_fails_in_one_process_ends_both(experiment, tmp_path):
     *("--config.model.dims=(64,64)", "--config.mesh.fsdp=4"),
     devices=2,
   )
-  resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (8192, 8192))
+  resource.prlimit(processes[index].pid, resource.RLIMIT_FSIZE, (8192, 8192))
   statuses, errors = finish(processes)
   assert statuses == [1, 1], errors
   one, other = (err.splitlines()[-1] for err in errors)
