@@ -272,6 +272,8 @@ def test_an_accelerator_without_figures_is_refused():
   assert accelerator_of("H200:8").name == "h200"
   with pytest.raises(TopologyError, match="no figures for v0e"):
     accelerator_of("v0e:2x2")
+  with pytest.raises(TopologyError, match="no forecast for a v4"):
+    accelerator_of("v4:2x2x1")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def accelerator_of(target: str) -> Accelerator:
   """The figures of a target's devices.
 
   Raises:
-    TopologyError: there are none.
+    TopologyError: there are none, or they are not of a whole chip.
   """
   _, name = _slices(target)
   accelerator = by_name(name.partition(":")[0])
@@ -66,6 +66,11 @@ def accelerator_of(target: str) -> Accelerator:
     raise TopologyError(
       f"--topology={target}: no figures for {name.partition(':')[0]} in"
       " spatial_mamba_jax/hardware.py"
+    )
+  if accelerator.name == "v4":
+    raise TopologyError(
+      f"--topology={target}: there is no forecast for a v4, of which libtpu"
+      " describes each of a chip's two cores as a device"
     )
   return accelerator
 
