@@ -297,7 +297,9 @@ class Checkpoints:
       yield
     except Exception as error:
       self._saving = None
-      self._files.clear_partial(step)
+      # Other processes may still write there; the next run clears it.
+      if jax.process_count() == 1:
+        self._files.clear_partial(step)
       steps = self.steps()
       newest = (
         f"the newest is of step {steps[-1]}" if steps else "there is none"

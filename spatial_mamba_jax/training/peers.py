@@ -20,8 +20,8 @@ _PERIOD = 3
 # Seconds without a sign of life after which a process counts as dead. A run
 # ends within a minute of a death.
 _PATIENCE = 40
-# Seconds that a failed process lives on. The first process holds the messages
-# of all, so the others could not read them after its end.
+# Seconds that the first process lives on after a failure. It holds the messages
+# of all; at its end JAX ends those that have not read them with a stack trace.
 _GRACE = 2 * _PERIOD
 
 # Keys of JAX's store, which all processes of a run share.
@@ -79,9 +79,11 @@ def end_with_peers(
     traceback.print_exception(error)
   message, status = one_line(error), getattr(error, "status", 2)
   failure = json.dumps([jax.process_index(), message, status])
-  with contextlib.suppress(Exception):  # Another process was first.
+  try:
     _client().key_value_set(_FAILED, failure)
-  time.sleep(_GRACE)
+  except jax.errors.JaxRuntimeError:
+    # Another process failed first: the watching thread prints that message.
+    time.sleep(2 * _PERIOD)
   _end(name, message, status)
 
 
@@ -96,6 +98,8 @@ def _own_key() -> str:
 
 def _end(name: str, message: str, status: int) -> NoReturn:
   say(f"{name}: {message}")
+  if not jax.process_index():
+    time.sleep(_GRACE)
   # Not `sys.exit`, which would wait for the other processes.
   os._exit(status)
 
@@ -112,7 +116,7 @@ def _watch(name: str, done: threading.Event) -> None:
       values = dict(client.key_value_dir_get(_PREFIX))
     if failure := values.pop(_FAILED, None):
       process, message, status = json.loads(failure)
-      if process != jax.process_index():  # This one waits for the others.
+      if process != jax.process_index():  # Else the main thread ends it.
         _end(name, message, status)
     if dead := _silent(values, signs):
       _end(

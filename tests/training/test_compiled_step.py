@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spatial_mamba_jax.training import compiled_step
 from spatial_mamba_jax.training.compiled_step import (
   compile_step,
   load_step,
@@ -61,6 +62,13 @@ def test_another_run_is_refused(saved, name, value, message):
   path, _, _, file = saved
   with pytest.raises(TrainingError, match=message):
     load_step(file, program_of(path, **{name: value}))
+
+
+def test_a_step_of_another_source_is_refused(saved, monkeypatch):
+  _, program, _, file = saved
+  monkeypatch.setattr(compiled_step, "_source_digest", lambda: "new")
+  with pytest.raises(TrainingError, match="source was"):
+    load_step(file, program)
 
 
 def test_what_the_step_does_not_depend_on_may_change(saved):
