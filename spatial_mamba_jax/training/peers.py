@@ -24,6 +24,9 @@ _PATIENCE = 40
 # of all; at its end JAX ends those that have not read them with a stack trace.
 _GRACE = 2 * _PERIOD
 
+# Held by the thread that ends this process, so that only one reports.
+_ending = threading.Lock()
+
 # Keys of JAX's store, which all processes of a run share.
 _PREFIX = "spatial_mamba_jax/"
 _ALIVE = f"{_PREFIX}alive/"
@@ -75,8 +78,6 @@ def end_with_peers(
     # A collective operation can fail because a process has died. The watching
     # thread will know which one, and ends this process.
     time.sleep(_PATIENCE + 2 * _PERIOD)
-  if not is_mistake:
-    traceback.print_exception(error)
   message, status = one_line(error), getattr(error, "status", 2)
   failure = json.dumps([jax.process_index(), message, status])
   try:
@@ -84,7 +85,7 @@ def end_with_peers(
   except jax.errors.JaxRuntimeError:
     # Another process failed first: the watching thread prints that message.
     time.sleep(2 * _PERIOD)
-  _end(name, message, status)
+  _end(name, message, status, None if is_mistake else error)
 
 
 def _client() -> Any:
@@ -96,7 +97,12 @@ def _own_key() -> str:
   return f"{_ALIVE}{jax.process_index()}"
 
 
-def _end(name: str, message: str, status: int) -> NoReturn:
+def _end(
+  name: str, message: str, status: int, error: Exception | None = None
+) -> NoReturn:
+  _ending.acquire()
+  if error is not None:
+    traceback.print_exception(error)
   say(f"{name}: {message}")
   if not jax.process_index():
     time.sleep(_GRACE)
