@@ -157,13 +157,17 @@ def _time(goodput: Goodput | None) -> Iterator[str]:
     rows.append("".join(f"<td>{cell}</td>" for cell in cells))
   body = "\n".join(f"<tr>{row}</tr>" for row in rows)
   yield f"<div><table class=time>\n{body}\n</table></div>"
-  if saves := goodput.saves:
+  for is_local in (False, True):
+    saves = [save for save in goodput.saves if save.is_local == is_local]
+    if not saves:
+      continue
+    where = " on the hosts' disks" if is_local else ""
     blocked = statistics.fmean(save.blocked for save in saves)
     durable = statistics.fmean(save.durable for save in saves)
     yield (
-      f"<p>Saves: {len(saves):,} of {saves[-1].bytes / 1e6:,.3g} MB. On average"
-      f" a save blocks training for {duration(blocked)} and is on disk after"
-      f" {duration(durable)}.</p>"
+      f"<p>Saves{where}: {len(saves):,} of {saves[-1].bytes / 1e6:,.3g} MB."
+      f" On average a save blocks training for {duration(blocked)} and is on"
+      f" disk after {duration(durable)}.</p>"
     )
 
 

@@ -1,8 +1,6 @@
 """Checkpoints: the newest few and the best, saved in the background."""
 
-import os
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from spatial_mamba_jax.errors import UserError, one_line, reason
+from spatial_mamba_jax.errors import UserError, reason
 from spatial_mamba_jax.models.pure import Weights
 from spatial_mamba_jax.paths import local_path, make_directory
 from spatial_mamba_jax.tasks.base import Evaluation
@@ -22,11 +20,16 @@ from spatial_mamba_jax.training.checkpoint_arrays import (
 from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles, is_step
 from spatial_mamba_jax.training.checkpoint_items import (
   Items,
+  cause,
   make_checkpointer,
   restore_like,
+  without_ema,
 )
 from spatial_mamba_jax.training.config import TrainingError
-from spatial_mamba_jax.training.processes import from_first_process
+from spatial_mamba_jax.training.processes import (
+  from_first_process,
+  in_all_processes,
+)
 from spatial_mamba_jax.training.save_clock import Save, SaveClock
 from spatial_mamba_jax.training.state import TrainState
 
@@ -56,6 +59,7 @@ class Checkpoints:
     *,
     keep_last: int = 2,
     create: bool = True,
+    per_process: bool = False,
   ):
     """Opens a directory.
 
@@ -64,6 +68,9 @@ class Checkpoints:
       keep_last: how many of the newest checkpoints to keep.
       create: whether to create the directory and to remove incomplete
         checkpoints. Readers set it to False.
+      per_process: whether `directory` is of this process alone, which saves
+        there what its devices hold. Checkpoints that are not whole in every
+        process are removed, so all processes have the same ones.
 
     Raises:
       TrainingError: the directory cannot be written.
@@ -71,8 +78,8 @@ class Checkpoints:
     self._files = CheckpointFiles(directory)
     self._keep_last = keep_last
     self._saving: int | None = None
-    self._is_first = jax.process_index() == 0
-    if create and self._is_first:
+    self._is_owner = per_process or jax.process_index() == 0
+    if create and self._is_owner:
       try:
         make_directory(directory)
         self._files.clear_partial()
@@ -80,8 +87,13 @@ class Checkpoints:
         raise TrainingError(
           f"cannot write to {directory}: {reason(error, directory)}"
         ) from error
+    if per_process:
+      whole = in_all_processes(self._files.steps_with_digests())
+      self._files.remove(set(self.steps()) - whole)
     self._clock = SaveClock()
-    self._checkpointer = make_checkpointer(self._clock.written)
+    self._checkpointer = make_checkpointer(
+      self._clock.written, per_process=per_process
+    )
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -145,7 +157,9 @@ class Checkpoints:
       )
     )
 
-  def save(self, state: TrainState, experiment: dict[str, Any]) -> None:
+  def save(
+    self, state: TrainState, experiment: dict[str, Any], *, wait: bool = False
+  ) -> None:
     """Starts to save a state; returns once the state may be changed.
 
     A step that is already saved is skipped.
@@ -154,20 +168,23 @@ class Checkpoints:
       state: the training state.
       experiment: the config and whatever else a resumed run may not change; see
         `experiment.describe`. It must be serialisable as JSON.
+      wait: whether to return only when the checkpoint is on disk.
 
     Raises:
       SaveError: this checkpoint, or the previous one, could not be written.
     """
     self._save(
       int(jax.device_get(state.step)),
-      ema=ocp.args.StandardSave(state.ema),
-      state=ocp.args.PyTreeSave(_without_ema(state)),
+      ema=ocp.args.PyTreeSave(state.ema),
+      state=ocp.args.PyTreeSave(without_ema(state)),
       experiment=ocp.args.JsonSave(experiment),
     )
+    if wait:
+      self.wait()
 
   def save_weights(self, step: int, weights: Weights) -> None:
     """Saves weights without a training state, for evaluation only."""
-    self._save(step, ema=ocp.args.StandardSave(weights))
+    self._save(step, ema=ocp.args.PyTreeSave(weights))
 
   def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
     """Adds an evaluation, whose score ranks the checkpoint.
@@ -176,14 +193,14 @@ class Checkpoints:
       SaveError: the checkpoint could not be written.
     """
     self.wait()
-    if self._is_first:
+    if self._is_owner:
       metrics = {**evaluation.to_json(), "score": evaluation.score}
       try:
         self._files.add_metrics(step, metrics)
       except Exception as error:
         raise SaveError(
           f"the evaluation of step {step} cannot be added to its checkpoint in"
-          f" {self._files.root}: {_cause(error)}; the same command resumes once"
+          f" {self._files.root}: {cause(error)}; the same command resumes once"
           " it can be written"
         ) from error
       self._files.prune(self._keep_last)
@@ -204,8 +221,12 @@ class Checkpoints:
       with self._reporting_failures(self._saving):
         self._checkpointer.wait_until_finished()
       self._saving = None
-      if self._is_first:
+      if self._is_owner:
         self._files.prune(self._keep_last)
+
+  def is_writing(self) -> bool:
+    """Whether a save is under way in the background, in the first process."""
+    return from_first_process(lambda: self._clock.is_writing)
 
   def finished_save(self) -> Save | None:
     """Returns the cost of a save that has finished; once for each save.
@@ -240,8 +261,8 @@ class Checkpoints:
     self._check_model(step, like.ema)
     items = self._restore(
       step,
-      ema=ocp.args.StandardRestore(like.ema),
-      state=restore_like(_without_ema(like)),
+      ema=restore_like(like.ema),
+      state=restore_like(without_ema(like)),
     )
     state = TrainState(ema=items["ema"], **items["state"])
     if (found := int(jax.device_get(state.step))) != step:
@@ -271,7 +292,7 @@ class Checkpoints:
       like = on_one_device(self._shapes(step))
     else:
       self._check_model(step, like)
-    items: dict[str, Any] = {"ema": ocp.args.StandardRestore(like)}
+    items: dict[str, Any] = {"ema": restore_like(like)}
     if self._files.path(step, "state").is_dir():
       items["state"] = restore_like({"weights": like}, partial_restore=True)
     found = self._restore(step, **items)
@@ -306,7 +327,7 @@ class Checkpoints:
       )
       raise SaveError(
         f"the checkpoint of step {step} cannot be saved in {self._files.root}:"
-        f" {_cause(error)}; {newest}; the same command resumes once it can be"
+        f" {cause(error)}; {newest}; the same command resumes once it can be"
         " written"
       ) from error
 
@@ -330,7 +351,7 @@ class Checkpoints:
         ) from error
       # Orbax and TensorStore raise many types of errors for damaged files.
       raise TrainingError(
-        f"{self._files.path(step)} is damaged ({_cause(error)}): remove it to"
+        f"{self._files.path(step)} is damaged ({cause(error)}): remove it to"
         " use an earlier one"
       ) from error
 
@@ -378,24 +399,3 @@ def open_checkpoint(path: pathlib.Path) -> Iterator[tuple[Checkpoints, int]]:
     if step is None:
       raise RemovedError(f"{path} holds no complete checkpoint")
     yield checkpoints, step
-
-
-def _cause(error: Exception) -> str:
-  """Returns the message of the operating system, or a truncated one."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  text = one_line(error)
-  # TensorStore has "[os_error_code='28']", earlier "[OS error 28: ...]".
-  if number := re.search(r"os.error\D{0,8}(\d+)", text, re.IGNORECASE):
-    return os.strerror(int(number[1]))
-  return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _without_ema(state: TrainState) -> dict[str, Any]:
-  return {
-    "step": state.step,
-    "weights": state.weights,
-    "opt_state": state.opt_state,
-    "window": state.window,
-    "bad_step": state.bad_step,
-  }

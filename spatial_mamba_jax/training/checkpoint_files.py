@@ -5,11 +5,12 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from spatial_mamba_jax.errors import say
 from spatial_mamba_jax.training.config import TrainingError
 from spatial_mamba_jax.training.digests import (
+  DIGESTS,
   add_digest,
   find_damage,
   regular,
@@ -44,6 +45,14 @@ class CheckpointFiles:
       return []
     names = (x.name for x in self.root.iterdir() if x.is_dir())
     return sorted(int(name) for name in names if is_step(name))
+
+  def steps_with_digests(self) -> list[int]:
+    """Returns the steps of the undamaged checkpoints that have digests."""
+    return [
+      step
+      for step in self.steps()
+      if self.path(step, DIGESTS).is_file() and not self._damage(step)
+    ]
 
   def score(self, step: int) -> float | None:
     """Returns the score of a checkpoint; None where it was not evaluated.
@@ -134,7 +143,11 @@ class CheckpointFiles:
     """Removes all checkpoints but the newest `keep_last` and the best."""
     steps = self.steps()
     best = [step for step in self.by_score() if self.score(step) is not None]
-    for step in set(steps) - {*steps[-keep_last:], *best[:1]}:
+    self.remove(set(steps) - {*steps[-keep_last:], *best[:1]})
+
+  def remove(self, steps: Collection[int]) -> None:
+    """Removes checkpoints."""
+    for step in steps:
       # Renamed first: a partly removed one must not look like a checkpoint.
       path = self.path(step)
       with contextlib.suppress(OSError):  # `clear_partial` removes the rest.

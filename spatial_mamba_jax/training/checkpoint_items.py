@@ -1,12 +1,19 @@
 """The items of a checkpoint, and how Orbax saves and restores them."""
 
+import os
 import pathlib
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
 
+from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.training.digests import write_digests
+from spatial_mamba_jax.training.state import TrainState
 
 
 class _Handler(ocp.CompositeCheckpointHandler):
@@ -26,28 +33,51 @@ class Items(ocp.args.Composite):
 
 
 def make_checkpointer(
-  on_written: Callable[[pathlib.Path], None],
+  on_written: Callable[[pathlib.Path], None], *, per_process: bool = False
 ) -> ocp.AsyncCheckpointer:
   """Creates what saves and restores `Items`, saving in the background.
 
   Args:
-    on_written: called in the background, in the first process, with the
-      directory of a checkpoint whose files are all written.
+    on_written: called in the background, in the process that owns the
+      directory, with the directory of a checkpoint whose files are all written.
+    per_process: whether every process saves the data of its own devices to a
+      directory of its own. Otherwise all processes share a directory, which the
+      first one owns.
   """
+  options = ocp.options.MultiprocessingOptions()
+  tree_options: dict[str, Any] = {}
+  if per_process:
+    options = ocp.options.MultiprocessingOptions(
+      primary_host=None, barrier_sync_key_prefix="per_process"
+    )
+    arrays = type_handlers.ArrayHandler(
+      primary_host=None, replica_id=None, use_replica_parallel=False
+    )
+    tree_options["type_handler_registry"] = (
+      type_handlers.create_type_handler_registry((jax.Array, arrays))
+    )
+  # Not the standard handler, which cannot restore a part of an item.
+  trees = partial(
+    ocp.PyTreeCheckpointHandler,
+    multiprocessing_options=options,
+    **tree_options,
+  )
+  json = partial(ocp.JsonCheckpointHandler, multiprocessing_options=options)
   handler = _Handler(
-    ema=ocp.StandardCheckpointHandler(),
-    # Not the standard handler, which cannot restore a part of an item.
-    state=ocp.PyTreeCheckpointHandler(),
-    experiment=ocp.JsonCheckpointHandler(),
+    composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+    ema=trees(),
+    state=trees(),
+    experiment=json(),
     # `CheckpointFiles` writes this item. Without a handler, Orbax would warn
     # about it.
-    metrics=ocp.JsonCheckpointHandler(),
+    metrics=json(),
   )
   handler.on_written = on_written
   return ocp.AsyncCheckpointer(
     handler,
     # If True and a directory cannot be created, threads wait for it for
     # minutes, and the process waits for these threads.
+    multiprocessing_options=options,
     async_options=ocp.options.AsyncOptions(
       create_directories_asynchronously=False
     ),
@@ -58,3 +88,25 @@ def restore_like(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
   """Returns the arguments that restore a tree on the shardings of `like`."""
   args = ocp.checkpoint_utils.construct_restore_args(like)
   return ocp.args.PyTreeRestore(like, restore_args=args, **options)
+
+
+def without_ema(state: TrainState) -> dict[str, Any]:
+  """Returns the item "state" of a training state."""
+  return {
+    "step": state.step,
+    "weights": state.weights,
+    "opt_state": state.opt_state,
+    "window": state.window,
+    "bad_step": state.bad_step,
+  }
+
+
+def cause(error: Exception) -> str:
+  """Returns the message of the operating system, or a truncated one."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  text = one_line(error)
+  # TensorStore has "[os_error_code='28']", earlier "[OS error 28: ...]".
+  if number := re.search(r"os.error\D{0,8}(\d+)", text, re.IGNORECASE):
+    return os.strerror(int(number[1]))
+  return text if len(text) <= 200 else f"{text[:197]}..."

@@ -262,6 +262,9 @@ class TrainConfig(Section):
       checkpoint is saved before each. The last step is always evaluated.
     checkpoint_every: time between further checkpoints, "10 minutes", "2 epochs"
       or "500 steps"; empty for none.
+    local_checkpoint_dir: a directory on a fast disk of each host, or /dev/shm.
+      Checkpoints are saved there and copied to the workdir in the background.
+      Empty for none.
     log_every: the steps that each logged line averages over, "50 steps" or
       "1 epoch".
     keep_last: the number of newest checkpoints to keep, besides the best.
@@ -288,6 +291,7 @@ class TrainConfig(Section):
   evaluation_batch_size: int = number(512, least=1, most=MAX_BATCH)
   evaluate_every: str = "1 epoch"
   checkpoint_every: str = "10 minutes"
+  local_checkpoint_dir: str = ""
   log_every: str = "50 steps"
   keep_last: int = number(2, least=1, most=MAX_KEPT)
 

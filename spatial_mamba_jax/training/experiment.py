@@ -28,6 +28,7 @@ _FREE_TO_CHANGE = (
   "evaluation_batch_size",
   "evaluate_every",
   "checkpoint_every",
+  "local_checkpoint_dir",
   "log_every",
   "keep_last",
 )

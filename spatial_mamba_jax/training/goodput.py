@@ -142,6 +142,7 @@ class Ledger:
       blocked=round(save.blocked, 4),
       durable=round(save.durable, 4),
       bytes=save.bytes,
+      is_local=save.is_local,
     )
 
   def _now(self) -> float:
@@ -292,13 +293,14 @@ def _parse(line: bytes) -> _Record | Save | None:
     record = json.loads(line)
     kind = {"time": _Record, "save": Save}[record.pop("kind")]
     parsed = kind(**record)
+    is_flag = isinstance(record.pop("is_local", False), bool)
     numbers = record.values()
     if isinstance(parsed, _Record):
       if not {"steps"} <= parsed.seconds.keys() <= _PARTS.keys():
         return None
       seconds = record.pop("seconds")
       numbers = [*record.values(), *seconds.values()]
-    is_damaged = not all(map(_is_number, numbers))
+    is_damaged = not (is_flag and all(map(_is_number, numbers)))
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
     return None
   return None if is_damaged else parsed

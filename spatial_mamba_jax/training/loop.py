@@ -19,7 +19,6 @@ from spatial_mamba_jax.data import Batches, train_batches
 from spatial_mamba_jax.errors import say, tell
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.tasks.base import Evaluation
-from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.compiled_step import compile_step, load_step
 from spatial_mamba_jax.training.config import TrainConfig
 from spatial_mamba_jax.training.description import write_description
@@ -30,6 +29,7 @@ from spatial_mamba_jax.training.experiment import (
   saved_shards,
 )
 from spatial_mamba_jax.training.goodput import Ledger, read_goodput
+from spatial_mamba_jax.training.local_checkpoints import open_checkpoints
 from spatial_mamba_jax.training.memory import measured_line, planned_line
 from spatial_mamba_jax.training.metrics import (
   MOST_DATA_WAIT,
@@ -137,7 +137,7 @@ class _Trainer:
       self.lock = stack.enter_context(WorkdirLock(workdir))
       self.ledger = Ledger(workdir, self.started)
       self.checkpoints = stack.enter_context(
-        Checkpoints(workdir / "checkpoints", keep_last=config.keep_last)
+        open_checkpoints(config, workdir, self.mesh)
       )
       with self.ledger.during("restore"):
         step = self._first_step()
@@ -174,7 +174,10 @@ class _Trainer:
       stack.enter_context(jax.set_mesh(self.mesh))
       self.stopping = stack.enter_context(stop_signals())
       state = self._finish_log(state, step)
-      evaluation = None if is_evaluated else self._evaluate(state, step)
+      evaluation = None
+      if not is_evaluated:
+        self._save(state, wait=True)  # It may be on a local disk only.
+        evaluation = self._evaluate(state, step)
       evaluation = self._loop(state, step, batches) or evaluation
       if not jax.process_index():
         self.progress.say(str(read_goodput(workdir)))
@@ -271,9 +274,7 @@ class _Trainer:
       if is_halting or self._is_checkpoint_due(step):
         self._check_finite(state)
         with self.ledger.during("save"):
-          self._save(state)
-          if is_halting:
-            self.checkpoints.wait()
+          self._save(state, wait=is_halting)
         self.ledger.write()
       self._log_save()
       if self._is_logged(step):
@@ -319,9 +320,9 @@ class _Trainer:
       self.is_warned = True
     return dataclasses.replace(state, window=self.program.empty_window())
 
-  def _save(self, state: TrainState) -> None:
+  def _save(self, state: TrainState, *, wait: bool) -> None:
     self.lock.check()
-    self.checkpoints.save(state, self.experiment)
+    self.checkpoints.save(state, self.experiment, wait=wait)
     self.saved_at = time.monotonic()
 
   def _log_save(self) -> None:

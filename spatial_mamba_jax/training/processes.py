@@ -1,7 +1,7 @@
 """Decisions that all processes of a run on several hosts must share."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -41,3 +41,20 @@ def from_first_process(function: Callable[[], Any]) -> Any:
   if "error" in outcome:
     raise TrainingError(outcome["error"])
   return outcome["result"]
+
+
+def in_all_processes(numbers: Collection[int]) -> set[int]:
+  """Returns those of each process's numbers that every process has.
+
+  Args:
+    numbers: integers of at least 0, of which the largest 64 count.
+  """
+  if jax.process_count() == 1:
+    return set(numbers)
+  mine = np.full(64, -1, np.int64)
+  largest = sorted(numbers)[-mine.size :]
+  mine[: len(largest)] = largest
+  # As 32-bit words: without x64, JAX has no integers of 64 bits.
+  words = multihost_utils.process_allgather(mine.view(np.int32))
+  rows = np.asarray(words).view(np.int64)
+  return set.intersection(*(set(row.tolist()) for row in rows)) - {-1}

@@ -14,12 +14,14 @@ class Save(NamedTuple):
     blocked: seconds until the loop could go on.
     durable: seconds until the files of the checkpoint were written.
     bytes: the size of these files.
+    is_local: whether they are on the disk of a host, not in the workdir.
   """
 
   step: int
   blocked: float
   durable: float
   bytes: int
+  is_local: bool = False
 
 
 class SaveClock:
@@ -45,6 +47,11 @@ class SaveClock:
     """All files are written; called in the background."""
     sizes = (x.stat().st_size for x in directory.rglob("*") if x.is_file())
     self._written.append((time.perf_counter(), sum(sizes)))
+
+  @property
+  def is_writing(self) -> bool:
+    """Whether the loop goes on while files are still written."""
+    return len(self._returned) > len(self._written)
 
   def take(self) -> Save | None:
     """Returns the oldest save that is complete and was not yet taken."""

@@ -64,9 +64,17 @@ def test_two_processes_train_as_one(experiment, tmp_path):
   process.kill()
   process.wait()
 
+  local = tmp_path / "local"
+
   def start():
     return start_two(
-      experiment, "train.py", *arguments, "--config.mesh.fsdp=4", devices=2
+      experiment,
+      "train.py",
+      *arguments,
+      "--config.mesh.fsdp=4",
+      "--config.checkpoint_every=2 steps",
+      f"--config.local_checkpoint_dir={local}",
+      devices=2,
     )
 
   def is_logged(step):
@@ -82,6 +90,9 @@ def test_two_processes_train_as_one(experiment, tmp_path):
     "train.py: process 1 has ended or hangs: end all processes; the same"
     " commands resume from the last checkpoint"
   )
+  # As if the last copies had not reached the working directory.
+  for path in (together / "checkpoints").glob("[45678]"):
+    shutil.rmtree(path)
   before = [x for x in experiment.records(together) if x["step"] > 6]
 
   # A signal stops both after the same step.
@@ -93,6 +104,7 @@ def test_two_processes_train_as_one(experiment, tmp_path):
   statuses, errors = finish(processes)
   assert statuses == [128 + signal.SIGTERM] * 2, errors
   assert "stopped by SIGTERM after step " in errors[1].splitlines()[-1]
+  assert f" is restored from {local}" in errors[0]
   assert before
   assert all(record in after for record in before)  # Bit for bit.
 

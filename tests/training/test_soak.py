@@ -35,14 +35,14 @@ def last_step(workdir):
   return max(steps, default=0)
 
 
-def newest(workdir):
+def newest(directory):
   """Returns the step of the newest complete checkpoint; 0 for none."""
-  names = (x.name for x in (workdir / "checkpoints").glob("*"))
+  names = (x.parent.name for x in directory.rglob("digests.json"))
   return max((int(x) for x in names if x.isdecimal()), default=0)
 
 
-def is_saving(workdir):
-  return any("tmp" in x.name for x in (workdir / "checkpoints").glob("*"))
+def is_saving(directory):
+  return any("tmp" in x.name for x in directory.rglob("*.orbax-checkpoint-*"))
 
 
 def kill(process, condition):
@@ -56,7 +56,7 @@ def kill(process, condition):
 
 
 def test_twenty_kills_change_no_bit(experiment, tmp_path):
-  """Every other kill is in a save."""
+  """Every other kill is in a save; later runs save to a local disk first."""
   arguments = (
     *DIGITS,
     f"--config.length={STEPS} steps",
@@ -64,27 +64,32 @@ def test_twenty_kills_change_no_bit(experiment, tmp_path):
     f"--config.checkpoint_every={INTERVAL} steps",
     "--config.log_every=1 step",
   )
-  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  whole, runs = tmp_path / "whole", tmp_path / "runs"
+  killed, local = runs / "killed", runs / "local"
   status, _, err = experiment.run("train.py", f"--workdir={whole}", *arguments)
   assert status == 0, err
 
   draw = random.Random(0)
   for number in range(KILLS):
-    resumed = newest(killed)
+    if number == KILLS // 2:
+      arguments += (f"--config.local_checkpoint_dir={local}",)
+    resumed = newest(runs)
     until = resumed + draw.randint(1, 3 * INTERVAL)
     process = experiment.start("train.py", f"--workdir={killed}", *arguments)
     kill(
       process,
       lambda until=until, saves=number % 2: (
-        last_step(killed) >= until and (not saves or is_saving(killed))
+        last_step(killed) >= until and (not saves or is_saving(runs))
       ),
     )
     # A save in the background takes less than an interval, or the loop waits.
-    assert last_step(killed) - newest(killed) < 2 * INTERVAL
-  assert newest(killed) < STEPS  # All kills were before the end.
+    assert last_step(killed) - newest(runs) < 2 * INTERVAL
+  assert newest(runs) < STEPS  # All kills were before the end.
+  assert newest(local)
   status, _, err = experiment.run("train.py", f"--workdir={killed}", *arguments)
   assert status == 0, err
 
+  assert not newest(local)  # Its files are removed after the last step.
   assert experiment.records(killed) == experiment.records(whole)
   found, expected = map(experiment.final_arrays, (killed, whole))
   assert found.keys() == expected.keys()

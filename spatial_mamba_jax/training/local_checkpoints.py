@@ -1,0 +1,170 @@
+"""Checkpoints on a fast disk of each host, copied to the working directory."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import uuid
+from contextlib import suppress
+from typing import Any
+
+import jax
+
+from spatial_mamba_jax.errors import reason, say
+from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.training.checkpoint import Checkpoints
+from spatial_mamba_jax.training.config import TrainConfig, TrainingError
+from spatial_mamba_jax.training.digests import write_whole
+from spatial_mamba_jax.training.processes import from_first_process
+from spatial_mamba_jax.training.save_clock import Save
+from spatial_mamba_jax.training.state import TrainState
+
+# A second one remains whole while the next is written.
+_KEPT = 2
+
+
+class TieredCheckpoints(Checkpoints):
+  """The checkpoints of a run, saved on the disks of its hosts first.
+
+  Every process saves what its devices hold to its host's disk. A copy goes to
+  the working directory in the background, unless the copy before it is still
+  being written. A checkpoint that the run waits for is always in the working
+  directory. A run resumes from the newest checkpoint of both tiers.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, local: pathlib.Path, *, keep_last: int
+  ):
+    """Opens both tiers.
+
+    Args:
+      workdir: the directory of the shared checkpoints.
+      local: the directory of this process on its host.
+      keep_last: how many of the newest shared checkpoints to keep.
+
+    Raises:
+      TrainingError: a directory cannot be written.
+    """
+    super().__init__(workdir, keep_last=keep_last)
+    self._local_directory = local
+    self._local = Checkpoints(local, keep_last=_KEPT, per_process=True)
+
+  def __exit__(self, kind: object, *error: object) -> None:
+    self._local.__exit__(kind, *error)
+    super().__exit__(kind, *error)
+    if kind is None:  # The working directory has all that is needed.
+      shutil.rmtree(self._local_directory, ignore_errors=True)
+      with suppress(OSError):  # Other processes of the host may have files.
+        self._local_directory.parent.rmdir()
+
+  def newest(self) -> int | None:
+    """Returns the newest undamaged step of both tiers, a local one first."""
+    local, shared = self._local.newest(), self.steps()
+    if local is not None and local >= max(shared, default=0):
+      return local
+    return super().newest()
+
+  def set_aside_after(self, step: int) -> None:
+    """Renames newer checkpoints of both tiers."""
+    self._local.set_aside_after(step)
+    super().set_aside_after(step)
+
+  def save(
+    self, state: TrainState, experiment: dict[str, Any], *, wait: bool = False
+  ) -> None:
+    """Starts to save a state on the local disk, and a copy in the workdir."""
+    self._local.save(state, experiment)
+    if wait or not self.is_writing():
+      super().save(state, experiment, wait=wait)
+
+  def check(self) -> None:
+    """Raises a SaveError if a save of either tier has failed."""
+    self._local.check()
+    super().check()
+
+  def wait(self) -> None:
+    """Waits until all that was begun is on disk, in both tiers."""
+    self._local.wait()
+    super().wait()
+
+  def finished_save(self) -> Save | None:
+    """Returns the cost of a finished save of either tier."""
+    if save := self._local.finished_save():
+      return save._replace(is_local=True)
+    return super().finished_save()
+
+  def experiment(self, step: int) -> dict[str, Any]:
+    """Returns the experiment of a checkpoint of either tier."""
+    if self._is_local(step):
+      return self._local.experiment(step)
+    return super().experiment(step)
+
+  def restore_state(self, step: int, like: TrainState) -> TrainState:
+    """Restores a state, from the local disk if it is there."""
+    if not self._is_local(step):
+      return super().restore_state(step, like)
+    if not jax.process_index():
+      say(f"step {step} is restored from {self._local_directory}")
+    return self._local.restore_state(step, like)
+
+  def _is_local(self, step: int) -> bool:
+    return step in self._local.steps()
+
+
+def open_checkpoints(
+  config: TrainConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> Checkpoints:
+  """Opens the checkpoints of a run, in two tiers if its config says so.
+
+  Raises:
+    UserError: a directory cannot be written or is not of this machine.
+  """
+  shared, keep_last = workdir / "checkpoints", config.keep_last
+  if not config.local_checkpoint_dir:
+    return Checkpoints(shared, keep_last=keep_last)
+  root = local_path(config.local_checkpoint_dir, "config.local_checkpoint_dir")
+  local = _directory(root, workdir, mesh)
+  return TieredCheckpoints(shared, local, keep_last=keep_last)
+
+
+def _directory(
+  root: pathlib.Path, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> pathlib.Path:
+  """Returns the directory of this process on its host's disk.
+
+  It belongs to one run, and to one place of its devices in the mesh: what a
+  process saves there is of no use to another one. Directories of the same run
+  for another mesh are removed.
+
+  Args:
+    root: the directory that the user chose for all runs.
+    workdir: the working directory, which stores the identity of the run.
+    mesh: the devices.
+
+  Raises:
+    TrainingError: the identity cannot be written, or a directory be read.
+  """
+  run = root / from_first_process(lambda: _identity(workdir))
+  places = [device.process_index for device in mesh.devices.flat]
+  mesh_name = _digest(json.dumps([list(mesh.shape.items()), places]))
+  if run.is_dir():
+    for path in run.iterdir():
+      if not path.name.startswith(mesh_name):
+        shutil.rmtree(path, ignore_errors=True)
+  return run / f"{mesh_name}-{jax.process_index()}"
+
+
+def _identity(workdir: pathlib.Path) -> str:
+  """Returns a name that no other run has, nor a copy of its directory."""
+  path = workdir / "run_id"
+  try:
+    if not path.exists():
+      write_whole(path, uuid.uuid4().hex)
+    return _digest(f"{workdir.resolve()} {path.read_text()}")
+  except (OSError, ValueError) as error:
+    cause = reason(error, path) if isinstance(error, OSError) else str(error)
+    raise TrainingError(f"{path} cannot be used: {cause}; remove it") from error
+
+
+def _digest(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
