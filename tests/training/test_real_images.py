@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import shutil
+import time
 
 import pytest
 
@@ -99,3 +101,41 @@ def test_a_folder_of_images_trains_and_evaluates(
   assert status == 0, err
   step = r"step (\d+): "
   assert re.fullmatch(f"{step}ema{NUMBERS}{step}raw{NUMBERS}", out)
+
+
+@pytest.mark.soak
+def test_a_data_directory_that_vanishes_costs_nothing(
+  experiment, image_tree, tmp_path
+):
+  """As a network disk that is unmounted while the run goes on."""
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  data = shutil.copytree(image_tree, tmp_path / "data")
+  arguments = (
+    "--config.data.name=image_folder",
+    f"--config.data.data_dir={data}",
+    "--config.length=8 epochs",
+  )
+  status, _, err = experiment.run("train.py", f"--workdir={whole}", *arguments)
+  assert status == 0, err
+
+  arguments += (f"--workdir={stopped}",)
+  process = experiment.start("train.py", *arguments)
+  while not (stopped / "checkpoints" / "1").exists():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.01)
+  data.rename(tmp_path / "unmounted")
+  _, err = process.communicate()
+  assert process.returncode == 2, err
+  assert "Traceback" not in err
+  last = err.splitlines()[-1]
+  assert last.startswith("train.py: "), err
+  assert str(data) in last
+  status, _, err = experiment.run("train.py", *arguments)
+  assert status == 2
+  (line,) = err.splitlines()
+  assert str(data) in line
+
+  (tmp_path / "unmounted").rename(data)
+  status, _, err = experiment.run("train.py", *arguments)
+  assert status == 0, err
+  assert experiment.records(stopped) == experiment.records(whole)

@@ -52,7 +52,7 @@ def test_interrupted_at_many_moments(experiment, tmp_path, whole):
   Between these, signals stop the run, which saves first.
   """
   workdir = tmp_path / "run"
-  log = workdir / "metrics.jsonl"
+  log, ledger = workdir / "metrics.jsonl", workdir / "goodput.jsonl"
   checkpoints = workdir / "checkpoints"
   started = time.time()
 
@@ -71,12 +71,15 @@ def test_interrupted_at_many_moments(experiment, tmp_path, whole):
     return (checkpoints / str(step)).exists()
 
   for condition, stop in (
+    (ledger.exists, signal.SIGTERM),  # Before it compiles, or while.
     (lambda: logged(2), signal.SIGKILL),
     (lambda: is_saving(3), signal.SIGKILL),
     (lambda: logged(6), signal.SIGINT),
     (lambda: is_saved(9), signal.SIGKILL),  # Before it is logged and evaluated.
+    (lambda: logged(12), signal.SIGTERM),  # While it is evaluated.
     (lambda: logged(14), signal.SIGHUP),
-    (lambda: logged(18), signal.SIGKILL),  # While it is evaluated.
+    (lambda: is_saving(15), signal.SIGTERM),
+    (lambda: is_saved(21), signal.SIGKILL),
   ):
     # A terminal signals the process group, and so the workers, too.
     workers = 2 if stop == signal.SIGHUP else 0
@@ -89,38 +92,42 @@ def test_interrupted_at_many_moments(experiment, tmp_path, whole):
     if stop == signal.SIGKILL:
       assert process.returncode == -signal.SIGKILL
     else:
-      assert_saved_first(process.returncode, err, stop, checkpoints)
-  assert is_saved(18)
+      assert_saved_first(process.returncode, err, stop, workdir)
+  assert is_saved(21)
   # SIGKILL can leave half a line in the log. A disk can leave a block of zeros,
   # and a checkpoint with a truncated file.
   with log.open("a") as file:
     file.write("\0\0\0\n" + '{"step": 1')
-  (checkpoints / "18" / "state" / "manifest.ocdbt").write_bytes(b"")
+  (checkpoints / "21" / "state" / "manifest.ocdbt").write_bytes(b"")
   _, _, err = finish(experiment, workdir)
   elapsed = time.time() - started
   first, second, *_ = err.splitlines()
-  assert first.startswith(f"{checkpoints}: skipping step 18, which is")
+  assert first.startswith(f"{checkpoints}: skipping step 21, which is")
   assert second.endswith(f"1 damaged lines were moved to {log}.damaged")
   assert_same_run(experiment, workdir, whole)
-  # The ledger has all seven processes, and the time between them.
+  # The ledger has all ten processes, and the time between them.
   goodput = read_goodput(workdir)
-  assert goodput.starts == 7
+  assert goodput.starts == 10
   assert goodput.wall == pytest.approx(elapsed, rel=0.2)
   assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall, rel=0.01)
   parts = ("steps", "start", "compile", "restore", "evaluation", "save", "down")
   assert all(goodput.seconds[part] > 0 for part in parts), goodput
   assert err.splitlines()[-1].startswith("goodput ")
-  assert {18, 24} <= {save.step for save in goodput.saves}
+  assert {21, 24} <= {save.step for save in goodput.saves}
 
 
-def assert_saved_first(status, err, stop, checkpoints):
+def assert_saved_first(status, err, stop, workdir):
   assert status == 128 + stop, err
   assert "Traceback" not in err
   assert err.count("stopped by") == 1
   last = err.splitlines()[-1]
-  assert last.startswith(f"train.py: stopped by {stop.name} after step ")
+  assert last.startswith(f"train.py: stopped by {stop.name}")
+  log = workdir / "metrics.jsonl"
+  if "after step" not in last:  # There was nothing to save.
+    assert not log.exists() or not log.read_text()
+    return
   step = last.split("after step ")[1].split(",")[0]
-  assert (checkpoints / step).is_dir()
+  assert (workdir / "checkpoints" / step).is_dir()
 
 
 @pytest.mark.soak
