@@ -274,6 +274,9 @@ def test_an_accelerator_without_figures_is_refused():
     accelerator_of("v0e:2x2")
   with pytest.raises(TopologyError, match="no forecast for a v4"):
     accelerator_of("v4:2x2x1")
+  for target in ("0xv5e:2x2", "2xh200:8"):
+    with pytest.raises(TopologyError, match="only TPUs have slices"):
+      accelerator_of(target)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +285,10 @@ def test_an_accelerator_without_figures_is_refused():
     # Nothing here compiles for TPUs; with libtpu there is no such slice.
     (["--topology=v5e:3x7x2"], "nothing here compiles for v5e:3x7x2"),
     ([], "--topology=NAME is needed"),
+    (
+      ["--topology=v5e:2x2", "--save=no/step.bin"],
+      "--save=no/step.bin cannot be written",
+    ),
   ],
 )
 def test_a_mistake_is_one_line(arguments, message):

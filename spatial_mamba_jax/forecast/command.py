@@ -10,6 +10,8 @@ The exit status is 1 where the run does not fit, or its input cannot keep up.
 
 import io
 import json
+import os
+import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -95,6 +97,9 @@ def _main() -> None:
     raise UserError("--topology=NAME is needed, such as v5e:16x16 or h200:8")
   if _SAVE.value and len(targets) > 1:
     raise UserError("--save keeps one program: give one --topology")
+  saved = _output_file("--save", _SAVE.value) if _SAVE.value else None
+  is_table = len(targets) > 1 and not _JSON.value
+  plot = _output_file("--plot", _PLOT.value) if is_table else None
   examples = _TRAIN_EXAMPLES.value or train_examples(config)
   forecasts, failures = forecast_all(config, targets, examples)
   if _JSON.value:
@@ -102,13 +107,12 @@ def _main() -> None:
   elif len(targets) == 1 and forecasts:
     measured = ratios(forecasts[0])
     tell("\n\n".join([output.text(forecasts[0]), *measured]))
-  elif forecasts:
-    _tell_table(forecasts)
-  if _SAVE.value and forecasts:
+  elif plot and forecasts:
+    _tell_table(forecasts, plot)
+  if saved and forecasts:
     step = forecasts[0].step
-    path = local_path(_SAVE.value, "--save")
-    save_step(path, step.program, step.compiled)
-    say(f"the compiled program is in {path}")
+    save_step(saved, step.program, step.compiled)
+    say(f"the compiled program is in {saved}")
   failures += [
     f"{each.step.target}: {problem}"
     for each in forecasts
@@ -156,7 +160,21 @@ def train_examples(config: TrainConfig) -> int:
   return len(config.create_task().source("train"))
 
 
-def _tell_table(forecasts: Sequence[Forecast]) -> None:
+def _output_file(flag: str, value: str) -> pathlib.Path:
+  """Returns a flag's path; refuses one that cannot be written.
+
+  Compiling takes minutes, so this comes first.
+  """
+  path = local_path(value, flag)
+  if path.is_dir() or not os.access(path.parent, os.W_OK):
+    raise UserError(
+      f"{flag}={value} cannot be written: give a file in a"
+      " directory that exists"
+    )
+  return path
+
+
+def _tell_table(forecasts: Sequence[Forecast], plot: pathlib.Path) -> None:
   lines = dict.fromkeys(
     line for each in forecasts for line in output.assumptions(each)
   )
@@ -164,6 +182,5 @@ def _tell_table(forecasts: Sequence[Forecast]) -> None:
   tell("\n".join([*text, *(f"  - {line}" for line in lines)]))
   picture = io.BytesIO()
   draw(forecasts).savefig(picture, format="png", dpi=120)
-  path = local_path(_PLOT.value, "--plot")
-  write_whole(path, picture.getvalue())
-  say(f"the plot is in {path}")
+  write_whole(plot, picture.getvalue())
+  say(f"the plot is in {plot}")

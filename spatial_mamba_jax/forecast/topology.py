@@ -60,7 +60,12 @@ def accelerator_of(target: str) -> Accelerator:
   Raises:
     TopologyError: there are none, or they are not of a whole chip.
   """
-  _, name = _slices(target)
+  slices, name = _slices(target)
+  if not slices or (slices > 1 and platform_of(name) == "cuda"):
+    raise TopologyError(
+      f"--topology={target}: only TPUs have slices, one or more (2xv5e:16x16);"
+      " of GPUs give the number of all (H200:16)"
+    )
   accelerator = by_name(name.partition(":")[0])
   if accelerator is None:
     raise TopologyError(
