@@ -48,7 +48,13 @@ def operators(implementation):
   def scan(u, delta, A, B, delta_bias, **_):
     u, delta, B = (x[:, 0] for x in (u, delta, B))
     return smk.selective_scan(
-      u, delta, A, B, delta_bias=delta_bias, implementation=implementation
+      u,
+      delta,
+      A,
+      B,
+      delta_bias=delta_bias,
+      h0=jnp.stack([u[:, 0]] * STATES, axis=-1),
+      implementation=implementation,
     )
 
   def fuse(u, kernels, alpha, **_):

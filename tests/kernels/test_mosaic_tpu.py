@@ -199,7 +199,7 @@ def test_within_a_shard_map_none_is_left_to_xla(every_operator, axes):
   for operator, arrays in every_operator(2, 2, 3, 2, 1):
     specs = {
       name: images
-      if name in ("u", "delta", "B", "C", "h")
+      if name in ("u", "delta", "B", "C", "h", "h0")
       else jax.sharding.PartitionSpec()
       for name in arrays
     }

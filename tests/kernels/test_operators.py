@@ -405,6 +405,55 @@ def test_what_a_tpu_is_given_is_the_same():
     assert_close(y, expected, 1e-13)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_scan_goes_on_where_another_ended(implementation):
+  """Values and gradients of 13 tokens, at once and as 1, 7 and 5."""
+  rng = np.random.default_rng(0)
+  batch, channels, states = 2, 3, 2
+
+  def random(*shape):
+    return jnp.asarray(rng.standard_normal(shape))
+
+  tokens = (batch, 13, channels)
+  arguments = {
+    "u": random(*tokens),
+    "delta": random(*tokens),
+    "B": random(batch, 13, states),
+    "A": -jnp.exp(random(channels, states)),
+    "delta_bias": random(channels),
+    "h0": random(batch, channels, states),
+  }
+  g = random(*tokens, states), random(batch, channels, states)
+
+  def at_once(u, delta, B, A, delta_bias, h0):
+    h = scan_reference.selective_scan(
+      u, delta, A, B, delta_bias=delta_bias, h0=h0
+    )
+    return h, h[:, -1]
+
+  def in_parts(u, delta, B, A, delta_bias, h0):
+    parts = []
+    for part in (slice(1), slice(1, 8), slice(8, None)):
+      h, h0 = smk.selective_scan(
+        u[:, part],
+        delta[:, part],
+        A,
+        B[:, part],
+        delta_bias=delta_bias,
+        h0=h0,
+        return_last=True,
+        implementation=implementation,
+      )
+      parts.append(h)
+    return jnp.concatenate(parts, 1), h0
+
+  results = []
+  for function in (at_once, in_parts):
+    value, pullback = jax.vjp(lambda x, f=function: f(**x), arguments)
+    results.append((value, pullback(g)))
+  assert_trees_close(results[1], results[0], 1e-12)
+
+
 def test_scan_is_its_equations(ssm_arguments):
   arguments = ssm_arguments(2, 4, 5, 3, 2, images=jnp.float64)
   u, delta, B = (arguments[k].reshape(2, 20, -1) for k in ("u", "delta", "B"))
@@ -424,6 +473,9 @@ def test_a_shape_that_does_not_fit_is_named(ssm_arguments):
   empty = np.zeros((1, 0, 1))
   with pytest.raises(ValueError, match="u is empty"):
     smk.selective_scan(empty, empty, np.ones((1, 1)), empty)
+  one = np.ones((2, 3, 1), np.float32)
+  with pytest.raises(ValueError, match=r"h0 must have shape \[B, D, N\] with"):
+    smk.selective_scan(one, one, -np.ones((1, 1)), one, h0=np.ones((1, 1, 1)))
   with pytest.raises(ValueError, match="dilations must be 1 or more"):
     smk.state_fusion(
       np.ones((1, 2, 2, 1)), np.ones((1, 3, 3, 1)), np.ones(1), dilations=(0,)

@@ -24,13 +24,17 @@ from spatial_mamba_kernels.recurrence import recur, shift
 from spatial_mamba_kernels.shapes import with_rank_of
 
 
-def scan(u, delta, A, B, bias):
-  """Returns the states [B, L, N, D]; arguments as for `selective_scan`."""
+def scan(u, delta, A, B, bias, h0=None):
+  """Returns the states [B, L, N, D]; arguments as for `selective_scan`.
+
+  `h0` is [B, N, D], or None for 0.
+  """
   chunks = Chunks.of(u, A)
   operands = lay_out(u, delta, A, B, bias, chunks)
-  before = zero_states(operands, chunks)
+  first = first_state(operands, h0)
+  before = first[:, None]
   if chunks.count > 1:
-    before = carry_between_chunks(operands, chunks)
+    before = carry_between_chunks(operands, chunks, first)
   batch, length, channels = operands[0].shape
   shape = chunks.room((batch, length, chunks.states, channels))
   h = scan_kernel(
@@ -58,26 +62,41 @@ def lay_out(u, delta, A, B, bias, chunks):
   )
 
 
-def zero_states(operands, chunks):
-  """Returns zeros for the state before each chunk, [B, K, N, D]."""
+def first_state(operands, h0=None):
+  """Returns the state before the first token, [B, N, D], padded."""
   u, _, A, *_ = operands
-  return jnp.zeros((len(u), chunks.count, *A.shape), jnp.float32)
+  if h0 is None:
+    return jnp.zeros((len(u), *A.shape), jnp.float32)
+  return gpu.parameters(h0)
 
 
-def carry_between_chunks(operands, chunks, dh=None):
-  """Returns the state before each chunk; given `dh`, the adjoint after it."""
-  state = zero_states(operands, chunks)
+def carry_between_chunks(operands, chunks, first, dh=None):
+  """Returns the state before each chunk, [B, K, N, D].
+
+  Args:
+    operands: see `lay_out`.
+    chunks: how the tokens are cut.
+    first: the state before the first chunk; with `dh`, the adjoint after the
+      last one.
+    dh: the cotangents of the states, for the adjoint after each chunk.
+  """
+  states = jax.ShapeDtypeStruct(
+    (len(first), chunks.count, *first.shape[1:]), jnp.float32
+  )
+  times = jax.ShapeDtypeStruct(
+    (len(first), chunks.count, first.shape[-1]), jnp.float32
+  )
   add, time = scan_kernel(
     partial(_summary_kernel, reverse=dh is not None),
     operands,
     chunks,
-    [state, jax.ShapeDtypeStruct(state[:, :, 0].shape, jnp.float32)],
+    [states, times],
     name="selective_scan_summary",
   )(*operands, *(() if dh is None else (chunks.pad(dh),)))
   time, rates = time[:, :, None], operands[2]
   decay = jnp.exp(time * with_rank_of(time, rates))
-  state = recur(decay, add, "associative", reverse=dh is not None)
-  return shift(state, 1 if dh is None else -1)
+  state = recur(decay, add, first, "associative", reverse=dh is not None)
+  return shift(state, 1 if dh is None else -1, first)
 
 
 def scan_kernel(body, operands, chunks, results, *, name, scratch_types=None):

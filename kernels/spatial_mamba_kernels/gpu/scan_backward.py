@@ -9,10 +9,10 @@ from jax.experimental import pallas as pl
 from spatial_mamba_kernels.gpu import threads as gpu
 from spatial_mamba_kernels.gpu.scan import (
   carry_between_chunks,
+  first_state,
   lay_out,
   load_tile,
   scan_kernel,
-  zero_states,
 )
 from spatial_mamba_kernels.gpu.threads import plgpu
 from spatial_mamba_kernels.gpu.tiles import Chunks, Program, for_tiles
@@ -22,7 +22,8 @@ from spatial_mamba_kernels.typing import Array
 class _Inputs(NamedTuple):
   """References to the inputs of the backward kernel; see `scan_backward`.
 
-  `after_ref` has the adjoint that each chunk starts from, [B, K, N, D].
+  `first_ref` has the state before the first token, [B, N, D]; `after_ref` the
+  adjoint that each chunk starts from, [B, K, N, D].
   `skip_refs` are D, [1, D], and dy, or nothing.
   """
 
@@ -31,6 +32,7 @@ class _Inputs(NamedTuple):
   A_ref: Any
   B_ref: Any
   bias_ref: Any
+  first_ref: Any
   after_ref: Any
   h_ref: Any
   dh_ref: Any
@@ -45,12 +47,14 @@ class _Outputs(NamedTuple):
     ddelta_ref: [B, L, D].
     dB_ref: [B, blocks, tiles, `gpu.threads.ROWS_SUMMED`].
     dparams_ref: [B, K, N + 1, D], of A and the bias; with a skip also of D.
+    dbefore_ref: [B, K, N, D], of the state before each chunk.
   """
 
   du_ref: Any
   ddelta_ref: Any
   dB_ref: Any
   dparams_ref: Any
+  dbefore_ref: Any
 
 
 class _Sums(NamedTuple):
@@ -61,7 +65,7 @@ class _Sums(NamedTuple):
   dD: list[Array]
 
 
-def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
+def scan_backward(u, delta, A, B, bias, h0, h, dh, *, skip=None):
   """Returns the cotangents of the arguments of `scan`.
 
   Args:
@@ -70,25 +74,29 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
     A: [D, N].
     B: [B, L, N].
     bias: [D].
+    h0: [B, N, D], or None for 0.
     h: [B, L, N, D], the states.
     dh: [B, L, N, D], their cotangents.
     skip: (D [D], dy [B, L, D]) of a connection from `u` to y = D * u, or None.
 
   Returns:
-    du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; and those of A,
-    the bias and, with a skip, D, [G, N + 1 or 2, D], to be summed over G.
+    du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; those of A, the
+    bias and, with a skip, D, [G, N + 1 or 2, D], to be summed over G; and dh0,
+    [B, N, D].
   """
   batch, length, channels = u.shape
   chunks = Chunks.of(u, A)
   operands = lay_out(u, delta, A, B, bias, chunks)
   h, dh = chunks.pad(h), chunks.pad(dh)
-  after = zero_states(operands, chunks)
+  last = first_state(operands)
+  after = last[:, None]
   if chunks.count > 1:
-    after = carry_between_chunks(operands, chunks, dh)
+    after = carry_between_chunks(operands, chunks, last, dh)
   if skip:
     D, dy = skip
     skip = gpu.parameters(D[None]), chunks.pad(dy)
-  inputs = _Inputs(*operands, after, h, dh, skip or ())
+  first = first_state(operands, h0)
+  inputs = _Inputs(*operands, first, after, h, dh, skip or ())
   tile = (2, chunks.tile, gpu.CHANNELS)
   (outputs,) = scan_kernel(
     _backward_kernel,
@@ -102,7 +110,7 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
     },
     name="selective_scan_backward",
   )(inputs)
-  du, ddelta, dB, parameters = outputs
+  du, ddelta, dB, parameters, dbefore = outputs
   dB = dB[..., : chunks.tile * chunks.states]
   dB = dB.reshape(batch, gpu.blocks(channels), -1, chunks.states)[:, :, :length]
   return (
@@ -110,6 +118,7 @@ def scan_backward(u, delta, A, B, bias, h, dh, *, skip=None):
     ddelta[:, :length, :channels],
     jnp.swapaxes(dB, 0, 1),
     parameters.reshape(-1, *parameters.shape[2:])[..., :channels],
+    dbefore[:, 0, :, :channels],
   )
 
 
@@ -127,6 +136,9 @@ def _backward_results(inputs, u, delta, chunks):
     dparams_ref=jax.ShapeDtypeStruct(
       (batch, chunks.count, sums, blocks * gpu.CHANNELS), jnp.float32
     ),
+    dbefore_ref=jax.ShapeDtypeStruct(
+      (batch, chunks.count, chunks.states, blocks * gpu.CHANNELS), jnp.float32
+    ),
   )
 
 
@@ -140,6 +152,7 @@ def _backward_kernel(
     program,
     channels,
     inputs.B_ref,
+    inputs.first_ref,
     outputs,
     products_ref,
     (du_tiles_ref, ddelta_tiles_ref),
@@ -160,7 +173,7 @@ def _backward_kernel(
       [gpu.zeros() for _ in back.skip],
     ),
   )
-  _, (dA, dbias, dD) = for_tiles(
+  adjoint, (dA, dbias, dD) = for_tiles(
     back.scan_tile,
     (
       inputs.u_ref,
@@ -179,6 +192,8 @@ def _backward_kernel(
   gpu.finish()
   for index, total in enumerate((*dA, dbias, *dD)):
     outputs.dparams_ref[image, program.chunk, index, channels] = total
+  for n in states:
+    outputs.dbefore_ref[image, program.chunk, n, channels] = adjoint[n]
 
 
 class _Backward(NamedTuple):
@@ -188,6 +203,7 @@ class _Backward(NamedTuple):
     program: what the program computes.
     channels: slice of its channels.
     B_ref: [B, N, L].
+    first_ref: [B, N, D], the state before the first token.
     outputs: see `_Outputs`.
     products_ref: [`gpu.threads.ROWS_SUMMED`, 128], in shared memory.
     outlets: tiles of du and ddelta to be sent; see `gpu.threads.outlet`.
@@ -199,6 +215,7 @@ class _Backward(NamedTuple):
   program: Program
   channels: Any
   B_ref: Any
+  first_ref: Any
   outputs: _Outputs
   products_ref: Any
   outlets: tuple[Any, Any]
@@ -220,7 +237,11 @@ class _Backward(NamedTuple):
     """
     *dy, before, (adjoint, (dA, dbias, dD)) = rest
     program, states = self.program, range(len(self.a))
-    before = [jnp.where(tile > 0, before[0, n], 0) for n in states]
+    start = [
+      gpu.vector(self.first_ref[program.image, n, self.channels])
+      for n in states
+    ]
+    before = [jnp.where(tile > 0, before[0, n], start[n]) for n in states]
     size, first = program.chunks.tile, tile * program.chunks.tile
     targets = [
       ref.at[program.image, pl.ds(first, size), self.channels]

@@ -1,5 +1,7 @@
 """The selective scan, returning every state."""
 
+from typing import Literal, overload
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -7,7 +9,7 @@ from spatial_mamba_kernels.dispatch import Operator, Passes
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.selective_scan import xla
 from spatial_mamba_kernels.selective_scan.plans import DIMENSIONS, KERNELS
-from spatial_mamba_kernels.shapes import check_shapes
+from spatial_mamba_kernels.shapes import check_shapes, state_dtype
 from spatial_mamba_kernels.typing import Array
 
 
@@ -24,6 +26,7 @@ operator = Operator(
 )
 
 
+@overload
 def selective_scan(
   u: ArrayLike,
   delta: ArrayLike,
@@ -31,14 +34,43 @@ def selective_scan(
   B: ArrayLike,
   *,
   delta_bias: ArrayLike | None = None,
+  h0: ArrayLike | None = None,
+  return_last: Literal[False] = False,
   implementation: str | None = None,
-) -> Array:
+) -> Array: ...
+
+
+@overload
+def selective_scan(
+  u: ArrayLike,
+  delta: ArrayLike,
+  A: ArrayLike,
+  B: ArrayLike,
+  *,
+  delta_bias: ArrayLike | None = None,
+  h0: ArrayLike | None = None,
+  return_last: Literal[True],
+  implementation: str | None = None,
+) -> tuple[Array, Array]: ...
+
+
+def selective_scan(
+  u: ArrayLike,
+  delta: ArrayLike,
+  A: ArrayLike,
+  B: ArrayLike,
+  *,
+  delta_bias: ArrayLike | None = None,
+  h0: ArrayLike | None = None,
+  return_last: bool = False,
+  implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
   """Scans tokens with a selective state space and returns all of its states.
 
   Equation 2 of Spatial-Mamba (arXiv 2410.15091), Mamba's discretisation:
 
       dt = softplus(delta + delta_bias)                           # [B, L, D]
-      h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]      # h[-1] = 0
+      h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]      # h[-1] = h0
 
   For forward-mode derivatives see `spatial_mamba_kernels`.
 
@@ -48,13 +80,17 @@ def selective_scan(
     A: [D, N], negative for a state that decays.
     B: [B, L, N], the input projection of each token.
     delta_bias: [D], or None for 0.
+    h0: [B, D, N], the state before the first token, or None for 0. With the
+      last state of the tokens before, the scan goes on where theirs ended.
+    return_last: whether to return the last state too.
     implementation: None (best for the platform), "xla" (best without a kernel),
       "sequential" (a loop over tokens), "associative" (a parallel prefix),
       "mosaic_tpu" or "mosaic_gpu" (kernels for TPUs and GPUs, for float32 and
       bfloat16).
 
   Returns:
-    The states h, [B, L, D, N], in float32 (float64 for float64 inputs).
+    The states h, [B, L, D, N], in float32 (float64 for float64 inputs). With
+    `return_last` a pair of them and the state after the last token, [B, D, N].
 
   Raises:
     ValueError: the shapes are inconsistent, or the implementation is unknown.
@@ -64,14 +100,25 @@ def selective_scan(
   check_implementation(implementation, "selective_scan")
   if delta_bias is None:
     delta_bias = jnp.zeros(jnp.shape(u)[-1:], jnp.result_type(delta))
-  arrays = check_shapes(
-    "selective_scan",
-    {
-      "u": (u, "B L D"),
-      "delta": (delta, "B L D"),
-      "A": (A, "D N"),
-      "B": (B, "B L N"),
-      "delta_bias": (delta_bias, "D"),
-    },
-  )
-  return jnp.swapaxes(operator(tuple(arrays), implementation), 2, 3)
+  arguments = {
+    "u": (u, "B L D"),
+    "delta": (delta, "B L D"),
+    "A": (A, "D N"),
+    "B": (B, "B L N"),
+    "delta_bias": (delta_bias, "D"),
+  }
+  if h0 is not None:
+    arguments["h0"] = (h0, "B D N")
+  *arrays, last = check_shapes("selective_scan", arguments)
+  if h0 is None:
+    arrays.append(last)
+    last = _zero_state(*arrays[:4])
+  states = operator((*arrays, jnp.swapaxes(last, 1, 2)), implementation)
+  h = jnp.swapaxes(states, 2, 3)
+  return (h, h[:, -1]) if return_last else h
+
+
+def _zero_state(u: Array, delta: Array, A: Array, B: Array) -> Array:
+  """Returns zeros [B, D, N], split over devices as the tokens are."""
+  zeros = jnp.zeros_like(u[:, 0], state_dtype(u, delta, A, B))
+  return jnp.broadcast_to(zeros[..., None], (*zeros.shape, A.shape[1]))

@@ -22,6 +22,7 @@ def _arguments(sizes: Sizes, dtype: Any) -> dict[str, Argument]:
     "A": Argument((channels, states), of_normal=lambda x: -jnp.exp(x)),
     "B": Argument((*tokens, states), dtype),
     "delta_bias": Argument((channels,)),
+    "h0": Argument((sizes.batch, channels, states)),
   }
 
 

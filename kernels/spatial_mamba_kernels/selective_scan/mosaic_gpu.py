@@ -14,6 +14,6 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
 
 def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   """Returns cotangents on one device; see `scan_backward`."""
-  u, delta, A, B, bias = arrays
   (h,) = saved
-  return scan_backward(u, delta, A, B, bias, h, g)
+  u, delta, A, B, bias, h0 = arrays
+  return scan_backward(u, delta, A, B, bias, h0, h, g)

@@ -34,17 +34,24 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   """Returns cotangents on one device, partial sums for B and the parameters.
 
   Returns:
-    du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; and the
-    cotangents of A and delta_bias, [G, N + 1, D], to be summed over G.
+    du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; the cotangents
+    of A and delta_bias, [G, N + 1, D], to be summed over G; dh0 [B, N, D].
   """
   (h,) = saved
   cut = tpu_plan(arrays)
   batch, length, _ = arrays[0].shape
   h, g = (_to_rows(x, row_length(length)) for x in (h, g))
-  ends = h[:, :, -1].transpose(1, 2, 0, 3)
-  du, ddelta, dB, parameters = backward(
-    *_lay_out(arrays, cut),
-    rows.last_state_rows_of(ends, cut.group),
+  # The state before each row: h0, then the last one of the row above.
+  ends = h[:, :-1, -1].astype(jnp.float32)
+  before = jnp.concatenate([arrays[-1][:, None].astype(jnp.float32), ends], 1)
+  u, delta, A, B, bias, _ = _lay_out(arrays, cut)
+  du, ddelta, dB, parameters, dh0 = backward(
+    u,
+    delta,
+    A,
+    B,
+    bias,
+    rows.last_state_rows_of(before.transpose(1, 2, 0, 3), cut.group),
     rows.state_rows_of(g, cut.group),
     cut=cut,
   )
@@ -54,6 +61,7 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
     _from_rows(rows.images_of(ddelta, batch), length),
     jax.vmap(lambda x: _from_rows(tokens_of(x), length))(dB),
     parameters,
+    rows.last_states_of(dh0, batch)[0].swapaxes(0, 1),
   )
 
 
@@ -71,7 +79,7 @@ def _from_rows(x, length):
 
 def _lay_out(arrays, cut):
   """Returns the operator's arguments in the layout of `forward`."""
-  u, delta, A, B, bias = arrays
+  u, delta, A, B, bias, h0 = arrays
   u, delta, B = (_to_rows(x, row_length(u.shape[1])) for x in (u, delta, B))
   return (
     rows.rows_of(u, cut.group),
@@ -79,20 +87,23 @@ def _lay_out(arrays, cut):
     A.astype(jnp.float32).T,
     rows.lane_rows_of(B, cut.group),
     bias.astype(jnp.float32)[None],
+    rows.last_state_rows_of(
+      h0.astype(jnp.float32).swapaxes(0, 1)[None], cut.group
+    ),
   )
 
 
 class _Inputs(NamedTuple):
   """References to the inputs of the backward kernel; also their blocks.
 
-  `above_ref` has the state before the row. For the others see `Row`.
+  `before_ref` has the state before the row. For the others see `Row`.
   """
 
   u_ref: Any
   delta_ref: Any
   g_ref: Any
   B_ref: Any
-  above_ref: Any
+  before_ref: Any
   A_ref: Any
   bias_ref: Any
 
@@ -104,6 +115,7 @@ class _Outputs(NamedTuple):
   ddelta_ref: Any
   dB_ref: Any
   dparams_ref: Any
+  dh0_ref: Any
 
 
 class _Scratch(NamedTuple):
@@ -122,7 +134,7 @@ class _Scratch(NamedTuple):
   sums_ref: Any
 
 
-def forward(u, delta, A, B, bias, *, cut):
+def forward(u, delta, A, B, bias, h0, *, cut):
   """Returns the states, [H, W, N, G, b, D].
 
   Args:
@@ -131,6 +143,7 @@ def forward(u, delta, A, B, bias, *, cut):
     A: [N, D], float32.
     B: [H, N, G, b, Wp].
     bias: [1, D], float32.
+    h0: [1, N, G, b, D], float32.
     cut: see `tpu.plan.Cut`.
   """
   height, width, groups, group, channels = u.shape
@@ -140,7 +153,7 @@ def forward(u, delta, A, B, bias, *, cut):
     return step
 
   image = rows.image_spec(width, cut, row)
-  arguments = Row(u, delta, B, A, bias)
+  arguments = Row(u, delta, B, A, bias), h0
   h = jax.ShapeDtypeStruct(
     (height, width, states, groups, group, channels), jnp.float32
   )
@@ -155,42 +168,48 @@ def forward(u, delta, A, B, bias, *, cut):
         A_ref=rows.parameter_spec(states, cut),
         bias_ref=rows.parameter_spec(1, cut),
       ),
+      rows.image_spec(states, cut, _first),
     ),
     out_specs=rows.state_spec(width, states, cut, row),
     out_shape=h,
     scratch_shapes=[pltpu.VMEM((states, group, cut.block), jnp.float32)],
     compiler_params=rows.COMPILER_PARAMS,
     cost_estimate=rows.cost(
-      arguments, h, flops=2 + 5 * states, transcendentals=2 + states
+      (*arguments[0], h0), h, flops=2 + 5 * states, transcendentals=2 + states
     ),
     name="selective_scan_forward",
-  )(arguments)
+  )(*arguments)
 
 
-def _forward_kernel(row: Row, h_ref, carry_ref):
-  # The state before the first row is zero.
+def _first(step):
+  """The only block of what is before the first row."""
+  del step
+  return 0
+
+
+def _forward_kernel(row: Row, h0_ref, h_ref, carry_ref):
   @pl.when(pl.program_id(2) == 0)
   def _():
-    carry_ref[...] = jnp.zeros_like(carry_ref)
+    carry_ref[...] = h0_ref[...]
 
   scan_row(row, carry_ref, h_ref)
 
 
-def backward(u, delta, A, B, bias, saved, g, *, cut):
+def backward(u, delta, A, B, bias, before, g, *, cut):
   """Computes the cotangents of the arguments of `forward`.
 
-  `saved` is the state after each row, [H, N, G, b, D]; `g` the cotangents of
+  `before` is the state before each row, [H, N, G, b, D]; `g` the cotangents of
   all states, [H, W, N, G, b, D]. Cotangents of the parameters are summed over
   a group of images, those of B over a block of channels.
 
   Returns:
-    du, ddelta [H, W, G, b, D]; dB [K, H, N, G, b, Wp], K blocks; and the
-    cotangents of A and the bias, [G, N + 1, D].
+    du, ddelta [H, W, G, b, D]; dB [K, H, N, G, b, Wp], K blocks; the cotangents
+    of A and the bias, [G, N + 1, D]; and dh0 [1, N, G, b, D].
   """
   height, width, groups, group, channels = u.shape
   states = A.shape[0]
   blocks = -(-channels // cut.block)
-  arguments = _Inputs(u, delta, g, B, saved, A, bias)
+  arguments = _Inputs(u, delta, g, B, before, A, bias)
   results = _Outputs(
     du_ref=jax.ShapeDtypeStruct(u.shape, u.dtype),
     ddelta_ref=jax.ShapeDtypeStruct(u.shape, delta.dtype),
@@ -198,6 +217,7 @@ def backward(u, delta, A, B, bias, saved, g, *, cut):
     dparams_ref=jax.ShapeDtypeStruct(
       (groups, states + 1, channels), jnp.float32
     ),
+    dh0_ref=jax.ShapeDtypeStruct((1, *before.shape[1:]), jnp.float32),
   )
   in_specs, out_specs = _backward_specs(height, width, states, B.shape[-1], cut)
   state = (states, group, cut.block)
@@ -230,16 +250,13 @@ def _backward_specs(height, width, states, lanes, cut):
   def row(step):
     return height - 1 - step
 
-  def above(step):
-    return jnp.maximum(height - 2 - step, 0)
-
   image = rows.image_spec(width, cut, row)
   in_specs = _Inputs(
     u_ref=image,
     delta_ref=image,
     g_ref=rows.state_spec(width, states, cut, row),
     B_ref=rows.token_spec(states, cut, lanes, row),
-    above_ref=rows.image_spec(states, cut, above),
+    before_ref=rows.image_spec(states, cut, row),
     A_ref=rows.parameter_spec(states, cut),
     bias_ref=rows.parameter_spec(1, cut),
   )
@@ -248,6 +265,7 @@ def _backward_specs(height, width, states, lanes, cut):
     ddelta_ref=image,
     dB_ref=rows.partial_token_spec(states, cut, lanes, row),
     dparams_ref=rows.sums_spec(states + 1, cut),
+    dh0_ref=rows.image_spec(states, cut, _first),
   )
   return in_specs, out_specs
 
@@ -256,8 +274,7 @@ def _backward_kernel(
   inputs: _Inputs, outputs: _Outputs, scratch: _Scratch, *, height, channels
 ):
   step = pl.program_id(2)
-  has_above = step < height - 1
-  u_ref, delta_ref, g_ref, B_ref, above_ref, A_ref, bias_ref = inputs
+  u_ref, delta_ref, g_ref, B_ref, before_ref, A_ref, bias_ref = inputs
   row = Row(u_ref, delta_ref, B_ref, A_ref, bias_ref)
   block = u_ref.shape[-1]
   inside = rows.inside(channels, block)
@@ -268,8 +285,8 @@ def _backward_kernel(
     scratch.adjoint_ref[...] = jnp.zeros_like(scratch.adjoint_ref)
     scratch.sums_ref[...] = jnp.zeros_like(scratch.sums_ref)
 
-  # Recompute the states, of which the forward pass saved each row's last.
-  scratch.carry_ref[...] = jnp.where(has_above, above_ref[...], 0)
+  # Recompute the states of the row.
+  scratch.carry_ref[...] = before_ref[...]
   scan_row(row, scratch.carry_ref, scratch.h_ref)
 
   # Scan the cotangents from the row's last token to its first.
@@ -277,8 +294,8 @@ def _backward_kernel(
   backward_row = RowBackward(
     row,
     h_ref=scratch.h_ref,
-    before_ref=above_ref,
-    has_before=has_above,
+    before_ref=before_ref,
+    has_before=True,
     dh_ref=g_ref,
     adjoint_ref=scratch.adjoint_ref,
     du_ref=outputs.du_ref,
@@ -293,3 +310,4 @@ def _backward_kernel(
   @pl.when(step == height - 1)
   def _():
     outputs.dparams_ref[...] = jnp.sum(scratch.sums_ref[...], axis=1)
+    outputs.dh0_ref[...] = scratch.adjoint_ref[...]

@@ -15,22 +15,25 @@ TOKENS = (BATCH, WHOLE, CHANNELS)
 NUMBERS = (BATCH, WHOLE, WHOLE)
 STATES = (BATCH, WHOLE, WHOLE, CHANNELS)
 
+STATE = (BATCH, WHOLE, CHANNELS)
+
 DIMENSIONS = Dimensions(
-  arguments=(TOKENS, TOKENS, (CHANNELS, WHOLE), NUMBERS, (CHANNELS,)),
+  arguments=(TOKENS, TOKENS, (CHANNELS, WHOLE), NUMBERS, (CHANNELS,), STATE),
   result=STATES,
   saved=(STATES,),
 )
 
-# Of du, ddelta, dB [K, B, L, N] and [G, N + 1, D], of A and delta_bias.
-SUMS = (TOKENS, TOKENS, (CHANNELS, *NUMBERS), (BATCH, WHOLE, CHANNELS))
+# Of du, ddelta, dB [K, B, L, N], [G, N + 1, D] of A and delta_bias, and dh0.
+SUMS = (TOKENS, TOKENS, (CHANNELS, *NUMBERS), (BATCH, WHOLE, CHANNELS), STATE)
 
 
 def finish(arrays: Arrays, sums: Arrays) -> Arrays:
   """Cotangents of the operator's arguments, from partial sums."""
   del arrays
-  du, ddelta, dB, parameters = sums
+  du, ddelta, dB, parameters, dh0 = sums
   parameters = jnp.sum(parameters, axis=0)
-  return du, ddelta, parameters[:-1].T, jnp.sum(dB, axis=0), parameters[-1]
+  dA, dbias = parameters[:-1].T, parameters[-1]
+  return du, ddelta, dA, jnp.sum(dB, axis=0), dbias, dh0
 
 
 def tpu_plan(arrays: Arrays) -> tpu.Cut:

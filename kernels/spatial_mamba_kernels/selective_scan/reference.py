@@ -13,6 +13,7 @@ def selective_scan(
   B: Array,
   *,
   delta_bias: Array | float = 0.0,
+  h0: Array | float = 0.0,
 ) -> Array:
   """See `spatial_mamba_kernels.selective_scan`; differentiated by JAX."""
 
@@ -25,6 +26,6 @@ def selective_scan(
   bias = jnp.broadcast_to(jnp.asarray(delta_bias, delta.dtype), delta.shape)
   dt = jax.nn.softplus(delta + bias)
   tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, dt, B))
-  h0 = jnp.zeros((u.shape[0], *A.shape), jnp.result_type(u, A))
-  _, h = jax.lax.scan(step, h0, tokens)
+  zeros = jnp.zeros((u.shape[0], *A.shape), jnp.result_type(u, A))
+  _, h = jax.lax.scan(step, zeros + h0, tokens)
   return jnp.moveaxis(h, 0, 1)

@@ -23,12 +23,15 @@ def states(
   A: Float[Array, "D N"],
   B: Float[Array, "B L N"],
   delta_bias: Float[Array, " D"],
+  h0: Float[Array, "B N D"] | None = None,
   *,
   implementation: str | None,
 ) -> Float[Array, "B L N D"]:
   """Discretises and scans; `selective_scan` states the equations."""
   decay, drive = _discretise(u, delta, A, B, delta_bias)
-  return linear_recurrence(decay, drive, implementation)
+  if h0 is not None:
+    h0 = h0.astype(drive.dtype)
+  return linear_recurrence(decay, drive, h0, implementation)
 
 
 def _discretise(u, delta, A, B, delta_bias):
@@ -57,5 +60,9 @@ def saving_states(arrays: Arrays, *, save: bool) -> Arrays:
 
 def from_saved_states(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   """Runs the backward pass from saved states, without recomputing them."""
-  (decay, _), pullback = jax.vjp(_discretise, *arrays)
-  return pullback(recurrence_backward(None, (decay, *saved), g))
+  *arguments, h0 = arrays
+  (decay, drive), pullback = jax.vjp(_discretise, *arguments)
+  residuals = decay, h0.astype(drive.dtype), *saved
+  ddecay, ddrive, dh0 = recurrence_backward(None, residuals, g)
+  assert dh0 is not None
+  return *pullback((ddecay, ddrive)), dh0.astype(h0.dtype)

@@ -90,8 +90,9 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   dh = fusion_backward.states_backward(
     g, weights, stencil=STENCIL, dtype=jnp.float32, C=C[..., 0]
   )
-  du, ddelta, dB, parameters = scan_backward.scan_backward(
+  du, ddelta, dB, parameters, _ = scan_backward.scan_backward(
     *_tokens(arrays),
+    None,
     _to_tokens(h)[:, :, None],
     _to_tokens(dh)[:, :, None],
     skip=(D, _to_tokens(g)),
