@@ -27,7 +27,7 @@ from spatial_mamba_kernels.shapes import with_rank_of
 def scan(u, delta, A, B, bias, h0=None):
   """Returns the states [B, L, N, D]; arguments as for `selective_scan`.
 
-  `h0` is [B, N, D], or None for 0.
+  `h0` is None for 0.
   """
   chunks = Chunks.of(u, A)
   operands = lay_out(u, delta, A, B, bias, chunks)
@@ -67,7 +67,7 @@ def first_state(operands, h0=None):
   u, _, A, *_ = operands
   if h0 is None:
     return jnp.zeros((len(u), *A.shape), jnp.float32)
-  return gpu.parameters(h0)
+  return gpu.parameters(h0.mT)
 
 
 def carry_between_chunks(operands, chunks, first, dh=None):

@@ -74,7 +74,7 @@ def scan_backward(u, delta, A, B, bias, h0, h, dh, *, skip=None):
     A: [D, N].
     B: [B, L, N].
     bias: [D].
-    h0: [B, N, D], or None for 0.
+    h0: [B, D, N], or None for 0.
     h: [B, L, N, D], the states.
     dh: [B, L, N, D], their cotangents.
     skip: (D [D], dy [B, L, D]) of a connection from `u` to y = D * u, or None.
@@ -82,7 +82,7 @@ def scan_backward(u, delta, A, B, bias, h0, h, dh, *, skip=None):
   Returns:
     du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; those of A, the
     bias and, with a skip, D, [G, N + 1 or 2, D], to be summed over G; and dh0,
-    [B, N, D].
+    [B, D, N].
   """
   batch, length, channels = u.shape
   chunks = Chunks.of(u, A)
@@ -118,7 +118,7 @@ def scan_backward(u, delta, A, B, bias, h0, h, dh, *, skip=None):
     ddelta[:, :length, :channels],
     jnp.swapaxes(dB, 0, 1),
     parameters.reshape(-1, *parameters.shape[2:])[..., :channels],
-    dbefore[:, 0, :, :channels],
+    dbefore[:, 0, :, :channels].mT,
   )
 
 

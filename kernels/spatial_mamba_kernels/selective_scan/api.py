@@ -113,8 +113,7 @@ def selective_scan(
   if h0 is None:
     arrays.append(last)
     last = _zero_state(*arrays[:4])
-  states = operator((*arrays, jnp.swapaxes(last, 1, 2)), implementation)
-  h = jnp.swapaxes(states, 2, 3)
+  h = jnp.swapaxes(operator((*arrays, last), implementation), 2, 3)
   return (h, h[:, -1]) if return_last else h
 
 

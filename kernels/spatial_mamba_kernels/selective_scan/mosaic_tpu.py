@@ -35,15 +35,15 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
 
   Returns:
     du, ddelta [B, L, D]; dB [K, B, L, N], to be summed over K; the cotangents
-    of A and delta_bias, [G, N + 1, D], to be summed over G; dh0 [B, N, D].
+    of A and delta_bias, [G, N + 1, D], to be summed over G; dh0 [B, D, N].
   """
   (h,) = saved
   cut = tpu_plan(arrays)
   batch, length, _ = arrays[0].shape
   h, g = (_to_rows(x, row_length(length)) for x in (h, g))
   # The state before each row: h0, then the last one of the row above.
-  ends = h[:, :-1, -1].astype(jnp.float32)
-  before = jnp.concatenate([arrays[-1][:, None].astype(jnp.float32), ends], 1)
+  h0 = arrays[-1].mT.astype(jnp.float32)
+  before = jnp.concatenate([h0[:, None], h[:, :-1, -1]], axis=1)
   u, delta, A, B, bias, _ = _lay_out(arrays, cut)
   du, ddelta, dB, parameters, dh0 = backward(
     u,
@@ -61,7 +61,7 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
     _from_rows(rows.images_of(ddelta, batch), length),
     jax.vmap(lambda x: _from_rows(tokens_of(x), length))(dB),
     parameters,
-    rows.last_states_of(dh0, batch)[0].swapaxes(0, 1),
+    rows.last_states_of(dh0, batch)[0].transpose(1, 2, 0),
   )
 
 
@@ -88,7 +88,7 @@ def _lay_out(arrays, cut):
     rows.lane_rows_of(B, cut.group),
     bias.astype(jnp.float32)[None],
     rows.last_state_rows_of(
-      h0.astype(jnp.float32).swapaxes(0, 1)[None], cut.group
+      h0.astype(jnp.float32).transpose(2, 0, 1)[None], cut.group
     ),
   )
 

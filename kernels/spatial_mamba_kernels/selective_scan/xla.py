@@ -23,15 +23,14 @@ def states(
   A: Float[Array, "D N"],
   B: Float[Array, "B L N"],
   delta_bias: Float[Array, " D"],
-  h0: Float[Array, "B N D"] | None = None,
+  h0: Float[Array, "B D N"] | None = None,
   *,
   implementation: str | None,
 ) -> Float[Array, "B L N D"]:
   """Discretises and scans; `selective_scan` states the equations."""
   decay, drive = _discretise(u, delta, A, B, delta_bias)
-  if h0 is not None:
-    h0 = h0.astype(drive.dtype)
-  return linear_recurrence(decay, drive, h0, implementation)
+  first = None if h0 is None else h0.mT.astype(drive.dtype)
+  return linear_recurrence(decay, drive, first, implementation)
 
 
 def _discretise(u, delta, A, B, delta_bias):
@@ -62,7 +61,7 @@ def from_saved_states(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   """Runs the backward pass from saved states, without recomputing them."""
   *arguments, h0 = arrays
   (decay, drive), pullback = jax.vjp(_discretise, *arguments)
-  residuals = decay, h0.astype(drive.dtype), *saved
-  ddecay, ddrive, dh0 = recurrence_backward(None, residuals, g)
-  assert dh0 is not None
-  return *pullback((ddecay, ddrive)), dh0.astype(h0.dtype)
+  residuals = decay, h0.mT.astype(drive.dtype), *saved
+  ddecay, ddrive, dfirst = recurrence_backward(None, residuals, g)
+  assert dfirst is not None
+  return *pullback((ddecay, ddrive)), dfirst.mT.astype(h0.dtype)
