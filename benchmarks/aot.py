@@ -6,6 +6,7 @@
     python -m benchmarks.aot step --model tiny --target v5e:16x16
     python -m benchmarks.aot step --model tiny --target H200:4
     python -m benchmarks.aot step --target H200 --without mlp
+    python -m benchmarks.aot image --target v5e:2x4 --size 8192
 
 It prints one line of JSON. Needed are libtpu for TPUs, and for GPUs JAX's CUDA
 plugin and a ptxas (`pip install ".[train,aot]"`). A compiler that aborts takes
@@ -26,14 +27,19 @@ from typing import Any
 from unittest import mock
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from spatial_mamba_kernels import IMPLEMENTATIONS, PLATFORMS
 from spatial_mamba_kernels.case import Sizes
 from spatial_mamba_kernels.cases import CASES, by_name
 from spatial_mamba_kernels.dispatch import Kernel
+from spatial_mamba_kernels.sharding import ROWS_AXIS
 
 from benchmarks import gpu_code, network, tpu_code
 from spatial_mamba_jax.forecast import collectives, hlo, topology
+from spatial_mamba_jax.models import SpatialMambaBackbone
+from spatial_mamba_jax.models.presets import get_model_config
+from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.training.config import MeshConfig
 from spatial_mamba_jax.training.sharding import make_mesh
 
@@ -52,7 +58,12 @@ def main() -> None:
       os.environ.update(gpu_code.dump_to(dump))
       if arguments.cost:
         os.environ.update(tpu_code.dump_to(dump))
-    programs = {"kernel": kernel, "inference": inference, "step": step}
+    programs = {
+      "kernel": kernel,
+      "inference": inference,
+      "step": step,
+      "image": image,
+    }
     run = programs[arguments.program]
     with (
       topology.as_default_device(arguments.target),
@@ -231,6 +242,50 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   return record
 
 
+def image(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
+  """A backbone's feature maps of one image, whose rows all devices share.
+
+  With `--gradients` also those of the parameters, for cotangents of one.
+  """
+  del dump
+  devices = topology.devices_of(arguments.target)
+  mesh = jax.make_mesh(
+    (len(devices),), (ROWS_AXIS,), (AxisType.Auto,), devices=devices
+  )
+  config = get_model_config(
+    f"spatial_mamba_{arguments.model}", dtype="bfloat16"
+  )
+  backbone = PureModel(partial(SpatialMambaBackbone, config))
+
+  def features(weights, images):
+    maps, _ = backbone.apply(
+      weights, lambda network: network(images), train=arguments.gradients
+    )
+    return maps
+
+  def gradients(weights, images):
+    maps, pullback = jax.vjp(lambda x: features(x, images), weights)
+    return maps, pullback(jax.tree.map(jnp.ones_like, maps))
+
+  whole = NamedSharding(mesh, PartitionSpec())
+  split = NamedSharding(mesh, PartitionSpec(None, ROWS_AXIS))
+  weights = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+    backbone.shapes,
+  )
+  size = 1, arguments.size, arguments.size, 3
+  images = jax.ShapeDtypeStruct(size, "bfloat16", sharding=split)
+  function = gradients if arguments.gradients else features
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    record, text = _compile(
+      jax.jit(function),
+      (weights, images),
+      topology.platform_of(arguments.target),
+    )
+  _write_text(arguments, text)
+  return record
+
+
 def _mesh(target: str, devices: int | None = None, **sizes: int) -> Mesh:
   try:
     described = topology.devices_of(target)
@@ -305,7 +360,8 @@ def _parse() -> argparse.Namespace:
   )
   inference = programs.add_parser("inference")
   step = programs.add_parser("step")
-  for whole in (inference, step):
+  image = programs.add_parser("image")
+  for whole in (inference, step, image):
     whole.add_argument(
       "--model", default="tiny", choices=("tiny", "small", "base")
     )
@@ -331,7 +387,11 @@ def _parse() -> argparse.Namespace:
   step.add_argument(
     "--fsdp", type=int, default=1, help="devices that share the parameters"
   )
-  for subparser in (kernel, inference, step):
+  image.add_argument("--size", type=int, default=8192, help="height and width")
+  image.add_argument(
+    "--gradients", action="store_true", help="with the backward pass"
+  )
+  for subparser in (kernel, inference, step, image):
     subparser.add_argument(
       "--target", default="v5e:2x2", help="TPU topology, or a GPU"
     )

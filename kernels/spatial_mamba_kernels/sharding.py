@@ -17,21 +17,52 @@ from spatial_mamba_kernels.typing import Array
 # Names of the mesh axes that shard the batch, and of those that shard channels.
 BATCH_AXES = ("replica", "data", "fsdp")
 CHANNEL_AXES = ("model", "tensor")
+# Name of the mesh axis that shards the rows of images, and so their tokens.
+ROWS_AXIS = "rows"
 
-# Kinds of dimensions of arguments and results: sharded like the batch, sharded
-# like the channels, not sharded.
-BATCH, CHANNELS, WHOLE = "batch", "channels", None
+# Kinds of dimensions of arguments and results: sharded like the batch, like the
+# channels, like the rows of an image; not sharded.
+BATCH, CHANNELS, ROWS, WHOLE = "batch", "channels", "rows", None
 
 
-def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
+def is_split_by_rows() -> bool:
+  """Whether the current mesh shards the rows of images."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return any(
+    name == ROWS_AXIS and kind == AxisType.Auto and mesh.shape[name] > 1
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+  )
+
+
+def check_divides_rows(operator: str, size: int, least: int, what: str) -> None:
+  """Raises a ValueError if the current mesh cannot shard the rows evenly.
+
+  Args:
+    operator: the operator's public name, for the message.
+    size: the number of rows or tokens on all devices.
+    least: the least number on a device.
+    what: "rows" or "tokens".
+  """
+  shards = jax.sharding.get_abstract_mesh().shape[ROWS_AXIS]
+  if size % shards or size // shards < least:
+    raise ValueError(
+      f"{operator}: the mesh axis {ROWS_AXIS!r} needs a multiple of {shards}"
+      f" {what}, {least * shards} or more, not {size}"
+    )
+
+
+def split_axes(
+  batch: int, channels: int, *, by_rows: bool = False
+) -> dict[str, tuple[str, ...]]:
   """Returns the axes of the current mesh that shard the batch and the channels.
 
   Args:
     batch: number of images on all devices.
     channels: number of channels on all devices.
+    by_rows: whether the axis that shards rows is among them.
 
   Returns:
-    {BATCH: names, CHANNELS: names}; empty without a mesh.
+    {BATCH: names, CHANNELS: names, ROWS: names}; empty without a mesh.
 
   Raises:
     NotImplementedError: the mesh has an axis of an unknown name or type, or the
@@ -43,15 +74,16 @@ def split_axes(batch: int, channels: int) -> dict[str, tuple[str, ...]]:
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
     if kind != AxisType.Manual and mesh.shape[name] > 1
   }
+  rows: tuple[str, ...] = (ROWS_AXIS,) if by_rows else ()
   for name, kind in kinds.items():
-    if name not in BATCH_AXES + CHANNEL_AXES or kind != AxisType.Auto:
+    if name not in BATCH_AXES + CHANNEL_AXES + rows or kind != AxisType.Auto:
       raise NotImplementedError(
         f"a kernel cannot be split over the {kind} mesh axis {name!r}: it knows"
         f" axes of AxisType.Auto called {', '.join(BATCH_AXES + CHANNEL_AXES)}"
       )
   if not kinds:
     return {}
-  axes = {}
+  axes: dict[str, tuple[str, ...]] = {ROWS: rows}
   for kind, names, size in (
     (BATCH, BATCH_AXES, batch),
     (CHANNELS, CHANNEL_AXES, channels),
@@ -124,8 +156,8 @@ def per_shard(
 
   Args:
     function: the function on one device's shards.
-    arguments: for each argument, a tuple with BATCH, CHANNELS or WHOLE for each
-      of its dimensions; or a tree of these tuples.
+    arguments: for each argument, a tuple with the kind of each dimension, such
+      as BATCH; or a tree of these tuples.
     results: the same for the results.
     axes: the result of `split_axes`.
 
@@ -140,7 +172,7 @@ def per_shard(
 
   def is_dimensions(x):
     return isinstance(x, tuple) and all(
-      kind in (BATCH, CHANNELS, WHOLE) for kind in x
+      kind in (BATCH, CHANNELS, ROWS, WHOLE) for kind in x
     )
 
   return jax.shard_map(

@@ -1,5 +1,6 @@
 """The selective scan, returning every state."""
 
+from functools import partial
 from typing import Literal, overload
 
 import jax.numpy as jnp
@@ -7,9 +8,10 @@ from jax.typing import ArrayLike
 
 from spatial_mamba_kernels.dispatch import Operator, Passes
 from spatial_mamba_kernels.implementation import check_implementation
-from spatial_mamba_kernels.selective_scan import xla
+from spatial_mamba_kernels.selective_scan import over_rows, xla
 from spatial_mamba_kernels.selective_scan.plans import DIMENSIONS, KERNELS
 from spatial_mamba_kernels.shapes import check_shapes, state_dtype
+from spatial_mamba_kernels.sharding import is_split_by_rows
 from spatial_mamba_kernels.typing import Array
 
 
@@ -113,7 +115,8 @@ def selective_scan(
   if h0 is None:
     arrays.append(last)
     last = _zero_state(*arrays[:4])
-  h = jnp.swapaxes(operator((*arrays, last), implementation), 2, 3)
+  scan = partial(over_rows.scan, operator) if is_split_by_rows() else operator
+  h = jnp.swapaxes(scan((*arrays, last), implementation), 2, 3)
   return (h, h[:, -1]) if return_last else h
 
 

@@ -7,7 +7,8 @@ from jax.typing import ArrayLike
 from spatial_mamba_kernels.dispatch import Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.state_fusion import plans, xla
+from spatial_mamba_kernels.sharding import is_split_by_rows
+from spatial_mamba_kernels.state_fusion import over_rows, plans, xla
 from spatial_mamba_kernels.state_fusion.plans import DIMENSIONS
 from spatial_mamba_kernels.taps import DILATIONS
 from spatial_mamba_kernels.typing import Array
@@ -78,4 +79,7 @@ def state_fusion(
     },
   )
   arrays = (h, kernels, alpha)
-  return operator(tuple(dilations))(arrays, implementation)
+  fuse = operator(tuple(dilations))
+  if is_split_by_rows():
+    return over_rows.fuse(fuse, arrays, dilations, implementation)
+  return fuse(arrays, implementation)

@@ -7,7 +7,8 @@ from jax.typing import ArrayLike
 from spatial_mamba_kernels.dispatch import Operator
 from spatial_mamba_kernels.implementation import check_implementation
 from spatial_mamba_kernels.shapes import check_shapes
-from spatial_mamba_kernels.structure_aware_ssm import xla
+from spatial_mamba_kernels.sharding import is_split_by_rows
+from spatial_mamba_kernels.structure_aware_ssm import over_rows, xla
 from spatial_mamba_kernels.structure_aware_ssm.plans import DIMENSIONS, KERNELS
 from spatial_mamba_kernels.typing import Array
 
@@ -96,4 +97,6 @@ def structure_aware_ssm(
       "delta_bias": (delta_bias, "D"),
     },
   )
+  if is_split_by_rows():
+    return over_rows.structure_aware_ssm(tuple(arrays), implementation)
   return operator(tuple(arrays), implementation)

@@ -38,8 +38,18 @@ def structure_aware_ssm(
   )
   states = states.reshape(batch, height, width, *states.shape[2:])
   fused = fuse(states, kernels, alpha, DILATIONS)
-  C, D, image = (x.astype(fused.dtype) for x in (C, D, u))
-  return (_observe(C, fused) + with_rank_of(image, D) * image).astype(u.dtype)
+  return observe(C, fused, D, u)
+
+
+def observe(
+  C: Float[Array, "B H W N"],
+  states: Float[Array, "B H W N D"],
+  D: Float[Array, " D"],
+  u: Float[Array, "B H W D"],
+) -> Float[Array, "B H W D"]:
+  """Reads the states out, and adds the skip connection."""
+  C, D, image = (x.astype(states.dtype) for x in (C, D, u))
+  return (_observe(C, states) + with_rank_of(image, D) * image).astype(u.dtype)
 
 
 def _observe(C: Array, states: Array) -> Array:
