@@ -253,7 +253,7 @@ def image(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     (len(devices),), (ROWS_AXIS,), (AxisType.Auto,), devices=devices
   )
   config = get_model_config(
-    f"spatial_mamba_{arguments.model}", dtype="bfloat16"
+    f"spatial_mamba_{arguments.model}", dtype="bfloat16", drop_path_rate=0.0
   )
   backbone = PureModel(partial(SpatialMambaBackbone, config))
 
