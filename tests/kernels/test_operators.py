@@ -454,6 +454,20 @@ def test_a_scan_goes_on_where_another_ended(implementation):
   assert_trees_close(results[1], results[0], 1e-12)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_time_step_of_zero_before_softplus(implementation):
+  """Where the pieces of softplus have a kink, its derivative is 1/2."""
+  u, B = jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1))
+
+  def total(delta):
+    h = smk.selective_scan(
+      u, delta, -jnp.ones((1, 1)), B, implementation=implementation
+    )
+    return h[:, 0].sum()
+
+  assert jax.grad(total)(jnp.zeros((1, 2, 1)))[0, 0, 0] == 0.5
+
+
 def test_scan_is_its_equations(ssm_arguments):
   arguments = ssm_arguments(2, 4, 5, 3, 2, images=jnp.float64)
   u, delta, B = (arguments[k].reshape(2, 20, -1) for k in ("u", "delta", "B"))
