@@ -84,7 +84,9 @@ def test_micro_logits_in_bfloat16(create, images, golden):
   np.testing.assert_allclose(logits, expected, atol=0.05 * abs(expected).max())
 
 
-@pytest.mark.parametrize("size", ["224x224", "160x256"])
+@pytest.mark.parametrize(
+  "size", [pytest.param("224x224", marks=pytest.mark.soak), "160x256"]
+)
 def test_tiny_logits_in_float32(create, images, golden, size):
   logits = apply(create("tiny"), images(size))
   expected = golden("tiny")[f"logits_{size}"]
@@ -112,7 +114,8 @@ def training_gradients(model, images, target):
 
 
 @pytest.mark.parametrize(
-  ("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-4)]
+  ("dtype", "tolerance"),
+  [("float64", 1e-6), pytest.param("float32", 1e-4, marks=pytest.mark.soak)],
 )
 def test_micro_gradients_and_statistics(
   create, images, golden, dtype, tolerance

@@ -430,6 +430,7 @@ def test_interrupts_at_any_moment_leave_no_traceback(
       assert process.returncode in (-signal.SIGINT, 130), (seconds, err)
 
 
+@pytest.mark.soak
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(
   experiment, tmp_path
 ):
@@ -527,6 +528,7 @@ def test_evaluation_at_another_resolution_and_crop(experiment, tmp_path):
     assert message in line
 
 
+@pytest.mark.soak
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(experiment, tmp_path):
   """A limit on file sizes simulates it: saves fail, and the log does not."""
   workdir = tmp_path / "run"
