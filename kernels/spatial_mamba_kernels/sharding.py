@@ -75,11 +75,12 @@ def split_axes(
     if kind != AxisType.Manual and mesh.shape[name] > 1
   }
   rows: tuple[str, ...] = (ROWS_AXIS,) if by_rows else ()
+  known = BATCH_AXES + CHANNEL_AXES + rows
   for name, kind in kinds.items():
-    if name not in BATCH_AXES + CHANNEL_AXES + rows or kind != AxisType.Auto:
+    if name not in known or kind != AxisType.Auto:
       raise NotImplementedError(
         f"a kernel cannot be split over the {kind} mesh axis {name!r}: it knows"
-        f" axes of AxisType.Auto called {', '.join(BATCH_AXES + CHANNEL_AXES)}"
+        f" axes of AxisType.Auto called {', '.join(known)}"
       )
   if not kinds:
     return {}

@@ -19,7 +19,8 @@ from spatial_mamba_jax.training.processes import from_first_process
 from spatial_mamba_jax.training.save_clock import Save
 from spatial_mamba_jax.training.state import TrainState
 
-# A second one remains whole while the next is written.
+# Local checkpoints kept. If a run is killed when only some of its processes have
+# finished a checkpoint, all still have the one before.
 _KEPT = 2
 
 
@@ -155,7 +156,7 @@ def _directory(
 
 
 def _identity(workdir: pathlib.Path) -> str:
-  """Returns a name that no other run has, nor a copy of its directory."""
+  """Returns the name of the run in `workdir`; a copy of it has another name."""
   path = workdir / "run_id"
   try:
     if not path.exists():

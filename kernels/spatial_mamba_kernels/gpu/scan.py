@@ -25,10 +25,7 @@ from spatial_mamba_kernels.shapes import with_rank_of
 
 
 def scan(u, delta, A, B, bias, h0=None):
-  """Returns the states [B, L, N, D]; arguments as for `selective_scan`.
-
-  `h0` is None for 0.
-  """
+  """Returns the states [B, L, N, D]; arguments as for `selective_scan`."""
   chunks = Chunks.of(u, A)
   operands = lay_out(u, delta, A, B, bias, chunks)
   first = first_state(operands, h0)
