@@ -19,8 +19,8 @@ from spatial_mamba_jax.training.processes import from_first_process
 from spatial_mamba_jax.training.save_clock import Save
 from spatial_mamba_jax.training.state import TrainState
 
-# Local checkpoints kept. If a run is killed when only some of its processes have
-# finished a checkpoint, all still have the one before.
+# Local checkpoints kept. If a run is killed when only some of its processes
+# have finished one, all still have the one before.
 _KEPT = 2
 
 
