@@ -35,11 +35,73 @@ def states(
 
 def _discretise(u, delta, A, B, delta_bias):
   dtype = state_dtype(u, delta, A, B)
-  u, delta, A, B = (x.astype(dtype) for x in (u, delta, A, B))
-  dt = softplus(delta + with_rank_of(delta, delta_bias.astype(dtype)))
-  dt_of_states = dt[:, :, None]
-  decay = jnp.exp(dt_of_states * with_rank_of(dt_of_states, A.T))
-  return decay, _outer(dt * u, B)
+  return _decay_and_drive(
+    *(x.astype(dtype) for x in (u, delta, A, B, delta_bias))
+  )
+
+
+@jax.custom_vjp
+def _decay_and_drive(u, delta, A, B, bias):
+  dt = softplus(delta + with_rank_of(delta, bias))
+  return _decay(dt, A), _outer(dt * u, B)
+
+
+def _decay(dt, A):
+  dt = dt[:, :, None]
+  return jnp.exp(dt * with_rank_of(dt, A.T))
+
+
+def _decay_and_drive_fwd(*arrays):
+  return _decay_and_drive(*arrays), arrays
+
+
+def _decay_and_drive_bwd(arrays, cotangents):
+  u, delta, A, B, bias = arrays
+  ddecay, ddrive = cotangents
+  raw = delta + with_rank_of(delta, bias)
+  dt = softplus(raw)
+  dlog_decay = ddecay * _decay(dt, A)
+  dinput = jnp.sum(ddrive * B[..., None], axis=2)
+  rates = with_rank_of(dlog_decay, A.T)
+  ddt = jnp.sum(dlog_decay * rates, axis=2) + dinput * u
+  ddelta = ddt * jax.nn.sigmoid(raw)
+  return (
+    dinput * dt,
+    ddelta,
+    _sum_of_tokens(dlog_decay * dt[:, :, None]).T,
+    _sum_of_channels(ddrive * (dt * u)[:, :, None]),
+    _sum_of_tokens(ddelta),
+  )
+
+
+_decay_and_drive.defvjp(_decay_and_drive_fwd, _decay_and_drive_bwd)
+
+
+def _sum_of_tokens(x: Float[Array, "B L *C"]) -> Float[Array, "*C"]:
+  """Sums over images and tokens."""
+
+  def product(x):
+    rows = x.reshape(x.shape[0] * x.shape[1], -1)
+    ones = jnp.ones((1, len(rows)), x.dtype)
+    return jax.lax.dot(ones, rows, precision="highest").reshape(x.shape[2:])
+
+  # On a CPU XLA would recompute the summands, one at a time.
+  return jax.lax.platform_dependent(
+    x, cpu=product, default=lambda x: jnp.sum(x, axis=(0, 1))
+  )
+
+
+def _sum_of_channels(x: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+  """Sums over the last axis."""
+
+  def product(x):
+    ones = jnp.ones((x.shape[-1], 1), x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    return jax.lax.dot(rows, ones, precision="highest").reshape(x.shape[:-1])
+
+  return jax.lax.platform_dependent(
+    x, cpu=product, default=lambda x: jnp.sum(x, axis=-1)
+  )
 
 
 def _outer(x: Array, y: Array) -> Array:
