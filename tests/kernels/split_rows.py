@@ -92,6 +92,30 @@ def check(mesh, implementation):
     print(operator.func.__name__, dict(mesh.shape), implementation, "ok")
 
 
+def check_within_a_shard_map(mesh):
+  """Compares gradients by a `shard_map` of the caller with one device's."""
+  (_, arrays, split_names), *_ = cases(None)
+  shards = {
+    name: PartitionSpec("data" if name in (*split_names, "h0") else None)
+    for name in arrays
+  }
+
+  def total(arrays, scan):
+    return jnp.sum(jnp.sin(scan(arrays)))
+
+  def scan(arrays):
+    return smk.selective_scan(**arrays)
+
+  split = jax.shard_map(
+    scan, mesh=mesh, in_specs=(shards,), out_specs=PartitionSpec("data")
+  )
+  actual, expected = (
+    jax.jit(jax.grad(partial(total, scan=form)))(arrays)
+    for form in (split, scan)
+  )
+  jax.tree.map(assert_close, *jax.device_get((actual, expected)))
+
+
 def check_model(mesh):
   """Compares a network's logits and gradients with one device's."""
   config = ModelConfig(
@@ -122,6 +146,7 @@ def main():
   both = jax.make_mesh((2, 4), ("data", "rows"), axis_types=types)
   check(rows, None)
   check(both, "associative")
+  check_within_a_shard_map(both)
   check_model(both)
 
 

@@ -35,9 +35,12 @@ def states(
 
 def _discretise(u, delta, A, B, delta_bias):
   dtype = state_dtype(u, delta, A, B)
-  return _decay_and_drive(
-    *(x.astype(dtype) for x in (u, delta, A, B, delta_bias))
-  )
+  u, delta, A, B, bias = (x.astype(dtype) for x in (u, delta, A, B, delta_bias))
+  # In a `shard_map`, parameters must vary as the tokens do: JAX then sums their
+  # cotangents, which a derivative of our own would not.
+  zero = jnp.zeros_like(u[0, 0])
+  A, B, bias = A + zero[:, None], B + jnp.zeros_like(u[..., :1]), bias + zero
+  return _decay_and_drive(u, delta, A, B, bias)
 
 
 @jax.custom_vjp
