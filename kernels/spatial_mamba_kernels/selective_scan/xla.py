@@ -38,7 +38,7 @@ def _discretise(u, delta, A, B, delta_bias):
   u, delta, A, B, bias = (x.astype(dtype) for x in (u, delta, A, B, delta_bias))
   # In a `shard_map`, parameters must vary as the tokens do: JAX then sums their
   # cotangents, which a derivative of our own would not.
-  zero = jnp.zeros_like(u[0, 0])
+  zero = jnp.zeros_like(u, shape=bias.shape)
   A, B, bias = A + zero[:, None], B + jnp.zeros_like(u[..., :1]), bias + zero
   return _decay_and_drive(u, delta, A, B, bias)
 
@@ -84,9 +84,10 @@ def _sum_of_tokens(x: Float[Array, "B L *C"]) -> Float[Array, "*C"]:
   """Sums over images and tokens."""
 
   def product(x):
-    rows = x.reshape(x.shape[0] * x.shape[1], -1)
-    ones = jnp.ones((1, len(rows)), x.dtype)
-    return jax.lax.dot(ones, rows, precision="highest").reshape(x.shape[2:])
+    rows = x.reshape(*x.shape[:2], -1)
+    ones = jnp.ones_like(rows[..., :1]).mT
+    sums = jnp.matmul(ones, rows, precision="highest")  # Of each image.
+    return jnp.sum(sums, axis=(0, 1)).reshape(x.shape[2:])
 
   # On a CPU XLA would recompute the summands, one at a time.
   return jax.lax.platform_dependent(
@@ -98,9 +99,8 @@ def _sum_of_channels(x: Float[Array, "*B D"]) -> Float[Array, "*B"]:
   """Sums over the last axis."""
 
   def product(x):
-    ones = jnp.ones((x.shape[-1], 1), x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    return jax.lax.dot(rows, ones, precision="highest").reshape(x.shape[:-1])
+    ones = jnp.ones(x.shape[-1], x.dtype)
+    return jnp.matmul(x, ones, precision="highest")
 
   return jax.lax.platform_dependent(
     x, cpu=product, default=lambda x: jnp.sum(x, axis=-1)
