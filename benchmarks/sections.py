@@ -2,11 +2,9 @@
 
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
 import itertools
 import os
-import platform
 import sys
 import time
 import traceback
@@ -17,15 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import machine as this_machine
 from benchmarks import network, operators, peers, timing
 from spatial_mamba_jax.training import provenance
 
-# Packages and variables on which speed may depend.
-PACKAGES = (
-  *("jax", "jaxlib", "flax", "optax"),
-  *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"),
-)
-ENVIRONMENT = ("GLIBC_TUNABLES", "JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS")
 # Programs compiled at once. More would wait for each other's autotuning on a
 # GPU.
 COMPILING = 4
@@ -169,18 +162,8 @@ def _describe_machine(scale):
   scale = scale or ("cpu" if device.platform == "cpu" else "accelerator")
   sizes = SCALES[scale]
   return {
-    "device": device.device_kind,
-    "devices": jax.device_count(),
-    "platform": device.platform,
-    "host": platform.machine(),
-    "cores": os.cpu_count(),
-    "python": platform.python_version(),
-    "versions": provenance.versions(PACKAGES),
-    "environment": {x: os.environ[x] for x in ENVIRONMENT if x in os.environ},
-    "commit": provenance.commit() or "unknown",
-    "date": datetime.date.today().isoformat(),
+    **this_machine.describe(),
     "command": "python -m benchmarks.device " + " ".join(sys.argv[1:]),
-    "protocol": timing.__doc__,
     "scale": scale,
     "copy_bytes_per_second": timing.copy_rate(sizes.copy),
     "matmul_flops": timing.matmul_rate(jnp.dtype(sizes.dtype), sizes.matmul),

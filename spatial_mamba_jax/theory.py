@@ -119,7 +119,7 @@ def mixing_rows(
   mix: Callable[[Any, Any], Any],
   values: Float[Array, "B H W D"],
   operands: Any,
-  tokens: Sequence[int],
+  tokens: Sequence[int] | Array,
 ) -> Float[Array, "T B H W D"]:
   """Returns rows of the matrix of any mixer, without the matrix.
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -157,6 +159,19 @@ def test_a_broken_block_fails(text, monkeypatch, tmp_path):
 def test_a_name_that_is_not_there_fails(text):
   with pytest.raises((AssertionError, AttributeError)):
     check_names(text)
+
+
+@pytest.mark.parametrize(
+  "notebook", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda x: x.stem
+)
+def test_notebooks_run(notebook, tmp_path):
+  cells = json.loads(notebook.read_text())["cells"]
+  code = [cell for cell in cells if cell["cell_type"] == "code"]
+  assert all(not cell["outputs"] for cell in code), "stored with outputs"
+  copy = tmp_path / notebook.name
+  copy.write_bytes(notebook.read_bytes())
+  run_shell(f"python -m jupyter execute --inplace {shlex.quote(str(copy))}")
+  assert "image/png" in copy.read_text()  # It draws.
 
 
 def test_the_front_page_is_short():

@@ -27,6 +27,10 @@ ALLOWED = {
   "forecast": {
     *("errors", "paths", "hardware", "models", "data", "training", "forecast"),
   },
+  "visualize": {
+    *("errors", "paths", "kernels", "models", "theory", "data", "training"),
+    "visualize",
+  },
 }
 
 KERNELS = "spatial_mamba_kernels"

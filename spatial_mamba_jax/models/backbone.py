@@ -52,10 +52,18 @@ class Trunk(nnx.Module):
     )
     self.deterministic = True
 
-  def _stage_features(
-    self, images: ArrayLike, rngs: nnx.Rngs | None
+  def stage_features(
+    self, images: ArrayLike, rngs: nnx.Rngs | None = None
   ) -> Iterator[Float[Array, "B H W C"]]:
-    """Yields each stage's tokens, before downsampling."""
+    """Yields the tokens of each stage, before norm and downsampling.
+
+    Args:
+      images: [B, H, W, in_channels], normalised.
+      rngs: random streams; see `Classifier.__call__`.
+
+    Raises:
+      ValueError: as for a classifier.
+    """
     channels = self.config.in_channels
     x = self.stem(check_images(images, channels).astype(self.config.dtype))
     scales = self._drop_path_scales(rngs, x.shape[0])
@@ -122,7 +130,7 @@ class Classifier(Trunk):
     Raises:
       ValueError: `images` has a wrong shape or dtype, or `rngs` is missing.
     """
-    *_, x = self._stage_features(images, rngs)
+    *_, x = self.stage_features(images, rngs)
     return self.head(jnp.mean(self.norm(x), axis=(1, 2)))
 
 
@@ -171,7 +179,7 @@ class Backbone(Trunk):
     """
     return [
       self.norms[str(i)](x)
-      for i, x in enumerate(self._stage_features(images, rngs))
+      for i, x in enumerate(self.stage_features(images, rngs))
       if str(i) in self.norms
     ]
 

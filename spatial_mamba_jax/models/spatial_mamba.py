@@ -22,10 +22,6 @@ from spatial_mamba_jax.models.layers import (
   conv3x3,
   uniform_linear,
 )
-from spatial_mamba_jax.models.mixers.structure_aware import (
-  States,
-  StructureAwareSSM,
-)
 from spatial_mamba_jax.models.norms import BatchNorm, LayerNorm
 
 
@@ -135,10 +131,9 @@ class Block(nnx.Module):
     x, branch = self.norm2.residual(self.conv2.residual(x))
     return self.mlp(branch, x, second)
 
-  def states(self, x: Float[Array, "B H W C"]) -> States:
-    """Returns the mixer's states in `self(x)`; the mixer must have states."""
-    assert isinstance(self.mixer, StructureAwareSSM)
-    return self.mixer.states(self.norm1(self.conv1.residual(x)))
+  def mixer_input(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns the input of the mixer in `self(x)`."""
+    return self.norm1(self.conv1.residual(x))
 
 
 class SpatialMamba(Classifier):

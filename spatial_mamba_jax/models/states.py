@@ -1,16 +1,18 @@
-"""The states of a block, which the forward pass does not return.
+"""Values inside a block, which the forward pass does not return.
 
-Axis letters: B batch, H and W height and width, D inner channels, N states.
+Axis letters: B batch, H and W height and width, C channels, D inner channels, N
+states.
 """
 
 from jax.typing import ArrayLike
+from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.backbone import Trunk, check_images
+from spatial_mamba_jax.models.mixers.base import Mixer
 from spatial_mamba_jax.models.mixers.structure_aware import (
   States,
   StructureAwareSSM,
 )
-from spatial_mamba_jax.models.spatial_mamba import Block
 
 
 def block_states(
@@ -41,6 +43,30 @@ def block_states(
     ValueError: there is no such block, its mixer has no states, the model is in
       training mode, or `images` has a wrong shape or dtype.
   """
+  mixer, x = mixer_input(model, images, stage, block)
+  if not isinstance(mixer, StructureAwareSSM):
+    raise ValueError(
+      "only blocks with the structure-aware mixer have states, not those with a"
+      f" {type(mixer).__name__}"
+    )
+  return mixer.states(x)
+
+
+def mixer_input(
+  model: Trunk, images: ArrayLike, stage: int, block: int
+) -> tuple[Mixer, Float[Array, "B H W C"]]:
+  """Runs the network up to a block; returns the block's mixer and its input.
+
+  Args:
+    model: from `create_model` or `create_backbone`, in eval mode.
+    images: as for `SpatialMamba`.
+    stage: index of the stage, from 0.
+    block: index of the block in its stage, from 0.
+
+  Raises:
+    ValueError: there is no such block, it does not tell its mixer's input, the
+      model is in training mode, or `images` has a wrong shape or dtype.
+  """
   depths = model.config.depths
   if not (0 <= stage < len(depths) and 0 <= block < depths[stage]):
     raise ValueError(
@@ -56,11 +82,9 @@ def block_states(
   for earlier in model.stages[stage].blocks[:block]:
     x = earlier(x)
   last = model.stages[stage].blocks[block]
-  if not isinstance(last, Block) or not isinstance(
-    last.mixer, StructureAwareSSM
-  ):
+  if not hasattr(last, "mixer_input"):
     raise ValueError(
-      "only blocks with the structure-aware mixer have states, not those with a"
-      f" {type(getattr(last, 'mixer', last)).__name__}"
+      f"the input of the mixer is not known: a {type(last).__name__} has no"
+      " method mixer_input"
     )
-  return last.states(x)
+  return last.mixer, last.mixer_input(x)

@@ -368,13 +368,14 @@ def test_no_device_is_one_line(experiment, tmp_path):
     ("eval.py", "orbax"),
     ("eval.py", "absl"),
     ("spatial_mamba_jax.report", "matplotlib"),
+    ("spatial_mamba_jax.visualize", "PIL"),
   ],
 )
 def test_a_missing_package_is_one_line(tmp_path, script, package):
   is_module = not script.endswith(".py")
   arguments = ["--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
   if is_module:
-    arguments = [str(tmp_path)]
+    arguments = [str(tmp_path) if script.endswith("report") else "erf"]
     record = {"step": 1, "kind": "train", "loss": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
   run = f"runpy.run_{'module' if is_module else 'path'}"

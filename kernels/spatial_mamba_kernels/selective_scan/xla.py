@@ -28,12 +28,15 @@ def states(
   implementation: str | None,
 ) -> Float[Array, "B L N D"]:
   """Discretises and scans; `selective_scan` states the equations."""
-  decay, drive = _discretise(u, delta, A, B, delta_bias)
+  decay, drive = discretise(u, delta, A, B, delta_bias)
   first = None if h0 is None else h0.mT.astype(drive.dtype)
   return linear_recurrence(decay, drive, first, implementation)
 
 
-def _discretise(u, delta, A, B, delta_bias):
+def discretise(
+  u: Array, delta: Array, A: Array, B: Array, delta_bias: Array
+) -> tuple[Float[Array, "B L N D"], Float[Array, "B L N D"]]:
+  """Returns each token's decay of the state, and what it adds to it."""
   dtype = state_dtype(u, delta, A, B)
   u, delta, A, B, bias = (x.astype(dtype) for x in (u, delta, A, B, delta_bias))
   # In a `shard_map`, parameters must vary as the tokens do: JAX then sums their
@@ -125,7 +128,7 @@ def saving_states(arrays: Arrays, *, save: bool) -> Arrays:
 def from_saved_states(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   """Runs the backward pass from saved states, without recomputing them."""
   *arguments, h0 = arrays
-  (decay, drive), pullback = jax.vjp(_discretise, *arguments)
+  (decay, drive), pullback = jax.vjp(discretise, *arguments)
   residuals = decay, h0.mT.astype(drive.dtype), *saved
   ddecay, ddrive, dfirst = recurrence_backward(None, residuals, g)
   assert dfirst is not None

@@ -1,0 +1,206 @@
+"""The command line of `python -m spatial_mamba_jax.visualize`."""
+
+import argparse
+import io
+import pathlib
+import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from flax import nnx
+
+from spatial_mamba_jax.errors import (
+  UserError,
+  run_command,
+  silence_threads,
+  tell,
+)
+from spatial_mamba_jax.models import create_model, list_models, mixers
+from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.mixers import MixerConfig
+from spatial_mamba_jax.paths import local_path
+from spatial_mamba_jax.training.digests import write_whole
+from spatial_mamba_jax.training.weights import load_model
+from spatial_mamba_jax.visualize import figures, images, maps
+
+if TYPE_CHECKING:
+  import matplotlib.figure
+
+# Output tokens of `mixing`: row and column, as shares of the image.
+_POSITIONS = ((0.5, 0.5), (0.25, 0.75), (0.8, 0.2))
+_MOST_PIXELS = 2**12
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the command; returns its exit status."""
+  options = _parse(arguments)
+  mistakes = (ValueError, OSError, ImportError, MemoryError)
+  return run_command("visualize", lambda: _visualize(options), mistakes)
+
+
+def _visualize(options: argparse.Namespace) -> None:
+  out = local_path(options.out or f"{options.kind}.png", "--out")
+  if out.suffix not in (".png", ".svg") or not out.parent.is_dir():
+    raise UserError(
+      f"--out={options.out} must end in .png or .svg, and its directory must"
+      " exist"
+    )
+  draw = {
+    "erf": _receptive_fields,
+    "states": _states,
+    "mixing": _mixing,
+    "mixers": _mixers,
+  }[options.kind]
+  picture = io.BytesIO()
+  draw(options).savefig(picture, format=out.suffix[1:], dpi=200)
+  write_whole(out, picture.getvalue())
+  tell(f"wrote {out}")
+
+
+def _receptive_fields(options) -> "matplotlib.figure.Figure":
+  pixels = images.read_images(options.image, options.image_size)
+  model = _model(options)
+  models = {"random weights": model}
+  if options.weights:
+    models = {"random weights": _random(model, options.seed), "trained": model}
+  inputs = _inputs(model, *pixels)
+  return figures.draw_receptive_fields(
+    {name: maps.receptive_field(x, inputs) for name, x in models.items()}
+  )
+
+
+def _states(options) -> "matplotlib.figure.Figure":
+  pixels, *_ = images.read_images(options.image[:1], options.image_size)
+  model = _model(options)
+  (image,) = _inputs(model, pixels)
+  place = {"stage": options.stage, "block": options.block}
+  return figures.draw_states(
+    pixels,
+    maps.state_maps(model, image, **place),
+    f"States h of block {options.block} of stage {options.stage},"
+    f" {_name(options)}",
+  )
+
+
+def _mixing(options) -> "matplotlib.figure.Figure":
+  pixels, *_ = images.read_images(options.image[:1], options.image_size)
+  model = _model(options)
+  (image,) = _inputs(model, pixels)
+  place = {"stage": options.stage, "block": options.block}
+  return figures.draw_mixing(
+    pixels,
+    *maps.mixing_maps(model, image, _POSITIONS, **place),
+    f"Rows of the mixing matrix M of block {options.block} of stage"
+    f" {options.stage}, {_name(options)}",
+  )
+
+
+def _mixers(options) -> "matplotlib.figure.Figure":
+  pixels = images.read_images(options.image, options.image_size)
+  sheet = {}
+  for kind in mixer_kinds():
+    model = create_model(
+      options.model, mixer=kind(), rngs=nnx.Rngs(options.seed)
+    )
+    inputs = _inputs(model, *pixels)
+    (token,), (weights,) = maps.mixing_maps(
+      model, inputs[0], [(0.5, 0.5)], stage=options.stage, block=options.block
+    )
+    sheet[kind.name] = maps.receptive_field(model, inputs), token, weights
+  title = f"{options.model} with each mixer, random weights"
+  return figures.draw_mixers(sheet, title)
+
+
+def mixer_kinds() -> list[type[MixerConfig]]:
+  """Returns the config of every mixer in `models/mixers`, by name."""
+  for module in pkgutil.iter_modules(mixers.__path__, f"{mixers.__name__}."):
+    import_module(module.name)
+  kinds, found = [MixerConfig], []
+  while kinds:
+    kinds += (kind := kinds.pop()).__subclasses__()
+    if hasattr(kind, "name") and kind.__module__.startswith(mixers.__name__):
+      found.append(kind)
+  return sorted(found, key=lambda kind: kind.name)
+
+
+def _model(options) -> Trunk:
+  if options.weights:
+    silence_threads()  # Those of the packages that read checkpoints.
+    return load_model(options.weights)
+  return create_model(options.model, rngs=nnx.Rngs(options.seed))
+
+
+def _random(model: Trunk, seed: int) -> Trunk:
+  """Returns a network of the same architecture with initial weights."""
+  return type(model)(model.config, rngs=nnx.Rngs(seed))
+
+
+def _inputs(model, *pixels):
+  channels = model.config.in_channels
+  return jnp.stack([images.normalise(x, channels) for x in pixels])
+
+
+def _name(options) -> str:
+  weights = str(options.weights) if options.weights else "random weights"
+  return f"{'' if options.weights else options.model + ', '}{weights}"
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m spatial_mamba_jax.visualize",
+    description="Draws what a network looks at.",
+  )
+  kinds = parser.add_subparsers(dest="kind", required=True)
+  erf = kinds.add_parser("erf", help="effective receptive field")
+  states = kinds.add_parser("states", help="states before and after fusion")
+  mixing = kinds.add_parser("mixing", help="rows of the mixing matrix")
+  sheet = kinds.add_parser("mixers", help="all mixers, with random weights")
+  for kind in (erf, states, mixing, sheet):
+    kind.add_argument(
+      "--model",
+      default="spatial_mamba_tiny",
+      choices=list_models(),
+      help="a network with random weights (default: %(default)s)",
+    )
+    kind.add_argument("--seed", type=_number(0), default=0)
+    kind.add_argument(
+      "--image",
+      type=pathlib.Path,
+      nargs="+",
+      default=[],
+      help="image files (default: photographs of scikit-learn)",
+    )
+    kind.add_argument(
+      "--image_size",
+      type=_number(1, _MOST_PIXELS),
+      default=224,
+      help="pixels of a side of the image's centre (default: %(default)s)",
+    )
+    kind.add_argument(
+      "--out",
+      default=None,
+      help="the .png or .svg to write (default: KIND.png)",
+    )
+  for kind in (erf, states, mixing):
+    kind.add_argument(
+      "--weights",
+      type=pathlib.Path,
+      help="trained weights: a run's directory, a checkpoint, a .pth or"
+      " .safetensors file, or a directory of save_pretrained",
+    )
+  for kind in (states, mixing, sheet):
+    kind.add_argument("--stage", type=_number(0), default=0)
+    kind.add_argument("--block", type=_number(0), default=0)
+  return parser.parse_args(arguments)
+
+
+def _number(least: int, most: int = 2**31 - 1):
+  def parse(text):
+    if not text.isdecimal() or not least <= int(text) <= most:
+      raise argparse.ArgumentTypeError(
+        f"must be a number from {least} to {most}, not {text!r}"
+      )
+    return int(text)
+
+  return parse

@@ -1,0 +1,184 @@
+"""Draws the maps of `maps`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatial_mamba_jax.visualize.maps import StateMaps
+
+if TYPE_CHECKING:
+  import matplotlib.figure
+
+# A perceptually uniform colour map, whose lightness rises with the value, so
+# that prints in grey remain readable.
+_COLOURS = "viridis"
+# Logarithmic scales span so many powers of ten below the greatest value.
+_DECADES = 4
+_MARK = "#D55E00"
+_SMALL = 9  # Size of the font, in points.
+
+
+def draw_receptive_fields(
+  fields: dict[str, np.ndarray],
+) -> "matplotlib.figure.Figure":
+  """Draws effective receptive fields, {title: [H, W]}, on one scale."""
+  figure = _figure(2.6 * len(fields) + 1.2, 3.1)
+  grid = figure.subplots(1, len(fields), squeeze=False)[0]
+  for axes, (title, field) in zip(grid, fields.items(), strict=True):
+    shown = _show(axes, field, _logarithmic(1.0))
+    share = f"half of the sum in {_share(field):.0%} of the pixels"
+    axes.set_title(f"{title}\n{share}", fontsize=_SMALL)
+  _colour_bar(figure, shown, grid, "gradient, of the greatest")
+  return figure
+
+
+def draw_states(
+  image: np.ndarray, maps: StateMaps, title: str
+) -> "matplotlib.figure.Figure":
+  """Draws an image and states: before fusion above, after fusion below."""
+  columns = 2 + len(maps.indices)
+  figure = _figure(1.9 * columns + 0.6, 4.3)
+  figure.suptitle(title, fontsize=11)
+  grid = figure.subplots(2, columns)
+  _show(grid[0, 0], image)
+  grid[0, 0].set_title("image", fontsize=_SMALL)
+  grid[1, 0].axis("off")
+  panels = [("mean of |h|", maps.mean)]
+  panels += [
+    (f"channel {index}", maps.channels[:, i])
+    for i, index in enumerate(maps.indices)
+  ]
+  for column, (name, pair) in zip(grid.T[1:], panels, strict=True):
+    column[0].set_title(name, fontsize=_SMALL)
+    for axes, states, when in zip(
+      column, pair, ("before", "after"), strict=True
+    ):
+      # Fusion changes the scale of the states, so that each map has its own.
+      shown = _show(axes, states)
+      _colour_bar(figure, shown, axes, "")
+      if name == panels[0][0]:
+        axes.set_ylabel(f"{when} fusion", fontsize=_SMALL)
+  return figure
+
+
+def draw_mixing(
+  image: np.ndarray,
+  tokens: Sequence[tuple[int, int]],
+  maps: np.ndarray,
+  title: str,
+) -> "matplotlib.figure.Figure":
+  """Draws an image with output tokens, and the weights of tokens in each."""
+  figure = _figure(2.1 * (1 + len(tokens)) + 0.8, 2.7)
+  figure.suptitle(title, fontsize=11)
+  grid = figure.subplots(1, 1 + len(tokens))
+  height, width = maps.shape[1:]
+  # In units of tokens, so that the marks fit.
+  grid[0].imshow(image, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+  _bare(grid[0])
+  grid[0].set_title("image and output tokens", fontsize=_SMALL)
+  maps = np.stack(list(map(_without_token, maps, tokens)))
+  scale = _logarithmic(float(np.nanmax(maps)))
+  for number, (axes, token, weights) in enumerate(
+    zip(grid[1:], tokens, maps, strict=True), start=1
+  ):
+    shown = _show(axes, weights, scale)
+    axes.set_title(f"output token {number}", fontsize=_SMALL)
+    for panel in (grid[0], axes):
+      _mark(panel, token, str(number) if panel is grid[0] else "")
+  _colour_bar(figure, shown, grid, "mean of |M|\nover channels")
+  return figure
+
+
+def draw_mixers(
+  sheet: dict[str, tuple[np.ndarray, tuple[int, int], np.ndarray]], title: str
+) -> "matplotlib.figure.Figure":
+  """Draws a line for each mixer.
+
+  Args:
+    sheet: {name: (receptive field, output token, weights of all tokens in it)}.
+    title: above all of them.
+  """
+  figure = _figure(6.4, 2.8 * len(sheet) + 0.7)
+  figure.suptitle(title, fontsize=11)
+  grid = figure.subplots(len(sheet), 2, squeeze=False)
+  for axes, (name, (field, token, weights)) in zip(
+    grid, sheet.items(), strict=True
+  ):
+    shown = _show(axes[0], field, _logarithmic(1.0))
+    weights = _without_token(weights, token)
+    _show(axes[1], weights / np.nanmax(weights), _logarithmic(1.0))
+    _mark(axes[1], token, "")
+    axes[0].set_ylabel(name, fontsize=_SMALL)
+  grid[0, 0].set_title("effective receptive field", fontsize=_SMALL)
+  grid[0, 1].set_title("weights of other tokens, |M|", fontsize=_SMALL)
+  _colour_bar(figure, shown, grid, "of the greatest")
+  return figure
+
+
+def _without_token(weights: np.ndarray, token: tuple[int, int]) -> np.ndarray:
+  """Leaves out the token's own weight: D would outshine all others."""
+  others = weights.copy()
+  others[token] = np.nan
+  return others
+
+
+def _figure(width: float, height: float) -> "matplotlib.figure.Figure":
+  # Imported here, so that a missing matplotlib becomes one line of error.
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def _logarithmic(greatest: float) -> Any:
+  from matplotlib.colors import LogNorm
+
+  return LogNorm(greatest / 10**_DECADES, greatest, clip=True)
+
+
+def _show(axes: Any, values: np.ndarray, scale: Any = None) -> Any:
+  _bare(axes)
+  # Of zeros a logarithm takes the least value.
+  return axes.imshow(
+    values if scale is None else np.maximum(values, scale.vmin),
+    cmap=_COLOURS,
+    norm=scale,
+    interpolation="nearest",
+  )
+
+
+def _bare(axes: Any) -> None:
+  axes.set_xticks([])
+  axes.set_yticks([])
+  for side in axes.spines.values():
+    side.set_visible(False)
+
+
+def _mark(axes: Any, token: tuple[int, int], text: str) -> None:
+  row, column = token
+  axes.plot(column, row, "o", mfc="none", mec="white", markersize=9, mew=2.5)
+  axes.plot(column, row, "o", mfc="none", mec=_MARK, markersize=9, mew=1.3)
+  if text:
+    axes.annotate(
+      text,
+      (column, row),
+      (8, 5),
+      textcoords="offset points",
+      color="white",
+      fontsize=9,
+      fontweight="bold",
+      bbox={"facecolor": _MARK, "edgecolor": "none", "pad": 1.5},
+    )
+
+
+def _colour_bar(figure: Any, shown: Any, axes: Any, label: str) -> None:
+  bar = figure.colorbar(shown, ax=axes, shrink=0.85, pad=0.02)
+  bar.set_label(label, fontsize=_SMALL)
+  bar.ax.tick_params(labelsize=7)
+  bar.outline.set_visible(False)
+
+
+def _share(field: np.ndarray) -> float:
+  """The least share of the pixels whose sum is half of the whole sum."""
+  values = np.sort(field.ravel())[::-1].cumsum()
+  return float(1 + np.searchsorted(values, values[-1] / 2)) / values.size
