@@ -26,7 +26,6 @@ import argparse
 import itertools
 import json
 import pathlib
-import platform
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -47,7 +46,6 @@ PATIENCE_SECONDS = 600
 def main() -> None:
   """Measures, prints and writes; exits with status 1 if anything failed."""
   arguments = _parse()
-  file = arguments.output
   record: dict[str, Any] = {"rows": [], "left_out": [], "failed": {}}
   groups = [FORMS]
   if is_installed("torch") and not arguments.target:
@@ -56,7 +54,9 @@ def main() -> None:
     left = list(cases(forms, arguments.batch_size, arguments.lengths))
     for kind, value in _messages(left, arguments.target):
       _add(record, kind, value)
+      file = arguments.output or _file(record)
       write_whole(file, json.dumps(record, indent=1) + "\n")
+  file = arguments.output or _file(record)
   for suffix, picture in formulations_report.pictures(record).items():
     write_whole(file.with_suffix(suffix), picture)
   print("\n".join(formulations_report.tables(record)))
@@ -80,6 +80,7 @@ def _messages(
   left: list[Case], target: str | None
 ) -> Iterator[tuple[str, Any]]:
   """Yields what processes send, in a new one after each that ends early."""
+  is_described = False
   while left:
     work = (
       partial(scan_programs.describe, cases=tuple(left), target=target)
@@ -88,11 +89,16 @@ def _messages(
     )
     try:
       for kind, value in processes.messages(work, patience=PATIENCE_SECONDS):
+        if kind == "refused":
+          sys.exit(value)
         if kind == "end":
           left.pop(0)
         else:
           yield kind, value
+          is_described = True
     except processes.EndedError as error:
+      if not is_described:
+        sys.exit(f"nothing can be measured: {error}")
       yield "failed", {str(left.pop(0)): str(error)}
 
 
@@ -107,12 +113,17 @@ def _add(record, kind, value):
   print(json.dumps({kind: value}), file=sys.stderr, flush=True)
 
 
+def _file(record):
+  kind = record["device"].partition(":")[0].lower().replace(" ", "-")
+  return RESULTS / f"formulations-{kind}.json"
+
+
 def _parse():
   parser = argparse.ArgumentParser(prog="python -m benchmarks.formulations")
   parser.add_argument(
     "--output",
     type=_json_file,
-    help="a JSON file; default: formulations-TARGET.json of benchmarks/results",
+    help="a JSON file; default: one in benchmarks/results, named by the device",
   )
   parser.add_argument(
     "--target",
@@ -129,11 +140,7 @@ def _parse():
     default=LENGTHS,
     help="tokens of the image of few channels",
   )
-  arguments = parser.parse_args()
-  if arguments.output is None:
-    kind = (arguments.target or platform.machine()).partition(":")[0].lower()
-    arguments.output = RESULTS / f"formulations-{kind}.json"
-  return arguments
+  return parser.parse_args()
 
 
 def _json_file(text):

@@ -74,13 +74,14 @@ def measure(send: Send, *, cases: Sequence[Case]) -> None:
   """Measures programs on this machine's device.
 
   Args:
-    send: takes pairs: "machine" and its description; "row" and a measurement;
-      "left_out" and a case; and "end" after each case.
+    send: takes pairs: "machine" and its description, first; "row" and a
+      measurement; "left_out" and a case; and "end" after each case.
     cases: what to measure, of each form those of few tokens first.
   """
   if cases[0].form in TORCH_FORMS:
     # The GPU is PyTorch's; JAX only computes the exact values.
     jax.config.update("jax_platforms", "cpu")
+    send(("machine", {}))
     run = _measure_torch
   else:
     send(("machine", machine.describe()))
@@ -99,9 +100,20 @@ def measure(send: Send, *, cases: Sequence[Case]) -> None:
 
 
 def describe(send: Send, *, cases: Sequence[Case], target: str) -> None:
-  """Compiles programs for a machine that is not there; see `measure`."""
+  """Compiles programs for a machine that is not there.
+
+  Args:
+    send: as for `measure`; and takes "refused" and the reason why nothing here
+      compiles for the target.
+    cases: what to compile.
+    target: see `topology`.
+  """
   topology.use_compilers()
-  device = topology.devices_of(target)[0]
+  try:
+    device = topology.devices_of(target)[0]
+  except topology.TopologyError as error:
+    send(("refused", f"--target: {error}"))
+    return
   send(("machine", {**machine.describe(), "device": target}))
   with topology.as_default_device(target):
     for case in cases:

@@ -121,6 +121,16 @@ def test_command(monkeypatch, capsys, tmp_path):
   assert "<svg" in file.with_suffix(".svg").read_text()
 
 
+@pytest.mark.parametrize("target", ["v5e:2x2x2x2", "toaster"])
+def test_an_unknown_target_is_one_line(monkeypatch, capfd, tmp_path, target):
+  output = f"--output={tmp_path / 'scans.json'}"
+  monkeypatch.setattr(sys, "argv", ["formulations", "--target", target, output])
+  with pytest.raises(SystemExit, match="--target: nothing here compiles for"):
+    formulations.main()
+  assert "Traceback" not in capfd.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
   "arguments",
   [("--lengths", "0"), ("--batch-size", "x"), ("--output", "no/such/x.json")],

@@ -33,11 +33,11 @@ class Stencil(Trunk):
   def __init__(self):
     self.deterministic = True
 
-  def stage_features(self, images, rngs=None):
+  def _stage_features(self, images, rngs):
     left = jnp.roll(images, 1, axis=2)
     below = jnp.roll(images, -1, axis=1)
-    yield images
-    yield jnp.concatenate((1 + left * 0.5, -1 + below, 1 - below), axis=-1)
+    last = jnp.concatenate((1 + left * 0.5, -1 + below, 1 - below), axis=-1)
+    return [images, last]
 
 
 def test_receptive_field_is_the_gradient_of_positive_features():

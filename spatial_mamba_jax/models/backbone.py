@@ -52,18 +52,10 @@ class Trunk(nnx.Module):
     )
     self.deterministic = True
 
-  def stage_features(
-    self, images: ArrayLike, rngs: nnx.Rngs | None = None
+  def _stage_features(
+    self, images: ArrayLike, rngs: nnx.Rngs | None
   ) -> Iterator[Float[Array, "B H W C"]]:
-    """Yields the tokens of each stage, before norm and downsampling.
-
-    Args:
-      images: [B, H, W, in_channels], normalised.
-      rngs: random streams; see `Classifier.__call__`.
-
-    Raises:
-      ValueError: as for a classifier.
-    """
+    """Yields each stage's tokens, before downsampling."""
     channels = self.config.in_channels
     x = self.stem(check_images(images, channels).astype(self.config.dtype))
     scales = self._drop_path_scales(rngs, x.shape[0])
@@ -130,7 +122,7 @@ class Classifier(Trunk):
     Raises:
       ValueError: `images` has a wrong shape or dtype, or `rngs` is missing.
     """
-    *_, x = self.stage_features(images, rngs)
+    *_, x = self._stage_features(images, rngs)
     return self.head(jnp.mean(self.norm(x), axis=(1, 2)))
 
 
@@ -179,9 +171,25 @@ class Backbone(Trunk):
     """
     return [
       self.norms[str(i)](x)
-      for i, x in enumerate(self.stage_features(images, rngs))
+      for i, x in enumerate(self._stage_features(images, rngs))
       if str(i) in self.norms
     ]
+
+
+# Not a method: `nnx.tabulate` fails on public methods that take None.
+def stage_features(
+  model: Trunk, images: ArrayLike
+) -> list[Float[Array, "B H W C"]]:
+  """Returns the tokens of each stage, before norm and downsampling.
+
+  Args:
+    model: in eval mode, or with a `drop_path_rate` of 0.
+    images: as for a classifier.
+
+  Raises:
+    ValueError: as for a classifier.
+  """
+  return list(model._stage_features(images, None))
 
 
 def check_images(images: ArrayLike, channels: int) -> Array:

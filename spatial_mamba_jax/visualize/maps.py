@@ -14,7 +14,7 @@ from flax import nnx
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax import theory
-from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.backbone import Trunk, stage_features
 from spatial_mamba_jax.models.states import block_states, mixer_input
 
 
@@ -39,7 +39,7 @@ def receptive_field(
 @nnx.jit
 def _gradient(model, image):
   def centre(image):
-    *_, x = model.stage_features(image[None])
+    x = stage_features(model, image[None])[-1]
     token = x[0, x.shape[1] // 2, x.shape[2] // 2]
     return jnp.sum(jax.nn.relu(token.astype(jnp.float32)))
 
