@@ -30,8 +30,10 @@ TORCH_FORMS: dict[str, Callable[..., Any]] = {
   "PyTorch prefix": scan_forms.torch_prefix,
 }
 CHANNELS = 32  # Of the image whose number of tokens varies.
-# A form that took longer for this image is not run for one of more tokens.
+# A form that took longer for this image, to run or to compile, is left out for
+# images of more tokens.
 LONGEST_SECONDS = 2.0
+LONGEST_COMPILATION = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,10 @@ def measure(send: Send, *, cases: Sequence[Case]) -> None:
   else:
     send(("machine", machine.describe()))
     run = _measure_jax
+  _send_rows(send, cases, run)
+
+
+def _send_rows(send, cases, run):
   slow = set()
   for case in cases:
     kind = case.form, case.dtype, case.gradients
@@ -93,7 +99,10 @@ def measure(send: Send, *, cases: Sequence[Case]) -> None:
       send(("left_out", dataclasses.asdict(case)))
     else:
       row = run(case)
-      if row["seconds"] > LONGEST_SECONDS:
+      if (
+        row.get("seconds", 0) > LONGEST_SECONDS
+        or row.get("compile_seconds", 0) > LONGEST_COMPILATION
+      ):
         slow.add(kind)
       send(("row", {**dataclasses.asdict(case), **row}))
     send(("end", None))
@@ -115,11 +124,9 @@ def describe(send: Send, *, cases: Sequence[Case], target: str) -> None:
     send(("refused", f"--target: {error}"))
     return
   send(("machine", {**machine.describe(), "device": target}))
+  sharding = SingleDeviceSharding(device)
   with topology.as_default_device(target):
-    for case in cases:
-      _, row = _compile(case, SingleDeviceSharding(device))
-      send(("row", {**dataclasses.asdict(case), **row}))
-      send(("end", None))
+    _send_rows(send, cases, lambda case: _compile(case, sharding)[1])
 
 
 def _measure_jax(case):
