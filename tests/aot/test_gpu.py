@@ -207,7 +207,8 @@ def test_relu_depthwise_conv(target, shape, dtype):
   assert kernels == 1
 
 
-@pytest.mark.parametrize("target", TARGETS)
+# An H100 gets the program of an H200.
+@pytest.mark.parametrize("target", [x for x in TARGETS if x != "H100"])
 def test_sharded_training_step(target):
   record = compiled(
     "step", "--target", f"{target}:4", "--batch-size", 128, "--model", "tiny"
@@ -217,7 +218,7 @@ def test_sharded_training_step(target):
   kernels = sum(ssm) + 3 + 2 * 3
   # And three convolutions with a stride.
   expected = 18 * kernels + 3
-  if target in ("H100", "H200"):
+  if target == "H200":
     expected += 2 * BLOCKS_WITH_MLPS + BLOCKS_WITH_WEIGHTS
   if target == "A100":
     # The scan that begins both passes runs once. In both blocks of the first
@@ -229,12 +230,8 @@ def test_sharded_training_step(target):
     assert_golden(record, STEP_H200)
 
 
-# The goals are 180 and, 1.3 times the ideal, 497 megabytes.
-@pytest.mark.parametrize(
-  ("program", "megabytes", "launches"),
-  [("inference", 142.3, 476), ("step", 482.6, 1410)],
-)
-def test_bytes_and_launches(program, megabytes, launches):
-  size, count = traffic.count(program, "H200", "tiny", 128)["all"]
-  figures = {"megabytes": megabytes, "launches": launches}
+def test_bytes_and_launches_of_inference():
+  """The goal is 180 megabytes an image; `STEP_H200` holds the step's."""
+  size, count = traffic.count("inference", "H200", "tiny", 128)["all"]
+  figures = {"megabytes": 142.3, "launches": 476}
   assert_golden({"megabytes": size / 128e6, "launches": count}, figures)

@@ -81,10 +81,14 @@ def test_what_a_kernel_costs(op, direction, bundles):
 
 
 @pytest.mark.parametrize(
-  ("target", "batch_size"),
-  [("v5e:2x2", 64), ("v5e:16x16", 8), ("v6e:16x16", 8)],
+  ("model", "target", "batch_size"),
+  [
+    ("tiny", "v5e:2x2", 64),
+    ("base", "v5e:2x2", 64),
+    ("base", "v5e:16x16", 8),
+    ("base", "v6e:16x16", 8),
+  ],
 )
-@pytest.mark.parametrize("model", ["tiny", "base"])
 def test_sharded_training_step(model, target, batch_size):
   # Less optimisation changes neither the kernels nor how the program is
   # sharded, and plans no less memory.

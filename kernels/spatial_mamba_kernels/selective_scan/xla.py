@@ -4,8 +4,11 @@ States are [B, L, N, D] here, so that the channels, which are many, lie along
 the vector lanes.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from spatial_mamba_kernels.activations import softplus
 from spatial_mamba_kernels.dispatch import Arrays
@@ -15,6 +18,9 @@ from spatial_mamba_kernels.recurrence import (
 )
 from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
+
+# Tokens that a CPU sums in one product, where their number can be divided so.
+_SHORTEST_SUM, _LONGEST_SUM = 64, 4096
 
 
 def states(
@@ -87,15 +93,25 @@ def _sum_of_tokens(x: Float[Array, "B L *C"]) -> Float[Array, "*C"]:
   """Sums over images and tokens."""
 
   def product(x):
-    rows = x.reshape(*x.shape[:2], -1)
+    batch, length, *rest = x.shape
+    block = _tokens_of_a_product(length)
+    rows = x.reshape(batch, length // block, block, math.prod(rest))
     ones = jnp.ones_like(rows[..., :1]).mT
-    sums = jnp.matmul(ones, rows, precision="highest")  # Of each image.
-    return jnp.sum(sums, axis=(0, 1)).reshape(x.shape[2:])
+    sums = jnp.matmul(ones, rows, precision="highest")
+    return jnp.sum(sums, axis=(0, 1, 2)).reshape(rest)
 
   # On a CPU XLA would recompute the summands, one at a time.
   return jax.lax.platform_dependent(
     x, cpu=product, default=lambda x: jnp.sum(x, axis=(0, 1))
   )
+
+
+def _tokens_of_a_product(length: int) -> int:
+  """Cuts long sums, because a sum of sums rounds less than one sum."""
+  if is_symbolic_dim(length) or length <= _LONGEST_SUM:
+    return length
+  block = math.gcd(length, _LONGEST_SUM)
+  return block if block >= _SHORTEST_SUM else length
 
 
 def _sum_of_channels(x: Float[Array, "*B D"]) -> Float[Array, "*B"]:
