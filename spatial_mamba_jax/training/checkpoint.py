@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from spatial_mamba_jax.errors import UserError, reason
+from spatial_mamba_jax.errors import UserError, reason, say
 from spatial_mamba_jax.models.pure import Weights
 from spatial_mamba_jax.paths import local_path, make_directory
 from spatial_mamba_jax.tasks.base import Evaluation
@@ -79,6 +79,9 @@ class Checkpoints:
     self._keep_last = keep_last
     self._saving: int | None = None
     self._is_owner = per_process or jax.process_index() == 0
+    self._other_remedy = (
+      ", or without config.local_checkpoint_dir" if per_process else ""
+    )
     if create and self._is_owner:
       try:
         make_directory(directory)
@@ -88,12 +91,20 @@ class Checkpoints:
           f"cannot write to {directory}: {reason(error, directory)}"
         ) from error
     if per_process:
-      whole = in_all_processes(self._files.steps_with_digests())
-      self._files.remove(set(self.steps()) - whole)
+      self._keep_those_of_all_processes()
     self._clock = SaveClock()
     self._checkpointer = make_checkpointer(
       self._clock.written, per_process=per_process
     )
+
+  def _keep_those_of_all_processes(self) -> None:
+    whole = in_all_processes(self._files.steps_with_digests())
+    if others := sorted(set(self.steps()) - whole):
+      say(
+        f"{self._files.root}: removing step {', '.join(map(str, others))},"
+        " damaged or not whole in every process"
+      )
+      self._files.remove(others)
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -217,6 +228,9 @@ class Checkpoints:
     Raises:
       SaveError: a checkpoint could not be written.
     """
+    self._finish_save()
+
+  def _finish_save(self) -> None:
     if self._saving is not None:
       with self._reporting_failures(self._saving):
         self._checkpointer.wait_until_finished()
@@ -303,7 +317,7 @@ class Checkpoints:
 
   def _save(self, step: int, **items: Any) -> None:
     self._clock.start()
-    self.wait()
+    self._finish_save()
     if from_first_process(lambda: step in self.steps()):
       return
     self._saving = step
@@ -328,7 +342,7 @@ class Checkpoints:
       raise SaveError(
         f"the checkpoint of step {step} cannot be saved in {self._files.root}:"
         f" {cause(error)}; {newest}; the same command resumes once it can be"
-        " written"
+        f" written{self._other_remedy}"
       ) from error
 
   def _restore(self, step: int, **items: Any) -> Any:

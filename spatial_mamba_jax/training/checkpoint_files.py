@@ -87,10 +87,16 @@ class CheckpointFiles:
     write_whole(path, json.dumps(metrics))
     add_digest(self.path(step), _METRICS)
 
-  def first_whole(self, steps: Sequence[int]) -> int | None:
+  def first_whole(
+    self, steps: Sequence[int], *, otherwise: int | None = None
+  ) -> int | None:
     """Returns the first of the steps whose checkpoint is undamaged.
 
     One line on standard error names the damaged checkpoints before it.
+
+    Args:
+      steps: the steps in the order of preference.
+      otherwise: a step that is used if none of these is; it is not checked.
 
     Returns:
       The step; None where there are no checkpoints.
@@ -104,11 +110,12 @@ class CheckpointFiles:
       if not self.path(step).is_dir():
         continue  # Removed by its run since `steps` was read.
       if damage is None:
-        if damaged:
-          line = f"skipping {'; '.join(damaged)}: using step {step}"
-          say(f"{self.root}: {line}")
+        self._say_skipped(damaged, step)
         return step
       damaged.append(f"step {step}, which {damage}")
+    if otherwise is not None:
+      self._say_skipped(damaged, otherwise)
+      return otherwise
     if damaged:
       others = [step for step in self.steps() if step not in steps]
       remedy = (
@@ -122,12 +129,25 @@ class CheckpointFiles:
       )
     return None
 
+  def _say_skipped(self, damaged, used):
+    if damaged:
+      say(f"{self.root}: skipping {'; '.join(damaged)}: using step {used}")
+
   def set_aside_after(self, step: int) -> None:
     """Renames newer checkpoints, so that their steps can be saved again."""
     for newer in self.steps():
       if newer > step:
-        path = self.path(newer)
-        path.rename(_unused(path.with_name(path.name + _DAMAGED)))
+        self._set_aside(newer)
+
+  def set_aside_if_damaged(self, step: int) -> None:
+    """Renames a checkpoint that is damaged, and says so."""
+    if step in self.steps() and (damage := self._damage(step)):
+      path = self._set_aside(step)
+      say(f"{self.root}: step {step} {damage}; it is now {path.name}")
+
+  def _set_aside(self, step):
+    path = self.path(step)
+    return path.rename(_unused(path.with_name(path.name + _DAMAGED)))
 
   def clear_partial(self, step: int | None = None) -> None:
     """Removes partly written and partly removed checkpoints.

@@ -22,6 +22,8 @@ from spatial_mamba_jax.training.state import TrainState
 # Local checkpoints kept. If a run is killed when only some of its processes
 # have finished one, all still have the one before.
 _KEPT = 2
+# First part of the name of a run's directory on a local disk.
+_PREFIX = "spatial_mamba_jax"
 
 
 class TieredCheckpoints(Checkpoints):
@@ -34,41 +36,55 @@ class TieredCheckpoints(Checkpoints):
   """
 
   def __init__(
-    self, workdir: pathlib.Path, local: pathlib.Path, *, keep_last: int
+    self, shared: pathlib.Path, local: pathlib.Path, *, keep_last: int
   ):
     """Opens both tiers.
 
     Args:
-      workdir: the directory of the shared checkpoints.
+      shared: the directory of the shared checkpoints.
       local: the directory of this process on its host.
       keep_last: how many of the newest shared checkpoints to keep.
 
     Raises:
       TrainingError: a directory cannot be written.
     """
-    super().__init__(workdir, keep_last=keep_last)
+    super().__init__(shared, keep_last=keep_last)
     self._local_directory = local
-    self._local = Checkpoints(local, keep_last=_KEPT, per_process=True)
+    try:
+      self._local = Checkpoints(local, keep_last=_KEPT, per_process=True)
+    except TrainingError as error:
+      raise TrainingError(
+        f"config.local_checkpoint_dir: {error}; choose another directory, or"
+        " leave it out"
+      ) from error
 
   def __exit__(self, kind: object, *error: object) -> None:
-    self._local.__exit__(kind, *error)
-    super().__exit__(kind, *error)
-    if kind is None:  # The working directory has all that is needed.
-      shutil.rmtree(self._local_directory, ignore_errors=True)
-      with suppress(OSError):  # Other processes of the host may have files.
-        self._local_directory.parent.rmdir()
+    try:
+      self._local.__exit__(kind, *error)
+    finally:
+      super().__exit__(kind, *error)
+    if kind is None and self._is_copied():
+      _remove(self._local_directory)
+
+  def _is_copied(self):
+    """Whether the working directory has all that is needed."""
+    return max(self.steps(), default=0) >= max(self._local.steps(), default=0)
 
   def newest(self) -> int | None:
-    """Returns the newest undamaged step of both tiers, a local one first."""
-    local, shared = self._local.newest(), self.steps()
-    if local is not None and local >= max(shared, default=0):
-      return local
-    return super().newest()
+    """Returns the newest step that is undamaged in either tier."""
+    local = self._local.newest()
+    return from_first_process(
+      lambda: self._files.first_whole(
+        [step for step in self.steps()[::-1] if step > (local or 0)],
+        otherwise=local,
+      )
+    )
 
   def set_aside_after(self, step: int) -> None:
-    """Renames newer checkpoints of both tiers."""
+    """Renames newer checkpoints of both tiers, and a damaged one of `step`."""
     self._local.set_aside_after(step)
     super().set_aside_after(step)
+    from_first_process(lambda: self._files.set_aside_if_damaged(step))
 
   def save(
     self, state: TrainState, experiment: dict[str, Any], *, wait: bool = False
@@ -134,8 +150,7 @@ def _directory(
   """Returns the directory of this process on its host's disk.
 
   It belongs to one run, and to one place of its devices in the mesh: what a
-  process saves there is of no use to another one. Directories of the same run
-  for another mesh are removed.
+  process saves there is of no use to another one.
 
   Args:
     root: the directory that the user chose for all runs.
@@ -143,16 +158,27 @@ def _directory(
     mesh: the devices.
 
   Raises:
-    TrainingError: the identity cannot be written, or a directory be read.
+    TrainingError: the identity cannot be written.
   """
-  run = root / from_first_process(lambda: _identity(workdir))
+  run = root / f"{_PREFIX}-{from_first_process(lambda: _identity(workdir))}"
   places = [device.process_index for device in mesh.devices.flat]
   mesh_name = _digest(json.dumps([list(mesh.shape.items()), places]))
-  if run.is_dir():
-    for path in run.iterdir():
-      if not path.name.startswith(mesh_name):
-        shutil.rmtree(path, ignore_errors=True)
+  if not jax.process_index():
+    say(f"local checkpoints are in {run}")
+    others = {path.name for path in run.glob("*-*")}
+    if any(not name.startswith(mesh_name) for name in others):
+      say(f"{run} also has some of another mesh, which this one cannot use")
   return run / f"{mesh_name}-{jax.process_index()}"
+
+
+def _remove(directory: pathlib.Path) -> None:
+  """Removes a process's directory, and those of other meshes beside it."""
+  mesh_name = directory.name.partition("-")[0]
+  for path in directory.parent.glob("*-*"):
+    if path == directory or not path.name.startswith(mesh_name):
+      shutil.rmtree(path, ignore_errors=True)
+  with suppress(OSError):  # Other processes of the host may have files.
+    directory.parent.rmdir()
 
 
 def _identity(workdir: pathlib.Path) -> str:

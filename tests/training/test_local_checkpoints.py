@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from spatial_mamba_jax.training.local_checkpoints import (
   open_checkpoints,
 )
 from spatial_mamba_jax.training.optimizer import Optimizer
+from spatial_mamba_jax.training.save_clock import SaveClock
 from spatial_mamba_jax.training.state import initial_state
 from tests.training.test_config import make_config
 
@@ -93,16 +96,18 @@ def test_what_each_tier_costs(killed):
   assert [save.step for save in saves[:2]] == [3, 3]
 
 
-@pytest.mark.parametrize("damage", ["content", "digests", "step"])
-def test_a_damaged_local_checkpoint_is_not_used(killed, damage):
+@pytest.mark.parametrize("kind", ["content", "digests", "step"])
+def test_a_damaged_local_checkpoint_is_not_used(killed, kind, capsys):
   (path,) = killed.local.glob("*/*/2")
-  if damage == "content":
-    (path / "state" / "manifest.ocdbt").write_bytes(b"")
-  if damage == "digests":  # As of a save that was killed.
+  if kind == "content":
+    damage(path)
+  if kind == "digests":  # As of a save that was killed.
     (path / "digests.json").unlink()
-  if damage == "step":
+  if kind == "step":
     shutil.rmtree(path)
   with killed.open() as checkpoints:
+    said = f"{path.parent}: removing step 2, damaged or not whole"
+    assert (said in capsys.readouterr().err) == (kind != "step")
     assert killed.local_steps() == [1]
     assert checkpoints.newest() == 1
     assert_restored(checkpoints, 1)
@@ -134,14 +139,84 @@ def test_local_checkpoints_are_of_one_run(killed):
   assert killed.local_steps() == [1, 2]
 
 
-def test_local_checkpoints_are_of_one_mesh(killed):
+def test_local_checkpoints_are_of_one_mesh(killed, capsys):
   with killed.open(axis="fsdp") as checkpoints:
+    assert "some of another mesh" in capsys.readouterr().err
     assert checkpoints.newest() == 1
-  assert not killed.local_steps()
+    assert killed.local_steps() == [1, 2]  # The first mesh may come back.
+    checkpoints.save(state_after(2), {"seed": 2}, wait=True)
+  assert not killed.local_steps()  # All is in the working directory.
+
+
+def damage(directory):
+  (directory / "state" / "manifest.ocdbt").write_bytes(b"")
+
+
+def test_the_newest_whole_checkpoint_is_used_wherever_it_is(killed, capsys):
+  with killed.open() as checkpoints:
+    for step in (3, 4, 5):
+      # As without the option: in the working directory alone.
+      super(type(checkpoints), checkpoints).save(
+        state_after(step), {"seed": step}, wait=True
+      )
+    damage(killed.workdir / "checkpoints" / "5")
+    assert checkpoints.newest() == 4
+    damage(killed.workdir / "checkpoints" / "4")
+    capsys.readouterr()
+    # Older ones were pruned; the local one is newer than the first.
+    assert checkpoints.newest() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "skipping step 5, which is damaged" in line
+    assert line.endswith("using step 2")
+    assert_restored(checkpoints, 2)
+    checkpoints.set_aside_after(2)
+    assert killed.local_steps() == [1, 2]
+
+
+def test_a_damaged_copy_is_saved_again(killed, capsys):
+  """The local checkpoint is the only whole one of the last step."""
+  with killed.open() as checkpoints:
+    checkpoints.save(state_after(2), {"seed": 2}, wait=True)
+    copy = killed.workdir / "checkpoints" / "2"
+    damage(copy)
+    assert checkpoints.newest() == 2
+    checkpoints.set_aside_after(2)
+    assert "step 2 is damaged" in capsys.readouterr().err
+    assert not checkpoints.is_evaluated(2)
+    assert (copy.parent / "2.damaged").is_dir()
+    checkpoints.save(state_after(2), {"seed": 2}, wait=True)
+  with killed.open() as checkpoints:
+    assert_restored(checkpoints, 2)
+  # Nothing is removed that is not in the working directory.
+  shutil.rmtree(killed.workdir / "checkpoints")
+  with killed.open() as checkpoints:
+    checkpoints.save(state_after(3), {"seed": 3})
+    checkpoints.wait()
+    shutil.rmtree(killed.workdir / "checkpoints" / "3")
+  assert killed.local_steps() == [3]
+
+
+def test_a_copy_does_not_wait_for_the_local_disk(killed, monkeypatch):
+  may_end, written = threading.Event(), SaveClock.written
+
+  def slow(clock, *arguments):
+    may_end.wait(60)
+    written(clock, *arguments)
+
+  monkeypatch.setattr(SaveClock, "written", slow)
+  with killed.open() as checkpoints:
+    begun = time.monotonic()
+    checkpoints.save(state_after(3), {"seed": 3})
+    assert time.monotonic() - begun < 30
+    may_end.set()
+  assert killed.shared_steps() == [1, 3]
 
 
 def test_a_local_disk_that_cannot_be_written(tmp_path):
   run = Run(tmp_path / "run", tmp_path / "fast")
   run.local.write_text("")
-  with pytest.raises(TrainingError, match=r"cannot write to .*Not a directory"):
+  with pytest.raises(
+    TrainingError,
+    match=r"config.local_checkpoint_dir: cannot write to .*Not a directory; choose",
+  ):
     run.open()
