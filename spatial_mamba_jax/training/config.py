@@ -264,7 +264,7 @@ class TrainConfig(Section):
       or "500 steps"; empty for none.
     local_checkpoint_dir: a directory on a fast disk of each host, or /dev/shm.
       Checkpoints are saved there and copied to the workdir in the background.
-      Empty for none.
+      A relative one is relative to the current directory. Empty for none.
     log_every: the steps that each logged line averages over, "50 steps" or
       "1 epoch".
     keep_last: the number of newest checkpoints to keep, besides the best.
