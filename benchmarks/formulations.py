@@ -25,6 +25,7 @@ program that crashes its process as failed.
 import argparse
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
@@ -145,7 +146,11 @@ def _parse():
 
 def _json_file(text):
   file = pathlib.Path(text)
-  if file.suffix != ".json" or not file.parent.is_dir():
+  if (
+    file.suffix != ".json"
+    or file.is_dir()
+    or not os.access(file.parent, os.W_OK)
+  ):
     raise argparse.ArgumentTypeError(
       f"give a file that ends in .json, in a directory that exists, not {text}"
     )

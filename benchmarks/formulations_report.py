@@ -44,7 +44,7 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
   yield from _everything(rows)
   if record["left_out"]:
     yield ""
-    yield "Left out, because fewer tokens took long enough:"
+    yield "Left out, because fewer tokens took long to run or to compile:"
     yield from (f"- {_name(case)}" for case in record["left_out"])
 
 
@@ -147,7 +147,8 @@ def pictures(record: dict[str, Any]) -> dict[str, bytes]:
     )
   figure = Figure(figsize=(9, 4.2), layout="constrained")
   figure.suptitle(
-    f"One scan of an image of few channels, {record['device']}", fontsize=11
+    f"The scan of one image with {CHANNELS} channels, {record['device']}",
+    fontsize=11,
   )
   for axes, (title, gradients, value) in zip(
     figure.subplots(1, len(panels)), panels, strict=True
@@ -184,7 +185,7 @@ def _draw(axes, rows, gradients, value):
           label=form if dtype == "float32" else None,
         )
   axes.set_xlabel("L, tokens (solid: float32; dotted: bfloat16)", fontsize=9)
-  axes.tick_params(labelsize=8)
+  axes.tick_params(labelsize=8, which="both")
   axes.grid(visible=True, color="0.9")
   for side in ("top", "right"):
     axes.spines[side].set_visible(False)

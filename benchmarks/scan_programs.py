@@ -99,10 +99,11 @@ def _send_rows(send, cases, run):
       send(("left_out", dataclasses.asdict(case)))
     else:
       row = run(case)
-      if (
+      is_slow = (
         row.get("seconds", 0) > LONGEST_SECONDS
         or row.get("compile_seconds", 0) > LONGEST_COMPILATION
-      ):
+      )
+      if case.shape[2] == CHANNELS and is_slow:
         slow.add(kind)
       send(("row", {**dataclasses.asdict(case), **row}))
     send(("end", None))

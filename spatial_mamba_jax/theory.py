@@ -20,32 +20,50 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from spatial_mamba_kernels.shapes import check_shapes
 from spatial_mamba_kernels.typing import Array, Float
 
 
 def mixing_matrix(
-  dt: Float[Array, "B L D"],
-  A: Float[Array, "D N"],
-  B: Float[Array, "B L N"],
-  C: Float[Array, "B L N"],
+  dt: ArrayLike,
+  A: ArrayLike,
+  B: ArrayLike,
+  C: ArrayLike,
   *,
-  D: Float[Array, " D"] | None = None,
-  fusion: Float[Array, "D L L"] | None = None,
+  D: ArrayLike | None = None,
+  fusion: ArrayLike | None = None,
 ) -> Float[Array, "B D L L"]:
   """Returns the matrix M of each channel, with y = M x.
 
   Args:
-    dt: time steps, after softplus; ones for linear attention.
-    A: rates of decay, negative; zeros for linear attention, whose keys are `B`
-      and whose queries are `C`.
-    B: the input projection of each token.
-    C: the observation of each token.
-    D: weights of the skip connection, or None for 0.
-    fusion: see `fusion_matrix`; None for the identity, as in Mamba.
+    dt: [B, L, D], time steps, after softplus; ones for linear attention.
+    A: [D, N], rates of decay, negative; zeros for linear attention, whose keys
+      are `B` and whose queries are `C`.
+    B: [B, L, N], the input projection of each token.
+    C: [B, L, N], the observation of each token.
+    D: [D], weights of the skip connection, or None for 0.
+    fusion: [D, L, L], see `fusion_matrix`; None for the identity, as in Mamba.
 
   Returns:
     [B, D, L, L]: entry (t, s) is the weight of token s in output t.
+
+  Raises:
+    ValueError: the shapes are inconsistent.
   """
+  arguments = {
+    "dt": (dt, "B L D"),
+    "A": (A, "D N"),
+    "B": (B, "B L N"),
+    "C": (C, "B L N"),
+    "D": (D, "D"),
+    "fusion": (fusion, "D L L"),
+  }
+  given = {k: pair for k, pair in arguments.items() if pair[0] is not None}
+  arrays = check_shapes("mixing_matrix", given)
+  dt, A, B, C, *_ = arrays
+  optional = dict(zip(given, arrays, strict=True))
+  D, fusion = optional.get("D"), optional.get("fusion")
   states = (
     decay_matrix(dt, A) * jnp.einsum("bsd,bsn->bdns", dt, B)[..., None, :]
   )
@@ -57,9 +75,7 @@ def mixing_matrix(
   return M + D[None, :, None, None] * jnp.eye(dt.shape[1], dtype=M.dtype)
 
 
-def decay_matrix(
-  dt: Float[Array, "B L D"], A: Float[Array, "D N"]
-) -> Float[Array, "B D N L L"]:
+def decay_matrix(dt: ArrayLike, A: ArrayLike) -> Float[Array, "B D N L L"]:
   """Returns by how much each token's state has decayed at each later token.
 
   Entry (t, s) is exp(A * (dt[s + 1] + ... + dt[t])) for s <= t, and 0 for
@@ -67,9 +83,13 @@ def decay_matrix(
   Every block below its diagonal has rank 1.
 
   Args:
-    dt: time steps, after softplus.
-    A: rates of decay.
+    dt: [B, L, D], time steps, after softplus.
+    A: [D, N], rates of decay.
+
+  Raises:
+    ValueError: the shapes are inconsistent.
   """
+  dt, A = check_shapes("decay_matrix", {"dt": (dt, "B L D"), "A": (A, "D N")})
   until = jnp.cumsum(dt, axis=1)
   time = jnp.einsum("btd->bdt", until)
   time = time[..., :, None] - time[..., None, :]
@@ -80,8 +100,8 @@ def decay_matrix(
 
 
 def fusion_matrix(
-  kernels: Float[Array, "M 3 3 D"],
-  alpha: Float[Array, " M"],
+  kernels: ArrayLike,
+  alpha: ArrayLike,
   *,
   height: int,
   width: int,
@@ -98,8 +118,17 @@ def fusion_matrix(
 
   Returns:
     [D, L, L]: entry (t, s) is the weight of the state of token s in the fused
-    state of token t. Neighbours outside the image count for its border.
+    state of token t. A neighbour outside the image counts for the nearest pixel
+    inside.
+
+  Raises:
+    ValueError: the shapes are inconsistent.
   """
+  count = len(dilations)
+  kernels, alpha = check_shapes(
+    "fusion_matrix",
+    {"kernels": (kernels, f"{count} 3 3 D"), "alpha": (alpha, str(count))},
+  )
   row, column = jnp.divmod(jnp.arange(height * width), width)
   fused = jnp.zeros((kernels.shape[-1], row.size, row.size), kernels.dtype)
   for m, dilation in enumerate(dilations):

@@ -126,6 +126,10 @@ def test_names_exist(page):
   check_names(page.read_text())
 
 
+def test_no_placeholder_is_left(page):
+  assert not re.search(r"@[A-Z]+@", page.read_text())
+
+
 def test_links_lead_somewhere(page):
   check_links(page)
 

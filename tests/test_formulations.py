@@ -99,6 +99,20 @@ def test_a_slow_form_is_not_run_for_more_tokens(monkeypatch):
   assert [case["shape"][1] for case in sent["left_out"]] == [4, 4]
 
 
+def test_a_form_that_compiles_slowly_is_not_compiled_for_more(monkeypatch):
+  monkeypatch.setattr(scan_programs, "LONGEST_COMPILATION", 0.0)
+  cases = [
+    Case("sequential", shape, "float32", False)
+    for shape in ((1, 2, 4), (1, 2, CHANNELS), (1, 4, CHANNELS))
+  ]
+  sent = measured(cases)
+  assert [tuple(row["shape"]) for row in sent["row"]] == [
+    (1, 2, 4),
+    (1, 2, CHANNELS),
+  ]
+  assert [case["shape"][1] for case in sent["left_out"]] == [4]
+
+
 def test_command(monkeypatch, capsys, tmp_path):
   """One program crashes its process; the others are measured."""
   chosen = [

@@ -42,6 +42,36 @@ def operands(states):
   return dt, A, B, C
 
 
+@pytest.mark.parametrize(
+  ("name", "shape"),
+  [
+    ("A", (1, 1)),
+    ("B", (1, TOKENS, 1)),
+    ("C", (BATCH, 1, 1)),
+    ("D", (1,)),
+    ("fusion", (CHANNELS, TOKENS, 1)),
+  ],
+)
+def test_a_wrong_shape_is_named(name, shape):
+  arrays = dict(zip(("dt", "A", "B", "C"), operands(1), strict=True))
+  arrays[name] = normal(*shape)
+  with pytest.raises(ValueError, match=f"mixing_matrix: {name} must have"):
+    theory.mixing_matrix(**arrays)
+
+
+@pytest.mark.parametrize(
+  ("kernels", "alpha", "name"),
+  [
+    ((3, 3, 3, 2), (1,), "alpha"),
+    ((1, 3, 3, 2), (3,), "kernels"),
+    ((3, 5, 5, 2), (3,), "kernels"),
+  ],
+)
+def test_a_wrong_stencil_is_named(kernels, alpha, name):
+  with pytest.raises(ValueError, match=f"fusion_matrix: {name} must have"):
+    theory.fusion_matrix(normal(*kernels), normal(*alpha), height=2, width=2)
+
+
 def test_linear_attention_is_its_matrix():
   """A token attends to the tokens before it, without a softmax."""
   keys, queries = normal(BATCH, TOKENS, 4), normal(BATCH, TOKENS, 4) + 1

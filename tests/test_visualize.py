@@ -1,5 +1,8 @@
 """Pictures show what they say, and mistakes end in one line."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +12,12 @@ from PIL import Image
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax import theory, visualize
+from spatial_mamba_jax.data.config import IMAGENET_MEAN, IMAGENET_STD
+from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.mixers import StructureAwareConfig
 from spatial_mamba_jax.models.states import mixer_input
-from spatial_mamba_jax.visualize import command
+from spatial_mamba_jax.visualize import command, figures, images
 
 SIZE = 32
 
@@ -87,13 +92,88 @@ def test_state_maps_are_of_the_channels_that_vary_most(model, image):
   states = smj.block_states(model, image[None], 1, 0)
   before, after = (np.asarray(x[0]).reshape(4, 4, -1) for x in states)
   spread = before.std(axis=1).mean(axis=0)
-  assert set(maps.indices) == set(np.argsort(spread)[-2:])
+  flat = [d * model.config.mixer.d_state + n for d, n in maps.places]
+  assert set(flat) == set(np.argsort(spread)[-2:])
   for k, states in enumerate((before, after)):
     np.testing.assert_allclose(maps.mean[k], np.abs(states).mean(-1), rtol=1e-5)
-    for i, channel in enumerate(maps.indices):
+    for i, index in enumerate(flat):
       np.testing.assert_allclose(
-        maps.channels[k, i], states[..., channel], rtol=1e-4, atol=1e-6
+        maps.single[k, i], states[..., index], rtol=1e-4, atol=1e-6
       )
+
+
+def test_a_single_token_has_no_map(model, image):
+  with pytest.raises(ValueError, match=r"stage 3 has one token .* 32 x 32"):
+    visualize.mixing_maps(model, image, [(0.0, 0.0)], stage=3, block=0)
+
+
+def arrays_of(axes):
+  """What an image shows; NaN where it shows nothing."""
+  (shown,) = axes.images
+  return np.ma.filled(np.ma.asarray(shown.get_array(), float), np.nan)
+
+
+def test_a_figure_of_receptive_fields():
+  rng = np.random.default_rng(0)
+  fields = {"one": rng.random((4, 6)), "two": rng.random((4, 6))}
+  # Half of the sum, 1 + 1 of 4, is in two of the pixels.
+  fields["one"] = np.full((4, 6), 2 / 22)
+  fields["one"][1, 2:4] = 1.0
+  figure = figures.draw_receptive_fields(fields, "a title")
+  assert figure.get_suptitle() == "a title"
+  for axes, (name, field) in zip(figure.axes, fields.items(), strict=False):
+    np.testing.assert_array_equal(arrays_of(axes), field)
+    assert axes.get_title().startswith(f"{name}\n")
+  assert (
+    figure.axes[0].get_title().endswith("half of the sum in 8% of the pixels")
+  )
+
+
+def test_a_figure_of_states():
+  rng = np.random.default_rng(0)
+  maps = visualize.StateMaps(
+    rng.random((2, 4, 6)), rng.random((2, 1, 4, 6)), ((7, 1),)
+  )
+  pixels = rng.integers(0, 256, (8, 12, 3), np.uint8)
+  axes = figures.draw_states(pixels, maps, "a title").axes
+  np.testing.assert_array_equal(arrays_of(axes[0]), pixels)
+  labels = {x.get_ylabel(): x for x in axes if x.get_ylabel()}
+  for i, when in enumerate(("before", "after")):
+    np.testing.assert_array_equal(
+      arrays_of(labels[f"{when} fusion"]), maps.mean[i]
+    )
+  (single,) = (x for x in axes if x.get_title() == "channel 7, state 1")
+  np.testing.assert_array_equal(arrays_of(single), maps.single[0, 0])
+
+
+def test_a_figure_of_mixing():
+  weights = np.random.default_rng(0).random((2, 4, 6)) + 0.1
+  tokens = [(1, 2), (3, 5)]
+  pixels = np.zeros((8, 12, 3), np.uint8)
+  axes = figures.draw_mixing(pixels, tokens, weights, "a title").axes
+  for shown, (row, column), expected in zip(
+    axes[1:3], tokens, weights, strict=True
+  ):
+    values = arrays_of(shown)
+    assert np.argwhere(np.isnan(values)).tolist() == [[row, column]]
+    others = ~np.isnan(values)
+    np.testing.assert_array_equal(values[others], expected[others])
+    assert shown.lines[0].get_xydata().tolist() == [[column, row]]
+  assert [line.get_xydata()[0].tolist() for line in axes[0].lines[::2]] == [
+    [2, 1],
+    [5, 3],
+  ]
+
+
+def test_images_are_normalised_as_the_recipe_does():
+  pixels = np.full((1, 1, 3), 255, np.uint8)
+  expected = (1 - np.array(IMAGENET_MEAN)) / IMAGENET_STD
+  np.testing.assert_allclose(images.normalise(pixels, 3)[0, 0], expected, 1e-6)
+  np.testing.assert_allclose(
+    images.normalise(pixels, 1)[0, 0], expected.mean(), 1e-6
+  )
+  with pytest.raises(UserError, match="takes 4 channels"):
+    images.normalise(pixels, 4)
 
 
 @pytest.fixture
@@ -106,8 +186,15 @@ def photograph(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch, model):
-  """Spares the command the creation of random weights."""
-  monkeypatch.setattr(command, "create_model", lambda *_, **__: model)
+  """Spares the command the creation of random weights; notes which."""
+  created = []
+
+  def create(name, *, rngs, **overrides):
+    created.append((name, rngs.params(), overrides))
+    return model
+
+  monkeypatch.setattr(command, "create_model", create)
+  return created
 
 
 def run(capsys, *arguments):
@@ -144,30 +231,54 @@ def test_command_draws(capsys, tmp_path, photograph, kind, suffix):
 
 
 @pytest.mark.usefixtures("quick")
-def test_command_draws_trained_weights(capsys, tmp_path, model):
+def test_command_draws_trained_weights(capsys, tmp_path, model, monkeypatch):
+  drawn = {}
+  draw = figures.draw_receptive_fields
+
+  def spy(fields, title):
+    drawn.update(fields)
+    return draw(fields, title)
+
+  monkeypatch.setattr(figures, "draw_receptive_fields", spy)
   smj.save_pretrained(model, tmp_path / "weights")
   out = tmp_path / "erf.png"
   # The image is one of scikit-learn's photographs.
   status, _, err = run(
     capsys,
     *("erf", "--weights", tmp_path / "weights", f"--image_size={SIZE}"),
-    *("--out", out),
+    *("--out", out, "--seed=1"),
   )
   assert (status, err) == (0, "")
   # Random and trained weights side by side.
-  with Image.open(out) as picture:
-    assert picture.width > 1.5 * picture.height
+  assert list(drawn) == ["random weights", "trained"]
+  assert not np.allclose(*drawn.values())
 
 
-def test_every_mixer_of_the_package_joins_the_sheet():
-  assert command.mixer_kinds() == [StructureAwareConfig]
+def test_command_creates_what_is_asked_for(quick, capsys, tmp_path, photograph):
+  for seed in (1, 2):
+    run(
+      capsys,
+      *("states", "--model=spatial_mamba_small", f"--seed={seed}"),
+      *("--image", photograph, "--image_size=32", "--out", tmp_path / "x.png"),
+    )
+  (name, one, _), (_, two, _) = quick
+  assert name == "spatial_mamba_small"
+  assert (one == nnx.Rngs(1).params()).all()
+  assert (two == nnx.Rngs(2).params()).all()
+
+
+def test_every_mixer_of_the_package_joins_the_sheet(monkeypatch):
+  module = types.ModuleType("spatial_mamba_jax.models.mixers.another")
 
   class Another(StructureAwareConfig):
     name = "another"
-    __module__ = f"{StructureAwareConfig.__module__}_too"
+    __module__ = module.__name__
 
-  kinds = command.mixer_kinds()
-  assert [kind.name for kind in kinds] == ["another", "structure_aware"]
+  assert StructureAwareConfig in command.mixer_kinds()
+  assert Another not in command.mixer_kinds()
+  module.Another = Another
+  monkeypatch.setitem(sys.modules, module.__name__, module)
+  assert Another in command.mixer_kinds()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +290,10 @@ def test_every_mixer_of_the_package_joins_the_sheet():
     (("erf", "--image", "{here}/text.jpg"), "text.jpg is no image that can be"),
     (("erf", "--image", "{here}"), "Is a directory"),
     (("erf", "--out=picture.gif"), "--out=picture.gif must end in .png or"),
-    (("erf", "--out={here}/no/x.png"), "its directory must exist"),
+    (("erf", "--out={here}/no/x.png"), "no/x.png cannot be written: give"),
+    (("mixing", "--stage=3", "--image_size=32"), "stage 3 has one token"),
+    (("erf", "--weights=x", "--model=spatial_mamba_tiny"), "not allowed with"),
+    (("states", "--image", "a.jpg", "b.jpg"), "unrecognized arguments: b.jpg"),
     (("states", "--weights={here}/text.jpg"), "text.jpg"),
     (("erf", "--image_size=0"), "must be a number from 1 to"),
     (("erf", "--image_size=big"), "must be a number from 1 to"),
@@ -191,9 +305,10 @@ def test_a_mistake_is_one_line(capsys, tmp_path, arguments, message):
   status, said, err = run(
     capsys,
     *(x.format(here=tmp_path) for x in arguments),
-    *(() if "weights" in arguments[1] else ("--model=spatial_mamba_micro",)),
   )
   assert status == 2
   assert not said
-  assert message in err.splitlines()[-1]
-  assert "Traceback" not in err
+  *before, last = err.splitlines()
+  assert message in last
+  # Before it, argparse prints how the command is used.
+  assert not before or before[0].startswith("usage: ")

@@ -1,9 +1,12 @@
 """The command line of `python -m spatial_mamba_jax.visualize`."""
 
 import argparse
+import inspect
 import io
+import os
 import pathlib
 import pkgutil
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 # Output tokens of `mixing`: row and column, as shares of the image.
 _POSITIONS = ((0.5, 0.5), (0.25, 0.75), (0.8, 0.2))
-_MOST_PIXELS = 2**12
+_LONGEST_SIDE = 2**12  # In pixels.
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,12 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _visualize(options: argparse.Namespace) -> None:
-  out = local_path(options.out or f"{options.kind}.png", "--out")
-  if out.suffix not in (".png", ".svg") or not out.parent.is_dir():
-    raise UserError(
-      f"--out={options.out} must end in .png or .svg, and its directory must"
-      " exist"
-    )
+  out = _output(options.out or f"{options.kind}.png")
   draw = {
     "erf": _receptive_fields,
     "states": _states,
@@ -53,9 +51,21 @@ def _visualize(options: argparse.Namespace) -> None:
     "mixers": _mixers,
   }[options.kind]
   picture = io.BytesIO()
-  draw(options).savefig(picture, format=out.suffix[1:], dpi=200)
+  draw(options).savefig(picture, format=out.suffix[1:].lower(), dpi=200)
   write_whole(out, picture.getvalue())
   tell(f"wrote {out}")
+
+
+def _output(text: str) -> pathlib.Path:
+  """Returns the path of --out; refuses one that cannot be written."""
+  out = local_path(text, "--out")
+  if out.suffix.lower() not in (".png", ".svg"):
+    raise UserError(f"--out={text} must end in .png or .svg")
+  if out.is_dir() or not os.access(out.parent, os.W_OK):
+    raise UserError(
+      f"--out={text} cannot be written: give a file in a directory that exists"
+    )
+  return out
 
 
 def _receptive_fields(options) -> "matplotlib.figure.Figure":
@@ -66,12 +76,13 @@ def _receptive_fields(options) -> "matplotlib.figure.Figure":
     models = {"random weights": _random(model, options.seed), "trained": model}
   inputs = _inputs(model, *pixels)
   return figures.draw_receptive_fields(
-    {name: maps.receptive_field(x, inputs) for name, x in models.items()}
+    {name: maps.receptive_field(x, inputs) for name, x in models.items()},
+    f"Effective receptive field, {options.weights or options.model}",
   )
 
 
 def _states(options) -> "matplotlib.figure.Figure":
-  pixels, *_ = images.read_images(options.image[:1], options.image_size)
+  pixels, *_ = images.read_images(options.image, options.image_size)
   model = _model(options)
   (image,) = _inputs(model, pixels)
   place = {"stage": options.stage, "block": options.block}
@@ -84,7 +95,7 @@ def _states(options) -> "matplotlib.figure.Figure":
 
 
 def _mixing(options) -> "matplotlib.figure.Figure":
-  pixels, *_ = images.read_images(options.image[:1], options.image_size)
+  pixels, *_ = images.read_images(options.image, options.image_size)
   model = _model(options)
   (image,) = _inputs(model, pixels)
   place = {"stage": options.stage, "block": options.block}
@@ -119,7 +130,11 @@ def mixer_kinds() -> list[type[MixerConfig]]:
   kinds, found = [MixerConfig], []
   while kinds:
     kinds += (kind := kinds.pop()).__subclasses__()
-    if hasattr(kind, "name") and kind.__module__.startswith(mixers.__name__):
+    module = sys.modules.get(kind.__module__)
+    is_here = not inspect.isabstract(kind) and kind.__module__.startswith(
+      f"{mixers.__name__}."
+    )
+    if is_here and getattr(module, kind.__name__, None) is kind:
       found.append(kind)
   return sorted(found, key=lambda kind: kind.name)
 
@@ -142,8 +157,7 @@ def _inputs(model, *pixels):
 
 
 def _name(options) -> str:
-  weights = str(options.weights) if options.weights else "random weights"
-  return f"{'' if options.weights else options.model + ', '}{weights}"
+  return str(options.weights or f"{options.model}, random weights")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -157,23 +171,36 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
   mixing = kinds.add_parser("mixing", help="rows of the mixing matrix")
   sheet = kinds.add_parser("mixers", help="all mixers, with random weights")
   for kind in (erf, states, mixing, sheet):
-    kind.add_argument(
+    network = kind.add_mutually_exclusive_group()
+    network.add_argument(
       "--model",
       default="spatial_mamba_tiny",
       choices=list_models(),
       help="a network with random weights (default: %(default)s)",
     )
-    kind.add_argument("--seed", type=_number(0), default=0)
+    if kind is not sheet:
+      network.add_argument(
+        "--weights",
+        type=pathlib.Path,
+        help="trained weights: a run's directory, a checkpoint, a .pth or"
+        " .safetensors file, or a directory of save_pretrained",
+      )
+    kind.add_argument(
+      "--seed", type=_number(0), default=0, help="of the random weights"
+    )
+    is_average = kind in (erf, sheet)
     kind.add_argument(
       "--image",
       type=pathlib.Path,
-      nargs="+",
+      nargs="+" if is_average else 1,
       default=[],
-      help="image files (default: photographs of scikit-learn)",
+      help="image files, or two photographs of scikit-learn"
+      if is_average
+      else "an image file, or a photograph of scikit-learn",
     )
     kind.add_argument(
       "--image_size",
-      type=_number(1, _MOST_PIXELS),
+      type=_number(1, _LONGEST_SIDE),
       default=224,
       help="pixels of a side of the image's centre (default: %(default)s)",
     )
@@ -181,13 +208,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
       "--out",
       default=None,
       help="the .png or .svg to write (default: KIND.png)",
-    )
-  for kind in (erf, states, mixing):
-    kind.add_argument(
-      "--weights",
-      type=pathlib.Path,
-      help="trained weights: a run's directory, a checkpoint, a .pth or"
-      " .safetensors file, or a directory of save_pretrained",
     )
   for kind in (states, mixing, sheet):
     kind.add_argument("--stage", type=_number(0), default=0)

@@ -20,15 +20,16 @@ _SMALL = 9  # Size of the font, in points.
 
 
 def draw_receptive_fields(
-  fields: dict[str, np.ndarray],
+  fields: dict[str, np.ndarray], title: str
 ) -> "matplotlib.figure.Figure":
-  """Draws effective receptive fields, {title: [H, W]}, on one scale."""
-  figure = _figure(2.6 * len(fields) + 1.2, 3.1)
+  """Draws effective receptive fields, {name: [H, W]}, on one scale."""
+  figure = _figure(2.6 * len(fields) + 1.2, 3.5)
+  figure.suptitle(title, fontsize=11, wrap=True)
   grid = figure.subplots(1, len(fields), squeeze=False)[0]
-  for axes, (title, field) in zip(grid, fields.items(), strict=True):
+  for axes, (name, field) in zip(grid, fields.items(), strict=True):
     shown = _show(axes, field, _logarithmic(1.0))
     share = f"half of the sum in {_share(field):.0%} of the pixels"
-    axes.set_title(f"{title}\n{share}", fontsize=_SMALL)
+    axes.set_title(f"{name}\n{share}", fontsize=_SMALL)
   _colour_bar(figure, shown, grid, "gradient, of the greatest")
   return figure
 
@@ -37,17 +38,17 @@ def draw_states(
   image: np.ndarray, maps: StateMaps, title: str
 ) -> "matplotlib.figure.Figure":
   """Draws an image and states: before fusion above, after fusion below."""
-  columns = 2 + len(maps.indices)
+  columns = 2 + len(maps.places)
   figure = _figure(1.9 * columns + 0.6, 4.3)
-  figure.suptitle(title, fontsize=11)
+  figure.suptitle(title, fontsize=11, wrap=True)
   grid = figure.subplots(2, columns)
   _show(grid[0, 0], image)
   grid[0, 0].set_title("image", fontsize=_SMALL)
   grid[1, 0].axis("off")
   panels = [("mean of |h|", maps.mean)]
   panels += [
-    (f"channel {index}", maps.channels[:, i])
-    for i, index in enumerate(maps.indices)
+    (f"channel {d}, state {n}", maps.single[:, i])
+    for i, (d, n) in enumerate(maps.places)
   ]
   for column, (name, pair) in zip(grid.T[1:], panels, strict=True):
     column[0].set_title(name, fontsize=_SMALL)
@@ -70,7 +71,7 @@ def draw_mixing(
 ) -> "matplotlib.figure.Figure":
   """Draws an image with output tokens, and the weights of tokens in each."""
   figure = _figure(2.1 * (1 + len(tokens)) + 0.8, 2.7)
-  figure.suptitle(title, fontsize=11)
+  figure.suptitle(title, fontsize=11, wrap=True)
   grid = figure.subplots(1, 1 + len(tokens))
   height, width = maps.shape[1:]
   # In units of tokens, so that the marks fit.
@@ -100,7 +101,7 @@ def draw_mixers(
     title: above all of them.
   """
   figure = _figure(6.4, 2.8 * len(sheet) + 0.7)
-  figure.suptitle(title, fontsize=11)
+  figure.suptitle(title, fontsize=11, wrap=True)
   grid = figure.subplots(len(sheet), 2, squeeze=False)
   for axes, (name, (field, token, weights)) in zip(
     grid, sheet.items(), strict=True
@@ -117,7 +118,7 @@ def draw_mixers(
 
 
 def _without_token(weights: np.ndarray, token: tuple[int, int]) -> np.ndarray:
-  """Leaves out the token's own weight: D would outshine all others."""
+  """Leaves out the token's own weight, which the skip connection dominates."""
   others = weights.copy()
   others[token] = np.nan
   return others
@@ -172,7 +173,14 @@ def _mark(axes: Any, token: tuple[int, int], text: str) -> None:
 
 
 def _colour_bar(figure: Any, shown: Any, axes: Any, label: str) -> None:
-  bar = figure.colorbar(shown, ax=axes, shrink=0.85, pad=0.02)
+  is_clipped = getattr(shown.norm, "clip", False)
+  bar = figure.colorbar(
+    shown,
+    ax=axes,
+    shrink=0.8,
+    pad=0.02,
+    extend="min" if is_clipped else "neither",
+  )
   bar.set_label(label, fontsize=_SMALL)
   bar.ax.tick_params(labelsize=7)
   bar.outline.set_visible(False)

@@ -51,13 +51,13 @@ class StateMaps(NamedTuple):
 
   Attributes:
     mean: [2, h, w], means of absolute values over channels: before, after.
-    channels: [2, T, h, w], the states of T single channels.
-    indices: the indices of these channels.
+    single: [2, T, h, w], T single states.
+    places: the channel of each of these, and which of its states it is.
   """
 
   mean: Float[np.ndarray, "2 h w"]
-  channels: Float[np.ndarray, "2 T h w"]
-  indices: tuple[int, ...]
+  single: Float[np.ndarray, "2 T h w"]
+  places: tuple[tuple[int, int], ...]
 
 
 def state_maps(
@@ -75,8 +75,8 @@ def state_maps(
     image: normalised.
     stage: index of the stage, from 0.
     block: index of the block in its stage, from 0.
-    count: T, the number of single channels: those whose states vary most along
-      the rows of the image, before fusion.
+    count: T, the number of single states: those that vary most along the rows
+      of the image, before fusion.
 
   Raises:
     ValueError: there is no such block, or its mixer has no states.
@@ -84,14 +84,16 @@ def state_maps(
   states = nnx.jit(block_states, static_argnums=(2, 3))(
     model, image[None], stage, block
   )
-  # A channel with several states counts as several channels.
+  _, height, width, *channels = states.before.shape
   before, after = (
-    np.asarray(x, np.float32)[0].reshape(*x.shape[1:3], -1) for x in states
+    np.asarray(x, np.float32).reshape(height, width, -1) for x in states
   )
   both = np.moveaxis(np.stack((before, after)), -1, 1)
   varied = np.argsort(-before.std(axis=1).mean(axis=0))[:count]
   return StateMaps(
-    np.abs(both).mean(axis=1), both[:, varied], tuple(map(int, varied))
+    np.abs(both).mean(axis=1),
+    both[:, varied],
+    tuple((int(d), int(n)) for d, n in np.argwhere(np.ones(channels))[varied]),
   )
 
 
@@ -117,7 +119,7 @@ def mixing_maps(
     weight of every token in it, averaged over channels.
 
   Raises:
-    ValueError: there is no such block.
+    ValueError: there is no such block, or it has one token only.
   """
 
   @nnx.jit
@@ -127,6 +129,11 @@ def mixing_maps(
     return jnp.mean(jnp.abs(row[0, 0].astype(jnp.float32)), axis=-1)
 
   height, width = jax.eval_shape(rows, model, image, jnp.zeros((), int)).shape
+  if height * width == 1:
+    raise ValueError(
+      f"stage {stage} has one token for an image of {image.shape[0]} x"
+      f" {image.shape[1]} pixels: choose an earlier stage, or a larger image"
+    )
   tokens = [
     (min(int(row * height), height - 1), min(int(column * width), width - 1))
     for row, column in positions

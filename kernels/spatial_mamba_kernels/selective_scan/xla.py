@@ -19,7 +19,8 @@ from spatial_mamba_kernels.recurrence import (
 from spatial_mamba_kernels.shapes import state_dtype, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
-# Tokens that a CPU sums in one product, where their number can be divided so.
+# Least and most tokens that a CPU sums in one product. A longer sum that has no
+# divisor in this range is not cut.
 _SHORTEST_SUM, _LONGEST_SUM = 64, 4096
 
 
@@ -107,7 +108,10 @@ def _sum_of_tokens(x: Float[Array, "B L *C"]) -> Float[Array, "*C"]:
 
 
 def _tokens_of_a_product(length: int) -> int:
-  """Cuts long sums, because a sum of sums rounds less than one sum."""
+  """Returns how many tokens one product sums.
+
+  Long sums are cut, because a sum of partial sums rounds less.
+  """
   if is_symbolic_dim(length) or length <= _LONGEST_SUM:
     return length
   block = math.gcd(length, _LONGEST_SUM)
