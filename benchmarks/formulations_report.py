@@ -37,10 +37,14 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
   rows = record["rows"]
   if _is_timed(rows):
     yield from _summary(rows, "ms", lambda row: 1e3 * row["seconds"])
-    yield from _growth(rows, "time", "seconds", 1e9, " ns")
+    yield from _growth(
+      rows, "time", "seconds", lambda x, L: f"{1e9 * x / L:.3g} ns a token"
+    )
   else:
     yield from _summary(rows, "bytes over compulsory ones", _traffic)
-    yield from _growth(rows, "launches", "launches", 1.0, "")
+    yield from _growth(
+      rows, "launches", "launches", lambda x, L: f"{x:,} for {L:,} tokens"
+    )
   yield from _everything(rows)
   if record["left_out"]:
     yield ""
@@ -76,8 +80,8 @@ def _cell(values, shape, form, forms, gradients):
   return f"**{value:.3g}**" if value == min(rivals) else f"{value:.3g}"
 
 
-def _growth(rows, name, key, scale, unit):
-  """The exponent of L, and the value a token of the longest scan."""
+def _growth(rows, name, key, text):
+  """The exponent of L, and the value for the longest scan."""
   yield ""
   yield f"| growth of {name} with L | forward | with backward |"
   yield "| --- | --- | --- |"
@@ -94,9 +98,7 @@ def _growth(rows, name, key, scale, unit):
         continue
       exponent = np.polyfit(*np.log(points).T, 1)[0]
       length, value = points[-1]
-      cells.append(
-        f"L^{exponent:.2f}, {scale * value / length:.3g}{unit} a token"
-      )
+      cells.append(f"L^{exponent:.2f}, {text(value, length)}")
     yield f"| {form}, {dtype} | {' | '.join(cells)} |"
 
 
