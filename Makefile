@@ -29,9 +29,9 @@ PYTEST = XLA_FLAGS="$(XLA_FLAGS) $(XLA_TEST_FLAGS)" \
 test: $(VENV)/.installed
 	$(PYTEST) $(TESTS)
 
-# Runs of many processes, with kills, long runs, and more cases of the models.
+# Runs of many processes, with kills, long runs, and more cases of what `test` tests.
 soak: $(VENV)/.installed
-	$(PYTEST) -m soak tests/training tests/models
+	$(PYTEST) -m soak
 
 # The authors' whole recipe on real pixels: fails below 98%.
 recipe: $(VENV)/.installed

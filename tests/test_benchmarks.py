@@ -204,6 +204,7 @@ def in_this_process(monkeypatch):
   monkeypatch.setattr(processes, "messages", messages)
 
 
+@pytest.mark.soak
 def test_device_benchmark(
   monkeypatch, capsys, tmp_path, two_blocks, in_this_process
 ):
@@ -229,7 +230,7 @@ def test_device_benchmark(
 def test_the_measurements_page_has_the_recorded_figures():
   page = device.RESULTS.parents[1] / "docs" / "measurements.md"
   text = page.read_text()
-  files = list(device.RESULTS.glob("*.json"))
+  files = list(device.RESULTS.glob("*-jax-*.json"))
   assert files
   for file in files:
     assert "\n".join(table.networks(json.loads(file.read_text()))) in text
@@ -342,6 +343,7 @@ def test_a_measurement_after_the_deadline_is_listed(
   assert "spatial_mamba_micro 32  train" in record["left_out"]
 
 
+@pytest.mark.soak
 def test_a_crash_and_a_hang_cost_one_measurement_each(
   monkeypatch, capsys, tmp_path
 ):

@@ -116,6 +116,7 @@ def test_blocks_of_channels(
     assert_is_sequential("mosaic_tpu", operator, arrays)
 
 
+@pytest.mark.soak
 @settings(
   max_examples=4,
   deadline=None,
@@ -164,6 +165,7 @@ def test_elsewhere_none_is_xla(every_operator, assert_is_sequential):
     assert_is_sequential(None, operator, arrays)
 
 
+@pytest.mark.soak
 def test_second_derivatives(interpreted, every_operator):
   """They are XLA's, also those of a named kernel: kernels have none."""
   for operator, arrays in every_operator(2, 2, 3, 2, 1):

@@ -84,6 +84,7 @@ def test_copies_are_the_model(mode, images):
   assert repr(model).startswith("SpatialMamba(")
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("x64")
 def test_transformations_are_the_model(images):
   model = create(dtype="float64")

@@ -499,6 +499,7 @@ def test_evaluation(experiment, tmp_path):
   assert "a model other than config.model" in err.splitlines()[-1]
 
 
+@pytest.mark.soak
 def test_evaluation_at_another_resolution_and_crop(experiment, tmp_path):
   flag = f"--workdir={tmp_path / 'run'}"
   status, _, err = experiment.run("train.py", flag, "--config.length=2 epochs")

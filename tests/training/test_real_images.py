@@ -86,6 +86,7 @@ def test_an_imagenet_config_trains_two_steps(experiment, imagenet, tmp_path):
   assert [r["step"] for r in logged if r["kind"] == "train"] == [1, 2]
 
 
+@pytest.mark.soak
 def test_a_folder_of_images_trains_and_evaluates(
   experiment, image_tree, tmp_path
 ):

@@ -95,11 +95,13 @@ def _sum_of_tokens(x: Float[Array, "B L *C"]) -> Float[Array, "*C"]:
 
   def product(x):
     batch, length, *rest = x.shape
+    rows = x.reshape(batch, length, -1)
     block = _tokens_of_a_product(length)
-    rows = x.reshape(batch, length // block, block, math.prod(rest))
+    if block != length:
+      rows = rows.reshape(batch, length // block, block, -1)
     ones = jnp.ones_like(rows[..., :1]).mT
     sums = jnp.matmul(ones, rows, precision="highest")
-    return jnp.sum(sums, axis=(0, 1, 2)).reshape(rest)
+    return jnp.sum(sums, axis=range(rows.ndim - 1)).reshape(rest)
 
   # On a CPU XLA would recompute the summands, one at a time.
   return jax.lax.platform_dependent(
