@@ -96,7 +96,8 @@ def _growth(rows, name, key, text):
       if len(points) < 3:
         cells.append("-")
         continue
-      exponent = np.polyfit(*np.log(points).T, 1)[0]
+      lengths, values = zip(*points, strict=True)
+      exponent, _ = np.polyfit(np.log(lengths), np.log(values), 1)
       length, value = points[-1]
       cells.append(f"L^{exponent:.2f}, {text(value, length)}")
     yield f"| {form}, {dtype} | {' | '.join(cells)} |"

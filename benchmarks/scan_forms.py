@@ -61,7 +61,8 @@ def _scan(decay, drive, *, reverse):
   before = _states_before_chunks(decay, drive, reverse=reverse)
   # Each chunk is an image of its own.
   h = recur(
-    *(x.reshape(batch * count, size, *rest) for x in (decay, drive)),
+    decay.reshape(batch * count, size, *rest),
+    drive.reshape(batch * count, size, *rest),
     before.reshape(batch * count, *rest),
     "sequential",
     reverse=reverse,
@@ -82,8 +83,8 @@ def _states_before_chunks(decay, drive, *, reverse):
     return a * product, a * h + b
 
   zeros = jnp.zeros_like(drive[:, :, 0])
-  summaries = jax.lax.fori_loop(0, size, step, (zeros + 1, zeros))
-  after = recur(*summaries, None, "associative", reverse=reverse)
+  product, h = jax.lax.fori_loop(0, size, step, (zeros + 1, zeros))
+  after = recur(product, h, None, "associative", reverse=reverse)
   return shift(after, -1 if reverse else 1)
 
 

@@ -4,6 +4,8 @@ Axis letters: B batch, H and W height and width, C channels, D inner channels, N
 states.
 """
 
+from typing import Any
+
 from jax.typing import ArrayLike
 from spatial_mamba_kernels.typing import Array, Float
 
@@ -81,7 +83,7 @@ def mixer_input(
     x = model.downsamples[i](model.stages[i](x))
   for earlier in model.stages[stage].blocks[:block]:
     x = earlier(x)
-  last = model.stages[stage].blocks[block]
+  last: Any = model.stages[stage].blocks[block]
   if not hasattr(last, "mixer_input"):
     raise ValueError(
       f"the input of the mixer is not known: a {type(last).__name__} has no"

@@ -26,6 +26,7 @@ def draw_receptive_fields(
   figure = _figure(2.6 * len(fields) + 1.2, 3.5)
   figure.suptitle(title, fontsize=11, wrap=True)
   grid = figure.subplots(1, len(fields), squeeze=False)[0]
+  shown = None
   for axes, (name, field) in zip(grid, fields.items(), strict=True):
     shown = _show(axes, field, _logarithmic(1.0))
     share = f"half of the sum in {_share(field):.0%} of the pixels"
@@ -80,6 +81,7 @@ def draw_mixing(
   grid[0].set_title("image and output tokens", fontsize=_SMALL)
   maps = np.stack(list(map(_without_token, maps, tokens)))
   scale = _logarithmic(float(np.nanmax(maps)))
+  shown = None
   for number, (axes, token, weights) in enumerate(
     zip(grid[1:], tokens, maps, strict=True), start=1
   ):
@@ -103,6 +105,7 @@ def draw_mixers(
   figure = _figure(6.4, 2.8 * len(sheet) + 0.7)
   figure.suptitle(title, fontsize=11, wrap=True)
   grid = figure.subplots(len(sheet), 2, squeeze=False)
+  shown = None
   for axes, (name, (field, token, weights)) in zip(
     grid, sheet.items(), strict=True
   ):

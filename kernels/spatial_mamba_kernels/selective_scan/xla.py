@@ -8,7 +8,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.export import is_symbolic_dim
 
 from spatial_mamba_kernels.activations import softplus
 from spatial_mamba_kernels.dispatch import Arrays
@@ -114,7 +113,8 @@ def _tokens_of_a_product(length: int) -> int:
 
   Long sums are cut, because a sum of partial sums rounds less.
   """
-  if is_symbolic_dim(length) or length <= _LONGEST_SUM:
+  # A symbolic size is no int.
+  if not isinstance(length, int) or length <= _LONGEST_SUM:
     return length
   block = math.gcd(length, _LONGEST_SUM)
   return block if block >= _SHORTEST_SUM else length
