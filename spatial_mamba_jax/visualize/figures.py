@@ -40,7 +40,7 @@ def draw_states(
 ) -> "matplotlib.figure.Figure":
   """Draws an image and states: before fusion above, after fusion below."""
   columns = 2 + len(maps.places)
-  figure = _figure(1.9 * columns + 0.6, 4.3)
+  figure = _figure(1.9 * columns + 0.6, 3.9)
   figure.suptitle(title, fontsize=11, wrap=True)
   grid = figure.subplots(2, columns)
   _show(grid[0, 0], image)
