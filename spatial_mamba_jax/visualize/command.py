@@ -82,29 +82,29 @@ def _receptive_fields(options) -> "matplotlib.figure.Figure":
 
 
 def _states(options) -> "matplotlib.figure.Figure":
-  pixels, *_ = images.read_images(options.image, options.image_size)
-  model = _model(options)
-  (image,) = _inputs(model, pixels)
-  place = {"stage": options.stage, "block": options.block}
+  pixels, model, image = _one_image(options)
   return figures.draw_states(
     pixels,
-    maps.state_maps(model, image, **place),
-    f"States h of block {options.block} of stage {options.stage},"
-    f" {_name(options)}",
+    maps.state_maps(model, image, stage=options.stage, block=options.block),
+    f"States h of {_place(options)}",
   )
 
 
 def _mixing(options) -> "matplotlib.figure.Figure":
+  pixels, model, image = _one_image(options)
+  tokens, rows = maps.mixing_maps(
+    model, image, _POSITIONS, stage=options.stage, block=options.block
+  )
+  title = f"Rows of the mixing matrix M of {_place(options)}"
+  return figures.draw_mixing(pixels, tokens, rows, title)
+
+
+def _one_image(options):
+  """Returns the pixels of the first image, the model and its input."""
   pixels, *_ = images.read_images(options.image, options.image_size)
   model = _model(options)
   (image,) = _inputs(model, pixels)
-  place = {"stage": options.stage, "block": options.block}
-  return figures.draw_mixing(
-    pixels,
-    *maps.mixing_maps(model, image, _POSITIONS, **place),
-    f"Rows of the mixing matrix M of block {options.block} of stage"
-    f" {options.stage}, {_name(options)}",
-  )
+  return pixels, model, image
 
 
 def _mixers(options) -> "matplotlib.figure.Figure":
@@ -156,8 +156,9 @@ def _inputs(model, *pixels):
   return jnp.stack([images.normalise(x, channels) for x in pixels])
 
 
-def _name(options) -> str:
-  return str(options.weights or f"{options.model}, random weights")
+def _place(options) -> str:
+  network = options.weights or f"{options.model}, random weights"
+  return f"block {options.block} of stage {options.stage}, {network}"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
