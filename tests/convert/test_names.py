@@ -26,7 +26,11 @@ def test_round_trip_is_exact(micro, named_weights):
 
 @pytest.mark.parametrize(
   ("size", "parameters"),
-  [("tiny", 26_748_862), ("small", 43_074_280), ("base", 95_745_592)],
+  [
+    ("tiny", 26_748_862),
+    ("small", 43_074_280),
+    pytest.param("base", 95_745_592, marks=pytest.mark.soak),
+  ],
 )
 def test_names_and_shapes_are_the_authors(named_weights, size, parameters):
   model = smj.create_model(f"spatial_mamba_{size}", rngs=nnx.Rngs(0))

@@ -278,6 +278,7 @@ def test_a_mesh_that_cannot_be_split_is_left_to_xla(ssm_arguments, batch, axis):
     program("mosaic_tpu")
 
 
+@pytest.mark.soak
 def test_each_device_computes_its_part():
   """2 x 2 devices split images and channels, of which each has half."""
   script = pathlib.Path(__file__).with_name("sharded_kernel.py")

@@ -154,7 +154,9 @@ def test_forward_mode_is_a_pullback_of_a_pullback(implementation, images):
     jax.jvp(call, (x,), (dx,))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)]
+)
 def test_compiled_programs_transfer_nothing_implicitly(dtype, images):
   key = jax.random.key(0)
   with jax.transfer_guard("disallow"):
