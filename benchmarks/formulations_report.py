@@ -11,8 +11,8 @@ from benchmarks.scan_programs import CHANNELS
 
 Row = dict[str, Any]
 
-# Only for longer scans, whose time the launch of a program hardly changes, is
-# the growth of the time fitted.
+# Fewest tokens of a scan to which the growth is fitted. Of a shorter scan, the
+# launch of the program takes much of the time.
 FITTED_LENGTH = 4096
 # The palette of Okabe and Ito, which people with colour blindness can tell
 # apart, and markers for print in grey.

@@ -29,9 +29,9 @@ TORCH_FORMS: dict[str, Callable[..., Any]] = {
   "PyTorch loop": scan_forms.torch_loop,
   "PyTorch prefix": scan_forms.torch_prefix,
 }
-CHANNELS = 32  # Of the image whose number of tokens varies.
-# A form that took longer for this image, to run or to compile, is left out for
-# images of more tokens.
+CHANNELS = 32  # Channels of the image whose number of tokens varies.
+# Seconds to run or to compile the scan of this image. A form that takes longer
+# is left out for images of more tokens.
 LONGEST_SECONDS = 2.0
 LONGEST_COMPILATION = 60.0
 
@@ -228,8 +228,8 @@ def _error(result, case):
   return max(jax.tree.leaves(errors), key=lambda x: (x != x, x))
 
 
-# The last one, which all forms share.
-@functools.lru_cache(maxsize=2)
+# Cached, because all forms are compared with the same values.
+@functools.lru_cache(maxsize=1)
 def _exact(shape, dtype, gradients):
   """Computes a program's results in float64 on the CPU."""
   case = Case("sequential", shape, dtype, gradients)

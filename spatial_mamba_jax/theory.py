@@ -60,19 +60,17 @@ def mixing_matrix(
     "fusion": (fusion, "D L L"),
   }
   given = {k: pair for k, pair in arguments.items() if pair[0] is not None}
-  arrays = check_shapes("mixing_matrix", given)
-  dt, A, B, C, *_ = arrays
-  optional = dict(zip(given, arrays, strict=True))
-  D, fusion = optional.get("D"), optional.get("fusion")
+  dt, A, B, C, *_ = check_shapes("mixing_matrix", given)
   states = (
     decay_matrix(dt, A) * jnp.einsum("bsd,bsn->bdns", dt, B)[..., None, :]
   )
   if fusion is not None:
-    states = jnp.einsum("dtr,bdnrs->bdnts", fusion, states)
+    states = jnp.einsum("dtr,bdnrs->bdnts", jnp.asarray(fusion), states)
   M = jnp.einsum("btn,bdnts->bdts", C, states)
   if D is None:
     return M
-  return M + D[None, :, None, None] * jnp.eye(dt.shape[1], dtype=M.dtype)
+  skip = jnp.asarray(D)[None, :, None, None]
+  return M + skip * jnp.eye(dt.shape[1], dtype=M.dtype)
 
 
 def decay_matrix(dt: ArrayLike, A: ArrayLike) -> Float[Array, "B D N L L"]:

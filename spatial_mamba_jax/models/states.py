@@ -66,7 +66,7 @@ def mixer_input(
     block: index of the block in its stage, from 0.
 
   Raises:
-    ValueError: there is no such block, it does not tell its mixer's input, the
+    ValueError: there is no such block, it has no method `mixer_input`, the
       model is in training mode, or `images` has a wrong shape or dtype.
   """
   depths = model.config.depths

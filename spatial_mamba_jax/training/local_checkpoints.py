@@ -81,10 +81,11 @@ class TieredCheckpoints(Checkpoints):
     )
 
   def set_aside_after(self, step: int) -> None:
-    """Renames newer checkpoints of both tiers, and a damaged one of `step`."""
+    """Renames newer checkpoints of both tiers, and a damaged copy of `step`."""
     self._local.set_aside_after(step)
     super().set_aside_after(step)
-    from_first_process(lambda: self._files.set_aside_if_damaged(step))
+    if self._is_local(step):  # `newest` has not checked the copy.
+      from_first_process(lambda: self._files.set_aside_if_damaged(step))
 
   def save(
     self, state: TrainState, experiment: dict[str, Any], *, wait: bool = False

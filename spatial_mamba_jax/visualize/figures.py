@@ -1,4 +1,4 @@
-"""Draws the maps of `maps`."""
+"""Draws the arrays that `maps` computes."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 # A perceptually uniform colour map, whose lightness rises with the value, so
 # that prints in grey remain readable.
 _COLOURS = "viridis"
-# Logarithmic scales span so many powers of ten below the greatest value.
+# Powers of ten that a logarithmic scale spans below its greatest value.
 _DECADES = 4
-_MARK = "#D55E00"
+_MARK = "#D55E00"  # Colour of the marks of tokens.
 _SMALL = 9  # Size of the font, in points.
 
 
@@ -142,7 +142,7 @@ def _logarithmic(greatest: float) -> Any:
 
 def _show(axes: Any, values: np.ndarray, scale: Any = None) -> Any:
   _bare(axes)
-  # Of zeros a logarithm takes the least value.
+  # A logarithmic scale has no zero.
   return axes.imshow(
     values if scale is None else np.maximum(values, scale.vmin),
     cmap=_COLOURS,

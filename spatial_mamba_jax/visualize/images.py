@@ -15,7 +15,7 @@ from spatial_mamba_jax.data.decoding import decode_image, read_image
 from spatial_mamba_jax.data.transforms import transform_for_evaluation
 from spatial_mamba_jax.errors import UserError
 
-# Of scikit-learn, under Creative Commons licences.
+# Photographs that scikit-learn ships, under Creative Commons licences.
 PHOTOGRAPHS = ("flower.jpg", "china.jpg")
 
 
@@ -23,7 +23,7 @@ def read_images(files: Sequence[pathlib.Path], size: int) -> list[np.ndarray]:
   """Returns the centres of images, resized: uint8 [size, size, 3].
 
   Args:
-    files: image files; none of them for `PHOTOGRAPHS`.
+    files: image files. If there are none, `PHOTOGRAPHS` are read.
     size: height and width in pixels.
 
   Raises:

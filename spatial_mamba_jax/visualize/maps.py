@@ -23,10 +23,10 @@ def receptive_field(
 ) -> Float[np.ndarray, "H W"]:
   """Returns the effective receptive field of the last stage's centre token.
 
-  It is the gradient of the token's features, as in "Scaling Up Your Kernels to
-  31x31" (arXiv 2203.06717): of the sum of the positive ones, by each pixel. Its
-  absolute values are summed over colours and averaged over images. Its greatest
-  value is 1.
+  The field is the gradient of the sum of the token's positive features by each
+  pixel, as in "Scaling Up Your Kernels to 31x31" (arXiv 2203.06717). Absolute
+  values are summed over colours and averaged over images. The field is divided
+  by its greatest value.
 
   Args:
     model: from `create_model` or `create_backbone`, in eval mode.
@@ -52,7 +52,7 @@ class StateMaps(NamedTuple):
   Attributes:
     mean: [2, h, w], means of absolute values over channels: before, after.
     single: [2, T, h, w], T single states.
-    places: the channel of each of these, and which of its states it is.
+    places: (channel, state) of each of these.
   """
 
   mean: Float[np.ndarray, "2 h w"]

@@ -42,7 +42,7 @@ def states(
 def discretise(
   u: Array, delta: Array, A: Array, B: Array, delta_bias: Array
 ) -> tuple[Float[Array, "B L N D"], Float[Array, "B L N D"]]:
-  """Returns each token's decay of the state, and what it adds to it."""
+  """Returns each token's decay, and the input that it adds to the state."""
   dtype = state_dtype(u, delta, A, B)
   u, delta, A, B, bias = (x.astype(dtype) for x in (u, delta, A, B, delta_bias))
   # In a `shard_map`, parameters must vary as the tokens do: JAX then sums their
