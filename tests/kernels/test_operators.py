@@ -538,3 +538,28 @@ def test_sizes_that_are_symbols(ssm_arguments):
     named = partial(smk.structure_aware_ssm, implementation=kernel)
     with pytest.raises(NotImplementedError, match="needs sizes that are known"):
       jax.eval_shape(lambda a, named=named: named(**a), arguments)
+
+
+# 8,192 tokens are summed in two products, 4,099 in one.
+@pytest.mark.parametrize("length", [8192, 4099])
+def test_gradients_of_a_long_scan(length, x64):
+  rng = np.random.default_rng(0)
+  arrays = {
+    "u": rng.standard_normal((2, length, 2)),
+    "delta": rng.standard_normal((2, length, 2)),
+    "A": -np.exp(rng.standard_normal((2, 1))),
+    "B": rng.standard_normal((2, length, 1)),
+    "delta_bias": rng.standard_normal(2),
+  }
+  arrays = jax.tree.map(jnp.asarray, arrays)
+  g = jnp.asarray(rng.standard_normal((2, length, 2, 1)))
+
+  def gradients(scan):
+    return jax.jit(jax.grad(lambda arrays: jnp.sum(g * scan(**arrays))))(arrays)
+
+  actual = gradients(smk.selective_scan)
+  for name, expected in gradients(scan_reference.selective_scan).items():
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+      actual[name], expected, rtol=0, atol=1e-12 * scale, err_msg=name
+    )
