@@ -47,6 +47,7 @@ from spatial_mamba_kernels.layer_norm import (
 )
 from spatial_mamba_kernels.mlp import mlp
 from spatial_mamba_kernels.selective_scan import selective_scan
+from spatial_mamba_kernels.selective_ssm import selective_ssm
 from spatial_mamba_kernels.sharding import check_only_batch_is_split
 from spatial_mamba_kernels.state_fusion import state_fusion
 from spatial_mamba_kernels.structure_aware_ssm import structure_aware_ssm
@@ -64,6 +65,7 @@ __all__ = [
   "residual_depthwise_conv",
   "residual_layer_norm",
   "selective_scan",
+  "selective_ssm",
   "silu_depthwise_conv",
   "state_fusion",
   "structure_aware_ssm",
