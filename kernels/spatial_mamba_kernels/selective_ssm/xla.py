@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
+from spatial_mamba_kernels.observation import observe
 from spatial_mamba_kernels.selective_scan import states as scan
 from spatial_mamba_kernels.shapes import state_dtype
-from spatial_mamba_kernels.structure_aware_ssm.xla import observe
 from spatial_mamba_kernels.typing import Array, Float
 
 # Tokens whose states are in memory at once.

@@ -6,9 +6,9 @@ It is composed of the scan and the fusion over rows: two exchanges.
 import jax.numpy as jnp
 
 from spatial_mamba_kernels.dispatch import Arrays
+from spatial_mamba_kernels.observation import observe
 from spatial_mamba_kernels.selective_scan import selective_scan
 from spatial_mamba_kernels.state_fusion import state_fusion
-from spatial_mamba_kernels.structure_aware_ssm.xla import observe
 from spatial_mamba_kernels.typing import Array, Float
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from spatial_mamba_kernels.typing import Array, Float
 
 # "raster": row by row. "snake": row by row, odd rows from right to left.
-# "diagonals": along anti-diagonals, row + column = 0, 1, ...; even ones upwards,
-# odd ones downwards. "spiral": clockwise inwards from the top left.
+# "diagonals": along anti-diagonals, row + column = 0, 1, ...; even ones up, odd
+# ones down. "spiral": clockwise inwards from the top left.
 Order = Literal["raster", "snake", "diagonals", "spiral"]
 Axis = Literal["rows", "columns"]
 
