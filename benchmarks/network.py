@@ -19,10 +19,8 @@ from jax.sharding import Mesh
 import spatial_mamba_jax as smj
 from benchmarks import timing
 from spatial_mamba_jax.data.config import IMAGENET_IMAGES
-from spatial_mamba_jax.models.mixers.structure_aware import (
-  StructureAwareConfig,
-  dt_rank,
-)
+from spatial_mamba_jax.models.mixers.selective import dt_rank
+from spatial_mamba_jax.models.mixers.structure_aware import StructureAwareConfig
 from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.config import ModelSection, TrainConfig
 from spatial_mamba_jax.training.program import Program, make_program

@@ -151,8 +151,8 @@ def mixing_rows(
   """Returns rows of the matrix of any mixer, without the matrix.
 
   Args:
-    mix: the mixer's `mix`, linear in its first argument and in each channel on
-      its own.
+    mix: the `mix` of a `LinearMixer`, linear in its first argument and in each
+      channel on its own. Several outputs of a channel are added.
     values: what it mixes. Only the shape matters.
     operands: the rest of its arguments.
     tokens: T indices of tokens, row by row of the image.
@@ -160,12 +160,12 @@ def mixing_rows(
   Returns:
     For each token, the weight of every token in its output.
   """
-  _, pullback = jax.vjp(lambda x: mix(x, operands), values)
+  mixed, pullback = jax.vjp(lambda x: mix(x, operands), values)
 
   def row(token):
-    batch, height, width, channels = values.shape
+    _, height, width, _ = values.shape
     is_token = (jnp.arange(height * width) == token).astype(values.dtype)
     g = is_token.reshape(1, height, width, 1)
-    return pullback(jnp.broadcast_to(g, (batch, height, width, channels)))[0]
+    return pullback(jnp.broadcast_to(g, mixed.shape))[0]
 
   return jax.lax.map(row, jnp.asarray(tokens))

@@ -29,6 +29,7 @@ N states a channel.
 """
 
 from spatial_mamba_kernels.depthwise_conv import (
+  causal_depthwise_conv,
   depthwise_conv,
   relu_depthwise_conv,
   residual_depthwise_conv,
@@ -56,6 +57,7 @@ __all__ = [
   "CHECKPOINT_NAME",
   "IMPLEMENTATIONS",
   "PLATFORMS",
+  "causal_depthwise_conv",
   "check_only_batch_is_split",
   "depthwise_conv",
   "gated_layer_norm",

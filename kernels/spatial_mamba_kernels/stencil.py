@@ -140,14 +140,14 @@ def grouped_convolution(
   *,
   stride: int = 1,
   dilation: int = 1,
-  padding: int = 0,
+  padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
 ) -> Float[Array, "B Ho Wo D"]:
   """Computes XLA's depthwise convolution, with sums in the dtype of `x`."""
   return jax.lax.conv_general_dilated(
     x,
     kernel[:, :, None],
     (stride, stride),
-    ((padding, padding), (padding, padding)),
+    padding,
     rhs_dilation=(dilation, dilation),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=x.shape[-1],

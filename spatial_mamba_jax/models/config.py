@@ -10,11 +10,8 @@ from spatial_mamba_kernels.shapes import at_least_float32
 
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import check_fields, choice, number, show
-from spatial_mamba_jax.models.mixers.base import MixerConfig
-from spatial_mamba_jax.models.mixers.structure_aware import (
-  MAX_EXPANSION,
-  StructureAwareConfig,
-)
+from spatial_mamba_jax.models.mixers.base import MAX_EXPANSION, MixerConfig
+from spatial_mamba_jax.models.mixers.structure_aware import StructureAwareConfig
 from spatial_mamba_jax.models.stage import Block
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -35,26 +35,39 @@ def uniform_fan_in(fan_in: int) -> nnx.Initializer:
 
 
 class DepthwiseConv(nnx.Module):
-  """Depthwise 3x3 convolution with bias and zero padding.
+  """Depthwise convolution with zero padding, 3x3 and with bias by default.
 
-  Each method fuses it with the operations next to it.
+  Each method fuses a 3x3 convolution with the operations next to it.
   """
 
   def __init__(
     self,
     features: int,
     *,
+    size: int = 3,
     stride: int = 1,
+    use_bias: bool = True,
     implementation: str | None = None,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     param_dtype = at_least_float32(dtype)
-    init = uniform_fan_in(9)
-    self.kernel = nnx.Param(init(rngs.params(), (3, 3, features), param_dtype))
-    self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
+    init = uniform_fan_in(size**2)
+    shape = (size, size, features)
+    self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+    self.bias = (
+      nnx.Param(init(rngs.params(), (features,), param_dtype))
+      if use_bias
+      else None
+    )
     self.stride = stride
     self.implementation = implementation
+
+  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    y = smk.depthwise_conv(
+      x, self.kernel[...], implementation=self.implementation
+    )
+    return y + with_rank_of(y, self._bias().astype(y.dtype))
 
   def residual(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     """Returns the sum of x and conv(x)."""
@@ -68,7 +81,7 @@ class DepthwiseConv(nnx.Module):
 
   def _unstrided(self, operator, x, *others):
     assert self.stride == 1
-    arrays = x, self.kernel[...], self.bias[...], *others
+    arrays = x, self.kernel[...], self._bias(), *others
     return operator(*arrays, implementation=self.implementation)
 
   def after_relu(
@@ -82,6 +95,47 @@ class DepthwiseConv(nnx.Module):
       stride=self.stride,
       implementation=self.implementation,
     )
+    return y + with_rank_of(y, self._bias().astype(y.dtype))
+
+  def _bias(self):
+    if self.bias is None:
+      return jnp.zeros_like(self.kernel[0, 0])
+    return self.bias[...]
+
+
+class SequenceConv(nnx.Module):
+  """Depthwise convolution over a sequence, with bias and zero padding."""
+
+  def __init__(
+    self,
+    features: int,
+    size: int,
+    *,
+    is_causal: bool = False,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    """Initialises as PyTorch's Conv1d does.
+
+    Args:
+      features: C.
+      size: taps of the kernel.
+      is_causal: whether the last tap is at the token itself, not the middle
+        one.
+      dtype: of activations.
+      rngs: random streams.
+    """
+    param_dtype, init = at_least_float32(dtype), uniform_fan_in(size)
+    self.kernel = nnx.Param(init(rngs.params(), (size, features), param_dtype))
+    self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
+    self.is_causal = is_causal
+
+  def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+    kernel = self.kernel[...]
+    if self.is_causal:
+      y = smk.causal_depthwise_conv(x, kernel)
+    else:
+      y = smk.depthwise_conv(x[:, None], kernel[None])[:, 0]
     return y + with_rank_of(y, self.bias.astype(y.dtype))
 
 
@@ -157,6 +211,35 @@ def uniform_linear(
   return linear(
     features_in, features_out, kernel_init=init, bias_init=init, **kwargs
   )
+
+
+def halves(
+  layer: nnx.Linear, x: Float[Array, "*B C"]
+) -> list[Float[Array, "*B D"]]:
+  """Returns both halves of the features of a linear layer."""
+  if smk.traced_for() != "cuda":
+    return jnp.split(smk.keep(layer(x)), 2, axis=-1)
+  # Two products, because a kernel cannot read half of an array, so that XLA
+  # would copy both halves of one product. On a CPU one product is faster.
+  kernels = jnp.split(layer.kernel.astype(x.dtype), 2, axis=1)
+  biases: list[Array | None] = [None, None]
+  if layer.bias is not None:
+    biases[:] = jnp.split(layer.bias.astype(x.dtype), 2)
+  # The barrier keeps XLA from merging the two products into one.
+  same = x, jax.lax.optimization_barrier(x)
+  return [
+    smk.keep(x @ kernel if bias is None else x @ kernel + with_rank_of(x, bias))
+    for x, kernel, bias in zip(same, kernels, biases, strict=True)
+  ]
+
+
+def scaled(
+  branch: Float[Array, "B H W C"], scale: Float[Array, "B"] | None
+) -> Float[Array, "B H W C"]:
+  """Returns branch * scale of each image; see `drop_path_scales`."""
+  if scale is None:
+    return branch
+  return branch * scale.astype(branch.dtype)[:, None, None, None]
 
 
 def conv3x3(

@@ -33,7 +33,7 @@ from spatial_mamba_jax.models.config import (
   MAX_IMAGE_CHANNELS,
 )
 from spatial_mamba_jax.models.mixers import MixerConfig, StructureAwareConfig
-from spatial_mamba_jax.models.mixers.structure_aware import MAX_EXPANSION
+from spatial_mamba_jax.models.mixers.base import MAX_EXPANSION
 from spatial_mamba_jax.models.presets import get_model_config
 from spatial_mamba_jax.tasks.base import Task, TaskConfig
 

@@ -111,6 +111,9 @@ def describe(
 def _binding(flat: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields that a resumed run may not change."""
   flat = _with_normalized_intervals(flat)
+  # The name in earlier checkpoints.
+  if flat.get("model.mixer.name") == "structure_aware":
+    flat["model.mixer.name"] = "spatial_mamba"
   return {name: x for name, x in flat.items() if name not in _FREE_TO_CHANGE}
 
 
@@ -162,7 +165,7 @@ def _of_version_1(flat: dict[str, Any]) -> dict[str, Any]:
     "model.in_channels": 3,
     "model.mlp_ratio": 4.0,
     "model.layer_implementation": "xla" if has_no_kernels else None,
-    "model.mixer.name": "structure_aware",
+    "model.mixer.name": "spatial_mamba",
     "model.mixer.expand": 2,
     "model.mixer.implementation": implementation,
   }

@@ -1,5 +1,8 @@
-"""Depthwise 3x3 convolution, alone or behind a bias and ReLU."""
+"""Depthwise convolution, alone or fused with its neighbours."""
 
+from spatial_mamba_kernels.depthwise_conv.api import (
+  causal_depthwise_conv as causal_depthwise_conv,
+)
 from spatial_mamba_kernels.depthwise_conv.api import (
   depthwise_conv as depthwise_conv,
 )

@@ -1,4 +1,4 @@
-"""Depthwise 3x3 convolution, alone and fused with its neighbours."""
+"""Depthwise convolution, alone and, if it is 3x3, fused with its neighbours."""
 
 import functools
 from functools import partial
@@ -20,29 +20,29 @@ def depthwise_conv(
   stride: int = 1,
   implementation: str | None = None,
 ) -> Array:
-  """Convolves each channel with its own 3x3 kernel, without a bias.
+  """Convolves each channel with its own kernel, without a bias.
 
   It computes the same as the following, but is far faster on a CPU and moves
   less memory on a GPU:
 
       jax.lax.conv_general_dilated(
-        x, kernel[:, :, None, :], (stride, stride), ((1, 1), (1, 1)),
+        x, kernel[:, :, None], (stride, stride), ((R // 2,) * 2, (S // 2,) * 2),
         dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=D)
 
   Args:
     x: [B, H, W, D].
-    kernel: [3, 3, D] (row, column, channel).
+    kernel: [R, S, D] (row, column, channel), with odd R and S.
     stride: 1 or more.
-    implementation: None (best for the platform), "mosaic_gpu" (a kernel) or
-      "xla" (no kernel). "sequential" and "associative" mean "xla" here.
+    implementation: None (best for the platform), "mosaic_gpu" (a kernel, for 3
+      x 3) or "xla" (no kernel). "sequential" and "associative" mean "xla" here.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), D] in the dtype of `x`; sums are in
     float32, or float64 for float64 inputs.
 
   Raises:
-    ValueError: the shapes are inconsistent, stride < 1, or the implementation
-      is unknown.
+    ValueError: the shapes are inconsistent, R or S is even, stride < 1, or the
+      implementation is unknown.
     NotImplementedError: the named kernel does not exist, or cannot serve these
       arrays.
   """
@@ -50,9 +50,39 @@ def depthwise_conv(
   if stride < 1:
     raise ValueError(f"depthwise_conv: stride must be 1 or more, not {stride}")
   x, kernel = check_shapes(
-    "depthwise_conv", {"x": (x, "B H W D"), "kernel": (kernel, "3 3 D")}
+    "depthwise_conv", {"x": (x, "B H W D"), "kernel": (kernel, "R S D")}
   )
+  rows, columns, _ = kernel.shape
+  if not rows % 2 or not columns % 2:
+    raise ValueError(
+      f"depthwise_conv: a kernel has odd sizes, not {rows} x {columns}"
+    )
   return operator(stride)((x, kernel), implementation)
+
+
+def causal_depthwise_conv(x: ArrayLike, kernel: ArrayLike) -> Array:
+  """Convolves each channel of a sequence with its own kernel, without a bias.
+
+  A token's result depends on this token and on those before it:
+
+      y[t] = sum over k of kernel[k] * x[t - (K - 1) + k]    # x[-1] etc. are 0
+
+  Args:
+    x: [B, L, D].
+    kernel: [K, D].
+
+  Returns:
+    [B, L, D] in the dtype of `x`; sums are in float32, or float64 for float64
+    inputs.
+
+  Raises:
+    ValueError: the shapes are inconsistent.
+  """
+  x, kernel = check_shapes(
+    "causal_depthwise_conv", {"x": (x, "B L D"), "kernel": (kernel, "K D")}
+  )
+  padding = (0, 0), (len(kernel) - 1, 0)
+  return xla.convolve(x[:, None], kernel[None], 1, padding)[:, 0]
 
 
 def residual_depthwise_conv(

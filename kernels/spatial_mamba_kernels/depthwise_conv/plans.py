@@ -84,7 +84,12 @@ def plan(arrays: Arrays, *, form: Form) -> None:
   """Raises NotImplementedError where the kernel cannot serve."""
   gpu.check_served(arrays)
   gpu.check_launched(arrays[0])
-  x, *_ = arrays
+  x, kernel, *_ = arrays
+  if kernel.shape[:2] != (3, 3):
+    raise NotImplementedError(
+      f"mosaic_gpu convolves by 3 x 3, not {kernel.shape[0]} x"
+      f" {kernel.shape[1]}"
+    )
   batch, *_, channels = x.shape
   if not device().tma and channels % gpu.CHANNELS:
     raise NotImplementedError(

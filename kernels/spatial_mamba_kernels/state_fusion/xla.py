@@ -78,7 +78,7 @@ def grouped(h: Array, kernels: Array, *, dilations: tuple[int, ...]) -> Array:
       padded,
       jnp.tile(kernel, states),
       dilation=dilation,
-      padding=dilation - max(dilations),
+      padding=((dilation - max(dilations),) * 2,) * 2,
     )
   return total.reshape(h.shape).astype(h.dtype)
 

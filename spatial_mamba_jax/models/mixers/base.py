@@ -16,6 +16,12 @@ from spatial_mamba_jax.fields import Section
 if TYPE_CHECKING:
   from spatial_mamba_jax.models.config import ModelConfig
 
+# Most states a channel: four times Mamba-2's (arXiv 2405.21060).
+MAX_STATES = 2**10
+# Greatest ratio of inner to outer channels, in the mixer and in the MLP;
+# networks have 1 to 8.
+MAX_EXPANSION = 2**6
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -69,10 +75,7 @@ class MixerConfig(Section, abc.ABC):
 
 @runtime_checkable
 class Mixer(Protocol):
-  """A token mixer, an `nnx.Module`: the first residual branch of a block.
-
-  It computes `mix(*select(x))`, then operations on each token alone.
-  """
+  """A token mixer, an `nnx.Module`: the first residual branch of a block."""
 
   def __call__(
     self,
@@ -82,6 +85,14 @@ class Mixer(Protocol):
     """Computes the branch, times `branch_scale` (see `drop_path_scales`)."""
     ...
 
+
+@runtime_checkable
+class LinearMixer(Mixer, Protocol):
+  """A mixer with a mixing matrix, which the image controls.
+
+  It computes `mix(*select(x))`, then operations on each token alone.
+  """
+
   def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Any]:
     """Returns the values [B, H, W, D] to mix, and the operands of `mix`."""
     ...
@@ -89,6 +100,8 @@ class Mixer(Protocol):
   def mix(self, values: Array, operands: Any) -> Float[Array, "B H W D"]:
     """Mixes values between tokens.
 
-    The result is linear in `values`; its Jacobian is the mixing matrix.
+    The result is linear in `values`, but for a constant; its Jacobian is the
+    mixing matrix. It may have several outputs for each channel of the values,
+    one after the other along the channels.
     """
     ...

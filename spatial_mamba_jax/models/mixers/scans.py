@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from spatial_mamba_kernels.typing import Array, Float
+from spatial_mamba_kernels.typing import Array, Shaped
 
 # "raster": row by row. "snake": row by row, odd rows from right to left.
 # "diagonals": along anti-diagonals, row + column = 0, 1, ...; even ones up, odd
@@ -34,7 +34,7 @@ class Path:
   mirror: Axis | None = None
   reverse: bool = False
 
-  def tokens(self, image: Float[Array, "B H W *C"]) -> Float[Array, "B L *C"]:
+  def tokens(self, image: Shaped[Array, "B H W *C"]) -> Shaped[Array, "B L *C"]:
     """Returns the tokens of an image in the order of the path."""
     x = self._mirrored(image)
     if self.transpose:
@@ -48,8 +48,8 @@ class Path:
     return jnp.flip(x, 1) if self.reverse else x
 
   def image(
-    self, tokens: Float[Array, "B L *C"], height: int, width: int
-  ) -> Float[Array, "B H W *C"]:
+    self, tokens: Shaped[Array, "B L *C"], height: int, width: int
+  ) -> Shaped[Array, "B H W *C"]:
     """Returns the image whose tokens these are."""
     x = jnp.flip(tokens, 1) if self.reverse else tokens
     if self.transpose:
@@ -64,6 +64,12 @@ class Path:
       x = jnp.swapaxes(x, 1, 2)
     return self._mirrored(x)
 
+  def steps(self, height: int, width: int) -> np.ndarray:
+    """Returns the raster index of the token of each step, [L]."""
+    with jax.ensure_compile_time_eval():
+      raster = jnp.arange(height * width).reshape(1, height, width)
+      return np.asarray(self.tokens(raster)[0])
+
   def reversed(self) -> "Path":
     """Returns the path from its end to its beginning."""
     return dataclasses.replace(self, reverse=not self.reverse)
@@ -75,11 +81,10 @@ class Path:
 
 
 RASTER = Path()
+REVERSED_RASTER = RASTER.reversed()
 COLUMNS = Path(transpose=True)
 ROW_SNAKE = Path("snake")
 COLUMN_SNAKE = Path("snake", transpose=True)
-# VMamba's four paths: rows, columns, and both backwards.
-CROSS = (RASTER, COLUMNS, RASTER.reversed(), COLUMNS.reversed())
 
 
 def _with_odd_rows_mirrored(x: Array) -> Array:

@@ -1,11 +1,9 @@
 """The token mixer of Spatial-Mamba."""
 
 import dataclasses
-import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import spatial_mamba_kernels as smk
 from flax import nnx
@@ -15,21 +13,20 @@ from spatial_mamba_kernels.typing import Array, Float
 from spatial_mamba_jax.fields import choice, number
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
+  halves,
   linear,
   uniform_linear,
 )
-from spatial_mamba_jax.models.mixers.base import MixerConfig
+from spatial_mamba_jax.models.mixers.base import (
+  MAX_EXPANSION,
+  MAX_STATES,
+  MixerConfig,
+)
+from spatial_mamba_jax.models.mixers.selective import dt_bias, dt_rank
 from spatial_mamba_jax.models.norms import LayerNorm
 
 if TYPE_CHECKING:
   from spatial_mamba_jax.models.config import ModelConfig
-
-# Most states a channel: four times Mamba-2's (arXiv 2405.21060).
-MAX_STATES = 2**10
-# Greatest ratio of inner to outer channels, in the mixer and in the MLP;
-# networks have 1 to 8.
-MAX_EXPANSION = 2**6
-
 
 # (delta, A, B, C): time steps before bias and softplus [B, H, W, D], diagonal
 # state matrices [D, N], input and output projections [B, H, W, N]. A plain
@@ -60,7 +57,7 @@ class StructureAwareConfig(MixerConfig):
       best; see `spatial_mamba_kernels`.
   """
 
-  name: ClassVar[str] = "structure_aware"
+  name: ClassVar[str] = "spatial_mamba"
 
   d_state: int = number(1, least=1, most=MAX_STATES)
   expand: int = number(2, least=1, most=MAX_EXPANSION)
@@ -106,7 +103,7 @@ class StructureAwareSSM(nnx.Module):
     self.conv = DepthwiseConv(inner, **rest)
     self.x_proj = uniform_linear(inner, rank + 2 * n, use_bias=False, **kwargs)
     self.dt_proj = uniform_linear(rank, inner, use_bias=False, **kwargs)
-    self.dt_bias = nnx.Param(_dt_bias(rngs.params(), inner, param_dtype))
+    self.dt_bias = nnx.Param(dt_bias(rngs.params(), (inner,), param_dtype))
     log_n = jnp.log(jnp.arange(1, n + 1, dtype=param_dtype))
     self.A_log = nnx.Param(jnp.tile(log_n, (inner, 1)))
     self.D = nnx.Param(jnp.ones(inner, param_dtype))
@@ -122,13 +119,13 @@ class StructureAwareSSM(nnx.Module):
     branch_scale: Float[Array, "B"] | None = None,
   ) -> Float[Array, "B H W C"]:
     """Computes the branch, times `branch_scale` (see `drop_path_scales`)."""
-    x, z = self._project(x)
+    x, z = halves(self.in_proj, x)
     y = self.mix(*self._select(x))
     return smk.keep(self.out_proj(self.norm.gated(y, z, branch_scale)))
 
   def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Operands]:
     """Returns the SSM's input u, and its operands, computed from the tokens."""
-    return self._select(self._project(x)[0])
+    return self._select(halves(self.in_proj, x)[0])
 
   def mix(
     self, values: Float[Array, "B H W D"], operands: Operands
@@ -169,31 +166,7 @@ class StructureAwareSSM(nnx.Module):
     ).reshape(images.shape)
     return States(before, jnp.moveaxis(after, 0, -1))
 
-  def _project(self, x):
-    """Returns the SSM branch's x, and the gate z."""
-    if smk.traced_for() != "cuda":
-      return jnp.split(smk.keep(self.in_proj(x)), 2, axis=-1)
-    # Two products, because a kernel cannot read half of an array, so that XLA
-    # would copy both halves of one product. On a CPU one product is faster.
-    halves = jnp.split(self.in_proj.kernel.astype(x.dtype), 2, axis=1)
-    # The barrier keeps XLA from merging the two products into one.
-    same = x, jax.lax.optimization_barrier(x)
-    return [smk.keep(x @ half) for x, half in zip(same, halves, strict=True)]
-
   def _select(self, x):
     u, projected = self.conv.silu(x, self.x_proj.kernel[...])
     dt_low, B, C = jnp.split(smk.keep(projected), self.splits, axis=-1)
     return u, (self.dt_proj(dt_low), -jnp.exp(self.A_log[...]), B, C)
-
-
-def dt_rank(dim: int) -> int:
-  """R, the rank of the time-step projection in a stage of `dim` channels."""
-  return math.ceil(dim / 16)
-
-
-def _dt_bias(key, features, dtype):
-  """Draws biases whose softplus is log-uniform in [0.001, 0.1]."""
-  low, high = math.log(1e-3), math.log(1e-1)
-  dt = jnp.exp(jax.random.uniform(key, (features,), dtype, low, high))
-  dt = jnp.maximum(dt, 1e-4)
-  return dt + jnp.log(-jnp.expm1(-dt))

@@ -1,0 +1,205 @@
+"""The authors' tensor names and PyTorch's layouts, a table for each network.
+
+Names of `torch.nn.Module.state_dict`; layouts as PyTorch has them: linear
+kernels are [out, in], those of convolutions [out, in / groups, rows, columns].
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from spatial_mamba_jax.models.mixers.evss import EVSS
+from spatial_mamba_jax.models.mixers.linear_attention import LinearAttention
+from spatial_mamba_jax.models.mixers.mamba import Mamba
+from spatial_mamba_jax.models.mixers.mhs import MHS
+from spatial_mamba_jax.models.mixers.plain_mamba import PlainMamba
+from spatial_mamba_jax.models.mixers.ss2d import SS2D
+from spatial_mamba_jax.models.mixers.v2m import V2M
+from spatial_mamba_jax.models.mixers.vim import Vim
+
+
+class Layout(NamedTuple):
+  """Converts one of our arrays to one or several PyTorch tensors, and back."""
+
+  to_torch: Callable[[np.ndarray], Sequence[np.ndarray]]
+  from_torch: Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+SAME = Layout(lambda x: [x], lambda t: t[0])
+# [..., in, out]; leading axes are of several matrices in one tensor.
+LINEAR = Layout(lambda x: [x.swapaxes(-1, -2)], lambda t: t[0].swapaxes(-1, -2))
+CONV_1X1 = Layout(
+  lambda x: [x.T[:, :, None, None]], lambda t: t[0][:, :, 0, 0].T
+)
+CONV_3X3 = Layout(
+  lambda x: [x.transpose(3, 2, 0, 1)], lambda t: t[0].transpose(2, 3, 1, 0)
+)
+DEPTHWISE = Layout(
+  lambda x: [x.transpose(2, 0, 1)[:, None]],
+  lambda t: t[0][:, 0].transpose(1, 2, 0),
+)
+SEQUENCE_CONV = Layout(lambda x: [x.T[:, None]], lambda t: t[0][:, 0].T)
+_FUSION = Layout(
+  lambda x: [tensor for k in x for tensor in DEPTHWISE.to_torch(k)],
+  lambda t: np.stack([DEPTHWISE.from_torch([k]) for k in t]),
+)
+# Layouts of kernels by their number of axes.
+_KERNELS = {2: LINEAR, 3: DEPTHWISE, 4: CONV_3X3}
+_FUSION_KERNELS = ("kernel_3", "kernel_3_1", "kernel_3_2")
+
+
+class Table(NamedTuple):
+  """How the weights of a network or a mixer are named and laid out.
+
+  Attributes:
+    names: pairs of a pattern and its replacement, which turn our path into the
+      authors' name when they are applied in order.
+    layouts: pairs of a pattern of our path and its layout; the first match
+      counts. Without a match, the name of the weight and its number of axes
+      decide.
+  """
+
+  names: Sequence[tuple[str, str]]
+  layouts: Sequence[tuple[str, Layout]] = ()
+
+  def tensors(self, path: str) -> list[str]:
+    """Returns the names of the tensors of one of our weights."""
+    name = path
+    for pattern, replacement in (*self.names, *_ENDINGS):
+      name = re.sub(pattern, replacement, name)
+    if name.endswith("state_fusion.kernels"):
+      prefix = name.removesuffix("kernels")
+      return [prefix + kernel for kernel in _FUSION_KERNELS]
+    return [name]
+
+  def layout(self, path: str, ndim: int) -> Layout:
+    """Returns the layout of one of our weights."""
+    for pattern, layout in self.layouts:
+      if re.search(pattern, path):
+        return layout
+    if path.endswith("fusion.kernels"):
+      return _FUSION
+    return _KERNELS[ndim] if path.endswith("kernel") else SAME
+
+
+# Applied after a table's own replacements.
+_ENDINGS = (
+  (r"\.(kernel|scale)$", ".weight"),
+  (r"\.mean$", ".running_mean"),
+  (r"\.var$", ".running_var"),
+  (r"\.num_batches$", ".num_batches_tracked"),
+)
+_PROJECTIONS = (r"\.(x|dt)_proj$", LINEAR)
+_SEQUENCE = (
+  r"(branch|first|second|selected)(\.|_)conv\.kernel$",
+  SEQUENCE_CONV,
+)
+
+SPATIAL_MAMBA = Table(
+  (
+    (r"^stem\.", "patch_embed."),
+    (r"^stages\.", "layers."),
+    (r"^downsamples\.(\d+)\.expand\.", r"layers.\1.downsample.conv.0.conv."),
+    (r"^downsamples\.(\d+)\.conv\.", r"layers.\1.downsample.conv.1.conv."),
+    (r"^downsamples\.(\d+)\.project\.", r"layers.\1.downsample.conv.2."),
+    (r"^norms\.(\d+)\.", r"outnorm\1."),
+    (r"(blocks\.\d+)\.conv(\d)\.", r"\1.cpe\2."),
+    (r"(blocks\.\d+)\.norm(\d)\.", r"\1.ln_\2."),
+    (r"\.mixer\.conv\.", ".mixer.conv2d."),
+    (r"\.mixer\.norm\.", ".mixer.out_norm."),
+    (r"\.mixer\.fusion\.", ".mixer.state_fusion."),
+    (r"\.mixer\.", ".self_attention."),
+    (r"\.x_proj\.kernel$", ".x_proj_weight"),
+    (r"\.dt_proj\.kernel$", ".dt_projs_weight"),
+    (r"\.dt_bias$", ".dt_projs_bias"),
+    (r"\.A_log$", ".A_logs"),
+    (r"\.D$", ".Ds"),
+  ),
+  # The stem and the downsampling have linear layers for 1 x 1 convolutions.
+  (
+    (r"^stem\.conv3\.1\.conv\.kernel$", CONV_1X1),
+    (r"^downsamples\.\d+\.(expand|project\.conv)\.kernel$", CONV_1X1),
+  ),
+)
+
+# The names of `SelectiveSSM`'s parameters in VMamba, whose scans share tensors.
+_CROSS = (
+  (r"(^|\.)conv\.", r"\1conv2d."),
+  (r"(^|\.)norm\.", r"\1out_norm."),
+  (r"(^|\.)ssm\.x_proj$", r"\1x_proj_weight"),
+  (r"(^|\.)ssm\.dt_proj$", r"\1dt_projs_weight"),
+  (r"(^|\.)ssm\.dt_bias$", r"\1dt_projs_bias"),
+  (r"(^|\.)ssm\.A_log$", r"\1A_logs"),
+  (r"(^|\.)ssm\.D$", r"\1Ds"),
+)
+
+
+def _mamba(
+  branch: str, suffix: str, *, A_log: str
+) -> tuple[tuple[str, str], ...]:
+  """Returns the replacements for one branch of Mamba."""
+  return (
+    (rf"^{branch}\.conv\.", f"conv1d{suffix}."),
+    (rf"^{branch}\.ssm\.x_proj$", f"x_proj{suffix}.weight"),
+    (rf"^{branch}\.ssm\.dt_proj$", f"dt_proj{suffix}.weight"),
+    (rf"^{branch}\.ssm\.dt_bias$", f"dt_proj{suffix}.bias"),
+    (rf"^{branch}\.ssm\.A_log$", A_log),
+    (rf"^{branch}\.ssm\.D$", f"D{suffix}"),
+  )
+
+
+_MAMBA = _mamba("branch", "", A_log="A_log")
+_HEADS = "CXSZ"
+
+MIXERS: dict[type, Table] = {
+  Mamba: Table(_MAMBA, (_PROJECTIONS, _SEQUENCE)),
+  Vim: Table(
+    (*_MAMBA, *_mamba("backward_branch", "_b", A_log="A_b_log")),
+    (_PROJECTIONS, _SEQUENCE),
+  ),
+  V2M: Table(
+    (
+      *_mamba("first", "", A_log="A_log"),
+      *_mamba("second", "_2", A_log="A_2_log"),
+    ),
+    (_PROJECTIONS, _SEQUENCE),
+  ),
+  PlainMamba: Table(
+    (
+      (r"^ssm\.x_proj$", "x_proj.weight"),
+      (r"^ssm\.dt_proj$", "dt_proj.weight"),
+      (r"^ssm\.dt_bias$", "dt_proj.bias"),
+      (r"^ssm\.", ""),
+      (r"^conv\.", "conv2d."),
+      (r"^direction_B$", "direction_Bs"),
+    ),
+    (_PROJECTIONS,),
+  ),
+  SS2D: Table(_CROSS, (_PROJECTIONS,)),
+  EVSS: Table(
+    ((r"^selected_conv\.", "x_conv."), *_CROSS), (_PROJECTIONS, _SEQUENCE)
+  ),
+  MHS: Table(
+    (
+      *(
+        (rf"^heads\.{i}\.", f"mhs.scanhead_{letter}.mambaeng.ssm.")
+        for i, letter in enumerate(_HEADS)
+      ),
+      (r"^head_proj\.kernel$", "mhs.x_ssproj_W"),
+      (r"^(cat_norm|y_proj)\.", r"mhs.\1."),
+      *_CROSS,
+    ),
+    (_PROJECTIONS,),
+  ),
+  LinearAttention: Table(
+    ((r"^conv\.", "dwc."), (r"^(qk|lepe)\.", r"attn.\1.")),
+  ),
+}
+
+
+def table_of(module: nnx.Module) -> Table:
+  """Returns the table of a network, or of one of the mixers in `MIXERS`."""
+  return MIXERS.get(type(module), SPATIAL_MAMBA)
