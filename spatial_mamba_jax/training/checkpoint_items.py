@@ -63,8 +63,17 @@ def make_checkpointer(
     **tree_options,
   )
   json = partial(ocp.JsonCheckpointHandler, multiprocessing_options=options)
+  # If directories were created in the background and one cannot be created,
+  # threads would wait for it for minutes, and the process for these threads.
+  # If every process creates its own, a process would write as soon as another
+  # one has created its directories.
+  async_options = ocp.options.AsyncOptions(
+    create_directories_asynchronously=False
+  )
   handler = _Handler(
-    composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+    composite_options=ocp.CompositeOptions(
+      multiprocessing_options=options, async_options=async_options
+    ),
     ema=trees(),
     state=trees(),
     experiment=json(),
@@ -74,13 +83,7 @@ def make_checkpointer(
   )
   handler.on_written = on_written
   return ocp.AsyncCheckpointer(
-    handler,
-    # If True and a directory cannot be created, threads wait for it for
-    # minutes, and the process waits for these threads.
-    multiprocessing_options=options,
-    async_options=ocp.options.AsyncOptions(
-      create_directories_asynchronously=False
-    ),
+    handler, multiprocessing_options=options, async_options=async_options
   )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.path import atomicity
 
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
 from spatial_mamba_jax.models.pure import PureModel, Weights
@@ -371,6 +372,21 @@ def test_a_failure_in_the_background_is_reported(
   monkeypatch.undo()
   save_and_wait(checkpoints, 2)
   assert_restored(checkpoints, 2)
+
+
+@pytest.mark.parametrize("per_process", [False, True])
+def test_directories_exist_before_anything_is_written(
+  tmp_path, monkeypatch, per_process
+):
+  """Signals of Orbax say that another process has created its directories."""
+
+  def create_all_async(*_, **__):
+    raise AssertionError("directories are created in the background")
+
+  monkeypatch.setattr(atomicity, "create_all_async", create_all_async)
+  with Checkpoints(tmp_path, per_process=per_process) as checkpoints:
+    checkpoints.save(state_after(3), {}, wait=True)
+    assert checkpoints.steps() == [3]
 
 
 def test_an_evaluation_that_cannot_be_written(saved, tmp_path, monkeypatch):

@@ -18,7 +18,8 @@ MINUTE = 60
 def wait_until(condition, process):
   """Waits until the condition holds; fails if the process ends before."""
   while not condition():
-    assert process.poll() is None, process.communicate()
+    # One text, because pytest cuts values.
+    assert process.poll() is None, "\n".join(process.communicate())
     time.sleep(0.01)
 
 
