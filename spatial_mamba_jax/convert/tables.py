@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.mixers.evss import EVSS
 from spatial_mamba_jax.models.mixers.linear_attention import LinearAttention
 from spatial_mamba_jax.models.mixers.mamba import Mamba
@@ -125,15 +126,46 @@ SPATIAL_MAMBA = Table(
   ),
 )
 
-# The names of `SelectiveSSM`'s parameters in VMamba, whose scans share tensors.
-_CROSS = (
-  (r"(^|\.)conv\.", r"\1conv2d."),
-  (r"(^|\.)norm\.", r"\1out_norm."),
-  (r"(^|\.)ssm\.x_proj$", r"\1x_proj_weight"),
-  (r"(^|\.)ssm\.dt_proj$", r"\1dt_projs_weight"),
-  (r"(^|\.)ssm\.dt_bias$", r"\1dt_projs_bias"),
-  (r"(^|\.)ssm\.A_log$", r"\1A_logs"),
-  (r"(^|\.)ssm\.D$", r"\1Ds"),
+
+def _scans(before: str, after: str) -> tuple[tuple[str, str], ...]:
+  """Returns the replacements for an SSM whose scans share tensors."""
+  names = {
+    "x_proj": "x_proj_weight",
+    "dt_proj": "dt_projs_weight",
+    "dt_bias": "dt_projs_bias",
+    "A_log": "A_logs",
+    "D": "Ds",
+  }
+  return tuple(
+    (rf"{before}{own}$", f"{after}{name}") for own, name in names.items()
+  )
+
+
+def _cross(before: str, after: str) -> tuple[tuple[str, str], ...]:
+  """Returns the replacements for the mixers called SS2D."""
+  return (
+    (rf"{before}conv\.", f"{after}conv2d."),
+    (rf"{before}norm\.", f"{after}out_norm."),
+    *_scans(rf"{before}ssm\.", after),
+  )
+
+
+VMAMBA = Table(
+  (
+    (r"^stem\.conv1\.", "patch_embed.0."),
+    (r"^stem\.norm1\.", "patch_embed.2."),
+    (r"^stem\.conv2\.", "patch_embed.5."),
+    (r"^stem\.norm2\.", "patch_embed.7."),
+    (r"^stages\.", "layers."),
+    (r"^downsamples\.(\d+)\.conv\.", r"layers.\1.downsample.1."),
+    (r"^downsamples\.(\d+)\.norm\.", r"layers.\1.downsample.3."),
+    (r"^norms\.(\d+)\.", r"outnorm\1."),
+    (r"^(norm|head)\.", r"classifier.\1."),
+    (r"(blocks\.\d+)\.norm1\.", r"\1.norm."),
+    *_cross(r"\.mixer\.", ".op."),
+    (r"\.mixer\.", ".op."),
+  ),
+  (_PROJECTIONS,),
 )
 
 
@@ -178,19 +210,23 @@ MIXERS: dict[type, Table] = {
     ),
     (_PROJECTIONS,),
   ),
-  SS2D: Table(_CROSS, (_PROJECTIONS,)),
+  SS2D: Table(_cross("^", ""), (_PROJECTIONS,)),
   EVSS: Table(
-    ((r"^selected_conv\.", "x_conv."), *_CROSS), (_PROJECTIONS, _SEQUENCE)
+    ((r"^selected_conv\.", "x_conv."), *_cross("^", "")),
+    (_PROJECTIONS, _SEQUENCE),
   ),
   MHS: Table(
     (
       *(
-        (rf"^heads\.{i}\.", f"mhs.scanhead_{letter}.mambaeng.ssm.")
+        pair
         for i, letter in enumerate(_HEADS)
+        for pair in _scans(
+          rf"^heads\.{i}\.", f"mhs.scanhead_{letter}.mambaeng."
+        )
       ),
       (r"^head_proj\.kernel$", "mhs.x_ssproj_W"),
       (r"^(cat_norm|y_proj)\.", r"mhs.\1."),
-      *_CROSS,
+      *_cross("^", ""),
     ),
     (_PROJECTIONS,),
   ),
@@ -200,6 +236,11 @@ MIXERS: dict[type, Table] = {
 }
 
 
+_FAMILIES = {"spatial_mamba": SPATIAL_MAMBA, "vmamba": VMAMBA}
+
+
 def table_of(module: nnx.Module) -> Table:
   """Returns the table of a network, or of one of the mixers in `MIXERS`."""
+  if isinstance(module, Trunk):
+    return _FAMILIES.get(module.config.family.name, SPATIAL_MAMBA)
   return MIXERS.get(type(module), SPATIAL_MAMBA)

@@ -247,18 +247,21 @@ def conv3x3(
   features_out: int,
   *,
   stride: int,
+  use_bias: bool = False,
   dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
-  """Creates a full 3x3 convolution with zero padding, without bias."""
+  """Creates a full 3x3 convolution with zero padding."""
+  init = uniform_fan_in(9 * features_in)
   return nnx.Conv(
     features_in,
     features_out,
     (3, 3),
     strides=stride,
     padding=1,
-    use_bias=False,
-    kernel_init=uniform_fan_in(9 * features_in),
+    use_bias=use_bias,
+    kernel_init=init,
+    bias_init=init,
     dtype=dtype,
     param_dtype=at_least_float32(dtype),
     rngs=rngs,

@@ -1,4 +1,4 @@
-"""The named architectures, from the authors' configs."""
+"""The named architectures, from the configs of their authors."""
 
 import dataclasses
 from typing import Any
@@ -11,6 +11,14 @@ from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import show, suggestion
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.mixers.base import MixerConfig
+from spatial_mamba_jax.models.mixers.ss2d import SS2DConfig
+from spatial_mamba_jax.models.vmamba import VMAMBA
+
+
+def _vmamba(**fields: Any) -> ModelConfig:
+  """Returns an architecture of VMamba's configs vmambav2v."""
+  return ModelConfig(family=VMAMBA, mixer=SS2DConfig(), **fields)
+
 
 _PRESETS = {
   # Ours, for tests and small images.
@@ -25,6 +33,19 @@ _PRESETS = {
   ),
   "spatial_mamba_base": ModelConfig(
     dims=(96, 192, 384, 768), depths=(2, 4, 21, 5), drop_path_rate=0.5
+  ),
+  # Ours, for tests and small images.
+  "vmamba_micro": _vmamba(
+    dims=(24, 48, 96, 192), depths=(1, 1, 2, 1), num_classes=10
+  ),
+  "vmamba_tiny": _vmamba(
+    dims=(96, 192, 384, 768), depths=(2, 2, 8, 2), drop_path_rate=0.2
+  ),
+  "vmamba_small": _vmamba(
+    dims=(96, 192, 384, 768), depths=(2, 2, 20, 2), drop_path_rate=0.3
+  ),
+  "vmamba_base": _vmamba(
+    dims=(128, 256, 512, 1024), depths=(2, 2, 20, 2), drop_path_rate=0.5
   ),
 }
 

@@ -190,7 +190,6 @@ def test_every_mixer_in_half_precision_on_an_image_that_is_not_square(name):
   assert np.abs(np.asarray(half, np.float32) - y).max() <= 0.05 * scale
   if isinstance(mixer, LinearMixer):
 
-
     @nnx.jit
     def rows_of(mixer, x):
       return mixing_rows(mixer.mix, *mixer.select(x), [0, 7])
