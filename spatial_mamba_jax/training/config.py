@@ -64,7 +64,7 @@ class ModelSection(Section):
     dims: channels of each stage; empty for the preset's.
     depths: blocks of each stage; empty for the preset's.
     in_channels: channels of the images; None for the preset's.
-    mixer: the token mixer and its settings.
+    mixer: the token mixer and its settings, of the package `models.mixers`.
     mlp_ratio: hidden channels of the MLP divided by the channels of its stage;
       None for the preset's.
     drop_path_rate: stochastic-depth rate of the last block.
@@ -106,6 +106,15 @@ class ModelSection(Section):
     for field in ("family", "dims", "depths", "in_channels", "mlp_ratio"):
       if fields[field] in ((), [], None):
         del fields[field]
+    own = type(get_model_config(self.name).mixer)
+    if own not in (StructureAwareConfig, type(self.mixer)) and isinstance(
+      self.mixer, StructureAwareConfig
+    ):
+      raise TrainingError(
+        f"{path}.name {self.name} has the mixer {own.name}: write"
+        f" ModelSection(name={self.name!r}, mixer={own.__name__}()) into the"
+        " config file"
+      )
     # Copied, because the section is mutable.
     fields["mixer"] = dataclasses.replace(self.mixer)
     try:
