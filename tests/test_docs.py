@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -68,9 +69,9 @@ def run_file(code, namespace):
     config.count_steps(len(config.create_task().source("train")))
 
 
-def run_shell(code):
+def run_shell(code, root=ROOT):
   path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-  python_path = f"{ROOT}:{ROOT / 'kernels'}"
+  python_path = f"{root}:{ROOT / 'kernels'}"
   subprocess.run(
     ("bash", "-ec", code),
     env={**os.environ, "PATH": path, "PYTHONPATH": python_path},
@@ -132,6 +133,27 @@ def test_no_placeholder_is_left(page):
 
 def test_links_lead_somewhere(page):
   check_links(page)
+
+
+@pytest.mark.soak
+def test_the_mixer_of_a_page_trains(tmp_path):
+  """Writes the files of docs/add_a_mixer.md, and runs its command."""
+  for name in ("spatial_mamba_jax", "configs"):
+    shutil.copytree(ROOT / name, tmp_path / name)
+  shutil.copy(ROOT / "train.py", tmp_path)
+  blocks = BLOCK.finditer((ROOT / "docs/add_a_mixer.md").read_text())
+  commands = []
+  for block in blocks:
+    if file := FILE.match(block["code"]):
+      (tmp_path / f"{file[1]}.py").write_text(block["code"])
+    elif block["language"] == "sh":
+      commands.append(block["code"].strip())
+  (command,) = commands
+  command += ' --config.length="8 epochs"'
+  run_shell(f"cd {shlex.quote(str(tmp_path))}; {command}", tmp_path)
+  log = (tmp_path / "runs/pooling/metrics.jsonl").read_text().splitlines()
+  last = [x for x in map(json.loads, log) if x["kind"] == "evaluation"][-1]
+  assert last["top1"] > 0.8
 
 
 @pytest.mark.parametrize(
