@@ -123,7 +123,7 @@ def _parse():
   parser = argparse.ArgumentParser(prog="python -m benchmarks.formulations")
   parser.add_argument(
     "--output",
-    type=_json_file,
+    type=json_file,
     help="a JSON file; default: one in benchmarks/results, named by the device",
   )
   parser.add_argument(
@@ -132,11 +132,11 @@ def _parse():
     " (H200); default: this one",
   )
   parser.add_argument(
-    "--batch-size", type=_positive, default=8, help="of the four stages"
+    "--batch-size", type=positive, default=8, help="of the four stages"
   )
   parser.add_argument(
     "--lengths",
-    type=_positive,
+    type=positive,
     nargs="*",
     default=LENGTHS,
     help="tokens of the image of few channels",
@@ -144,7 +144,7 @@ def _parse():
   return parser.parse_args()
 
 
-def _json_file(text):
+def json_file(text):
   file = pathlib.Path(text)
   if (
     file.suffix != ".json"
@@ -157,7 +157,7 @@ def _json_file(text):
   return file
 
 
-def _positive(text):
+def positive(text):
   if not text.isdecimal() or not int(text):
     raise argparse.ArgumentTypeError(f"give a number of at least 1, not {text}")
   return int(text)

@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 import spatial_mamba_jax as smj
 from benchmarks import timing
 from spatial_mamba_jax.data.config import IMAGENET_IMAGES
+from spatial_mamba_jax.models.flops import TRAINING_FACTOR, count_flops
+from spatial_mamba_jax.models.mixers.base import MixerConfig
 from spatial_mamba_jax.models.mixers.selective import dt_rank
 from spatial_mamba_jax.models.mixers.structure_aware import StructureAwareConfig
 from spatial_mamba_jax.tasks.classification import ClassificationConfig
@@ -49,16 +51,31 @@ class Measurement:
 
 
 def experiment(
-  model: str, *, batch_size: int, dtype: str, implementation: str
+  model: str,
+  *,
+  batch_size: int,
+  dtype: str,
+  implementation: str = "",
+  mixer: MixerConfig | None = None,
 ) -> TrainConfig:
-  """The published recipe's first quarter, before MESA begins."""
+  """The published recipe's first quarter, before MESA begins.
+
+  Args:
+    model: a preset.
+    batch_size: images of a step.
+    dtype: of activations.
+    implementation: of the structure-aware mixer; empty for the best.
+    mixer: the token mixer; None for the structure-aware one.
+  """
+  if mixer is None:
+    mixer = StructureAwareConfig(implementation=implementation or None)
   return TrainConfig(
     task=ClassificationConfig(num_classes=1000),
     model=ModelSection(
       name=model,
       drop_path_rate=0.2,
       dtype=dtype,
-      mixer=StructureAwareConfig(implementation=implementation or None),
+      mixer=mixer,
       layer_implementation="xla" if implementation in _NO_KERNELS else None,
     ),
     batch_size=batch_size,
@@ -114,10 +131,17 @@ def compile_program(name: str, config: TrainConfig, size: int) -> Compiled:
   start = time.perf_counter()
   compiled, prepare = _COMPILE[name](config, size)
   seconds = time.perf_counter() - start
-  flops = config.batch_size * forward_flops(config.model.build(), size)
+  flops = config.batch_size * image_flops(config, size)
   if name == "train":
-    flops *= 3
+    flops *= TRAINING_FACTOR
   return Compiled(compiled, prepare, seconds, config.batch_size, flops)
+
+
+def image_flops(config: TrainConfig, size: int) -> float:
+  """FLOP of the forward pass of one image, with any mixer."""
+  function, state = inference(config)
+  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  return count_flops(function, state, image)
 
 
 def measure(program: Compiled, rate: float) -> Measurement:

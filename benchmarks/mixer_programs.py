@@ -1,0 +1,189 @@
+"""Measures one token mixer for `benchmarks.mixers`.
+
+How often a mixer transposes, gathers or reverses is counted in its forward pass
+compiled for a CPU: the instructions whose result is as large as the image that
+its scans read, or larger. A copy that changes the order of axes is a
+transposition.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks import network, timing
+from spatial_mamba_jax.forecast import hlo, topology
+from spatial_mamba_jax.models.mixers import MIXERS, MixerConfig
+from spatial_mamba_jax.models.mixers.base import Place
+from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.training.config import TrainConfig
+
+# Machines that programs are compiled for.
+TARGETS = ("H200", "v5e:2x2")
+# Image and channels for which a mixer's moves are counted. The last mixer of
+# four blocks is the one that `evss` does not turn.
+_COUNTED = (1, 16, 16, 64)
+_LAST = Place(0, 3, 3)
+
+Send = Callable[[dict[str, Any]], None]
+
+
+def variants() -> dict[str, MixerConfig]:
+  """Returns {name: mixer}: all mixers, and the gated form of ss2d."""
+  gated = dataclasses.replace(
+    MIXERS["ss2d"], d_state=16, expand=2, gate=True, conv_bias=True
+  )
+  aligned = dataclasses.replace(MIXERS["v2m"], aligned=True)
+  return {**MIXERS, "ss2d_gated": gated, "v2m_aligned": aligned}
+
+
+def cost(send: Send, *, mixer: str, model: str, **_: Any) -> None:
+  """Sends parameters, FLOP and moves."""
+  config = _experiment(mixer, model, 1)
+  architecture = config.model.build()
+  shapes = PureModel(
+    lambda rngs: architecture.family.classifier(architecture, rngs=rngs)
+  ).shapes
+  send(
+    {
+      "parameters": sum(x.size for x in jax.tree.leaves(shapes.params)),
+      "flops_of_224": network.image_flops(config, 224),
+      "moves": moves(variants()[mixer]),
+    }
+  )
+
+
+def moves(mixer: MixerConfig) -> dict[str, int]:
+  """Returns {kind: how often the forward pass of a mixer does it}."""
+  batch, height, width, dim = _COUNTED
+  config = dataclasses.replace(
+    _experiment("spatial_mamba", "spatial_mamba_micro", 1).model.build(),
+    mixer=mixer,
+  )
+  module = nnx.eval_shape(
+    lambda: mixer.create(
+      dim, mixer.variant(_LAST), config=config, rngs=nnx.Rngs(0)
+    )
+  )
+  graphdef, state = nnx.split(module)
+  image = jax.ShapeDtypeStruct(_COUNTED, jnp.float32)
+  compiled = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+  text = compiled.lower(state, image).compile().as_text() or ""
+  inner = getattr(mixer, "expand", 1) * dim
+  least = batch * height * width * inner
+  counts = dict.fromkeys(("transpose", "gather", "reverse"), 0)
+  for shape, kind in re.findall(
+    r"= f32\[([\d,]*)\]\S* (transpose|gather|reverse)\(", text
+  ):
+    counts[kind] += math.prod(map(int, shape.split(","))) >= least
+  return counts
+
+
+def speed(
+  send: Send,
+  *,
+  mixer: str,
+  model: str,
+  batch_size: int,
+  sizes: Sequence[int],
+  **_: Any,
+) -> None:
+  """Sends what the programs of each size need, in float32."""
+  device = jax.devices()[0]
+  size = 2048 if device.platform == "cpu" else 8192
+  rate = timing.matmul_rate(jnp.float32, size)
+  for size in sizes:
+    config = _experiment(mixer, model, batch_size)
+    for name in network.PROGRAMS:
+      program = network.compile_program(name, config, size)
+      measured = dataclasses.asdict(network.measure(program, rate))
+      send(
+        {
+          "size": size,
+          "program": name,
+          "compile_seconds": program.compile_seconds,
+          **measured,
+        }
+      )
+
+
+def moved_bytes(
+  send: Send,
+  *,
+  mixer: str,
+  model: str,
+  batch_size: int,
+  sizes: Sequence[int],
+  **_: Any,
+) -> None:
+  """Sends the bytes an image of programs compiled for each target."""
+  topology.use_compilers()
+  for target in TARGETS:
+    device = topology.devices_of(target)[0]
+    sharding = SingleDeviceSharding(device)
+    with topology.as_default_device(target):
+      for size in sizes:
+        config = _experiment(mixer, model, batch_size, dtype="bfloat16")
+        function, state = network.inference(config)
+        images = jax.ShapeDtypeStruct((batch_size, size, size, 3), "float32")
+        arguments = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+          (state, images),
+        )
+        compiled = jax.jit(function).lower(*arguments).compile()
+        launches = hlo.Program(compiled.as_text() or "").launches()
+        send(
+          {
+            "target": target,
+            "size": size,
+            "bytes": hlo.total_bytes(launches) / batch_size,
+            "launches": hlo.total_launches(launches),
+          }
+        )
+
+
+def accuracy(
+  send: Send,
+  *,
+  mixer: str,
+  seeds: Sequence[int],
+  workdir: pathlib.Path,
+  **_: Any,
+) -> None:
+  """Trains on the digits, and sends the top-1 of each seed's last weights."""
+  import configs.digits
+  from spatial_mamba_jax.training.loop import train
+
+  for seed in seeds:
+    config = configs.digits.get_config()
+    config.model.mixer = dataclasses.replace(variants()[mixer])
+    config.seed = seed
+    directory = workdir / mixer / str(seed)
+    train(config, directory)
+    log = (directory / "metrics.jsonl").read_text().splitlines()
+    records = [x for x in map(json.loads, log) if x["kind"] == "evaluation"]
+    send({"seed": seed, "top1": records[-1]["top1"]})
+
+
+SECTIONS: dict[str, Callable[..., None]] = {
+  "cost": cost,
+  "speed": speed,
+  "bytes": moved_bytes,
+  "accuracy": accuracy,
+}
+
+
+def _experiment(
+  mixer: str, model: str, batch_size: int, dtype: str = "float32"
+) -> TrainConfig:
+  return network.experiment(
+    model, batch_size=batch_size, dtype=dtype, mixer=variants()[mixer]
+  )
