@@ -238,7 +238,7 @@ def test_any_length_is_scanned():
 
   assert plan(3136, 1) == tpu_plan.Cut(8, 128)
   assert plan(1_000_003, 16).group == 4
-  assert [scan.row_length(n) for n in (3136, 49, 128, 257)] == [
+  assert [tpu_plan.row_length(n) for n in (3136, 49, 128, 257)] == [
     112,
     49,
     128,

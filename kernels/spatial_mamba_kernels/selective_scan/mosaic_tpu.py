@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from spatial_mamba_kernels.dispatch import Arrays
-from spatial_mamba_kernels.selective_scan.plans import row_length, tpu_plan
+from spatial_mamba_kernels.selective_scan.plans import tpu_plan
 from spatial_mamba_kernels.tpu import rows
+from spatial_mamba_kernels.tpu.plan import row_length
 from spatial_mamba_kernels.tpu.scan import (
   Row,
   RowBackward,

@@ -31,10 +31,10 @@ _STATES_OF_SEGMENT = 256
 def segment(states: int) -> int:
   """Returns after how many tokens the kernels save the state.
 
-  A segment is no longer than a row of the TPU kernels. These save the state
-  before each row, in the first entries.
+  At most half of a longest row of the TPU kernels, which save the state before
+  each row: so there are no more rows than segments.
   """
-  return max(1, min(_STATES_OF_SEGMENT // states, tpu.CONFIG.row))
+  return max(1, min(_STATES_OF_SEGMENT // states, tpu.CONFIG.row // 2))
 
 
 def saved_states(length: int, states: int) -> int:
@@ -45,9 +45,10 @@ def saved_states(length: int, states: int) -> int:
 def row_length(length: int) -> int:
   """Returns how many tokens a row of the TPU kernels has.
 
-  Rows are as even as possible; the last one has the rest.
+  If that is no divisor of `length`, rows are as even as possible.
   """
-  return -(-length // -(-length // tpu.CONFIG.row))
+  rows = -(-length // tpu.row_length(length))
+  return -(-length // rows)
 
 
 def tpu_plan(arrays: Arrays) -> tpu.Cut:
