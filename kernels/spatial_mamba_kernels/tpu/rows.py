@@ -30,7 +30,11 @@ COMPILER_PARAMS = pltpu.CompilerParams(
 
 
 def cost(
-  arguments: Sequence[Array], results: Any, *, flops: int, transcendentals: int
+  arguments: Sequence[Array | jax.ShapeDtypeStruct],
+  results: Any,
+  *,
+  flops: int,
+  transcendentals: int,
 ) -> pl.CostEstimate:
   """Returns a kernel's cost, for XLA's scheduler.
 
