@@ -19,8 +19,8 @@ from spatial_mamba_kernels.typing import Array, Float
 def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
   """Returns y [B, L, D] on one device and, if `save`, the saved states.
 
-  These are [K, N, B, D] for K segments. The state before row r is at index r;
-  where there are more segments than rows, the last entries are undefined.
+  These are [K, N, B, D] for K segments. The state after row r is at index r.
+  Entries from the last row on are undefined.
   """
   cut = tpu_plan(arrays)
   batch = len(arrays[0])

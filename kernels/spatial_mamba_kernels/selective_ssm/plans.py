@@ -31,7 +31,7 @@ _STATES_OF_SEGMENT = 256
 def segment(states: int) -> int:
   """Returns after how many tokens the kernels save the state.
 
-  At most half of a longest row of the TPU kernels, which save the state before
+  At most half of a longest row of the TPU kernels, which save the state after
   each row: so there are no more rows than segments.
   """
   return max(1, min(_STATES_OF_SEGMENT // states, tpu.CONFIG.row // 2))

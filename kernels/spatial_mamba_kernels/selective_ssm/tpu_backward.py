@@ -1,8 +1,8 @@
 """The backward pass of the selective SSM as a TPU kernel.
 
 Rows are processed from the last to the first. A step recomputes the states of a
-row from the state that the forward pass saved before it, then scans the row's
-cotangents in reverse.
+row from the state that the forward pass saved after the row before. Then it
+scans the row's cotangents in reverse.
 """
 
 import dataclasses
@@ -15,7 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from spatial_mamba_kernels.selective_ssm.plans import row_length
-from spatial_mamba_kernels.selective_ssm.tpu_forward import Inputs, specs
+from spatial_mamba_kernels.selective_ssm.tpu_forward import (
+  Inputs,
+  before,
+  specs,
+)
 from spatial_mamba_kernels.tpu import rows
 from spatial_mamba_kernels.tpu.plan import Cut
 from spatial_mamba_kernels.tpu.scan import (
@@ -88,7 +92,7 @@ def backward(
 
   Args:
     arrays: what the forward pass was given.
-    saved: [K, N, G, b, D], the state before each row.
+    saved: [K, N, G, b, D], the state after each row.
     g: [L, G, b, D], the cotangents of y.
     cut: see `tpu.plan.Cut`.
 
@@ -117,11 +121,11 @@ def backward(
   tokens, in_specs = specs(arrays, cut, row)
   projection = rows.partial_token_spec(states, cut, lanes, row)
   state = (states, group, cut.block)
-  read = jax.ShapeDtypeStruct((height, *saved.shape[1:]), saved.dtype)
+  read = max(height - 1, 1), *saved.shape[1:]
   (cotangents,) = pl.pallas_call(
     partial(_backward_kernel, length=length, channels=channels),
     grid=(groups, blocks, height),
-    in_specs=(in_specs, rows.image_spec(states, cut, row), tokens),
+    in_specs=(in_specs, rows.image_spec(states, cut, before(row)), tokens),
     out_specs=(
       _Outputs(
         tokens, tokens, projection, projection, rows.sums_spec(states + 2, cut)
@@ -138,7 +142,7 @@ def backward(
     ),
     compiler_params=rows.COMPILER_PARAMS,
     cost_estimate=rows.cost(
-      (*arrays, read, g),
+      (*arrays, jax.ShapeDtypeStruct(read, saved.dtype), g),
       results,
       flops=12 + 24 * states,
       transcendentals=5 + 2 * states,
@@ -176,7 +180,8 @@ def _backward_kernel(
     scratch.sums_ref[...] = jnp.zeros_like(scratch.sums_ref)
 
   # Recompute the states of the row.
-  scratch.carry_ref[...] = before_ref[...]
+  has_before = step < last
+  scratch.carry_ref[...] = jnp.where(has_before, before_ref[...], 0)
   scan_row(inputs.row, scratch.carry_ref, into(scratch.h_ref))
 
   # Scan the cotangents from the row's last token to its first.
@@ -186,7 +191,7 @@ def _backward_kernel(
     inputs.row,
     h_ref=scratch.h_ref,
     before_ref=before_ref,
-    has_before=True,
+    has_before=has_before,
     dh=_observed(inputs.C_ref, g_ref),
     adjoint_ref=scratch.adjoint_ref,
     du_ref=outputs.du_ref,

@@ -65,8 +65,13 @@ def specs(
   )
 
 
+def before(row_of: rows.RowOf) -> rows.RowOf:
+  """Returns the index of the saved state before a row; 0 for the first row."""
+  return lambda step: jnp.maximum(row_of(step) - 1, 0)
+
+
 def forward(arrays: Inputs, *, save: bool, cut: Cut) -> list[Array]:
-  """Returns y and, if `save`, the state before each row, [K, N, G, b, D]."""
+  """Returns y and, if `save`, the state after each row, [K, N, G, b, D]."""
   u, _, A, B, *_ = arrays
   length, groups, group, channels = u.shape
   height, states = len(B), len(A)
@@ -82,9 +87,9 @@ def forward(arrays: Inputs, *, save: bool, cut: Cut) -> list[Array]:
   y = jax.ShapeDtypeStruct(u.shape, u.dtype)
   out_specs, out_shape, written = [tokens], [y], [y]
   if save:
-    out_specs.append(rows.image_spec(states, cut, row))
+    out_specs.append(rows.image_spec(states, cut, before(row)))
     out_shape.append(saved(saved_states(length, states)))
-    written.append(saved(height))
+    written.append(saved(max(height - 1, 1)))
   (results,) = pl.pallas_call(
     _forward_kernel,
     grid=(groups, -(-channels // cut.block), height),
@@ -109,6 +114,7 @@ def _forward_kernel(inputs: Inputs, outputs, carry_ref):
   def _():
     carry_ref[...] = jnp.zeros_like(carry_ref)
 
+  # Steps 0 and 1 have the same block, which is written after step 1.
   for saved_ref in saved_refs:
     saved_ref[...] = carry_ref[...]
   scan_row(inputs.row, carry_ref, _observer(inputs, y_ref))
