@@ -102,14 +102,15 @@ def count_bundles(text: str) -> dict[str, Any]:
       stack[-1]["all"] += loop["trips"] * (loop["own"] + loop["all"])
       loops.append((loop["trips"], loop["own"]))
 
-  for line in text.splitlines():
+  lines = text.splitlines()
+  for line, deepest in zip(lines, _depths_to_come(lines), strict=True):
     if bundle := _BUNDLE.match(line):
-      label, depth = bundle[1], len(bundle[2])
-      if bundle[3]:
-        depth = len(stack) - 1
-      close(depth if label == "LB" else depth + 1)
+      label, depth, is_empty = bundle[1], len(bundle[2]), bundle[3]
       if label == "LB":
+        close(depth)
         stack.append({"trips": 0, "own": 0, "all": 0})
+      elif not is_empty:
+        close(deepest + 1)
       stack[-1]["own"] += 1
     # That of the loop around may stand among an inner loop's last bundles.
     for test in _EXIT_TEST.finditer(line):
@@ -117,3 +118,18 @@ def count_bundles(text: str) -> dict[str, Any]:
       loops_left[-1]["trips"] = int(test[1])
   close(1)
   return {"loops": loops, "step_bundles": grid["own"] + grid["all"]}
+
+
+def _depths_to_come(lines) -> list[int]:
+  """Returns the greatest depth, from each line to the next beginning of a loop.
+
+  What follows a loop may stand in a bundle within, for its last trip.
+  """
+  depths, deepest = [], 0
+  for line in reversed(lines):
+    if bundle := _BUNDLE.match(line):
+      deepest = max(deepest, len(bundle[2]))
+    depths.append(deepest)
+    if bundle and bundle[1] == "LB":
+      deepest = 0
+  return depths[::-1]

@@ -473,12 +473,16 @@ def test_an_unknown_target_is_refused(target):
 
 
 def test_bundles_of_loops_are_counted():
-  """Two loops in the grid's, the first run three times; empty bundles count."""
+  """Two loops in the grid's, the first run three times.
+
+  Empty bundles count, and so does one in the loop of what follows it.
+  """
   text = """\
   0x12   :  { %s1 = smov 0 }
   0x14 LB: > { %s2 = sadd.s32 1, %s3 /* iteration index */
      a comment that goes on */ }
   0x15 LB: >> { %v1 = vadd.f32 %v2, %v3 }
+  0x15   : > { %s9 = smov (%p8), 32 }
   0x16   :  {}
   0x17   : >> { %p1 = scmp.ge.s32 (%p8), %s4, 3 /* loop exit test */ }
   0x18 PF: > { %s5 = sld [smem:[#allocation1]] }
@@ -491,7 +495,7 @@ def test_bundles_of_loops_are_counted():
     tpu_code.count_bundles(text)  # The second loop.
   text = text.replace("vmul.f32 %v5, %v6", exit_test)
   counted = tpu_code.count_bundles(text)
-  assert counted == {"loops": [(3, 3), (2, 1)], "step_bundles": 3 + 3 * 3 + 2}
+  assert counted == {"loops": [(3, 4), (2, 1)], "step_bundles": 3 + 3 * 4 + 2}
 
 
 def test_bytes_that_a_kernel_moves_are_counted():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from spatial_mamba_kernels.case import Sizes
-from spatial_mamba_kernels.cases import by_name
+from spatial_mamba_kernels.cases import CASES, by_name
 from spatial_mamba_kernels.depthwise_conv.cases import strided_case
 from spatial_mamba_kernels.state_fusion import cases as state_fusion
 
@@ -124,6 +124,20 @@ def every_operator():
     names = "structure_aware_ssm", "selective_scan", "state_fusion"
     cases = map(by_name, names)
     return [(case.function, draw(case, sizes, images)) for case in cases]
+
+  return operators
+
+
+@pytest.fixture(scope="session")
+def tpu_operators():
+  """(sizes, dtype of images) -> {name: one with a TPU kernel, arguments}."""
+
+  def operators(*sizes, images=jnp.float32):
+    return {
+      case.name: (case.function, draw(case, sizes, images))
+      for case in CASES
+      if "mosaic_tpu" in case.operator.kernels
+    }
 
   return operators
 

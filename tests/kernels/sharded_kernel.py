@@ -57,12 +57,26 @@ def operators(implementation):
       implementation=implementation,
     )
 
+  def scan_and_observe(u, delta, A, B, C, D, delta_bias, **_):
+    u, delta, B, C = (x[:, 0] for x in (u, delta, B, C))
+    return smk.selective_ssm(
+      u,
+      delta,
+      A,
+      B,
+      C,
+      D,
+      delta_bias=delta_bias,
+      implementation=implementation,
+    )
+
   def fuse(u, kernels, alpha, **_):
     return smk.state_fusion(u, kernels, alpha, implementation=implementation)
 
   return (
     partial(smk.structure_aware_ssm, implementation=implementation),
     scan,
+    scan_and_observe,
     fuse,
   )
 

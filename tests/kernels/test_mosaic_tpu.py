@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from spatial_mamba_kernels.selective_scan import plans as scan
+from spatial_mamba_kernels.selective_ssm import plans as selective_ssm
 from spatial_mamba_kernels.state_fusion import plans as fusion
 from spatial_mamba_kernels.structure_aware_ssm import plans as ssm
 from spatial_mamba_kernels.taps import Stencil
@@ -74,12 +75,32 @@ def test_structure_aware_ssm(
   ids=str,
 )
 def test_selective_scan(
-  interpreted, every_operator, assert_is_sequential, shape, dtype
+  interpreted, tpu_operators, assert_is_sequential, shape, dtype
 ):
   batch, length, channels, states = shape
-  _, (operator, arrays), _ = every_operator(
-    batch, 1, length, channels, states, images=dtype
-  )
+  operators = tpu_operators(batch, 1, length, channels, states, images=dtype)
+  operator, arrays = operators["selective_scan"]
+  assert_is_sequential("mosaic_tpu", operator, arrays, dtype)
+
+
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    ((1, 1, 1, 5), jnp.float32),
+    # The last group of images, register of channels and row are not full.
+    ((9, 7, 130, 2), jnp.bfloat16),
+    ((3, 13, 5, 1), jnp.float32),
+    # Full rows, with more segments than rows.
+    ((1, 15, 3, 16), jnp.float32),
+  ],
+  ids=str,
+)
+def test_selective_ssm(
+  interpreted, tpu_operators, assert_is_sequential, shape, dtype
+):
+  batch, length, channels, states = shape
+  operators = tpu_operators(batch, 1, length, channels, states, images=dtype)
+  operator, arrays = operators["selective_ssm"]
   assert_is_sequential("mosaic_tpu", operator, arrays, dtype)
 
 
@@ -105,14 +126,14 @@ def test_state_fusion(
 
 def test_blocks_of_channels(
   interpreted,
-  every_operator,
+  tpu_operators,
   assert_is_sequential,
   monkeypatch,
 ):
   """VMEM for 128 of 192 channels, so that the second block is half full."""
   cut = tpu_plan.Cut(group=2, block=128)
   monkeypatch.setattr(tpu_plan, "cut", lambda *_, **__: cut)
-  for operator, arrays in every_operator(3, 2, 3, 192, 1):
+  for operator, arrays in tpu_operators(3, 2, 3, 192, 1).values():
     assert_is_sequential("mosaic_tpu", operator, arrays)
 
 
@@ -146,29 +167,34 @@ def test_any_shape(
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm", "cpu"])
 def test_a_kernel_is_chosen_when_lowering_for_its_platform(
-  every_operator, value_and_gradients, platform
+  tpu_operators, value_and_gradients, platform
 ):
   """On a TPU one each way; on a GPU one for each kind of what is computed."""
-  operators = every_operator(8, 3, 4, 128, 1)
-  for (operator, arrays), of_gpu in zip(operators, (6, 2, 3), strict=True):
+  of_gpus = {
+    "selective_scan": 2,
+    "selective_ssm": 2,
+    "state_fusion": 3,
+    "structure_aware_ssm": 6,
+  }
+  for name, (operator, arrays) in tpu_operators(8, 3, 4, 128, 1).items():
     g = jax.eval_shape(lambda a, op=operator: op(**a), arrays)
     traced = value_and_gradients.trace(operator, arrays, g)
     program = traced.lower(lowering_platforms=(platform,)).as_text()
-    kernels = {"tpu": (2, 0), "cuda": (0, of_gpu)}.get(platform, (0, 0))
+    kernels = {"tpu": (2, 0), "cuda": (0, of_gpus[name])}.get(platform, (0, 0))
     calls = program.count("@tpu_custom_call"), program.count("@mosaic_gpu_v2")
     assert calls == kernels
 
 
-def test_elsewhere_none_is_xla(every_operator, assert_is_sequential):
+def test_elsewhere_none_is_xla(tpu_operators, assert_is_sequential):
   """Nor is anything lost by saving what the kernels save."""
-  for operator, arrays in every_operator(2, 3, 4, 5, 2):
+  for operator, arrays in tpu_operators(2, 3, 4, 5, 2).values():
     assert_is_sequential(None, operator, arrays)
 
 
 @pytest.mark.soak
-def test_second_derivatives(interpreted, every_operator):
+def test_second_derivatives(interpreted, tpu_operators):
   """They are XLA's, also those of a named kernel: kernels have none."""
-  for operator, arrays in every_operator(2, 2, 3, 2, 1):
+  for operator, arrays in tpu_operators(2, 2, 3, 2, 1).values():
 
     def curvature(implementation, operator=operator, arrays=arrays):
       def loss(arrays):
@@ -192,13 +218,13 @@ def test_second_derivatives(interpreted, every_operator):
 
 
 @pytest.mark.parametrize("axes", [("data",), ()], ids=["split", "whole"])
-def test_within_a_shard_map_none_is_left_to_xla(every_operator, axes):
+def test_within_a_shard_map_none_is_left_to_xla(tpu_operators, axes):
   """One that checks how values vary, which kernels do not say."""
   mesh = jax.sharding.AbstractMesh(
     (2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
   )
   images = jax.sharding.PartitionSpec(*axes)
-  for operator, arrays in every_operator(2, 2, 3, 2, 1):
+  for operator, arrays in tpu_operators(2, 2, 3, 2, 1).values():
     specs = {
       name: images
       if name in ("u", "delta", "B", "C", "h", "h0")
@@ -231,19 +257,27 @@ def test_what_does_not_fit_is_cut():
     plan(1, 2, 2, 4, 1, dtype=jnp.float16)
 
 
-def test_any_length_is_scanned():
+@pytest.mark.parametrize("plans", [scan, selective_ssm], ids=["scan", "ssm"])
+def test_any_length_is_scanned(plans):
   def plan(length, states):
     u = jnp.empty((8, length, 128), jnp.float32)
-    return scan.tpu_plan((u, u, jnp.empty((128, states))))
+    return plans.tpu_plan((u, u, jnp.empty((128, states))))
 
   assert plan(3136, 1) == tpu_plan.Cut(8, 128)
-  assert plan(1_000_003, 16).group == 4
-  assert [scan.row_length(n) for n in (3136, 49, 128, 257)] == [
-    112,
-    49,
-    128,
-    128,
-  ]
+  assert plan(100_003, 16).group == (4 if plans is scan else 8)
+
+
+def test_rows_divide_a_sequence_or_are_even():
+  lengths = 3136, 49, 128, 257
+  rows = map(tpu_plan.row_length, lengths)
+  assert list(rows) == [112, 49, 128, 128]
+  assert list(map(selective_ssm.row_length, lengths)) == [112, 49, 128, 86]
+
+
+def test_no_more_rows_than_segments():
+  for length in range(1, 1000):
+    rows = -(-length // selective_ssm.row_length(length))
+    assert rows <= selective_ssm.saved_states(length, 1)
 
 
 def test_a_stencil_that_is_too_wide_is_refused():
@@ -298,9 +332,12 @@ def test_each_device_computes_its_part():
   assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize("place", range(3), ids=["fused", "scan", "fusion"])
+@pytest.mark.parametrize(
+  "name",
+  ["structure_aware_ssm", "selective_scan", "selective_ssm", "state_fusion"],
+)
 def test_no_race_and_nothing_out_of_bounds(
-  every_operator, value_and_gradients, monkeypatch, capsys, place
+  tpu_operators, value_and_gradients, monkeypatch, capsys, name
 ):
   """TPU semantics: two cores, buffers, and memory that is not set."""
   jax.clear_caches()
@@ -308,7 +345,7 @@ def test_no_race_and_nothing_out_of_bounds(
   # Two groups of images and two blocks of channels, for two cores.
   cut = tpu_plan.Cut(group=1, block=128)
   monkeypatch.setattr(tpu_plan, "cut", lambda *_, **__: cut)
-  operator, arrays = every_operator(2, 3, 4, 130, 1)[place]
+  operator, arrays = tpu_operators(2, 3, 4, 130, 1)[name]
   kernel = partial(operator, implementation="mosaic_tpu")
   sequential = partial(operator, implementation="sequential")
   g = jnp.ones_like(jax.eval_shape(lambda arrays: kernel(**arrays), arrays))
@@ -320,8 +357,8 @@ def test_no_race_and_nothing_out_of_bounds(
   ):
     actual = jax.block_until_ready(value_and_gradients(kernel, arrays, g))
   jax.clear_caches()
-  for name, wanted in expected.items():
+  for array, wanted in expected.items():
     np.testing.assert_allclose(
-      actual[name], wanted, rtol=1e-4, atol=1e-4, err_msg=name
+      actual[array], wanted, rtol=1e-4, atol=1e-4, err_msg=array
     )
   assert "RACE" not in capsys.readouterr().out  # JAX prints, and goes on.

@@ -10,7 +10,7 @@ from spatial_mamba_kernels.case import Argument, Case, Sizes
 from spatial_mamba_kernels.dispatch import Arrays
 from spatial_mamba_kernels.gpu import tiles
 from spatial_mamba_kernels.selective_scan import api
-from spatial_mamba_kernels.selective_scan.plans import row_length
+from spatial_mamba_kernels.tpu.plan import row_length
 
 
 def _arguments(sizes: Sizes, dtype: Any) -> dict[str, Argument]:

@@ -15,9 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from spatial_mamba_kernels.dispatch import Arrays
-from spatial_mamba_kernels.selective_scan.plans import row_length, tpu_plan
+from spatial_mamba_kernels.selective_scan.plans import tpu_plan
 from spatial_mamba_kernels.tpu import rows
-from spatial_mamba_kernels.tpu.scan import Row, RowBackward, scan_row
+from spatial_mamba_kernels.tpu.plan import row_length
+from spatial_mamba_kernels.tpu.scan import (
+  Row,
+  RowBackward,
+  into,
+  scan_row,
+  stored,
+)
 from spatial_mamba_kernels.typing import Array
 
 
@@ -27,7 +34,7 @@ def run_forward(arrays: Arrays, *, save: bool) -> Arrays:
   cut = tpu_plan(arrays)
   batch, length, _ = arrays[0].shape
   h = forward(*_lay_out(arrays, cut), cut=cut)
-  return (_from_rows(rows.states_of(h, batch), length),)
+  return (rows.join_tokens(rows.states_of(h, batch), length),)
 
 
 def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
@@ -40,7 +47,7 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   (h,) = saved
   cut = tpu_plan(arrays)
   batch, length, _ = arrays[0].shape
-  h, g = (_to_rows(x, row_length(length)) for x in (h, g))
+  h, g = (rows.split_tokens(x, row_length(length)) for x in (h, g))
   # The state before each row: h0, then the last one of the row above.
   h0 = arrays[-1].mT.astype(jnp.float32)
   before = jnp.concatenate([h0[:, None], h[:, :-1, -1]], axis=1)
@@ -57,30 +64,20 @@ def run_backward(arrays: Arrays, saved: Arrays, g: Array) -> Arrays:
   )
   tokens_of = partial(rows.tokens_of, batch=batch, width=row_length(length))
   return (
-    _from_rows(rows.images_of(du, batch), length),
-    _from_rows(rows.images_of(ddelta, batch), length),
-    jax.vmap(lambda x: _from_rows(tokens_of(x), length))(dB),
+    rows.join_tokens(rows.images_of(du, batch), length),
+    rows.join_tokens(rows.images_of(ddelta, batch), length),
+    jax.vmap(lambda x: rows.join_tokens(tokens_of(x), length))(dB),
     parameters,
     rows.last_states_of(dh0, batch)[0].transpose(1, 2, 0),
   )
 
 
-def _to_rows(x, width):
-  """Reshapes [B, L, ...] to [B, H, W, ...], padded with zeros."""
-  padding = [(0, 0)] * x.ndim
-  padding[1] = (0, -x.shape[1] % width)
-  return jnp.pad(x, padding).reshape(x.shape[0], -1, width, *x.shape[2:])
-
-
-def _from_rows(x, length):
-  """Inverts `_to_rows`."""
-  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-
-
 def _lay_out(arrays, cut):
   """Returns the operator's arguments in the layout of `forward`."""
   u, delta, A, B, bias, h0 = arrays
-  u, delta, B = (_to_rows(x, row_length(u.shape[1])) for x in (u, delta, B))
+  u, delta, B = (
+    rows.split_tokens(x, row_length(u.shape[1])) for x in (u, delta, B)
+  )
   return (
     rows.rows_of(u, cut.group),
     rows.rows_of(delta, cut.group),
@@ -192,7 +189,7 @@ def _forward_kernel(row: Row, h0_ref, h_ref, carry_ref):
   def _():
     carry_ref[...] = h0_ref[...]
 
-  scan_row(row, carry_ref, h_ref)
+  scan_row(row, carry_ref, into(h_ref))
 
 
 def backward(u, delta, A, B, bias, before, g, *, cut):
@@ -287,7 +284,7 @@ def _backward_kernel(
 
   # Recompute the states of the row.
   scratch.carry_ref[...] = before_ref[...]
-  scan_row(row, scratch.carry_ref, scratch.h_ref)
+  scan_row(row, scratch.carry_ref, into(scratch.h_ref))
 
   # Scan the cotangents from the row's last token to its first.
   outputs.dB_ref[...] = jnp.zeros_like(outputs.dB_ref)
@@ -296,7 +293,7 @@ def _backward_kernel(
     h_ref=scratch.h_ref,
     before_ref=before_ref,
     has_before=True,
-    dh_ref=g_ref,
+    dh=stored(g_ref),
     adjoint_ref=scratch.adjoint_ref,
     du_ref=outputs.du_ref,
     ddelta_ref=outputs.ddelta_ref,

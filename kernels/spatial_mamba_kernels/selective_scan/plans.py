@@ -40,7 +40,7 @@ def tpu_plan(arrays: Arrays) -> tpu.Cut:
   """Returns the cut for the backward pass, which needs the most VMEM."""
   u, delta, A, *_ = arrays
   batch, length, channels = u.shape
-  states, width = A.shape[1], row_length(length)
+  states, width = A.shape[1], tpu.row_length(length)
   itemsize = max(u.dtype.itemsize, delta.dtype.itemsize)
 
   def bytes_of(group, lanes):
@@ -53,15 +53,6 @@ def tpu_plan(arrays: Arrays) -> tpu.Cut:
 
   keeps = f"3 rows of {width} tokens and {states} states"
   return tpu.cut(arrays, batch, channels, bytes_of, keeps=keeps)
-
-
-def row_length(length: int) -> int:
-  """Returns how many tokens a row has; a divisor of `length` if possible."""
-  longest = min(length, tpu.CONFIG.row)
-  for width in range(longest, longest // 2, -1):
-    if length % width == 0:
-      return width
-  return longest
 
 
 def gpu_plan(arrays: Arrays) -> None:

@@ -10,7 +10,7 @@ from spatial_mamba_kernels.selective_ssm import xla
 from spatial_mamba_kernels.selective_ssm.plans import (
   DIMENSIONS,
   KERNELS,
-  segment,
+  saved_states,
 )
 from spatial_mamba_kernels.shapes import check_shapes
 from spatial_mamba_kernels.typing import Array
@@ -25,8 +25,8 @@ def _states_before_segments(arrays):
   u, _, A, *_ = arrays
   batch, length, channels = u.shape
   states = A.shape[1]
-  count = -(-length // segment(states))
-  return (jax.ShapeDtypeStruct((count, states, batch, channels), jnp.float32),)
+  shape = (saved_states(length, states), states, batch, channels)
+  return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
 
 operator = Operator(

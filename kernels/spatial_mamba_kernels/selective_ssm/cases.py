@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from spatial_mamba_kernels.case import Argument, Case, Sizes
 from spatial_mamba_kernels.selective_ssm import api
-from spatial_mamba_kernels.selective_ssm.plans import segment
+from spatial_mamba_kernels.selective_ssm.plans import row_length, segment
 
 
 def _arguments(sizes: Sizes, dtype: Any) -> dict[str, Argument]:
@@ -45,6 +45,6 @@ CASES = (
       f"selective_ssm_{x}": segment(arrays[2].shape[1])
       for x in ("forward", "backward")
     },
-    tpu_row=lambda sizes: segment(sizes.states),
+    tpu_row=lambda sizes: row_length(sizes.height * sizes.width),
   ),
 )

@@ -33,7 +33,9 @@ from spatial_mamba_kernels.tpu.scan import (
   Row,
   RowBackward,
   columns,
+  into,
   scan_row,
+  stored,
 )
 from spatial_mamba_kernels.typing import Array
 
@@ -269,7 +271,7 @@ def _recompute_row(r, inputs, scratch):
     inputs.A_ref,
     inputs.bias_ref,
   )
-  scan_row(row, carry_ref, scratch.ring_ref.at[r % WINDOW])
+  scan_row(row, carry_ref, into(scratch.ring_ref.at[r % WINDOW]))
   for ring_ref, x_ref in (
     (scratch.u_ring_ref, inputs.u_ref),
     (scratch.delta_ring_ref, inputs.delta_ref),
@@ -324,7 +326,7 @@ def _finish_row(row, inputs, outputs, scratch, cotangents, inside):
     h_ref=window.row_ref(0),
     before_ref=scratch.ring_ref.at[(row - 1) % WINDOW, width - 1],
     has_before=row > 0,
-    dh_ref=scratch.dh_ref,
+    dh=stored(scratch.dh_ref),
     adjoint_ref=scratch.adjoint_ref,
     du_ref=outputs.du_ref,
     ddelta_ref=outputs.ddelta_ref,

@@ -19,7 +19,7 @@ from spatial_mamba_kernels.tpu.fusion import (
   Window,
   fuse_tile,
 )
-from spatial_mamba_kernels.tpu.scan import Row, scan_row
+from spatial_mamba_kernels.tpu.scan import Row, into, scan_row
 from spatial_mamba_kernels.typing import Array
 
 REACH, WINDOW = STENCIL.reach, STENCIL.window
@@ -161,7 +161,7 @@ def _kernel(inputs: _Inputs, outputs: list[Any], scratch: _Scratch, *, height):
       inputs.A_ref,
       inputs.bias_ref,
     )
-    scan_row(row, carry_ref, scratch.ring_ref.at[r % WINDOW])
+    scan_row(row, carry_ref, into(scratch.ring_ref.at[r % WINDOW]))
     if results.saved_ref is not None:
       results.saved_ref[...] = carry_ref[...]
 

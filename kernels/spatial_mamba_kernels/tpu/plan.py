@@ -87,6 +87,15 @@ def cut(
   )
 
 
+def row_length(length: int) -> int:
+  """Returns how many tokens a row has; a divisor of `length` if possible."""
+  longest = min(length, CONFIG.row)
+  for width in range(longest, longest // 2, -1):
+    if length % width == 0:
+      return width
+  return longest
+
+
 def image_row_bytes(width: int, group: int, lanes: int, itemsize: int) -> int:
   """Returns the bytes of a row of pixels; bfloat16 is packed in pairs."""
   return width * max(group, 4 // itemsize) * lanes * itemsize

@@ -30,7 +30,11 @@ COMPILER_PARAMS = pltpu.CompilerParams(
 
 
 def cost(
-  arguments: Sequence[Array], results: Any, *, flops: int, transcendentals: int
+  arguments: Sequence[Array | jax.ShapeDtypeStruct],
+  results: Any,
+  *,
+  flops: int,
+  transcendentals: int,
 ) -> pl.CostEstimate:
   """Returns a kernel's cost, for XLA's scheduler.
 
@@ -92,6 +96,22 @@ def parameter_spec(count: int, cut: Cut) -> pl.BlockSpec:
 def sums_spec(count: int, cut: Cut) -> pl.BlockSpec:
   """Returns the block for sums [G, count, D], written after the last row."""
   return pl.BlockSpec((None, count, cut.block), lambda i, c, step: (i, 0, c))
+
+
+def split_tokens(
+  x: Float[Array, "B L *C"], width: int
+) -> Float[Array, "B H W *C"]:
+  """Returns sequences in rows of so many tokens, padded with zeros."""
+  padding = [(0, 0)] * x.ndim
+  padding[1] = (0, -x.shape[1] % width)
+  return jnp.pad(x, padding).reshape(x.shape[0], -1, width, *x.shape[2:])
+
+
+def join_tokens(
+  x: Float[Array, "B H W *C"], length: int
+) -> Float[Array, "B L *C"]:
+  """Inverts `split_tokens`, for so many tokens."""
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def rows_of(

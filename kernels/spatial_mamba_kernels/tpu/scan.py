@@ -4,7 +4,7 @@ Arrays are float32 but for `u`, `delta`, their cotangents and B; `tpu.rows`
 describes their layout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,14 +39,19 @@ class Row(NamedTuple):
     return delta + self.bias_ref[:, lanes]
 
 
-def scan_row(row: Row, carry_ref, out_ref) -> None:
+# Takes the first column of a tile and its lanes. Returns a function of column j
+# of the tile, the token [b, lanes] and its N states.
+Consumer = Callable[[Any, Any], Callable[[int, Array, Sequence[Array]], None]]
+
+
+def scan_row(row: Row, carry_ref, consumer: Consumer) -> None:
   """Scans a row.
 
   Args:
     row: its inputs.
     carry_ref: [N, b, D], the state before the row; the state after it replaces
       that.
-    out_ref: [W, N, b, D], where the states are written.
+    consumer: called with the states of each token.
   """
   width, _, channels = row.u_ref.shape
   states = row.A_ref.shape[0]
@@ -54,6 +59,7 @@ def scan_row(row: Row, carry_ref, out_ref) -> None:
   def scan(lanes):
     def tile(first, size, h):
       b = columns(row.B_ref, first)
+      consume = consumer(first, lanes)
       for j in range(size):
         x = row.u_ref[first + j, :, lanes].astype(jnp.float32)
         dt = softplus(row.raw_time_step(first + j, lanes))
@@ -62,8 +68,7 @@ def scan_row(row: Row, carry_ref, out_ref) -> None:
           + (dt * x) * b[n][:, j : j + 1]
           for n in range(states)
         )
-        for n in range(states):
-          out_ref[first + j, n, :, lanes] = h[n]
+        consume(j, x, h)
       return h
 
     h = tuple(carry_ref[n, :, lanes] for n in range(states))
@@ -74,6 +79,34 @@ def scan_row(row: Row, carry_ref, out_ref) -> None:
   rows.for_lanes(channels, scan)
 
 
+def into(out_ref) -> Consumer:
+  """Returns a consumer that writes all states to [W, N, b, D]."""
+
+  def consumer(first, lanes):
+    def write(j, x, h):
+      del x
+      for n, state in enumerate(h):
+        out_ref[first + j, n, :, lanes] = state
+
+    return write
+
+  return consumer
+
+
+# Takes the first column of a tile and its lanes. Returns a function of column j
+# of the tile and of state n: the cotangent [b, lanes] of this state.
+Cotangents = Callable[[Any, Any], Callable[[int, int], Array]]
+
+
+def stored(dh_ref) -> Cotangents:
+  """Returns the cotangents of states that are in memory, [W, N, b, D]."""
+
+  def cotangents(first, lanes):
+    return lambda j, n: dh_ref[first + j, n, :, lanes]
+
+  return cotangents
+
+
 class RowBackward(NamedTuple):
   """The transpose of `scan_row`, and the references that it takes.
 
@@ -82,7 +115,7 @@ class RowBackward(NamedTuple):
     h_ref: [W, N, b, D], the states.
     before_ref: [N, b, D], the state before the row.
     has_before: a boolean; False for the first row, whose scan begins at zero.
-    dh_ref: [W, N, b, D], the cotangents of the states.
+    dh: the cotangents of the states.
     adjoint_ref: [N, b, D], the cotangent that the row after passes on to the
       state after this row; replaced by the one for the state before it.
     du_ref: [W, b, D], written.
@@ -96,7 +129,7 @@ class RowBackward(NamedTuple):
   h_ref: Any
   before_ref: Any
   has_before: Any
-  dh_ref: Any
+  dh: Cotangents
   adjoint_ref: Any
   du_ref: Any
   ddelta_ref: Any
@@ -113,7 +146,7 @@ class RowBackward(NamedTuple):
       lanes: index of the lanes.
       skip: column -> cotangent that `u` has from elsewhere.
     """
-    width, states, _, _ = self.dh_ref.shape
+    width, states, _, _ = self.h_ref.shape
 
     def tile(first, size, adjoint):
       return self._scan_tile(first, size, adjoint, lanes, skip)
@@ -127,6 +160,7 @@ class RowBackward(NamedTuple):
     """Returns the adjoint before the tile, given that after it."""
     row, states = self.row, len(adjoint)
     b = columns(row.B_ref, first)
+    dh_of = self.dh(first, lanes)
     dA: list[Any] = [None] * states
     dbias = None
     products = [[] for _ in range(states)]
@@ -142,7 +176,7 @@ class RowBackward(NamedTuple):
       for n in range(states):
         a = row.A_ref[pl.ds(n, 1), lanes]
         decay = jnp.exp(dt * a)
-        dh = self.dh_ref[first + j, n, :, lanes] + adjoint[n]
+        dh = dh_of(j, n) + adjoint[n]
         passed_on.append(decay * dh)
         ddecay = passed_on[n] * self._state_before(first, j, n, lanes)
         drive = dh * b[n][:, j : j + 1]
