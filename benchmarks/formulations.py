@@ -144,7 +144,8 @@ def _parse():
   return parser.parse_args()
 
 
-def json_file(text):
+def json_file(text: str) -> pathlib.Path:
+  """Converts an argument: a JSON file in a directory that can be written."""
   file = pathlib.Path(text)
   if (
     file.suffix != ".json"
@@ -157,7 +158,8 @@ def json_file(text):
   return file
 
 
-def positive(text):
+def positive(text: str) -> int:
+  """Converts an argument: a number of at least 1."""
   if not text.isdecimal() or not int(text):
     raise argparse.ArgumentTypeError(f"give a number of at least 1, not {text}")
   return int(text)

@@ -1,22 +1,22 @@
 """Measures one token mixer for `benchmarks.mixers`.
 
-How often a mixer transposes, gathers or reverses is counted in its forward pass
-compiled for a CPU: the instructions whose result is as large as the image that
-its scans read, or larger. A copy that changes the order of axes is a
-transposition.
+How much a mixer transposes, gathers or reverses is counted in the jaxpr of its
+forward pass, in images of the inner channels: the elements of all results of
+such operations, over those of the image that the scans read. What operators do
+within themselves is not counted.
 """
 
 import dataclasses
 import json
-import math
 import pathlib
-import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import network, timing
@@ -28,6 +28,8 @@ from spatial_mamba_jax.training.config import TrainConfig
 
 # Machines that programs are compiled for.
 TARGETS = ("H200", "v5e:2x2")
+# {primitive: kind} of what is counted.
+KINDS = {"transpose": "transposed", "gather": "gathered", "rev": "reversed"}
 # Image and channels for which a mixer's moves are counted. The last mixer of
 # four blocks is the one that `evss` does not turn.
 _COUNTED = (1, 16, 16, 64)
@@ -61,8 +63,8 @@ def cost(send: Send, *, mixer: str, model: str, **_: Any) -> None:
   )
 
 
-def moves(mixer: MixerConfig) -> dict[str, int]:
-  """Returns {kind: how often the forward pass of a mixer does it}."""
+def moves(mixer: MixerConfig) -> dict[str, float]:
+  """Returns {kind: images that the forward pass of a mixer moves so}."""
   batch, height, width, dim = _COUNTED
   config = dataclasses.replace(
     _experiment("spatial_mamba", "spatial_mamba_micro", 1).model.build(),
@@ -75,16 +77,23 @@ def moves(mixer: MixerConfig) -> dict[str, int]:
   )
   graphdef, state = nnx.split(module)
   image = jax.ShapeDtypeStruct(_COUNTED, jnp.float32)
-  compiled = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
-  text = compiled.lower(state, image).compile().as_text() or ""
+  jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(
+    state, image
+  )
   inner = getattr(mixer, "expand", 1) * dim
-  least = batch * height * width * inner
-  counts = dict.fromkeys(("transpose", "gather", "reverse"), 0)
-  for shape, kind in re.findall(
-    r"= f32\[([\d,]*)\]\S* (transpose|gather|reverse)\(", text
-  ):
-    counts[kind] += math.prod(map(int, shape.split(","))) >= least
-  return counts
+  counts = dict.fromkeys(KINDS.values(), 0)
+  _add_moved(jaxpr.jaxpr, counts)
+  whole = batch * height * width * inner
+  return {kind: count / whole for kind, count in counts.items()}
+
+
+def _add_moved(jaxpr, counts):
+  for equation in jaxpr.eqns:
+    name = equation.primitive.name
+    if name in KINDS and equation.invars[0].aval.shape[:1] == _COUNTED[:1]:
+      counts[KINDS[name]] += equation.outvars[0].aval.size
+    for inner in jaxprs_in_params(equation.params):
+      _add_moved(inner, counts)
 
 
 def speed(
@@ -134,10 +143,7 @@ def moved_bytes(
         config = _experiment(mixer, model, batch_size, dtype="bfloat16")
         function, state = network.inference(config)
         images = jax.ShapeDtypeStruct((batch_size, size, size, 3), "float32")
-        arguments = jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-          (state, images),
-        )
+        arguments = jax.tree.map(partial(_placed, sharding), (state, images))
         compiled = jax.jit(function).lower(*arguments).compile()
         launches = hlo.Program(compiled.as_text() or "").launches()
         send(
@@ -148,6 +154,10 @@ def moved_bytes(
             "launches": hlo.total_launches(launches),
           }
         )
+
+
+def _placed(sharding, x):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def accuracy(

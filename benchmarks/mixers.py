@@ -3,8 +3,8 @@
 The network is Spatial-Mamba micro; only its mixer changes (--model selects
 another network). There are four sections, of which --sections selects some:
 
-- `cost`: parameters, FLOP of an image, and how often a mixer's forward pass
-  transposes, gathers or reverses an image (`mixer_programs` says how they are
+- `cost`: parameters, FLOP of an image, and how many images a mixer's forward
+  pass transposes, gathers or reverses (`mixer_programs` says how they are
   counted);
 - `speed`: images a second of inference and of the training step, share of the
   rate of matrix products, time to compile and peak memory, for images of

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.mixer_programs import KINDS
+
 Record = dict[str, Any]
 
 # The palette of Okabe and Ito, which people with colour blindness can tell
@@ -28,7 +30,7 @@ def _overview(record):
   cost, accuracy = record.get("cost", {}), record.get("accuracy", {})
   yield ""
   yield (
-    "| mixer | parameters | MFLOP at 224 | transposes | gathers | reversals |"
+    f"| mixer | parameters | MFLOP at 224 | {' | '.join(KINDS.values())} |"
     " top-1 of each seed | mean | spread |"
   )
   yield "| --- |" + " --- |" * 8
@@ -39,7 +41,7 @@ def _overview(record):
       cells[:5] = [
         f"{row['parameters']:,}",
         f"{row['flops_of_224'] / 1e6:.1f}",
-        *(str(moves[kind]) for kind in ("transpose", "gather", "reverse")),
+        *(f"{moves[kind]:.1f}" for kind in KINDS.values()),
       ]
     scores = [row["top1"] for row in accuracy.get(name, ())]
     if scores:

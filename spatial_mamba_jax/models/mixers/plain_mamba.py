@@ -43,12 +43,8 @@ from spatial_mamba_jax.models.mixers.selective import (
 if TYPE_CHECKING:
   from spatial_mamba_jax.models.config import ModelConfig
 
-PATHS = (
-  ROW_SNAKE,
-  ROW_SNAKE.reversed(),
-  COLUMN_SNAKE,
-  COLUMN_SNAKE.reversed(),
-)
+# Each is scanned in both directions.
+PATHS = ROW_SNAKE, COLUMN_SNAKE
 # Rows and columns of the kernel of the convolution.
 _CONV = 7
 # What leads to a token, by index: nothing, or a move.
@@ -122,17 +118,19 @@ class PlainMamba(nnx.Module):
     """Sums the outputs of the four scans of each pixel."""
     size = values.shape[1:3]
     delta, B, C = self.ssm.operands(operands)
+
+    def scan(path, tokens):
+      directions = self.direction_B[...][moves(path, *size)].astype(B.dtype)
+      return self.ssm.run(
+        tokens, delta, B + with_rank_of(B, directions), C, bias_factor=2
+      )
+
     y = jnp.zeros_like(values)
     for path in PATHS:
-      directions = self.direction_B[...][moves(path, *size)].astype(B.dtype)
-      out = self.ssm.run(
-        path.tokens(values),
-        delta,
-        B + with_rank_of(B, directions),
-        C,
-        bias_factor=2,
-      )
-      y = y + path.image(out, *size)
+      tokens = path.tokens(values)
+      backward = scan(path.reversed(), jnp.flip(tokens, 1))
+      both = scan(path, tokens) + jnp.flip(backward, 1)
+      y = y + path.image(both, *size)
     return y
 
   def _select(self, v):

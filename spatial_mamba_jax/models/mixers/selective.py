@@ -160,14 +160,11 @@ class SelectiveSSM(nnx.Module):
     Returns:
       The outputs of both, in the order of the path.
     """
-    backwards = path.reversed()
-    forward, backward = (
-      self.scan(way.tokens(values), way.tokens(chosen), scan)
-      for way, chosen, scan in zip(
-        (path, backwards), selected, scans, strict=True
-      )
-    )
-    return [forward, jnp.flip(backward, axis=1)]
+    u = path.tokens(values)
+    forward, backward = map(path.tokens, selected)
+    first, second = scans
+    y = self.scan(jnp.flip(u, 1), jnp.flip(backward, 1), second)
+    return [self.scan(u, forward, first), jnp.flip(y, 1)]
 
   def run(
     self,

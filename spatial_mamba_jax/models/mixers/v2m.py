@@ -113,8 +113,9 @@ class V2M(nnx.Module):
       )
     v, z = halves(self.in_proj, x)
     gate = jax.nn.silu(z)
-    columns = self._planes(v, gate, _transposed(gate))
-    rows = self._planes(_transposed(v), _transposed(gate), gate)
+    transposed_gate = _transposed(gate)
+    columns = self._planes(v, gate, transposed_gate)
+    rows = self._planes(_transposed(v), transposed_gate, gate)
     if self.is_aligned:
       y = _transposed(columns) + rows
     else:

@@ -85,9 +85,11 @@ class Vim(nnx.Module):
   ) -> Float[Array, "B H W C"]:
     """Computes the branch, times `branch_scale` (see `drop_path_scales`)."""
     v, z = halves(self.in_proj, x)
-    forward, backward = jnp.split(self.mix(*self._select(v)), 2, axis=-1)
-    y = (forward + backward) / 2 * jax.nn.silu(z)
-    return scaled(self.out_proj(y), branch_scale)
+    # Not by `mix`, which would reverse the tokens twice more.
+    forward = self.branch(RASTER.tokens(v)).reshape(v.shape)
+    backward = self.backward_branch(REVERSED_RASTER.tokens(v))
+    y = forward + REVERSED_RASTER.image(backward, *v.shape[1:3])
+    return scaled(self.out_proj(y / 2 * jax.nn.silu(z)), branch_scale)
 
   def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Operands]:
     """Returns the inputs of both SSMs, [B, H, W, 2 D], and what they select."""
