@@ -178,13 +178,14 @@ def test_every_mixer_in_half_precision_on_an_image_that_is_not_square(name):
   mixer = create(config, 16, dtype="float32")
 
   @nnx.jit
-  def run(mixer, x):
-    return mixer(x), mixer(x, jnp.array([0.0, 2.0]))
+  def run(mixer, x, scale):
+    return mixer(x, scale)
 
-  y, scaled = run(mixer, x)
+  one, other = jnp.float32([1, 1]), jnp.float32([0, 2])
+  y, scaled = run(mixer, x, one), run(mixer, x, other)
   np.testing.assert_allclose(scaled[0], jnp.zeros_like(y[0]))
   np.testing.assert_allclose(scaled[1], 2 * y[1], rtol=1e-4, atol=1e-5)
-  half, _ = run(create(config, 16, dtype="bfloat16"), x.astype(jnp.bfloat16))
+  half = run(create(config, 16, dtype="bfloat16"), x.astype(jnp.bfloat16), one)
   assert half.dtype == jnp.bfloat16
   scale = np.abs(y).max()
   assert np.abs(np.asarray(half, np.float32) - y).max() <= 0.05 * scale

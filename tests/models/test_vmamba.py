@@ -47,9 +47,7 @@ def test_names_and_shapes_are_the_authors(size, parameters):
   ("size", "dtype", "image", "tolerance"),
   [
     # PyTorch's softplus is linear above 20, which is 2e-9 less.
-    ("micro", "float64", (64, 64), 1e-8),
     ("micro", "float64", (50, 70), 1e-8),
-    ("micro", "float32", (50, 70), 1e-4),
     ("tiny", "float32", (96, 160), 1e-4),
   ],
 )
