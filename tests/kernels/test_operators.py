@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spatial_mamba_kernels.depthwise_conv import xla as conv_xla
 from spatial_mamba_kernels.selective_scan import reference as scan_reference
+from spatial_mamba_kernels.selective_ssm import (
+  reference as selective_ssm_reference,
+)
 from spatial_mamba_kernels.state_fusion import reference as fusion_reference
 from spatial_mamba_kernels.state_fusion import xla as fusion_xla
 from spatial_mamba_kernels.structure_aware_ssm import reference as ssm_reference
@@ -563,3 +566,109 @@ def test_gradients_of_a_long_scan(length, x64):
     np.testing.assert_allclose(
       actual[name], expected, rtol=0, atol=1e-12 * scale, err_msg=name
     )
+
+
+def ssm_of_tokens(length, *, batch=2, channels=3, n=2):
+  rng = np.random.default_rng(0)
+
+  def random(*shape):
+    return jnp.asarray(rng.standard_normal(shape))
+
+  return {
+    "u": random(batch, length, channels),
+    "delta": random(batch, length, channels),
+    "A": -jnp.exp(random(channels, n)),
+    "B": random(batch, length, n),
+    "C": random(batch, length, n),
+    "D": random(channels),
+    "delta_bias": random(channels),
+  }
+
+
+# In one piece, in two pieces with a rest, and in two pieces without.
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("length", "n"), [(1, 1), (7, 5), (300, 2), (256, 1)])
+def test_selective_ssm_is_its_equations(implementation, length, n):
+  arrays = ssm_of_tokens(length, n=n)
+  operator = partial(smk.selective_ssm, implementation=implementation)
+
+  @jax.jit
+  def run(arrays):
+    results = []
+    for op in (operator, selective_ssm_reference.selective_ssm):
+      y, pullback = jax.vjp(lambda arrays, op=op: op(**arrays), arrays)
+      results.append((y, pullback(jnp.cos(y))))
+    return results
+
+  (y, gradients), (expected, expected_gradients) = run(arrays)
+  assert_close(y, expected, 1e-12)
+  assert_trees_close(gradients, expected_gradients, 1e-11)
+
+
+def test_selective_ssm_of_other_types_and_shapes():
+  """Half precision, symbolic sizes, and what does not fit."""
+  arrays = ssm_of_tokens(300)
+  expected = selective_ssm_reference.selective_ssm(**arrays)
+  images = ("u", "delta", "B", "C")
+  half = {
+    name: x.astype(jnp.bfloat16 if name in images else jnp.float32)
+    for name, x in arrays.items()
+  }
+  y = smk.selective_ssm(**half)
+  assert y.dtype == jnp.bfloat16
+  assert_close(y.astype(jnp.float64), expected, 2**-6)
+
+  batch, length = jax.export.symbolic_shape("b, l")
+  shapes = {
+    name: jax.ShapeDtypeStruct(
+      (batch, length, x.shape[-1]) if name in images else x.shape, x.dtype
+    )
+    for name, x in arrays.items()
+  }
+  operator = jax.jit(lambda arrays: smk.selective_ssm(**arrays))
+  exported = jax.export.export(operator, platforms=("cpu", "cuda", "tpu"))
+  assert_close(exported(shapes).call(arrays), expected, 1e-12)
+
+  del arrays["delta_bias"]
+  zero = jnp.zeros(3)
+  assert_close(
+    smk.selective_ssm(**arrays), smk.selective_ssm(**arrays, delta_bias=zero), 0
+  )
+  arrays["C"] = arrays["C"][..., :1]
+  with pytest.raises(ValueError, match=r"C must have shape \[B, L, N\]"):
+    smk.selective_ssm(**arrays)
+  with pytest.raises(ValueError, match="selective_ssm: implementation='x' is"):
+    smk.selective_ssm(**arrays, implementation="x")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 7), (7, 7), (5, 1)])
+def test_depthwise_conv_of_other_sizes(rows, columns):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, 4, 6, 3)))
+  kernel = jnp.asarray(rng.standard_normal((rows, columns, 3)))
+  grouped = partial(conv_xla.grouped, stride=1)
+  y, pullback = jax.vjp(smk.depthwise_conv, x, kernel)
+  expected, expected_pullback = jax.vjp(grouped, x, kernel)
+  assert_close(y, expected, 1e-13)
+  assert_trees_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), 1e-12)
+  with pytest.raises(ValueError, match="a kernel has odd sizes, not 2 x"):
+    smk.depthwise_conv(x, kernel[:1].repeat(2, 0))
+
+
+def test_causal_depthwise_conv_is_its_equation():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, 9, 3)))
+  kernel = jnp.asarray(rng.standard_normal((4, 3)))
+
+  def equation(x, kernel):
+    padded = jnp.pad(x, ((0, 0), (3, 0), (0, 0)))
+    windows = [padded[:, k : k + 9] for k in range(4)]
+    return sum(
+      window * taps[None, None]
+      for window, taps in zip(windows, kernel, strict=True)
+    )
+
+  y, pullback = jax.vjp(smk.causal_depthwise_conv, x, kernel)
+  expected, expected_pullback = jax.vjp(equation, x, kernel)
+  assert_close(y, expected, 1e-13)
+  assert_trees_close(pullback(jnp.cos(y)), expected_pullback(jnp.cos(y)), 1e-12)
