@@ -10,7 +10,11 @@ from spatial_mamba_kernels.cases import CASES, by_name
 
 from benchmarks import traffic
 from benchmarks.tpu_static import compiled
-from tests.aot.golden import STEP_H200, assert_golden
+from tests.aot.golden import (
+  SELECTIVE_SSM_BYTES,
+  STEP_H200,
+  assert_golden,
+)
 
 pytestmark = pytest.mark.aot
 
@@ -68,12 +72,18 @@ def count(target, op, direction):
 
 
 def assert_kernels_compile(target, *arguments):
+  """Returns how many there are."""
+  return compiled_kernels(target, *arguments)["kernels"]
+
+
+def compiled_kernels(target, *arguments):
+  """What `benchmarks.aot` says of kernels, which fit and do not spill."""
   record = compiled("kernel", *arguments, "--target", target)
   assert record["kernels"] == len(record["programs"])
   for program in record["programs"]:
     assert program["spilled_bytes"] == 0, program
     assert program["smem_bytes"] <= MOST_SMEM[target], program
-  return record["kernels"]
+  return record
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -118,11 +128,34 @@ def test_several_states(target, states, direction):
   )
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("states", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("target", KINDS)
+def test_selective_ssm(target, states, direction):
+  """States whose pieces of code are as long as registers allow."""
+  record = compiled_kernels(
+    target, "selective_ssm", direction, "--shape", 128, 14, 14, 512, states
+  )
+  if target == "H200" and (states, direction) in SELECTIVE_SSM_BYTES:
+    size = SELECTIVE_SSM_BYTES[states, direction]
+    assert_golden(record, {"kernels": 1, "moved_bytes": size})
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("target", KINDS)
+def test_selective_ssm_in_chunks(target, direction):
+  kernels = assert_kernels_compile(
+    *(target, "selective_ssm", direction),
+    *("--shape", 1, 14, 13, 130, 16, "--dtype", "float32"),
+  )
+  assert kernels == 2
+
+
 @needs_new_jax
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
   ("op", "size"),
-  [("selective_scan", 56), ("structure_aware_ssm", 7)],
+  [("selective_scan", 56), ("selective_ssm", 7), ("structure_aware_ssm", 7)],
 )
 def test_little_shared_memory(op, size, direction):
   shape = (128, size, size, 1024, 1)

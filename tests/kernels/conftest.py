@@ -57,6 +57,18 @@ def ssm_arguments():
 
 
 @pytest.fixture(scope="session")
+def scan_read_out():
+  """(B, L, D, N, dtype of images) -> the selective SSM, {name: array}."""
+
+  def arguments(batch, length, channels, states, images=jnp.float32):
+    case = by_name("selective_ssm")
+    sizes = batch, 1, length, channels, states
+    return named(case), draw(case, sizes, images)
+
+  return arguments
+
+
+@pytest.fixture(scope="session")
 def fusion_arguments():
   """(shape of the image, dilations, its dtype) -> {name: array}."""
 

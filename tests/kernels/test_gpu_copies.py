@@ -104,6 +104,18 @@ def test_ssm(every_operator, sent, shape, dtype):
     assert not [copy for copy in copies if goes_astray(*copy)]
 
 
+@pytest.mark.parametrize(
+  "shape",
+  # No whole number of segments; one; fewer channels than are copied.
+  [(2, 25, 128, 1), (2, 25, 100, 3), (1, 7, 192, 16), (2, 1, 96, 1)],
+  ids=str,
+)
+def test_selective_ssm(scan_read_out, sent, shape):
+  copies = sent(*scan_read_out(*shape, images=jnp.bfloat16))
+  assert copies
+  assert not [copy for copy in copies if goes_astray(*copy)]
+
+
 @pytest.mark.parametrize("form", ["plain", "residual", "silu", "projected"])
 @pytest.mark.parametrize(
   "shape",

@@ -26,6 +26,7 @@ from spatial_mamba_kernels.gpu import threads as gpu_threads
 from spatial_mamba_kernels.layer_norm import mosaic_gpu as gpu_norm
 from spatial_mamba_kernels.mlp import gpu_gelu, gpu_products, gpu_weights
 from spatial_mamba_kernels.mlp import mosaic_gpu as gpu_mlp
+from spatial_mamba_kernels.selective_ssm import plans as ssm_plans
 from spatial_mamba_kernels.state_fusion import plans as fusion_plans
 from spatial_mamba_kernels.structure_aware_ssm import (
   gpu_backward,
@@ -165,6 +166,41 @@ def test_selective_scan(
   _, (operator, arrays), _ = every_operator(
     batch, 1, length, channels, states, images=dtype
   )
+  assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+  ("shape", "dtype", "sizes"),
+  [
+    ((1, 1, 1, 1), jnp.float32, {}),
+    # Chunks of 2, 2 and 1 segments, the last one not full; padded channels.
+    ((1, 18, 130, 2), jnp.bfloat16, {"programs": 8}),
+    (
+      (1, 18, 130, 5),
+      jnp.bfloat16,
+      {"programs": 8, "values": 47, "gpu": "8.0"},
+    ),
+    # Segments of four pieces.
+    ((2, 5, 3, 16), jnp.float32, {"values": 86}),
+    ((1, 5, 3, 1), jnp.float32, {"gpu": "8.0"}),
+  ],
+  ids=str,
+)
+def test_selective_ssm(
+  interpreted,
+  scan_read_out,
+  assert_is_sequential,
+  monkeypatch,
+  shape,
+  dtype,
+  sizes,
+):
+  values = sizes.get("values", 200)
+  interpreted(**{name: x for name, x in sizes.items() if name != "values"})
+  monkeypatch.setattr(ssm_plans, "SEGMENT", 4)
+  monkeypatch.setattr(ssm_plans, "_MOST_VALUES", {True: values, False: values})
+  operator, arrays = scan_read_out(*shape, images=dtype)
   assert_is_sequential("mosaic_gpu", operator, arrays, dtype)
 
 
@@ -608,6 +644,11 @@ def assert_refused(operator, arrays, why):
 def test_too_many_states(every_operator, place, states, why):
   operators = every_operator(1, 2, 3, 4, states)
   assert_refused(*operators[place], why)
+
+
+def test_what_a_selective_ssm_leaves_to_xla(scan_read_out):
+  why = "up to 16 states a channel in registers, not 17"
+  assert_refused(*scan_read_out(1, 6, 4, 17), why)
 
 
 def test_more_images_than_a_gpu_launches():

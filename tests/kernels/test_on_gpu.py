@@ -149,6 +149,28 @@ def test_scan_of_several_states(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("states", [1, 2, 5, 16])
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (64, 3136, 128),
+    (64, 196, 512),
+    # With fewer images tokens are cut into chunks.
+    (1, 3136, 256),
+    (3, 45, 96),
+    (2, 1037, 130),
+    (1, 1, 1),
+  ],
+  ids=str,
+)
+def test_selective_ssm(
+  scan_read_out, assert_is_sequential, shape, states, dtype
+):
+  operator, arrays = scan_read_out(*shape, states, images=DTYPES[dtype])
+  assert_is_sequential("mosaic_gpu", operator, arrays, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dilations", [(1,), (2, 7)], ids=str)
 def test_fusion_of_other_dilations(
   fusion_arguments, assert_is_sequential, dilations, dtype

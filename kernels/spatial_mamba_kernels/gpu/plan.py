@@ -30,6 +30,9 @@ MOST_COLUMNS = 32
 OTHER_BYTES = 3 * 2**10
 # Barriers of one kind in a Pallas kernel at most; each row of a ring has one.
 MOST_BARRIERS = 32
+# States of a channel at most: a thread keeps a decay, a state and a sum in
+# registers for each.
+MOST_STATES = 16
 # Rows that are summed over channels at once, if shared memory allows.
 ROWS_SUMMED = 16
 
@@ -74,6 +77,15 @@ def check_launched(image: Array) -> None:
     raise NotImplementedError(
       f"mosaic_gpu launches {MOST_PROGRAMS} programs for each part of an image"
       f" at most, not for {images} images of {channels} channels on a device"
+    )
+
+
+def check_states(states: int) -> None:
+  """Raises NotImplementedError where a channel has too many states."""
+  if states > MOST_STATES:
+    raise NotImplementedError(
+      f"mosaic_gpu keeps up to {MOST_STATES} states a channel in registers,"
+      f" not {states}"
     )
 
 

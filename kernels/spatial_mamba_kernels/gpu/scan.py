@@ -28,10 +28,7 @@ def scan(u, delta, A, B, bias, h0=None):
   """Returns the states [B, L, N, D]; arguments as for `selective_scan`."""
   chunks = Chunks.of(u, A)
   operands = lay_out(u, delta, A, B, bias, chunks)
-  first = first_state(operands, h0)
-  before = first[:, None]
-  if chunks.count > 1:
-    before = carry_between_chunks(operands, chunks, first)
+  before = carry_between_chunks(operands, chunks, first_state(operands, h0))
   batch, length, channels = operands[0].shape
   shape = chunks.room((batch, length, chunks.states, channels))
   h = scan_kernel(
@@ -49,14 +46,18 @@ def scan(u, delta, A, B, bias, h0=None):
 
 def lay_out(u, delta, A, B, bias, chunks):
   """Returns u, delta [B, L, D], A [N, D], B [B, N, L] and bias, padded."""
-  B = chunks.pad_tokens(B.astype(jnp.float32))
   return (
     chunks.pad(u),
     chunks.pad(delta),
     gpu.parameters(A.T),
-    B.swapaxes(1, 2),
+    numbers_by_state(B, chunks),
     gpu.parameters(bias[None]),
   )
+
+
+def numbers_by_state(numbers, chunks):
+  """Returns B or C [B, L, N] as [B, N, L], padded."""
+  return chunks.pad_tokens(numbers.astype(jnp.float32)).swapaxes(1, 2)
 
 
 def first_state(operands, h0=None):
@@ -67,7 +68,9 @@ def first_state(operands, h0=None):
   return gpu.parameters(h0.mT)
 
 
-def carry_between_chunks(operands, chunks, first, dh=None):
+def carry_between_chunks(
+  operands, chunks, first, dh=(), *, name="selective_scan"
+):
   """Returns the state before each chunk, [B, K, N, D].
 
   Args:
@@ -75,8 +78,12 @@ def carry_between_chunks(operands, chunks, first, dh=None):
     chunks: how the tokens are cut.
     first: the state before the first chunk; with `dh`, the adjoint after the
       last one.
-    dh: the cotangents of the states, for the adjoint after each chunk.
+    dh: the cotangents of the states, padded, for the adjoint after each chunk;
+      or, where they are a product, dy [B, L, D] and C [B, N, L].
+    name: of the operator.
   """
+  if chunks.count == 1:
+    return first[:, None]
   states = jax.ShapeDtypeStruct(
     (len(first), chunks.count, *first.shape[1:]), jnp.float32
   )
@@ -84,16 +91,16 @@ def carry_between_chunks(operands, chunks, first, dh=None):
     (len(first), chunks.count, first.shape[-1]), jnp.float32
   )
   add, time = scan_kernel(
-    partial(_summary_kernel, reverse=dh is not None),
+    partial(_summary_kernel, reverse=bool(dh)),
     operands,
     chunks,
     [states, times],
-    name="selective_scan_summary",
-  )(*operands, *(() if dh is None else (chunks.pad(dh),)))
+    name=f"{name}_summary",
+  )(*operands, *dh)
   time, rates = time[:, :, None], operands[2]
   decay = jnp.exp(time * with_rank_of(time, rates))
-  state = recur(decay, add, first, "associative", reverse=dh is not None)
-  return shift(state, 1 if dh is None else -1, first)
+  state = recur(decay, add, first, "associative", reverse=bool(dh))
+  return shift(state, -1 if dh else 1, first)
 
 
 def scan_kernel(body, operands, chunks, results, *, name, scratch_types=None):
@@ -109,11 +116,12 @@ def scan_kernel(body, operands, chunks, results, *, name, scratch_types=None):
   )
 
 
-def load_tile(u, delta, bias, tile):
+def load_tile(u, delta, bias, tokens, first=0):
   """Returns by token u and the time step before softplus."""
+  own = [first + j for j in range(tokens)]
   return (
-    [u[j].astype(jnp.float32) for j in range(tile)],
-    [delta[j].astype(jnp.float32) + bias for j in range(tile)],
+    [u[j].astype(jnp.float32) for j in own],
+    [delta[j].astype(jnp.float32) + bias for j in own],
   )
 
 
@@ -163,26 +171,40 @@ def _summary_kernel(*refs, reverse):
   """Computes the state that a chunk adds to zero, and the time it takes."""
   u_ref, delta_ref, A_ref, B_ref, bias_ref, *refs = refs
   *dh_refs, added_ref, time_ref, program = refs
+  dh_refs, C_refs = dh_refs[:1], dh_refs[1:]
   chunks, image, channels = program.chunks, program.image, program.channels
   states = range(chunks.states)
   a, shift = [A_ref[n, channels] for n in states], bias_ref[0, channels]
 
+  def cotangent(dh, tile, j, n):
+    for C_ref in C_refs:
+      return C_ref[image, n, tile * chunks.tile + j] * dh[j].astype(jnp.float32)
+    return dh[j, n]
+
   def scan_tile(tile, u, delta, *rest):
-    *dh, (state, total) = rest
-    xs, dts = load_tile(u, delta, shift, chunks.tile)
-    dts = [gpu.softplus(x) for x in dts]
-    order = range(chunks.tile)
-    for j in reversed(order) if reverse else order:
-      total = total + dts[j]
-      for n in states:
-        decay = jnp.exp(dts[j] * a[n])
-        if reverse:
-          state[n] = decay * (state[n] + dh[0][j, n])
-        else:
-          b = B_ref[image, n, tile * chunks.tile + j]
-          state[n] = decay * state[n] + dts[j] * xs[j] * b
+    *dh, carry = rest
+
+    def scan_piece(piece, carry):
+      state, total = carry
+      first = piece * chunks.piece
+      xs, dts = load_tile(u, delta, shift, chunks.piece, first)
+      dts = [gpu.softplus(x) for x in dts]
+      order = range(chunks.piece)
+      for j in reversed(order) if reverse else order:
+        total = total + dts[j]
+        for n in states:
+          decay = jnp.exp(dts[j] * a[n])
+          if reverse:
+            dstate = state[n] + cotangent(dh[0], tile, first + j, n)
+            state[n] = decay * dstate
+          else:
+            b = B_ref[image, n, tile * chunks.tile + (first + j)]
+            state[n] = decay * state[n] + dts[j] * xs[j] * b
+      return state, total
+
+    carry = chunks.for_pieces(scan_piece, carry, reverse=reverse)
     gpu.commit()
-    return state, total
+    return carry
 
   carry = ([gpu.zeros() for _ in states], gpu.zeros())
   state, total = for_tiles(

@@ -88,10 +88,7 @@ def scan_backward(u, delta, A, B, bias, h0, h, dh, *, skip=None):
   chunks = Chunks.of(u, A)
   operands = lay_out(u, delta, A, B, bias, chunks)
   h, dh = chunks.pad(h), chunks.pad(dh)
-  last = first_state(operands)
-  after = last[:, None]
-  if chunks.count > 1:
-    after = carry_between_chunks(operands, chunks, last, dh)
+  after = carry_between_chunks(operands, chunks, first_state(operands), (dh,))
   if skip:
     D, dy = skip
     skip = gpu.parameters(D[None]), chunks.pad(dy)

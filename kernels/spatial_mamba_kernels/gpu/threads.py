@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from spatial_mamba_kernels.gpu.device import device
 from spatial_mamba_kernels.gpu.plan import CHANNELS as CHANNELS
+from spatial_mamba_kernels.gpu.plan import LANES as LANES
 from spatial_mamba_kernels.gpu.plan import ROWS_SUMMED as ROWS_SUMMED
 from spatial_mamba_kernels.gpu.plan import blocks as blocks
 from spatial_mamba_kernels.gpu.plan import is_one_piece as is_one_piece
@@ -168,24 +169,35 @@ def store_sums(values: Sequence[Array], products: Any, out: Any) -> None:
     store_channel_sums(products, out.at[pl.ds(first, rows)])
 
 
-def store_channel_sums(products: Any, out: Any) -> None:
+def store_channel_sums(
+  products: Any, out: Any, *, threads: int = LANES
+) -> None:
   """Stores the sums over channels of the rows in shared memory.
 
   It waits for all threads' rows before, and for all sums after. A warp sums
-  every fourth row; its threads load consecutive channels, which are in
-  different banks of shared memory.
+  every fourth row, or four rows at once; the threads that load together load
+  consecutive channels, which are in different banks of shared memory.
 
   Args:
     products: reference to [R, 128], float32 in shared memory; R is a multiple
-      of 4.
+      of 4, or of 16.
     out: reference to [R], float32 in device memory.
+    threads: that share a row; 8, for fewer shuffles and loads, or 32.
   """
-  layout = plgpu.Layout.TILED(
-    plgpu.Tiling(((4, 32), (1,))),
-    warp_dims=(-3,),
-    lane_dims=(-2,),
-    vector_dim=-1,
-  )
+  if threads == LANES:
+    layout = plgpu.Layout.TILED(
+      plgpu.Tiling(((4, 32), (1,))),
+      warp_dims=(-3,),
+      lane_dims=(-2,),
+      vector_dim=-1,
+    )
+  else:
+    layout = plgpu.Layout.TILED(
+      plgpu.Tiling(((16, 32), (4, 4))),
+      warp_dims=(-4,),
+      lane_dims=(-2, -3),
+      vector_dim=-1,
+    )
   meet()
   store(out, jnp.sum(load(products, layout), axis=1))
   meet()

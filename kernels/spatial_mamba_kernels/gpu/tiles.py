@@ -6,7 +6,8 @@ needs more programs.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,28 +29,35 @@ class Chunks:
 
   Attributes:
     states: states of a channel.
+    tile: tokens of a tile.
+    piece: tokens in one unrolled piece of code; divides a tile.
     tiles: tiles of an image; the last one may extend beyond the tokens.
     per_chunk: tiles of a chunk; the last chunk may have fewer.
   """
 
   states: int
+  tile: int
+  piece: int
   tiles: int
   per_chunk: int
 
   @classmethod
-  def of(cls, u: Array, A: Array) -> "Chunks":
+  def of(
+    cls, u: Array, A: Array, tile: int | None = None, piece: int | None = None
+  ) -> "Chunks":
     """Returns as many chunks as a GPU needs, and no more."""
     batch, length, channels = u.shape
     states = A.shape[1]
-    tiles = -(-length // tokens_of_tile(states))
+    tile = tile or tokens_of_tile(states)
+    tiles = -(-length // tile)
     programs = batch * gpu.blocks(channels)
     parts = gpu.split(tiles, programs, least=plan.CONFIG.stages)
-    return cls(states, tiles, -(-tiles // parts))
+    return cls(states, tile, piece or tile, tiles, -(-tiles // parts))
 
   @property
-  def tile(self) -> int:
-    """Tokens of a tile."""
-    return tokens_of_tile(self.states)
+  def pieces(self) -> int:
+    """Pieces of a tile."""
+    return self.tile // self.piece
 
   @property
   def count(self) -> int:
@@ -61,6 +69,18 @@ class Chunks:
     if self.tiles % self.per_chunk == 0:
       return self.per_chunk
     return jnp.minimum(self.per_chunk, self.tiles - chunk * self.per_chunk)
+
+  def for_pieces(
+    self, body: Callable[..., Any], carry: Any, *, reverse: bool = False
+  ) -> Any:
+    """Calls body(index of the piece, carry) for the pieces of a tile."""
+    if self.pieces == 1:
+      return body(0, carry)
+
+    def step(index, carry):
+      return body(self.pieces - 1 - index if reverse else index, carry)
+
+    return lax.fori_loop(0, self.pieces, step, carry)
 
   def pad(self, x: Array) -> Array:
     """Pads channels and tokens of [B, L, ..., D] as copies require."""
@@ -107,6 +127,71 @@ class Program:
     return pl.ds(self.block * gpu.CHANNELS, gpu.CHANNELS)
 
 
+class _Tokens(NamedTuple):
+  """Tokens of an image, loaded for each tile.
+
+  Attributes:
+    ref: reference to [B, L, ..., D].
+    tokens: how many.
+    first: tile -> index of the first one.
+  """
+
+  ref: Any
+  tokens: int
+  first: Callable[[Any], Any]
+
+  def spec(self, program: Program, tile_of: Callable[[Any], Any]) -> Any:
+    """Returns what the TMA copies at each step."""
+    rest = self.ref.shape[2:-1]
+    return plgpu.BlockSpec(
+      (None, pl.Element(self.tokens), *rest, gpu.CHANNELS),
+      lambda step: (
+        program.image,
+        self.first(tile_of(step)),
+        *(0 for _ in rest),
+        program.block,
+      ),
+    )
+
+  def load(self, program: Program, tile: Any) -> dict[Any, Array]:
+    """Returns a tile as {index: vector of channels}."""
+    start, rest = self.first(tile), self.ref.shape[2:-1]
+    return {
+      (j, *indices) if rest else j: gpu.vector(
+        self.ref[program.image, start + j, *indices, program.channels]
+      )
+      for j, *indices in np.ndindex(self.tokens, *rest)
+    }
+
+  def at(self, program: Program, tile: Any) -> Any:
+    """Returns a reference to a tile."""
+    rest = (slice(None) for _ in self.ref.shape[2:-1])
+    own = pl.ds(self.first(tile), self.tokens)
+    return self.ref.at[program.image, own, *rest, program.channels]
+
+
+class _States(NamedTuple):
+  """The state of each channel before a tile, in a reference to [T, N, B, D]."""
+
+  ref: Any
+
+  def spec(self, program: Program, tile_of: Callable[[Any], Any]) -> Any:
+    """Returns what the TMA copies at each step."""
+    return plgpu.BlockSpec(
+      (None, program.chunks.states, None, gpu.CHANNELS),
+      lambda step: (tile_of(step), 0, program.image, program.block),
+    )
+
+  def load(self, program: Program, tile: Any) -> dict[Any, Array]:
+    """Returns a vector of channels for each state."""
+    ref = self.at(program, tile)
+    return {n: gpu.vector(ref[n]) for n in range(program.chunks.states)}
+
+  def at(self, program: Program, tile: Any) -> Any:
+    """Returns a reference to the states before a tile."""
+    return self.ref.at[tile, :, program.image, program.channels]
+
+
 def for_tiles(
   body: Callable[..., Any],
   refs: Sequence[Any],
@@ -115,6 +200,8 @@ def for_tiles(
   *,
   reverse: bool = False,
   last_of: Sequence[Any] = (),
+  before: Sequence[Any] = (),
+  stages: int | None = None,
 ) -> Any:
   """Calls body(tile, *tiles, carry) for the tiles of a chunk.
 
@@ -126,6 +213,9 @@ def for_tiles(
     reverse: from the last tile to the first.
     last_of: references of which the body gets, after the tiles, the last token
       before the tile; undefined for the first tile.
+    before: references to [T, N, B, D], the states before each tile, which the
+      body gets next.
+    stages: slots for tiles that the TMA loads ahead; None for the usual ones.
   """
   chunks = program.chunks
   count = chunks.tiles_of(program.chunk)
@@ -140,35 +230,29 @@ def for_tiles(
   def last_before(tile):
     return jnp.maximum(tile * chunks.tile - 1, 0)
 
-  sources = [(ref, chunks.tile, first) for ref in refs]
-  sources += [(ref, 1, last_before) for ref in last_of]
-  walk = _by_tma if device().tma else _by_threads
+  sources: list[_Tokens | _States] = [
+    _Tokens(ref, chunks.tile, first) for ref in refs
+  ]
+  sources += [_Tokens(ref, 1, last_before) for ref in last_of]
+  sources += [_States(ref) for ref in before]
+  if device().tma:
+    walk = partial(_by_tma, stages or plan.CONFIG.stages)
+  else:
+    walk = _by_threads if chunks.pieces == 1 else _in_place
   return walk(body, sources, program, tile_of, count, carry)
 
 
-def _by_tma(body, sources, program, tile_of, count, carry):
-  def spec(ref, tokens, first):
-    rest = ref.shape[2:-1]
-    return plgpu.BlockSpec(
-      (None, pl.Element(tokens), *rest, gpu.CHANNELS),
-      lambda step: (
-        program.image,
-        first(tile_of(step)),
-        *(0 for _ in rest),
-        program.block,
-      ),
-    )
-
+def _by_tma(stages, body, sources, program, tile_of, count, carry):
   def step(indices, *arguments):
     return body(tile_of(indices[0]), *arguments)
 
   return plgpu.emit_pipeline(
     step,
     grid=(count,),
-    in_specs=[spec(*source) for source in sources],
-    max_concurrent_steps=plan.CONFIG.stages,
+    in_specs=[source.spec(program, tile_of) for source in sources],
+    max_concurrent_steps=stages,
     init_carry=carry,
-  )(*(ref for ref, *_ in sources))
+  )(*(source.ref for source in sources))
 
 
 def _by_threads(body, sources, program, tile_of, count, carry):
@@ -176,7 +260,7 @@ def _by_threads(body, sources, program, tile_of, count, carry):
 
   def load(step):
     tile = tile_of(jnp.minimum(step, count - 1))
-    return [_load(program, tile, *source) for source in sources]
+    return [source.load(program, tile) for source in sources]
 
   def step(index, carry):
     tiles, carry = carry
@@ -187,12 +271,11 @@ def _by_threads(body, sources, program, tile_of, count, carry):
   return carry
 
 
-def _load(program, tile, ref, tokens, first):
-  """Returns a tile as {index: vector of channels}."""
-  start, rest = first(tile), ref.shape[2:-1]
-  return {
-    (j, *indices) if rest else j: gpu.vector(
-      ref[program.image, start + j, *indices, program.channels]
-    )
-    for j, *indices in np.ndindex(tokens, *rest)
-  }
+def _in_place(body, sources, program, tile_of, count, carry):
+  """Leaves it to each piece to load its tokens."""
+
+  def step(index, carry):
+    tile = tile_of(index)
+    return body(tile, *(source.at(program, tile) for source in sources), carry)
+
+  return lax.fori_loop(0, count, step, carry)

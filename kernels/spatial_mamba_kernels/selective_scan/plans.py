@@ -7,10 +7,6 @@ from spatial_mamba_kernels.gpu import plan as gpu
 from spatial_mamba_kernels.sharding import BATCH, CHANNELS, WHOLE
 from spatial_mamba_kernels.tpu import plan as tpu
 
-# States of a channel at most: a GPU's thread keeps a decay, a state and a sum
-# in registers for each.
-MOST_STATES = 16
-
 TOKENS = (BATCH, WHOLE, CHANNELS)
 NUMBERS = (BATCH, WHOLE, WHOLE)
 STATES = (BATCH, WHOLE, WHOLE, CHANNELS)
@@ -59,12 +55,7 @@ def gpu_plan(arrays: Arrays) -> None:
   """Raises NotImplementedError where there are too many states."""
   gpu.check_served(arrays)
   gpu.check_launched(arrays[0])
-  states = arrays[2].shape[1]
-  if states > MOST_STATES:
-    raise NotImplementedError(
-      f"mosaic_gpu keeps up to {MOST_STATES} states a channel in registers,"
-      f" not {states}"
-    )
+  gpu.check_states(arrays[2].shape[1])
 
 
 KERNELS = {

@@ -25,7 +25,7 @@ def _states_before_segments(arrays):
   u, _, A, *_ = arrays
   batch, length, channels = u.shape
   states = A.shape[1]
-  shape = (saved_states(length, states), states, batch, channels)
+  shape = (saved_states(length), states, batch, channels)
   return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
 

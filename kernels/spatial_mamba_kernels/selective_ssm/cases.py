@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from spatial_mamba_kernels.case import Argument, Case, Sizes
+from spatial_mamba_kernels.dispatch import Arrays
 from spatial_mamba_kernels.selective_ssm import api
-from spatial_mamba_kernels.selective_ssm.plans import row_length, segment
+from spatial_mamba_kernels.selective_ssm.plans import piece, row_length
 
 
 def _arguments(sizes: Sizes, dtype: Any) -> dict[str, Argument]:
@@ -29,6 +30,12 @@ def _arguments(sizes: Sizes, dtype: Any) -> dict[str, Argument]:
   }
 
 
+def _loop_tokens(arrays: Arrays) -> dict[str, int]:
+  tokens = piece(arrays[2].shape[1])
+  names = "forward", "backward", "summary"
+  return {f"selective_ssm_{name}": tokens for name in names}
+
+
 _sequential = partial(api.selective_ssm, implementation="sequential")
 CASES = (
   Case(
@@ -41,10 +48,7 @@ CASES = (
       "sequential": _sequential,
     },
     gpu_kernels=(1, 1),
-    loop_tokens=lambda arrays: {
-      f"selective_ssm_{x}": segment(arrays[2].shape[1])
-      for x in ("forward", "backward")
-    },
+    loop_tokens=_loop_tokens,
     tpu_row=lambda sizes: row_length(sizes.height * sizes.width),
   ),
 )

@@ -88,7 +88,7 @@ def forward(arrays: Inputs, *, save: bool, cut: Cut) -> list[Array]:
   out_specs, out_shape, written = [tokens], [y], [y]
   if save:
     out_specs.append(rows.image_spec(states, cut, before(row)))
-    out_shape.append(saved(saved_states(length, states)))
+    out_shape.append(saved(saved_states(length)))
     written.append(saved(max(height - 1, 1)))
   (results,) = pl.pallas_call(
     _forward_kernel,
