@@ -37,11 +37,6 @@ SEGMENT = 16
 _MOST_VALUES = {True: 200, False: 199}
 
 
-def saved_states(length: int) -> int:
-  """Returns how many states the forward pass saves: one before each segment."""
-  return -(-length // SEGMENT)
-
-
 def tokens_summed(states: int) -> int:
   """Returns of how many tokens a GPU sums over channels at once."""
   return _power_of_2(gpu.ROWS_SUMMED // states, SEGMENT)
@@ -76,6 +71,15 @@ def row_length(length: int) -> int:
   """
   rows = -(-length // tpu.row_length(length))
   return -(-length // rows)
+
+
+def saved_states(length: int) -> int:
+  """Returns how many states the forward pass saves at most.
+
+  A GPU saves one before each segment, a TPU one for each row, which is longer
+  unless `tpu.plan.CONFIG` is changed.
+  """
+  return max(-(-length // SEGMENT), -(-length // row_length(length)))
 
 
 def tpu_plan(arrays: Arrays) -> tpu.Cut:
