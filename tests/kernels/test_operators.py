@@ -15,6 +15,7 @@ from spatial_mamba_kernels.selective_scan import reference as scan_reference
 from spatial_mamba_kernels.selective_ssm import (
   reference as selective_ssm_reference,
 )
+from spatial_mamba_kernels.selective_ssm import xla as ssm_xla
 from spatial_mamba_kernels.state_fusion import reference as fusion_reference
 from spatial_mamba_kernels.state_fusion import xla as fusion_xla
 from spatial_mamba_kernels.structure_aware_ssm import reference as ssm_reference
@@ -585,9 +586,9 @@ def ssm_of_tokens(length, *, batch=2, channels=3, n=2):
   }
 
 
-# In one piece, in two pieces with a rest, and in two pieces without.
+# In one piece, in pieces with a rest, and in pieces without.
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("length", "n"), [(1, 1), (7, 5), (300, 2), (256, 1)])
+@pytest.mark.parametrize(("length", "n"), [(1, 1), (7, 5), (131, 2), (128, 1)])
 def test_selective_ssm_is_its_equations(implementation, length, n):
   arrays = ssm_of_tokens(length, n=n)
   operator = partial(smk.selective_ssm, implementation=implementation)
@@ -603,6 +604,11 @@ def test_selective_ssm_is_its_equations(implementation, length, n):
   (y, gradients), (expected, expected_gradients) = run(arrays)
   assert_close(y, expected, 1e-12)
   assert_trees_close(gradients, expected_gradients, 1e-11)
+
+
+def test_a_chunk_of_the_selective_ssm_fits_into_a_cache():
+  sizes = (8, 3136, 128), (8, 784, 256 * 16), (8, 49, 1024 * 16), (1, 131, 6)
+  assert [ssm_xla.chunk_length(*x) for x in sizes] == [64, 14, 7, 64]
 
 
 def test_selective_ssm_of_other_types_and_shapes():
