@@ -29,6 +29,7 @@ def selective_ssm(
 ) -> Float[Array, "B L D"]:
   """Scans chunk by chunk; the backward pass recomputes the states of each."""
 
+  @jax.checkpoint
   def chunk(first, tokens):
     u, delta, B, C = tokens
     h = scan(u, delta, A, B, delta_bias, first, implementation=implementation)
@@ -43,7 +44,6 @@ def selective_ssm(
   chunks = jax.tree.map(lambda x: _chunks(x[:, :whole], size), tokens)
   zeros = jnp.zeros_like(u[:, 0], state_dtype(u, delta, A, B))
   first = jnp.broadcast_to(zeros[..., None], (*zeros.shape, A.shape[1]))
-  chunk = jax.checkpoint(chunk)
   last, y = jax.lax.scan(chunk, first, chunks)
   y = jnp.moveaxis(y, 0, 1).reshape(batch, whole, -1)
   if whole < length:
