@@ -46,7 +46,7 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
   stages = range(max(depths, default=0) + 1)
 
   def shape(name, ndim):
-    return _shape(state_dict, name, ndim, names)
+    return _shape(state_dict, name, ndim, names.title)
 
   dims = tuple(shape(f"{_first(i)}{names.norm}.weight", 1)[0] for i in stages)
   in_channels = shape(names.stem, 4)[1]
@@ -84,13 +84,9 @@ def _mixer(
   """
 
   def shape(name, ndim):
-    return _shape(state_dict, names.anchor + name, ndim, names)
+    what = f"{names.title} with the mixer {names.mixer.name}"
+    return _shape(state_dict, names.anchor + name, ndim, what)
 
-  if not {f"{names.anchor}{x}" for x in ("A_logs", "Ds")} & state_dict.keys():
-    raise ValueError(
-      f"a {names.title} whose mixer is not {names.mixer.name}, the only one in"
-      f" the authors' files: {names.anchor}A_logs and Ds are missing"
-    )
   inner = shape("out_norm.weight", 1)[0]
   found = {
     "d_state": shape("A_logs", 2)[1],
@@ -136,7 +132,7 @@ def _num_classes(
       " backbone's without its norms (outnorm0.weight, ...): config.init_from"
       " of train.py can start a run from them"
     )
-  return _shape(state_dict, head, 2, names)[0]
+  return _shape(state_dict, head, 2, names.title)[0]
 
 
 def abstract_model(
@@ -228,12 +224,12 @@ def _shape(
   state_dict: Mapping[str, np.ndarray],
   name: str,
   ndim: int,
-  names: FamilyNames,
+  what: str,
 ) -> tuple[int, ...]:
-  """Returns the shape of a tensor that every network of a family has."""
+  """Returns the shape of a tensor that `what` always has."""
   if name not in state_dict:
     raise ValueError(
-      f"not the weights of a {names.title}: {name} is missing among"
+      f"not the weights of a {what}: {name} is missing among"
       f" {len(state_dict)} tensors ({listed(state_dict)})"
     )
   tensor = state_dict[name]

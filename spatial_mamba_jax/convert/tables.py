@@ -77,7 +77,7 @@ class Table(NamedTuple):
     name = path
     for pattern, replacement in (*self.names, *_ENDINGS):
       name = re.sub(pattern, replacement, name)
-    if name.endswith("state_fusion.kernels"):
+    if name.endswith("fusion.kernels"):
       prefix = name.removesuffix("kernels")
       return [prefix + kernel for kernel in _FUSION_KERNELS]
     return [name]
