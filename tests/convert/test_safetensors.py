@@ -151,7 +151,7 @@ def skeleton(dim, blocks, width):
     (
       {k: x for k, x in skeleton(4, 1, 4).items() if "patch_embed" not in k},
       "safetensors: not the weights of a Spatial-Mamba:"
-      " patch_embed.conv1.conv.weight is missing among 5 tensors",
+      " patch_embed.conv1.conv.weight is missing among 6 tensors",
     ),
     ({"x" * 5_000_000: [1]}, "is missing among 1 tensors (xxx"),
     ({f"{i}.layers.0.blocks.0.self_attention.x": [1] for i in range(20_000)},
