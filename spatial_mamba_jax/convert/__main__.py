@@ -52,8 +52,7 @@ from spatial_mamba_jax.errors import (
   silence_threads,
   tell,
 )
-from spatial_mamba_jax.models.backbone import Trunk
-from spatial_mamba_jax.models.spatial_mamba import SpatialMamba
+from spatial_mamba_jax.models.backbone import Classifier, Trunk
 from spatial_mamba_jax.paths import local_path
 
 # Exceptions of wrong paths, missing packages and malformed files.
@@ -123,7 +122,7 @@ def convert(
   config = model.config
   report = f"{dst}: {type(model).__name__} of dims {config.dims}, depths"
   report += f" {config.depths}, d_state {flat_fields(config)['d_state']}"
-  if isinstance(model, SpatialMamba):
+  if isinstance(model, Classifier):
     report += f", {config.num_classes} classes"
     report += ", no bias in the head" * (model.head.bias is None)
   return report + found.origin()
@@ -162,7 +161,7 @@ def _write(model: Trunk, dst: pathlib.Path) -> None:
       write_safetensors(part, to_torch(model))
   elif not dst.name.isdecimal():
     save_pretrained(model, dst)
-  elif not isinstance(model, SpatialMamba):
+  elif not isinstance(model, Classifier):
     raise ValueError(
       f"{dst}: checkpoints are of classifiers; write this backbone to a"
       " directory whose name is not a number, or to a .safetensors file"
@@ -171,9 +170,9 @@ def _write(model: Trunk, dst: pathlib.Path) -> None:
     from spatial_mamba_jax.models.pure import PureModel
     from spatial_mamba_jax.training.checkpoint import Checkpoints
 
-    tensors = with_head_bias(to_torch(model))
+    tensors = with_head_bias(to_torch(model), model)
     classifier = abstract_model(model.config)
-    assert isinstance(classifier, SpatialMamba)
+    assert isinstance(classifier, Classifier)
     from_torch(classifier, tensors)
     with written_whole(dst) as part:
       _check_room(part, sum(x.nbytes for x in tensors.values()))

@@ -10,15 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spatial_mamba_jax.convert.families import (
+  FamilyNames,
+  names_of,
+  names_of_tensors,
+)
 from spatial_mamba_jax.convert.messages import listed
+from spatial_mamba_jax.convert.tables import matrix
 from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import linear
-from spatial_mamba_jax.models.mixers import StructureAwareConfig
+from spatial_mamba_jax.models.mixers import MixerConfig
 from spatial_mamba_jax.models.norms import BatchNorm
 
 _BLOCK = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,4})\.")
-_STEM = "patch_embed.conv1.conv.weight"
 # Maximum number of blocks in all stages. The base model has 32; creating one
 # takes a millisecond.
 _MAX_BLOCKS = 1000
@@ -34,33 +39,66 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
     state_dict: {the authors' tensor name: array}.
 
   Raises:
-    ValueError: the tensors are not those of a Spatial-Mamba.
+    ValueError: the tensors are those of no family.
   """
+  names = names_of_tensors(state_dict)
   depths = _depths(state_dict)
   stages = range(max(depths, default=0) + 1)
-  dims = tuple(
-    _shape(state_dict, _first(i) + "ln_1.weight", 1)[0] for i in stages
-  )
-  in_channels = _shape(state_dict, _STEM, 4)[1]
-  inner, d_state = _shape(state_dict, _first(0) + "self_attention.A_logs", 2)
-  expand = inner // dims[0]
+
+  def shape(name, ndim):
+    return _shape(state_dict, name, ndim, names.title)
+
+  dims = tuple(shape(f"{_first(i)}{names.norm}.weight", 1)[0] for i in stages)
+  in_channels = shape(names.stem, 4)[1]
+  mixer, width = _mixer(state_dict, dims[0], names)
+  # The channels come from a vector, which can claim a million of them in 4 MB.
   for i, dim in enumerate(dims):
-    _check_channels(state_dict, i, dim, expand)
-  hidden = [
-    _shape(state_dict, _first(i) + "mlp.fc1.weight", 2)[0] for i in stages
-  ]
-  num_classes = _num_classes(state_dict)
+    name = f"{_first(i)}{names.branch}.in_proj.weight"
+    if shape(name, 2) != (width * dim, dim):
+      raise ValueError(
+        f"{name} is {list(shape(name, 2))} instead of {[width * dim, dim]}"
+      )
+  hidden = [shape(f"{_first(i)}mlp.fc1.weight", 2)[0] for i in stages]
+  num_classes = _num_classes(state_dict, names)
   try:
     return ModelConfig(
+      family=names.family,
       dims=dims,
       depths=tuple(depths[i] for i in stages),
       in_channels=in_channels,
       num_classes=num_classes,
-      mixer=StructureAwareConfig(d_state=d_state, expand=expand),
+      mixer=mixer,
       mlp_ratio=_mlp_ratio(dims, hidden),
     )
   except ValueError as error:
-    raise ValueError(f"not the weights of a Spatial-Mamba: {error}") from error
+    raise ValueError(f"not the weights of a {names.title}: {error}") from error
+
+
+def _mixer(
+  state_dict: Mapping[str, np.ndarray], dim: int, names: FamilyNames
+) -> tuple[MixerConfig, int]:
+  """Infers the mixer from the first block, which has `dim` channels.
+
+  Returns:
+    The config of the mixer, and its projected channels, divided by `dim`.
+  """
+
+  def shape(name, ndim):
+    what = f"{names.title} with the mixer {names.mixer.name}"
+    return _shape(state_dict, names.anchor + name, ndim, what)
+
+  inner = shape("out_norm.weight", 1)[0]
+  found = {
+    "d_state": shape("A_logs", 2)[1],
+    "expand": inner // dim,
+    "gate": shape("in_proj.weight", 2)[0] == 2 * inner,
+    "conv_bias": f"{names.anchor}conv2d.bias" in state_dict,
+  }
+  fields = {field.name for field in dataclasses.fields(names.mixer)}
+  mixer = names.mixer(**{k: x for k, x in found.items() if k in fields})
+  # A mixer without this field always has a gate.
+  is_gated = found["gate"] or "gate" not in fields
+  return mixer, found["expand"] * (1 + is_gated)
 
 
 def _depths(state_dict: Mapping[str, np.ndarray]) -> dict[int, int]:
@@ -72,7 +110,7 @@ def _depths(state_dict: Mapping[str, np.ndarray]) -> dict[int, int]:
   }
   if len(blocks) > _MAX_BLOCKS:
     raise ValueError(
-      f"a Spatial-Mamba of {len(blocks):,} blocks is too deep: at most"
+      f"a network of {len(blocks):,} blocks is too deep: at most"
       f" {_MAX_BLOCKS:,} are allowed"
     )
   return {
@@ -81,17 +119,20 @@ def _depths(state_dict: Mapping[str, np.ndarray]) -> dict[int, int]:
   }
 
 
-def _num_classes(state_dict: Mapping[str, np.ndarray]) -> int:
+def _num_classes(
+  state_dict: Mapping[str, np.ndarray], names: FamilyNames
+) -> int:
   """Returns the classes of a classifier; the default for a backbone."""
   if _out_indices(state_dict):
     return ModelConfig.num_classes
-  if "head.weight" not in state_dict:
+  head = names.head_weight
+  if head not in state_dict:
     raise ValueError(
-      "these tensors are a classifier's without its head (head.weight), or a"
+      f"these tensors are a classifier's without its head ({head}), or a"
       " backbone's without its norms (outnorm0.weight, ...): config.init_from"
       " of train.py can start a run from them"
     )
-  return _shape(state_dict, "head.weight", 2)[0]
+  return _shape(state_dict, head, 2, names.title)[0]
 
 
 def abstract_model(
@@ -153,17 +194,20 @@ def infer_model(state_dict: Mapping[str, np.ndarray]) -> Trunk:
     raise ValueError(
       f"outnorm{out_indices[-1]} belongs to no stage: there are {stages} stages"
     )
-  return abstract_model(
-    config, out_indices, head_bias="head.bias" in state_dict
-  )
+  head_bias = names_of_tensors(state_dict).head_bias in state_dict
+  return abstract_model(config, out_indices, head_bias=head_bias)
 
 
-def with_head_bias(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Adds a bias of zeros to the head of a classifier that has none."""
-  head = state_dict.get("head.weight")
-  if head is None or "head.bias" in state_dict:
+def with_head_bias(
+  state_dict: dict[str, np.ndarray], model: Trunk
+) -> dict[str, np.ndarray]:
+  """Adds a bias of zeros to a head that has none, for a model like `model`."""
+  names = names_of(model)
+  weight = state_dict.get(names.head_weight)
+  if weight is None or names.head_bias in state_dict:
     return state_dict
-  return {**state_dict, "head.bias": np.zeros(head.shape[:1], head.dtype)}
+  bias = np.zeros(weight.shape[:1], weight.dtype)
+  return {**state_dict, names.head_bias: bias}
 
 
 def _out_indices(state_dict: Mapping[str, np.ndarray]) -> list[int]:
@@ -176,31 +220,20 @@ def _first(stage: int) -> str:
   return f"layers.{stage}.blocks.0."
 
 
-def _check_channels(
-  state_dict: Mapping[str, np.ndarray], stage: int, dim: int, expand: int
-) -> None:
-  """Checks the shape of a matrix against the channels of its stage.
-
-  The channels come from a vector, which can claim a million of them in 4 MB.
-  """
-  name = _first(stage) + "self_attention.in_proj.weight"
-  shape = _shape(state_dict, name, 2)
-  if shape != (2 * expand * dim, dim):
-    raise ValueError(
-      f"{name} is {list(shape)} instead of {[2 * expand * dim, dim]}"
-    )
-
-
 def _shape(
-  state_dict: Mapping[str, np.ndarray], name: str, ndim: int
+  state_dict: Mapping[str, np.ndarray],
+  name: str,
+  ndim: int,
+  what: str,
 ) -> tuple[int, ...]:
-  """Returns the shape of a tensor that every Spatial-Mamba has."""
+  """Returns the shape of a tensor that `what` always has."""
   if name not in state_dict:
     raise ValueError(
-      f"not the weights of a Spatial-Mamba: {name} is missing among"
-      f" {len(state_dict)} tensors ({listed(state_dict) or 'none'})"
+      f"not the weights of a {what}: {name} is missing among"
+      f" {len(state_dict)} tensors ({listed(state_dict)})"
     )
-  shape = state_dict[name].shape
+  tensor = state_dict[name]
+  shape = (matrix(tensor) if ndim == 2 else tensor).shape
   if len(shape) != ndim or 0 in shape:
     raise ValueError(
       f"{name} has shape {list(shape)} instead of {ndim} non-empty axes"

@@ -11,8 +11,14 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from spatial_mamba_jax.convert.families import table_of
 from spatial_mamba_jax.convert.messages import listed
-from spatial_mamba_jax.convert.tables import SPATIAL_MAMBA, Table, table_of
+from spatial_mamba_jax.convert.tables import (
+  LINEAR,
+  SPATIAL_MAMBA,
+  Table,
+  matrix,
+)
 
 # Counters that PyTorch's tools add to a state dict: thop for each module it
 # profiles, and torch.optim.swa_utils for its averages.
@@ -81,6 +87,7 @@ def from_torch(
   Args:
     model: from `create_model` or `create_backbone`, or one of our mixers.
     state_dict: {tensor name: array}, as PyTorch's `state_dict()` names them.
+      The matrix of a linear layer may be [out, in] or [out, in, 1, 1].
     strict: whether missing and unexpected tensors are errors. Otherwise missing
       weights keep their values, and unexpected tensors are ignored.
 
@@ -117,14 +124,16 @@ def check_tensors(
     names = table.tensors(path)
     # Takes no memory; a shape from a file can be huge.
     like = np.broadcast_to(np.float32(0), variable.shape)
-    wanted = table.layout(path, variable.ndim).to_torch(like)
+    layout = table.layout(path, variable.ndim)
+    wanted = layout.to_torch(like)
     for name, x in zip(names, wanted, strict=True):
       if name not in state_dict:
         missing.append(name)
         continue
       unexpected.pop(name, None)
       tensor = np.asarray(state_dict[name])
-      if tensor.shape != x.shape:
+      fits = matrix(tensor) if layout is LINEAR else tensor
+      if fits.shape != x.shape:
         unfit.append(
           f"{name} is {list(tensor.shape)} instead of {list(x.shape)}"
         )

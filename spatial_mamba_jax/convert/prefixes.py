@@ -1,4 +1,4 @@
-"""Finds the tensors of a Spatial-Mamba inside wrappers and larger models."""
+"""Finds the tensors of a model inside wrappers and larger models."""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spatial_mamba_jax.convert.families import FAMILIES
 from spatial_mamba_jax.convert.messages import short
 from spatial_mamba_jax.convert.names import is_counter
 
@@ -16,8 +17,10 @@ _WRAPPERS = re.compile(
   r"(?:^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module"
   r"|_checkpoint_wrapped_module)\."
 )
-# Beginning of names that every Spatial-Mamba has, and hardly any other model.
-_ANCHOR = "layers.0.blocks.0.self_attention."
+# The beginning of names that a model of a family has.
+_ANCHOR = re.compile(
+  "|".join(rf"(?:^|(?<=\.)){re.escape(names.anchor)}" for names in FAMILIES)
+)
 # Maximum number of models in a file. Every name is compared with all prefixes.
 _MAX_MODELS = 16
 _AVERAGE = re.compile(r"(^|[._])(ema|average|averaged|avg|swa)([._]|$)")
@@ -71,9 +74,9 @@ def unwrapped(
       )
     names[plain] = name
   prefixes = {
-    plain[:at]: name.removesuffix(plain[at:])
+    plain[: at.start()]: name.removesuffix(plain[at.start() :])
     for plain, name in names.items()
-    if (at := _anchor(plain)) >= 0
+    if (at := _ANCHOR.search(plain))
   }
   if len(prefixes) > _MAX_MODELS:
     raise ValueError(
@@ -95,9 +98,3 @@ def unwrapped(
   return Unwrapped(
     tensors, (*wrappers, *[prefix] * bool(prefix)), others, tuple(left_out)
   )
-
-
-def _anchor(name: str) -> int:
-  """Returns the index of the model's part of a name; -1 if it has none."""
-  at = name.find(_ANCHOR)
-  return at if at == 0 or name[at - 1 : at] == "." else -1

@@ -11,6 +11,12 @@ from spatial_mamba_jax.convert.architecture import (
   abstract_model,
   infer_config,
 )
+from spatial_mamba_jax.convert.families import (
+  TITLES,
+  FamilyNames,
+  names_of,
+  names_of_tensors,
+)
 from spatial_mamba_jax.convert.files import (
   SAFETENSORS,
   written_whole,
@@ -31,12 +37,8 @@ from spatial_mamba_jax.convert.safetensors_file import (
   read_safetensors,
   write_safetensors,
 )
-from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.backbone import Backbone, Classifier, Trunk
 from spatial_mamba_jax.models.config import ModelConfig
-from spatial_mamba_jax.models.spatial_mamba import (
-  SpatialMamba,
-  SpatialMambaBackbone,
-)
 from spatial_mamba_jax.paths import local_path
 
 # Fields that affect neither the weights nor their shapes.
@@ -50,17 +52,17 @@ library_name: spatial-mamba-jax
 license: unknown
 pipeline_tag: {task}
 tags:
-- spatial-mamba
+- {tag}
 - state-space-model
 - vision
 - jax
 - flax
 ---
 
-# Spatial-Mamba {kind}
+# {title} {kind}
 
-A [Spatial-Mamba](https://arxiv.org/abs/2410.15091) of {parameters:,}
-parameters: dims {dims}, depths {depths}, {d_state} states a channel{classes}.
+A [{title}]({paper}) of {parameters:,} parameters:
+dims {dims}, depths {depths}, {d_state} states a channel{classes}.
 
 ```python
 import spatial_mamba_jax as smj
@@ -73,7 +75,7 @@ Images are RGB in [0, 1], minus the mean (0.485, 0.456, 0.406), divided by the
 standard deviation (0.229, 0.224, 0.225).
 
 `model.safetensors` has the tensor names and the layout of the authors' PyTorch
-code (https://github.com/EdwardChasel/Spatial-Mamba), whose `load_state_dict`
+code ({repository}), whose `load_state_dict`
 accepts them unchanged. `config.json` has the fields of
 `spatial_mamba_jax.ModelConfig`.
 
@@ -97,14 +99,16 @@ def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
   Raises:
     FileExistsError: `path` exists and is not an empty directory.
     OSError: `path` cannot be written.
-    ValueError: a part of the model was replaced by one that `config.json`
-      cannot describe.
+    ValueError: `config.json` cannot describe the model: it is of another
+      family, or has another mixer or another part than the family's own.
     ImportError: safetensors is missing.
   """
   import_safetensors()
+  names = _names(model)
   config, out_indices = _architecture(model)
   tensors = to_torch(model)
-  like = abstract_model(config, out_indices, head_bias="head.bias" in tensors)
+  head_bias = names.head_bias in tensors
+  like = abstract_model(config, out_indices, head_bias=head_bias)
   try:
     check_tensors(like, tensors)
   except ValueError as error:
@@ -116,7 +120,7 @@ def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
     text = config_text(config, out_indices, type(model).__name__)
     (part / CONFIG).write_text(text)
     write_safetensors(part / SAFETENSORS, tensors)
-    (part / "README.md").write_text(_card(config, out_indices, tensors))
+    (part / "README.md").write_text(_card(names, config, out_indices, tensors))
 
 
 def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
@@ -131,7 +135,7 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
       in the directory.
 
   Returns:
-    A `SpatialMamba` or `SpatialMambaBackbone`, in eval mode.
+    A classifier or backbone of its family, in eval mode.
 
   Raises:
     OSError: the directory or a file in it does not exist.
@@ -152,24 +156,36 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
   tensors = read_safetensors(path / SAFETENSORS)
   try:
     _check_config(config, infer_config(tensors))
-    model = abstract_model(
-      config, out_indices, head_bias="head.bias" in tensors
-    )
+    head_bias = names_of_tensors(tensors).head_bias in tensors
+    model = abstract_model(config, out_indices, head_bias=head_bias)
     from_torch(model, tensors)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   return model
 
 
+def _names(model: Trunk) -> FamilyNames:
+  """Returns the names of a model's family, which a config.json can describe."""
+  names = names_of(model) if isinstance(model, Classifier | Backbone) else None
+  if names is None or names.family != model.config.family:
+    raise ValueError(
+      f"a {type(model).__name__} is not a {TITLES} with the parts of its"
+      f" authors: {CONFIG} describes no other network"
+    )
+  mixer = model.config.mixer
+  if type(mixer) is not names.mixer:
+    raise ValueError(
+      f"a {names.title} with the mixer {mixer.name} cannot be described by"
+      f" {CONFIG}: its mixer must be {names.mixer.name}"
+    )
+  return names
+
+
 def _architecture(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
   """Returns the current architecture, and the out_indices of a backbone."""
-  if isinstance(model, SpatialMambaBackbone):
+  if isinstance(model, Backbone):
     return model.config, tuple(sorted(map(int, model.norms)))
-  if not isinstance(model, SpatialMamba):
-    raise ValueError(
-      f"a {type(model).__name__} is not a Spatial-Mamba: {CONFIG} describes no"
-      " other family"
-    )
+  assert isinstance(model, Classifier)
   head = model.head
   if type(head) is not nnx.Linear:
     raise ValueError(
@@ -183,22 +199,28 @@ def _architecture(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
 def _check_config(config: ModelConfig, inferred: ModelConfig) -> None:
   written, actual = map(flat_fields, (config, inferred))
   for field in (
-    *("dims", "depths", "in_channels", "num_classes", "d_state", "expand"),
+    *("model_type", "dims", "depths", "in_channels", "num_classes"),
+    *("d_state", "expand", "gate", "conv_bias"),
   ):
-    if written[field] != actual[field]:
+    if written.get(field) != actual.get(field):
       raise ValueError(
-        f"{CONFIG} has {field} {written[field]}, and {SAFETENSORS} has"
-        f" {actual[field]}"
+        f"{CONFIG} has {field} {written.get(field)}, and {SAFETENSORS} has"
+        f" {actual.get(field)}"
       )
 
 
 def _card(
+  names: FamilyNames,
   config: ModelConfig,
   out_indices: tuple[int, ...],
   tensors: dict[str, np.ndarray],
 ) -> str:
   statistics = ("running_mean", "running_var", "num_batches_tracked")
   return _CARD.format(
+    tag=names.title.lower(),
+    title=names.title,
+    paper=names.paper,
+    repository=names.repository,
     task="image-feature-extraction" if out_indices else "image-classification",
     kind="backbone" if out_indices else "classifier",
     result="features" if out_indices else "logits",

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from spatial_mamba_kernels import IMPLEMENTATIONS
 
+from spatial_mamba_jax.convert.families import FAMILIES, TITLES, FamilyNames
 from spatial_mamba_jax.convert.json_text import parse_json
 from spatial_mamba_jax.convert.messages import listed, short
 from spatial_mamba_jax.models.config import ModelConfig
-from spatial_mamba_jax.models.mixers import StructureAwareConfig
 
 CONFIG = "config.json"
-_MODEL_TYPE = "spatial_mamba"
+_NAMES = {names.family.name: names for names in FAMILIES}
 _MAX_BYTES = 2**20  # Maximum size of the file.
 # Largest integer of a field: `safetensors_file.MAX_ELEMENTS`, which bounds the
 # elements of a file of weights.
@@ -88,7 +88,9 @@ _RULES = {
   "implementation": _one_of(None, *IMPLEMENTATIONS),
   "layer_implementation": _one_of(None, "xla"),
   "remat": _one_of(None, True, False),
-  "model_type": _one_of(_MODEL_TYPE),
+  "gate": _one_of(True, False),
+  "conv_bias": _one_of(True, False),
+  "model_type": _one_of(*_NAMES),
   "architectures": _Rule(
     lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
     "a list of names",
@@ -107,7 +109,8 @@ def config_text(
   if out_indices:
     del fields["num_classes"]
     fields["out_indices"] = out_indices
-  head = {"architectures": [class_name], "model_type": _MODEL_TYPE}
+  kind = fields.pop("model_type")
+  head = {"architectures": [class_name], "model_type": kind}
   return json.dumps({**head, **fields}, indent=2) + "\n"
 
 
@@ -137,22 +140,23 @@ def read_config(
     stages = len(fields["dims"])
     if any(i >= stages for i in out_indices):
       raise ValueError(f"out_indices {out_indices} exceed the {stages} stages")
-    mixer = StructureAwareConfig(**_fields_of(StructureAwareConfig, fields))
-    config = ModelConfig(mixer=mixer, **_fields_of(ModelConfig, fields))
-    return config, out_indices
+    names = _NAMES[fields["model_type"]]
+    fields["family"] = names.family
+    fields["mixer"] = names.mixer(**_fields_of(names.mixer, fields))
+    return ModelConfig(**_fields_of(ModelConfig, fields)), out_indices
   except ValueError as error:
-    raise ValueError(f"{path} is not of a Spatial-Mamba: {error}") from error
+    raise ValueError(f"{path} is not of a {TITLES}: {error}") from error
 
 
 def flat_fields(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields of an architecture and its mixer in one dictionary."""
   fields = dataclasses.asdict(config)
   mixer_fields = fields.pop("mixer")
-  del fields["family"]  # `model_type` names it.
+  fields["model_type"] = fields.pop("family").name
   return {**fields, **mixer_fields}
 
 
-def _fields_of(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+def _fields_of(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the entries of `fields` that are fields of a dataclass."""
   names = {field.name for field in dataclasses.fields(kind)}
   return {name: value for name, value in fields.items() if name in names}
@@ -172,22 +176,31 @@ def _check(fields: Any, overrides: Mapping[str, Any]) -> None:
   """Adds the overrides to the fields and checks all fields."""
   if not isinstance(fields, dict):
     raise ValueError("it is not a dictionary")
-  if fields.get("model_type") != _MODEL_TYPE:
-    raise ValueError(f"its model_type is not {_MODEL_TYPE}")
+  kind = fields.get("model_type")
+  if not (isinstance(kind, str) and kind in _NAMES):
+    raise ValueError(f"its model_type is not {' or '.join(_NAMES)}")
+  rules = _rules(_NAMES[kind])
   for name, value in overrides.items():
     fields[name] = _dtype_name(value) if name == "dtype" else value
   for name, value in fields.items():
-    if name not in _RULES:
+    if name not in rules:
       raise ValueError(
-        f"unknown field {short(name)}: choose from {listed(_RULES, 20)}"
+        f"unknown field {short(name)}: choose from {listed(rules, 20)}"
       )
-    if not _RULES[name].accepts(value):
+    if not rules[name].accepts(value):
       raise ValueError(
-        f"{name} must be {_RULES[name].text}, not {short(repr(value))}"
+        f"{name} must be {rules[name].text}, not {short(repr(value))}"
       )
   for name in ("dims", "depths"):
     if name not in fields:
       raise ValueError(f"it has no {name}")
+
+
+def _rules(names: FamilyNames) -> dict[str, _Rule]:
+  """Returns the rules without those for fields that its mixer lacks."""
+  others = {x for names in FAMILIES for x in _fields_of(names.mixer, _RULES)}
+  lacking = others - _fields_of(names.mixer, _RULES).keys()
+  return {name: rule for name, rule in _RULES.items() if name not in lacking}
 
 
 def _dtype_name(dtype: Any) -> Any:

@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from flax import nnx
 
-from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.mixers.evss import EVSS
 from spatial_mamba_jax.models.mixers.linear_attention import LinearAttention
 from spatial_mamba_jax.models.mixers.mamba import Mamba
@@ -29,12 +27,20 @@ class Layout(NamedTuple):
   from_torch: Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
+def matrix(tensor: np.ndarray) -> np.ndarray:
+  """Returns [out, in] for the [out, in, 1, 1] of a 1 x 1 convolution.
+
+  The authors of VMamba store linear layers in either shape.
+  """
+  return tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
+
+
 SAME = Layout(lambda x: [x], lambda t: t[0])
 # [..., in, out]; leading axes are of several matrices in one tensor.
-LINEAR = Layout(lambda x: [x.swapaxes(-1, -2)], lambda t: t[0].swapaxes(-1, -2))
-CONV_1X1 = Layout(
-  lambda x: [x.T[:, :, None, None]], lambda t: t[0][:, :, 0, 0].T
+LINEAR = Layout(
+  lambda x: [x.swapaxes(-1, -2)], lambda t: matrix(t[0]).swapaxes(-1, -2)
 )
+CONV_1X1 = Layout(lambda x: [x.T[:, :, None, None]], lambda t: matrix(t[0]).T)
 CONV_3X3 = Layout(
   lambda x: [x.transpose(3, 2, 0, 1)], lambda t: t[0].transpose(2, 3, 1, 0)
 )
@@ -71,7 +77,7 @@ class Table(NamedTuple):
     name = path
     for pattern, replacement in (*self.names, *_ENDINGS):
       name = re.sub(pattern, replacement, name)
-    if name.endswith("state_fusion.kernels"):
+    if name.endswith("fusion.kernels"):
       prefix = name.removesuffix("kernels")
       return [prefix + kernel for kernel in _FUSION_KERNELS]
     return [name]
@@ -234,13 +240,3 @@ MIXERS: dict[type, Table] = {
     ((r"^conv\.", "dwc."), (r"^(qk|lepe)\.", r"attn.\1.")),
   ),
 }
-
-
-_FAMILIES = {"spatial_mamba": SPATIAL_MAMBA, "vmamba": VMAMBA}
-
-
-def table_of(module: nnx.Module) -> Table:
-  """Returns the table of a network, or of one of the mixers in `MIXERS`."""
-  if isinstance(module, Trunk):
-    return _FAMILIES.get(module.config.family.name, SPATIAL_MAMBA)
-  return MIXERS.get(type(module), SPATIAL_MAMBA)

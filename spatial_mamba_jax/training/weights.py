@@ -15,6 +15,11 @@ from spatial_mamba_jax.convert.architecture import (
   infer_model,
   with_head_bias,
 )
+from spatial_mamba_jax.convert.families import (
+  FamilyNames,
+  names_of,
+  names_of_paths,
+)
 from spatial_mamba_jax.convert.files import (
   Found,
   is_of_weights,
@@ -45,8 +50,6 @@ _ATTEMPTS = 5
 # Path of a weight of a backbone's first block; the group is the prefix of all
 # paths in the backbone.
 _FIRST_BLOCK = re.compile(r"((?:.*?\.)?)stages\.0\.blocks\.0\.")
-# Prefix of the tensors that follow the stages, in classifiers and backbones.
-_END = re.compile(r"(norm|head|outnorm\d+)\.")
 
 
 def load_weights(
@@ -158,23 +161,25 @@ def _fill_backbone(
     for name, variable in variables(backbone)
     if name.split(".")[0] not in LAYERED
   }
-  names = torch_tensors(ends).keys()
+  names = names_of(backbone)
+  own = torch_tensors(ends, names.table).keys()
+  of_ends = (f"{names.end}norm.", f"{names.end}head.", "outnorm")
   # Without the norms and the head that only the other kind of network has.
   tensors = {
     name: tensor
     for name, tensor in state_dict.items()
-    if name in names or not _END.match(name)
+    if name in own or not name.startswith(of_ends)
   }
   random, message = [], ""
   if isinstance(backbone, Classifier):
-    kept, message = _random_head(tensors, backbone.config.num_classes)
+    kept, message = _random_head(tensors, backbone.config.num_classes, names)
   else:
     kept = random = [
       name
-      for name, array in ends.items()
-      if not torch_tensors({name: array}).keys() <= tensors.keys()
+      for name in ends
+      if not set(names.table.tensors(name)) <= tensors.keys()
     ]
-  tensors |= torch_tensors({name: ends[name] for name in kept})
+  tensors |= torch_tensors({name: ends[name] for name in kept}, names.table)
   _fill(path, backbone, tensors)
   return random, message
 
@@ -199,15 +204,16 @@ def _fill_rest(
 
 
 def _random_head(
-  tensors: dict[str, np.ndarray], num_classes: int
+  tensors: dict[str, np.ndarray], num_classes: int, names: FamilyNames
 ) -> tuple[list[str], str]:
   """Returns the paths in a classifier's end that stay random, and a message."""
-  head = tensors.get("head.weight")
+  head = tensors.get(names.head_weight)
   # `_fill` refuses a head that is not a matrix.
   if head is not None and (head.ndim != 2 or len(head) == num_classes):
     return [], ", including its head"
   kept = ["head.kernel", "head.bias"]
-  if head is None and not {"norm.weight", "norm.bias"} & tensors.keys():
+  norm = f"{names.end}norm."
+  if head is None and not any(name.startswith(norm) for name in tensors):
     kept += ["norm.scale", "norm.bias"]
   found_head = "no head" if head is None else f"{len(head)} classes"
   return kept, f", with a random head: it has {found_head}"
@@ -218,7 +224,7 @@ def _fill(
 ) -> None:
   """Fills a model with tensors, which must fit it."""
   try:
-    from_torch(model, with_head_bias(state_dict))
+    from_torch(model, with_head_bias(state_dict, model))
   except ValueError as error:
     raise TrainingError(
       f"{path} holds a model other than config.model: {error}"
@@ -249,7 +255,7 @@ def load_model(path: pathlib.Path) -> Trunk:
 
 
 def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
-  """Reads the weights in a file or directory, of any Spatial-Mamba.
+  """Reads the weights in a file or directory, of any architecture.
 
   Args:
     path: as for `load_weights`.
@@ -304,9 +310,8 @@ def _read_checkpoint(
     if not name.startswith(prefix)
   }
   prefixes = (prefix,) * bool(prefix)
-  found = Found(
-    torch_tensors(backbone), f"step {step}", tuple(others), prefixes
-  )
+  tensors = torch_tensors(backbone, names_of_paths(backbone).table)
+  found = Found(tensors, f"step {step}", tuple(others), prefixes)
   return found, others
 
 

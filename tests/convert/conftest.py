@@ -7,11 +7,15 @@ import sys
 import types
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import spatial_mamba_jax as smj
+from spatial_mamba_jax.convert.architecture import abstract_model
+from spatial_mamba_jax.convert.names import variables
+from spatial_mamba_jax.models.presets import get_model_config
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 _STORAGES = {
@@ -128,6 +132,49 @@ def small():
     mlp_ratio=3.3,
   )
   return smj.SpatialMamba(config, rngs=nnx.Rngs(0))
+
+
+def _filled(config, out_indices=()):
+  """A model with random arrays, made without compiling its initialisation."""
+  model = abstract_model(config, out_indices)
+  rng = np.random.default_rng(0)
+  for _, variable in variables(model):
+    values = rng.standard_normal(variable.shape)
+    variable.set_value(jnp.asarray(values, variable.dtype))
+  return model
+
+
+@pytest.fixture(scope="session")
+def small_vmamba():
+  """A VMamba of two stages with the mixer of the first models."""
+  return _filled(
+    get_model_config(
+      "vmamba_micro",
+      dims=(4, 4),
+      depths=(1, 2),
+      num_classes=3,
+      d_state=2,
+      expand=3,
+      gate=True,
+      conv_bias=True,
+      mlp_ratio=3.3,
+    )
+  )
+
+
+@pytest.fixture(scope="session", params=["small", "small_vmamba"])
+def each_small(request):
+  """A small classifier of each family."""
+  return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=["small_backbone", "vmamba"])
+def each_backbone(request):
+  """A small backbone of each family, with the features of the second stage."""
+  if request.param == "small_backbone":
+    return request.getfixturevalue(request.param)
+  config = get_model_config("vmamba_micro", dims=(4, 4), depths=(1, 2))
+  return _filled(config, (1,))
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """Conversion of weights from every format to every format."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,7 +15,13 @@ from flax import nnx
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.convert.__main__ import convert, main
-from spatial_mamba_jax.convert.architecture import infer_config, infer_model
+from spatial_mamba_jax.convert.architecture import (
+  abstract_model,
+  infer_config,
+  infer_model,
+)
+from spatial_mamba_jax.convert.names import variables
+from spatial_mamba_jax.models.presets import get_model_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -55,62 +61,88 @@ def test_the_authors_checkpoint_gives_their_logits(
   np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", ["micro", "tiny", "small", "base"])
-def test_presets_are_inferred_from_their_tensors(named_weights, size):
-  shapes = named_weights.state_dict_shapes(size)
+@pytest.mark.parametrize("name", smj.list_models())
+def test_presets_are_inferred_from_their_tensors(named_weights, name):
+  family, size = name.rsplit("_", 1)
+  if family == "vmamba":
+    file = ROOT / f"tests/golden/mixers/vmamba_state_dict_{size}.json"
+    shapes = json.loads(file.read_text())
+  else:
+    shapes = named_weights.state_dict_shapes(size)
   tensors = {k: np.broadcast_to(np.float32(0), v) for k, v in shapes.items()}
-  from spatial_mamba_jax.models.presets import get_model_config
+  assert infer_config(tensors) == get_model_config(name, drop_path_rate=0.0)
 
-  expected = get_model_config(f"spatial_mamba_{size}", drop_path_rate=0.0)
-  assert infer_config(tensors) == expected
+
+SSM = {"d_state": 3, "expand": 3}
 
 
 # The float 2 / 98, times 98, is less than 2.
 @pytest.mark.parametrize("mlp_ratio", [0.0205, 1.1, 3.3, 4.0])
-def test_the_architecture_is_inferred_from_tensors(mlp_ratio):
-  config = smj.ModelConfig(
+@pytest.mark.parametrize(
+  ("name", "mixer"),
+  [
+    ("spatial_mamba_micro", SSM),
+    ("vmamba_micro", {"d_state": 3, "expand": 2, "conv_bias": True}),
+    ("vmamba_micro", {**SSM, "gate": True}),
+  ],
+)
+def test_the_architecture_is_inferred_from_tensors(name, mixer, mlp_ratio):
+  config = get_model_config(
+    name,
     dims=(98, 49),
     depths=(2, 1),
     in_channels=4,
     num_classes=7,
-    mixer=smj.StructureAwareConfig(d_state=3, expand=3),
     mlp_ratio=mlp_ratio,
+    **mixer,
   )
-  model = nnx.eval_shape(lambda: smj.SpatialMamba(config, rngs=nnx.Rngs(0)))
-  tensors = smj.convert.to_torch(
-    nnx.merge(
-      nnx.graphdef(model),
-      jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nnx.state(model)),
-    )
-  )
+  model = abstract_model(config)
+  for _, variable in variables(model):
+    variable.set_value(np.broadcast_to(np.float32(0), variable.shape))
+  tensors = smj.convert.to_torch(model)
   filled = infer_model(tensors)
   assert smj.convert.from_torch(filled, tensors) == ((), ())
-  assert filled.config == smj.ModelConfig(
-    **{**vars(config), "mlp_ratio": filled.config.mlp_ratio}
+  assert filled.config == dataclasses.replace(
+    config, mlp_ratio=filled.config.mlp_ratio
   )
+
+
+CHANGES = [
+  (
+    {"layers.0.blocks.0.ln_1.weight": None},
+    r"layers.0.blocks.0.ln_1.weight is",
+  ),
+  ({"head.weight": np.zeros(3)}, r"head.weight has shape \[3\] instead of 2"),
+  ({"head.bias": np.zeros(4)}, r"head.bias is \[4\] instead of \[3\]"),
+  ({"norm.bias": None}, r"1 missing \(norm.bias\)"),
+  (
+    {"layers.1.blocks.0.ln_2.bias": None},
+    r"missing \(layers.1.blocks.0.ln_2",
+  ),
+  ({"layers.1.downsample.x": np.zeros(1)}, r"1 unexpected \(layers.1.down"),
+]
+VMAMBA_CHANGES = [
+  ({"layers.0.blocks.0.norm.weight": None}, r"a VMamba: layers.0.blocks.0.no"),
+  ({"patch_embed.0.weight": None}, r"a VMamba: patch_embed.0.weight is mis"),
+  ({"classifier.head.weight": None}, r"its head \(classifier.head.weight\)"),
+  ({"classifier.norm.bias": None}, r"1 missing \(classifier.norm.bias\)"),
+  ({"layers.1.blocks.0.op.in_proj.weight": np.zeros((8, 4))}, r"of \[24, 4\]"),
+  ({"layers.0.blocks.0.op.Ds": np.zeros(12)}, r"Ds is \[12\] instead of"),
+  ({"layers.0.downsample.x": np.zeros(1)}, r"1 unexpected \(layers.0.down"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-  ("change", "message"),
+  ("model", "change", "message"),
   [
-    (
-      {"layers.0.blocks.0.ln_1.weight": None},
-      r"layers.0.blocks.0.ln_1.weight is",
-    ),
-    ({"head.weight": np.zeros(3)}, r"head.weight has shape \[3\] instead of 2"),
-    ({"head.bias": np.zeros(4)}, r"head.bias is \[4\] instead of \[3\]"),
-    ({"norm.bias": None}, r"1 missing \(norm.bias\)"),
-    (
-      {"layers.1.blocks.0.ln_2.bias": None},
-      r"missing \(layers.1.blocks.0.ln_2",
-    ),
-    ({"layers.1.downsample.x": np.zeros(1)}, r"1 unexpected \(layers.1.down"),
+    *(("small", *x) for x in CHANGES),
+    *(("small_vmamba", *x) for x in VMAMBA_CHANGES),
   ],
 )
 def test_tensors_that_differ_are_named(
-  small, write_checkpoint, tmp_path, capsys, change, message
+  request, write_checkpoint, tmp_path, capsys, model, change, message
 ):
-  tensors = {**smj.convert.to_torch(small), **change}
+  tensors = smj.convert.to_torch(request.getfixturevalue(model)) | change
   tensors = {k: x for k, x in tensors.items() if x is not None}
   path = write_checkpoint(tmp_path / "x.pth", {"model": tensors})
   with pytest.raises(ValueError, match=rf"x\.pth: .*{message}"):
@@ -120,9 +152,16 @@ def test_tensors_that_differ_are_named(
   assert [x.name for x in tmp_path.iterdir()] == ["x.pth"]
 
 
-def test_every_format_to_every_format(small, write_checkpoint, tmp_path):
+def test_tensors_of_no_family_are_refused(write_checkpoint, tmp_path):
+  tensors = {"layers.0.blocks.0.attn.qkv.weight": np.zeros((3, 1))}
+  path = write_checkpoint(tmp_path / "x.pth", tensors)
+  with pytest.raises(ValueError, match="of a Spatial-Mamba or VMamba: layers"):
+    convert(path, tmp_path / "out")
+
+
+def test_every_format_to_every_format(each_small, write_checkpoint, tmp_path):
   path = write_checkpoint(
-    tmp_path / "x.pth", {"model": smj.convert.to_torch(small)}
+    tmp_path / "x.pth", {"model": smj.convert.to_torch(each_small)}
   )
   for name in ("a.safetensors", "run/checkpoints/0", "directory", "b/3"):
     convert(path, tmp_path / name)
@@ -135,7 +174,7 @@ def test_every_format_to_every_format(small, write_checkpoint, tmp_path):
   ):
     convert(source, tmp_path / f"{source.name}.out")
     model = smj.from_pretrained(tmp_path / f"{source.name}.out")
-    assert_same_weights(model, small)
+    assert_same_weights(model, each_small)
 
 
 @pytest.mark.parametrize("name", ["x", "0", "x.safetensors"])
@@ -235,9 +274,9 @@ def test_files_have_the_users_permissions(small, tmp_path):
 
 
 def test_a_detector_gives_its_backbone(
-  small_backbone, write_checkpoint, tmp_path, capsys
+  each_backbone, write_checkpoint, tmp_path, capsys
 ):
-  tensors = smj.convert.to_torch(small_backbone)
+  tensors = smj.convert.to_torch(each_backbone)
   path = write_checkpoint(
     tmp_path / "mask_rcnn.pth",
     lambda modules: {
@@ -252,8 +291,8 @@ def test_a_detector_gives_its_backbone(
   assert main([str(path), str(tmp_path / "backbone")]) == 0
   assert "left out 1 tensors" in capsys.readouterr().out
   model = smj.from_pretrained(tmp_path / "backbone")
-  assert isinstance(model, smj.SpatialMambaBackbone)
-  assert_same_weights(model, small_backbone)
+  assert type(model) is type(each_backbone)
+  assert_same_weights(model, each_backbone)
   config = json.loads((tmp_path / "backbone" / "config.json").read_text())
   assert config["out_indices"] == [1]
   assert "num_classes" not in config

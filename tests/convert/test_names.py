@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 import spatial_mamba_jax as smj
+from spatial_mamba_jax.convert.architecture import infer_model
 
 
 @pytest.fixture
@@ -73,3 +74,24 @@ def test_mismatches_are_ignored_if_not_strict(micro, named_weights):
   after = smj.convert.to_torch(micro)
   assert np.array_equal(after["head.bias"], bias)
   assert np.array_equal(after["head.weight"], state_dict["head.weight"])
+
+
+def test_linear_layers_may_be_convolutions(each_small):
+  """VMamba's authors store either; no other shape is taken for another."""
+  expected = smj.convert.to_torch(each_small)
+  names = ("in_proj.weight", "out_proj.weight", "fc1.weight", "head.weight")
+  tensors = {
+    name: x[:, :, None, None] if name.endswith(names) else x
+    for name, x in expected.items()
+  }
+  model = infer_model(tensors)
+  assert smj.convert.from_torch(model, tensors) == ((), ())
+  for name, x in smj.convert.to_torch(model).items():
+    np.testing.assert_array_equal(x, expected[name], strict=True)
+  for name in (
+    "layers.0.blocks.0.mlp.fc1.weight",
+    "layers.0.blocks.0.mlp.fc1.bias",
+  ):
+    wrong = {**expected, name: expected[name][..., None]}
+    with pytest.raises(ValueError, match=r"1 missh.* is \[.*, 1\] instead of"):
+      smj.convert.from_torch(model, wrong)

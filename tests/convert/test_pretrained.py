@@ -10,6 +10,10 @@ import safetensors.numpy
 from flax import nnx
 
 import spatial_mamba_jax as smj
+from spatial_mamba_jax.convert.architecture import abstract_model, infer_model
+from spatial_mamba_jax.convert.names import variables
+from spatial_mamba_jax.models.mixers import MIXERS
+from spatial_mamba_jax.models.presets import get_model_config
 
 
 def assert_same_weights(model, expected):
@@ -39,16 +43,16 @@ def load(saved, tmp_path):
   return load
 
 
-def test_a_directory_and_back(small, tmp_path):
+def test_a_directory_and_back(each_small, tmp_path):
   (tmp_path / "empty").mkdir()
   for path in (tmp_path / "new", tmp_path / "empty"):
-    smj.save_pretrained(small, path)
+    smj.save_pretrained(each_small, path)
     names = sorted(x.name for x in path.iterdir())
     assert names == ["README.md", "config.json", "model.safetensors"]
   model = smj.from_pretrained(str(tmp_path / "new"))
-  assert isinstance(model, smj.SpatialMamba)
-  assert model.config == small.config
-  assert_same_weights(model, small)
+  assert type(model) is type(each_small)
+  assert model.config == each_small.config
+  assert_same_weights(model, each_small)
   with safetensors.safe_open(
     tmp_path / "new" / "model.safetensors", "numpy"
   ) as file:
@@ -58,8 +62,12 @@ def test_a_directory_and_back(small, tmp_path):
   assert card.startswith("---\n")
   assert "pipeline_tag: image-classification\n" in front
   assert "library_name: spatial-mamba-jax\n" in front
+  title = type(each_small).__name__.replace("lM", "l-M")
+  assert f"- {title.lower()}\n" in front
+  assert f"# {title} classifier\n" in card
+  assert f"A [{title}](https://arxiv.org/abs/24" in card
   with pytest.raises(FileExistsError, match="is not overwritten"):
-    smj.save_pretrained(small, tmp_path / "new")
+    smj.save_pretrained(each_small, tmp_path / "new")
 
 
 def test_overrides_that_keep_the_weights(small, tmp_path):
@@ -182,6 +190,53 @@ def test_invalid_directories_are_named(small, tmp_path):
   config.mkdir()
   with pytest.raises(OSError, match=r"config\.json is not a file"):
     smj.from_pretrained(tmp_path / "x")
+
+
+def test_fields_of_a_mixer_are_those_of_its_family(
+  load, saved, small_vmamba, tmp_path
+):
+  good = json.loads((saved / "config.json").read_text())
+  fields = {"gate": True, "conv_bias": True}
+  for change, message in (
+    ({"gate": False}, "unknown field gate: choose from dims"),
+    ({"model_type": "vmamba"}, "model_type vmamba, and model.safetensors has"),
+    ({"model_type": "vmamba", "gate": 1}, "gate must be one of true, false"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      load(json.dumps({**good, **change}).encode())
+  smj.save_pretrained(small_vmamba, tmp_path / "x")
+  path = tmp_path / "x" / "config.json"
+  good = json.loads(path.read_text())
+  assert good["model_type"] == "vmamba"
+  assert {name: good[name] for name in fields} == fields
+  for name in fields:
+    path.write_text(json.dumps({**good, name: False}))
+    with pytest.raises(ValueError, match=f"{name} False, and model.safete"):
+      smj.from_pretrained(tmp_path / "x")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(
+  ("family", "own"), [("spatial_mamba", "spatial_mamba"), ("vmamba", "ss2d")]
+)
+def test_another_mixer_cannot_be_described(family, own, mixer, tmp_path):
+  config = get_model_config(
+    f"{family}_micro", mixer=MIXERS[mixer], dims=(8,), depths=(1,)
+  )
+  model = abstract_model(config)
+  for _, variable in variables(model):
+    variable.set_value(jnp.zeros(variable.shape, variable.dtype))
+  tensors = smj.convert.to_torch(model)
+  if mixer == own:
+    assert smj.convert.from_torch(infer_model(tensors), tensors) == ((), ())
+    return
+  with pytest.raises(ValueError, match=f"with the mixer {mixer} cannot be"):
+    smj.save_pretrained(model, tmp_path / "x")
+  with pytest.raises(
+    ValueError,
+    match=f"with the mixer {own}: layers|unexpected .*op.selected_conv",
+  ):
+    smj.convert.from_torch(infer_model(tensors), tensors)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

@@ -134,6 +134,7 @@ def skeleton(dim, blocks, width):
     shapes |= {
       f"{block}ln_1.weight": [dim],
       f"{block}self_attention.A_logs": [2 * dim, 1],
+      f"{block}self_attention.out_norm.weight": [2 * dim],
       f"{block}self_attention.in_proj.weight": [4 * width, width],
       f"{block}mlp.fc1.weight": [1, width],
     }
@@ -144,13 +145,13 @@ def skeleton(dim, blocks, width):
   ("shapes", "message"),
   [
     (skeleton(4, 1001, 4), "1,001 blocks is too deep: at most 1,000 are"),
-    (skeleton(4, 500, 4), "11526 missing"),
+    (skeleton(4, 500, 4), "11026 missing"),
     (skeleton(10**6, 1, 1), r"is [4, 1] instead of [4000000, 1000000]"),
-    (skeleton(2000, 1, 2000), "49 missing"),
+    (skeleton(2000, 1, 2000), "48 missing"),
     (
       {k: x for k, x in skeleton(4, 1, 4).items() if "patch_embed" not in k},
       "safetensors: not the weights of a Spatial-Mamba:"
-      " patch_embed.conv1.conv.weight is missing among 5 tensors",
+      " patch_embed.conv1.conv.weight is missing among 6 tensors",
     ),
     ({"x" * 5_000_000: [1]}, "is missing among 1 tensors (xxx"),
     ({f"{i}.layers.0.blocks.0.self_attention.x": [1] for i in range(20_000)},

@@ -127,10 +127,21 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
+OF_VMAMBA = ("wrappers in wrappers", "compiled blocks", "an average by prefix")
+
+
+@pytest.mark.parametrize(
+  ("model", "name"),
+  [
+    *(("small", name) for name in TAKEN),
+    *(("small_vmamba", name) for name in OF_VMAMBA),
+  ],
+)
 def test_the_command_says_what_it_reads(
-  tensors, other, write_checkpoint, tmp_path, name
+  request, write_checkpoint, tmp_path, model, name
 ):
+  tensors = smj.convert.to_torch(request.getfixturevalue(model))
+  other = {key: np.zeros_like(x) for key, x in tensors.items()}
   make, options, words = TAKEN[name]
   path = write_checkpoint(tmp_path / "x.pth", make(tensors, other))
   said = convert(path, tmp_path / "out.safetensors", **options)
@@ -242,18 +253,20 @@ def test_directories_of_hugging_face(tensors, write_checkpoint, tmp_path):
       convert(name, tmp_path / "out")
 
 
-def test_a_head_without_a_bias(small, write_checkpoint, tmp_path):
-  tensors = without("head.bias", smj.convert.to_torch(small))
+def test_a_head_without_a_bias(each_small, write_checkpoint, tmp_path):
+  whole = smj.convert.to_torch(each_small)
+  (bias,) = (name for name in whole if name.endswith("head.bias"))
+  tensors = without("head.bias", whole)
   path = write_checkpoint(tmp_path / "x.pth", tensors)
   assert "no bias in the head" in convert(path, tmp_path / "out")
   model = smj.from_pretrained(tmp_path / "out")
-  assert isinstance(model, smj.SpatialMamba)
+  assert isinstance(model, smj.Classifier)
   assert model.head.bias is None
   # The checkpoints of a run always have a bias.
   convert(path, tmp_path / "run" / "1")
   convert(tmp_path / "run", tmp_path / "back")
   found = smj.convert.to_torch(smj.from_pretrained(tmp_path / "back"))
-  expected = tensors | {"head.bias": np.zeros(3, np.float32)}
+  expected = tensors | {bias: np.zeros(3, np.float32)}
   assert found.keys() == expected.keys()
   for name, x in expected.items():
     np.testing.assert_array_equal(found[name], x, strict=True)

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from spatial_mamba_jax.convert import from_torch
+from spatial_mamba_jax.convert.families import table_of
 from spatial_mamba_jax.convert.names import torch_tensors
-from spatial_mamba_jax.convert.tables import table_of
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models.mixers import (
   MIXERS,

@@ -85,7 +85,9 @@ def test_networks_are_of_the_family_that_their_config_has():
   section.family = "roller"
   with pytest.raises(TrainingError, match="family must be a Family or None"):
     section.validate()
-  with pytest.raises(ValueError, match="a Roller is not a Spatial-Mamba"):
+  with pytest.raises(
+    ValueError, match="a Roller is not a Spatial-Mamba or VMamba"
+  ):
     smj.save_pretrained(model, "unused")
 
 

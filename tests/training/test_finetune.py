@@ -1,5 +1,6 @@
 """Runs that start from given weights."""
 
+import dataclasses
 import pathlib
 import runpy
 from functools import partial
@@ -14,6 +15,8 @@ from flax import nnx
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models import ModelConfig
+from spatial_mamba_jax.models.mixers import MIXERS
+from spatial_mamba_jax.models.presets import get_model_config
 from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.training.checkpoint import Checkpoints
 from spatial_mamba_jax.training.checkpoint_files import CheckpointFiles
@@ -28,25 +31,39 @@ from spatial_mamba_jax.training.weights import (
 )
 from tests.pixel_task import PixelNetwork
 
+FAMILIES = ("spatial_mamba", "vmamba")
 HEAD = {"head.weight", "head.bias"}
 NORM = {"norm.weight", "norm.bias"}
 
 
-def config_of(num_classes):
-  return ModelConfig(dims=(4, 4), depths=(1, 2), num_classes=num_classes)
+def config_of(num_classes, family="spatial_mamba"):
+  return get_model_config(
+    f"{family}_micro", dims=(4, 4), depths=(1, 2), num_classes=num_classes
+  )
+
+
+def of_family(names, family):
+  """Returns names of the last norm and the head as its authors have them."""
+  return {"classifier." * (family == "vmamba") + name for name in names}
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
   """A directory with a classifier of five classes."""
+  return saved("spatial_mamba", tmp_path_factory)
+
+
+def saved(family, tmp_path_factory):
   path = tmp_path_factory.mktemp("weights") / "pretrained"
-  smj.save_pretrained(smj.SpatialMamba(config_of(5), rngs=nnx.Rngs(7)), path)
+  config = config_of(5, family)
+  model = config.family.classifier(config, rngs=nnx.Rngs(7))
+  smj.save_pretrained(model, path)
   return path
 
 
 def model_of(config):
   """A model and random weights for it."""
-  model = PureModel(partial(smj.SpatialMamba, config))
+  model = PureModel(partial(config.family.classifier, config))
   return model, jax.jit(model.init)(jax.random.key(0))
 
 
@@ -63,26 +80,35 @@ def assert_equal_but(names, actual, expected):
   assert differing == names
 
 
-@pytest.mark.parametrize(
-  ("num_classes", "drawn", "words"),
-  [
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_starts_from_given_weights(tmp_path_factory, tmp_path, family):
+  path = saved(family, tmp_path_factory)
+  for num_classes, drawn, words in (
     (5, set(), "including its head"),
     (3, HEAD, "a random head: it has 5 classes"),
-  ],
-)
-def test_a_run_starts_from_given_weights(pretrained, num_classes, drawn, words):
-  model, fresh = model_of(config_of(num_classes))
-  weights, said = start_from(pretrained, model, fresh)
-  assert words in said
-  found = tensors_of(weights, model)
-  assert_equal_but(drawn, found, read_weights(pretrained).state_dict)
-  for name in HEAD & drawn:
-    np.testing.assert_array_equal(found[name], tensors_of(fresh, model)[name])
+  ):
+    model, fresh = model_of(config_of(num_classes, family))
+    weights, said = start_from(path, model, fresh)
+    assert words in said
+    found, own = tensors_of(weights, model), tensors_of(fresh, model)
+    drawn = of_family(drawn, family)
+    assert_equal_but(drawn, found, read_weights(path).state_dict)
+    for name in drawn:
+      np.testing.assert_array_equal(found[name], own[name])
+  # A checkpoint of the run, which has our names.
+  run = run_of(weights, tmp_path / "run")
+  assert_equal_but(set(), read_weights(run).state_dict, found)
+  again, _ = start_from(run, model, fresh)
+  jax.tree.map(np.testing.assert_array_equal, again, weights)
+  assert type(load_model(run)) is type(model.abstract())
+  _, evaluated = load_weights(path, *model_of(config_of(5, family)))
+  assert list(evaluated) == ["raw"]
 
 
-def test_a_backbone_has_no_head(tmp_path):
-  config = config_of(3)
-  backbone = smj.SpatialMambaBackbone(
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_backbone_has_no_head(tmp_path, family):
+  config = config_of(3, family)
+  backbone = config.family.backbone(
     config, out_indices=(0, 1), rngs=nnx.Rngs(7)
   )
   smj.save_pretrained(backbone, tmp_path / "backbone")
@@ -94,8 +120,22 @@ def test_a_backbone_has_no_head(tmp_path):
   outnorms = {name for name in expected if name.startswith("outnorm")}
   assert len(outnorms) == 4
   assert_equal_but(outnorms, found, expected)
-  for name in HEAD | NORM:
+  for name in of_family(HEAD | NORM, family):
     np.testing.assert_array_equal(found[name], own[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_run_of_any_mixer_starts_another(tmp_path, family, mixer):
+  config = dataclasses.replace(
+    config_of(3, family), dims=(8,), depths=(2,), mixer=MIXERS[mixer]
+  )
+  model = PureModel(partial(config.family.classifier, config))
+  weights = some_weights(model, 3)
+  again, _ = start_from(
+    run_of(weights, tmp_path / "run"), model, some_weights(model)
+  )
+  jax.tree.map(np.testing.assert_array_equal, again, weights)
 
 
 def test_a_checkpoint_without_a_head_keeps_its_norm(tmp_path):
