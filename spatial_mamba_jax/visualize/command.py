@@ -1,14 +1,10 @@
 """The command line of `python -m spatial_mamba_jax.visualize`."""
 
 import argparse
-import inspect
 import io
 import os
 import pathlib
-import pkgutil
-import sys
-from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,9 +15,9 @@ from spatial_mamba_jax.errors import (
   silence_threads,
   tell,
 )
-from spatial_mamba_jax.models import create_model, list_models, mixers
+from spatial_mamba_jax.models import create_model, list_models
 from spatial_mamba_jax.models.backbone import Trunk
-from spatial_mamba_jax.models.mixers import MixerConfig
+from spatial_mamba_jax.models.mixers import MIXERS, LinearMixer
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.digests import write_whole
 from spatial_mamba_jax.training.weights import load_model
@@ -110,33 +106,21 @@ def _one_image(options):
 def _mixers(options) -> "matplotlib.figure.Figure":
   pixels = images.read_images(options.image, options.image_size)
   sheet = {}
-  for kind in mixer_kinds():
+  for name, mixer in MIXERS.items():
     model = create_model(
-      options.model, mixer=kind(), rngs=nnx.Rngs(options.seed)
+      options.model, mixer=mixer, rngs=nnx.Rngs(options.seed)
     )
     inputs = _inputs(model, *pixels)
-    (token,), (weights,) = maps.mixing_maps(
-      model, inputs[0], [(0.5, 0.5)], stage=options.stage, block=options.block
-    )
-    sheet[kind.name] = maps.receptive_field(model, inputs), token, weights
+    row = None
+    block: Any = model.stages[0].blocks[0]
+    if isinstance(block.mixer, LinearMixer):
+      (token,), (weights,) = maps.mixing_maps(
+        model, inputs[0], [(0.5, 0.5)], stage=options.stage, block=options.block
+      )
+      row = token, weights
+    sheet[name] = maps.receptive_field(model, inputs), row
   title = f"{options.model} with each mixer, random weights"
   return figures.draw_mixers(sheet, title)
-
-
-def mixer_kinds() -> list[type[MixerConfig]]:
-  """Returns the config of every mixer in `models/mixers`, by name."""
-  for module in pkgutil.iter_modules(mixers.__path__, f"{mixers.__name__}."):
-    import_module(module.name)
-  kinds, found = [MixerConfig], []
-  while kinds:
-    kinds += (kind := kinds.pop()).__subclasses__()
-    module = sys.modules.get(kind.__module__)
-    is_here = not inspect.isabstract(kind) and kind.__module__.startswith(
-      f"{mixers.__name__}."
-    )
-    if is_here and getattr(module, kind.__name__, None) is kind:
-      found.append(kind)
-  return sorted(found, key=lambda kind: kind.name)
 
 
 def _model(options) -> Trunk:

@@ -94,26 +94,33 @@ def draw_mixing(
 
 
 def draw_mixers(
-  sheet: dict[str, tuple[np.ndarray, tuple[int, int], np.ndarray]], title: str
+  sheet: dict[
+    str, tuple[np.ndarray, tuple[tuple[int, int], np.ndarray] | None]
+  ],
+  title: str,
 ) -> "matplotlib.figure.Figure":
   """Draws a line for each mixer.
 
   Args:
-    sheet: {name: (receptive field, output token, weights of all tokens in it)}.
+    sheet: {name: (receptive field, row)}. A row is an output token and the
+      weights of all tokens in it; None for a mixer without a matrix.
     title: above all of them.
   """
   figure = _figure(6.4, 2.8 * len(sheet) + 0.7)
   figure.suptitle(title, fontsize=11, wrap=True)
   grid = figure.subplots(len(sheet), 2, squeeze=False)
   shown = None
-  for axes, (name, (field, token, weights)) in zip(
-    grid, sheet.items(), strict=True
-  ):
+  for axes, (name, (field, row)) in zip(grid, sheet.items(), strict=True):
     shown = _show(axes[0], field, _logarithmic(1.0))
+    axes[0].set_ylabel(name, fontsize=_SMALL)
+    if row is None:
+      _bare(axes[1])
+      axes[1].text(0.5, 0.5, "not linear", ha="center", fontsize=_SMALL)
+      continue
+    token, weights = row
     weights = _without_token(weights, token)
     _show(axes[1], weights / np.nanmax(weights), _logarithmic(1.0))
     _mark(axes[1], token, "")
-    axes[0].set_ylabel(name, fontsize=_SMALL)
   grid[0, 0].set_title("effective receptive field", fontsize=_SMALL)
   grid[0, 1].set_title("weights of other tokens, |M|", fontsize=_SMALL)
   _colour_bar(figure, shown, grid, "of the greatest")

@@ -15,6 +15,7 @@ from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax import theory
 from spatial_mamba_jax.models.backbone import Trunk, stage_features
+from spatial_mamba_jax.models.mixers import LinearMixer
 from spatial_mamba_jax.models.states import block_states, mixer_input
 
 
@@ -119,12 +120,18 @@ def mixing_maps(
     weight of every token in it, averaged over channels.
 
   Raises:
-    ValueError: there is no such block, or it has one token only.
+    ValueError: there is no such block, it has one token only, or its mixer has
+      no matrix.
   """
 
   @nnx.jit
   def rows(model, image, token):
     mixer, x = mixer_input(model, image[None], stage, block)
+    if not isinstance(mixer, LinearMixer):
+      raise ValueError(
+        f"a {type(mixer).__name__} has no mixing matrix: it is not linear in"
+        " any values"
+      )
     row = theory.mixing_rows(mixer.mix, *mixer.select(x), token[None])
     return jnp.mean(jnp.abs(row[0, 0].astype(jnp.float32)), axis=-1)
 

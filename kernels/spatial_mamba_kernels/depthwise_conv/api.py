@@ -82,7 +82,8 @@ def causal_depthwise_conv(x: ArrayLike, kernel: ArrayLike) -> Array:
     "causal_depthwise_conv", {"x": (x, "B L D"), "kernel": (kernel, "K D")}
   )
   padding = (0, 0), (len(kernel) - 1, 0)
-  return xla.convolve(x[:, None], kernel[None], 1, padding)[:, 0]
+  y: Any = xla.convolve(x[:, None], kernel[None], 1, padding)
+  return y[:, 0]
 
 
 def residual_depthwise_conv(

@@ -74,11 +74,12 @@ def grouped(h: Array, kernels: Array, *, dilations: tuple[int, ...]) -> Array:
   padded = _replicate(image.astype(kernels.dtype), max(dilations))
   total = jnp.zeros((), kernels.dtype)
   for kernel, dilation in zip(kernels, dilations, strict=True):
+    added = dilation - max(dilations), dilation - max(dilations)
     total += stencil.grouped_convolution(
       padded,
       jnp.tile(kernel, states),
       dilation=dilation,
-      padding=((dilation - max(dilations),) * 2,) * 2,
+      padding=(added, added),
     )
   return total.reshape(h.shape).astype(h.dtype)
 

@@ -12,7 +12,7 @@ inner channels.
 
 import dataclasses
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class EVSS(nnx.Module):
     self,
     dim: int,
     mixer: EVSSConfig,
-    turn: Hashable,
+    turn: Any,
     *,
     config: "ModelConfig",
     rngs: nnx.Rngs,

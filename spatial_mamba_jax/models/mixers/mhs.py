@@ -138,7 +138,7 @@ class MHS(nnx.Module):
     outputs = jnp.split(self.mix(*self._select(v)), _SCANS, axis=-1)
     y = self.y_proj(self.cat_norm(fuse(jnp.stack(outputs), self.threshold)))
     if self.in_proj is not None:
-      return self.norm.gated(y, *z, branch_scale)
+      return self.norm.gated(y, z[0], branch_scale)
     return scaled(self.norm(y), branch_scale)
 
   def select(

@@ -103,7 +103,7 @@ class SS2D(nnx.Module):
     v, *z = self._project(x)
     y = self.mix(*self._select(v))
     if self.has_gate:
-      return self.out_proj(self.norm.gated(y, *z, branch_scale))
+      return self.out_proj(self.norm.gated(y, z[0], branch_scale))
     return scaled(self.out_proj(self.norm(y)), branch_scale)
 
   def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Array]:
