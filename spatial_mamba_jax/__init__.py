@@ -1,4 +1,4 @@
-"""Spatial-Mamba in JAX.
+"""Spatial-Mamba and other visual state-space models in JAX.
 
     import spatial_mamba_jax as smj
     from flax import nnx
@@ -24,6 +24,8 @@ from spatial_mamba_jax.models import (
   SpatialMambaBackbone,
   States,
   StructureAwareConfig,
+  VMamba,
+  VMambaBackbone,
   block_states,
   create_backbone,
   create_model,
@@ -39,6 +41,8 @@ __all__ = [
   "SpatialMambaBackbone",
   "States",
   "StructureAwareConfig",
+  "VMamba",
+  "VMambaBackbone",
   "block_states",
   "convert",
   "create_backbone",

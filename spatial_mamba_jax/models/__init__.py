@@ -1,4 +1,4 @@
-"""Spatial-Mamba as Flax NNX modules."""
+"""Spatial-Mamba and VMamba as Flax NNX modules, with any token mixer."""
 
 from spatial_mamba_jax.models.backbone import Backbone, Classifier
 from spatial_mamba_jax.models.config import Family, ModelConfig
@@ -10,6 +10,7 @@ from spatial_mamba_jax.models.spatial_mamba import (
   SpatialMambaBackbone,
 )
 from spatial_mamba_jax.models.states import block_states
+from spatial_mamba_jax.models.vmamba import VMamba, VMambaBackbone
 
 __all__ = [
   "Backbone",
@@ -20,6 +21,8 @@ __all__ = [
   "SpatialMambaBackbone",
   "States",
   "StructureAwareConfig",
+  "VMamba",
+  "VMambaBackbone",
   "block_states",
   "create_backbone",
   "create_model",
