@@ -60,6 +60,7 @@ def run(main, monkeypatch, capsys, *arguments):
   return capsys.readouterr().out
 
 
+@pytest.mark.soak
 def test_model_benchmark(monkeypatch, capsys):
   out = run(
     benchmark.main,
@@ -106,6 +107,7 @@ def two_blocks(monkeypatch):
   monkeypatch.setattr(network, "experiment", small)
 
 
+@pytest.mark.soak
 def test_profile(monkeypatch, capsys, two_blocks):
   monkeypatch.setenv("XLA_FLAGS", "")
   out = run(

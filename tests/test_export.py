@@ -70,7 +70,10 @@ def apply(model, images):
 
 @pytest.mark.parametrize(
   ("image_size", "shapes"),
-  [(16, [(1, 16, 16), (3, 16, 16)]), (None, [(2, 16, 16), (1, 21, 5)])],
+  [
+    pytest.param(16, [(1, 16, 16), (3, 16, 16)], marks=pytest.mark.soak),
+    (None, [(2, 16, 16), (1, 21, 5)]),
+  ],
   ids=["fixed", "any"],
 )
 def test_a_process_without_the_project_gets_the_logits(

@@ -51,7 +51,7 @@ def interpreted(monkeypatch):
     ((2, 13, 6, 4, 1), jnp.float32),
     # Tiles of several sizes.
     ((1, 2, 10, 4, 1), jnp.float32),
-    ((1, 1, 5, 3, 16), jnp.float32),
+    pytest.param((1, 1, 5, 3, 16), jnp.float32, marks=pytest.mark.soak),
   ],
   ids=str,
 )

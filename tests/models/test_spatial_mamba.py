@@ -60,7 +60,8 @@ def test_micro_logits_in_float64(create, images, golden, size):
   np.testing.assert_allclose(logits, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ["sequential", "associative"])
+# On a CPU the default is "sequential".
+@pytest.mark.parametrize("implementation", [None, "associative"])
 def test_micro_logits_in_float32(create, images, golden, implementation):
   model = create("micro", implementation=implementation)
   logits = apply(model, images("96x64"))
@@ -84,9 +85,8 @@ def test_micro_logits_in_bfloat16(create, images, golden):
   np.testing.assert_allclose(logits, expected, atol=0.05 * abs(expected).max())
 
 
-@pytest.mark.parametrize(
-  "size", [pytest.param("224x224", marks=pytest.mark.soak), "160x256"]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("size", ["224x224", "160x256"])
 def test_tiny_logits_in_float32(create, images, golden, size):
   logits = apply(create("tiny"), images(size))
   expected = golden("tiny")[f"logits_{size}"]
@@ -328,6 +328,7 @@ def test_layer_norm_in_half_precision():
     )
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_a_model_without_kernels_on_a_gpu(monkeypatch, implementation):
   gpu = types.SimpleNamespace(compute_capability="9.0")

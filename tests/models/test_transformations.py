@@ -128,7 +128,10 @@ def test_transformations_are_the_model(images):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("implementation", [None, "associative"])
+@pytest.mark.parametrize(
+  "implementation",
+  [None, pytest.param("associative", marks=pytest.mark.soak)],
+)
 def test_forward_mode_is_a_pullback_of_a_pullback(implementation, images):
   """The docstring of `spatial_mamba_kernels` shows it, because jvp fails."""
   model = create(dtype="float64", implementation=implementation, mode="train")
@@ -245,6 +248,7 @@ with jax.set_mesh(mesh):
 """
 
 
+@pytest.mark.soak
 def test_a_mesh_of_explicit_axes_is_one_device():
   """Values and gradients agree; an axis that cannot be split is one line."""
   flag = " --xla_force_host_platform_device_count=4"

@@ -450,6 +450,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(
   assert all(checkpoint < step for checkpoint in kept)
 
 
+@pytest.mark.soak
 def test_evaluation(experiment, tmp_path):
   workdir = tmp_path / "run"
   flag = f"--workdir={workdir}"

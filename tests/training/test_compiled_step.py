@@ -93,6 +93,7 @@ def test_a_damaged_file_is_refused(saved, tmp_path):
     load_step(damaged, program)
 
 
+@pytest.mark.soak
 def test_train_starts_with_it(experiment, saved, tmp_path):
   _, _, _, file = saved
   workdir = f"--workdir={tmp_path / 'run'}"

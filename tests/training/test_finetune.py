@@ -80,7 +80,10 @@ def assert_equal_but(names, actual, expected):
   assert differing == names
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+  "family",
+  ["spatial_mamba", pytest.param("vmamba", marks=pytest.mark.soak)],
+)
 def test_a_run_starts_from_given_weights(tmp_path_factory, tmp_path, family):
   path = saved(family, tmp_path_factory)
   for num_classes, drawn, words in (

@@ -63,6 +63,7 @@ def test_the_imagenet_configs_differ_by_model_alone():
   assert others == [first, first]
 
 
+@pytest.mark.soak
 def test_an_imagenet_config_trains_two_steps(experiment, imagenet, tmp_path):
   """With the whole recipe on, MESA from the first step."""
   experiment.path.write_text(IMAGENET_CONFIG.replace("NAME", IMAGENET[0]))

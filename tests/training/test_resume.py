@@ -169,6 +169,7 @@ def test_checkpoints_between_evaluations(experiment, tmp_path, whole):
   assert records[-2:] == whole[0][-2:]
 
 
+@pytest.mark.soak
 def test_a_contradicting_config_is_refused(experiment, tmp_path):
   workdir = tmp_path / "run"
   arguments = (f"--workdir={workdir}", "--config.length=2 epochs")

@@ -39,6 +39,7 @@ def pixels(experiment):
   return experiment
 
 
+@pytest.mark.soak
 def test_a_second_task_trains_resumes_and_reports(pixels, tmp_path, capsys):
   """It resumes bit for bit, and keeps the best by its own score."""
   whole, broken = tmp_path / "whole", tmp_path / "broken"
