@@ -1,7 +1,7 @@
 """Compares all token mixers in one network: `python -m benchmarks.mixers`.
 
-The network is Spatial-Mamba micro; only its mixer changes (--model selects
-another network). There are four sections, of which --sections selects some:
+The network is Spatial-Mamba micro (--model selects another one for `cost` and
+`speed`); only its mixer changes. --sections selects some of four sections:
 
 - `cost`: parameters, FLOP of an image, and how many images a mixer's forward
   pass transposes, gathers or reverses (`mixer_programs` says how they are
@@ -9,8 +9,8 @@ another network). There are four sections, of which --sections selects some:
 - `speed`: images a second of inference and of the training step, share of the
   rate of matrix products, time to compile and peak memory, for images of
   several sizes; `timing` has the protocol;
-- `bytes`: bytes that inference and the training step move for an image, in
-  programs compiled for an H200 and a v5e (needs `pip install ".[train,aot]"`);
+- `bytes`: bytes that inference moves for an image, in programs of Spatial-Mamba
+  tiny compiled for an H200 and a v5e (needs `pip install ".[train,aot]"`);
 - `accuracy`: top-1 on the digits with several seeds, as
   `configs/digits_mixers.py` trains them. The runs are kept in --workdir; the
   same command resumes them. One validation image is 0.34%.
@@ -81,7 +81,8 @@ def _rows(section, name, arguments) -> Iterator[dict[str, Any]]:
     workdir=arguments.workdir.absolute(),
   )
   for row in processes.messages(work, patience=PATIENCE_SECONDS):
-    print(json.dumps({section: name, **row}), file=sys.stderr, flush=True)
+    line = {"section": section, "mixer": name, **row}
+    print(json.dumps(line), file=sys.stderr, flush=True)
     yield row
 
 
