@@ -33,10 +33,10 @@ COMPILED_MODEL = "spatial_mamba_tiny"
 COMPILED_PIXELS = 128 * 224**2
 # {primitive: kind} of what is counted.
 KINDS = {"transpose": "transposed", "gather": "gathered", "rev": "reversed"}
-# Image and channels for which a mixer's moves are counted. The last mixer of
-# four blocks is the one that `evss` does not turn.
+# Image and channels for which a mixer's moves are counted, and the blocks over
+# which they are averaged: after four, `evss` turns images as before.
 _COUNTED = (1, 16, 16, 64)
-_LAST = Place(0, 3, 3)
+_PLACES = tuple(Place(0, block, block) for block in range(4))
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -73,20 +73,17 @@ def moves(mixer: MixerConfig) -> dict[str, float]:
     _experiment("spatial_mamba", "spatial_mamba_micro", 1).model.build(),
     mixer=mixer,
   )
-  module = nnx.eval_shape(
-    lambda: mixer.create(
-      dim, mixer.variant(_LAST), config=config, rngs=nnx.Rngs(0)
-    )
-  )
-  graphdef, state = nnx.split(module)
   image = jax.ShapeDtypeStruct(_COUNTED, jnp.float32)
-  jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(
-    state, image
-  )
-  inner = getattr(mixer, "expand", 1) * dim
   counts = dict.fromkeys(KINDS.values(), 0)
-  _add_moved(jaxpr.jaxpr, counts)
-  whole = batch * height * width * inner
+
+  def forward(variant, x):
+    return mixer.create(dim, variant, config=config, rngs=nnx.Rngs(0))(x)
+
+  for place in _PLACES:
+    jaxpr = jax.make_jaxpr(partial(forward, mixer.variant(place)))(image)
+    _add_moved(jaxpr.jaxpr, counts)
+  inner = getattr(mixer, "expand", 1) * dim
+  whole = batch * height * width * inner * len(_PLACES)
   return {kind: count / whole for kind, count in counts.items()}
 
 

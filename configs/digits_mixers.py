@@ -1,8 +1,8 @@
 """Spatial-Mamba micro with another token mixer, on scikit-learn's digits.
 
 All mixers are trained alike, for 40 epochs as in configs/digits.py; their
-parameters and FLOPs differ. `python -m benchmarks.mixers` compares them, and
-docs/mixers.md has the results.
+parameters and FLOPs differ. `python -m benchmarks.mixers` compares them;
+docs/mixers.md lists them.
 
     python train.py --config=configs/digits_mixers.py:ss2d \
       --workdir=runs/ss2d --config.model.mixer.d_state=16

@@ -128,7 +128,16 @@ def names_of_tensors(tensors: Iterable[str]) -> FamilyNames:
 
 
 def table_of(module: nnx.Module) -> Table:
-  """Returns the table of a network, or of one of the mixers in `MIXERS`."""
+  """Returns the table of a network, or of one of the mixers in `MIXERS`.
+
+  Raises:
+    ValueError: it is neither.
+  """
   if isinstance(module, Trunk):
     return names_of(module).table
-  return MIXERS.get(type(module), SPATIAL_MAMBA)
+  if type(module) not in MIXERS:
+    raise ValueError(
+      f"a {type(module).__name__} has no tensor names of other authors: give a"
+      " network or one of the mixers here"
+    )
+  return MIXERS[type(module)]

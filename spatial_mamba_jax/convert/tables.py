@@ -16,6 +16,7 @@ from spatial_mamba_jax.models.mixers.mamba import Mamba
 from spatial_mamba_jax.models.mixers.mhs import MHS
 from spatial_mamba_jax.models.mixers.plain_mamba import PlainMamba
 from spatial_mamba_jax.models.mixers.ss2d import SS2D
+from spatial_mamba_jax.models.mixers.structure_aware import StructureAwareSSM
 from spatial_mamba_jax.models.mixers.v2m import V2M
 from spatial_mamba_jax.models.mixers.vim import Vim
 
@@ -193,6 +194,18 @@ _MAMBA = _mamba("branch", "", A_log="A_log")
 _HEADS = "CXSZ"
 
 MIXERS: dict[type, Table] = {
+  StructureAwareSSM: Table(
+    (
+      (r"^conv\.", "conv2d."),
+      (r"^norm\.", "out_norm."),
+      (r"^fusion\.", "state_fusion."),
+      (r"^x_proj\.kernel$", "x_proj_weight"),
+      (r"^dt_proj\.kernel$", "dt_projs_weight"),
+      (r"^dt_bias$", "dt_projs_bias"),
+      (r"^A_log$", "A_logs"),
+      (r"^D$", "Ds"),
+    )
+  ),
   Mamba: Table(_MAMBA, (_PROJECTIONS, _SEQUENCE)),
   Vim: Table(
     (*_MAMBA, *_mamba("backward_branch", "_b", A_log="A_b_log")),

@@ -69,7 +69,7 @@ def get_model_config(name: str, **overrides: Any) -> ModelConfig:
   Args:
     name: one of `list_models()`.
     **overrides: fields of `ModelConfig`, or of its mixer's config: `d_state=2`
-      is short for `mixer=StructureAwareConfig(d_state=2)`.
+      is short for the preset's mixer with this value.
 
   Raises:
     ValueError: the name, a field or a value is wrong, or the dtype is float64

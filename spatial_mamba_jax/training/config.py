@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 
@@ -64,7 +65,9 @@ class ModelSection(Section):
     dims: channels of each stage; empty for the preset's.
     depths: blocks of each stage; empty for the preset's.
     in_channels: channels of the images; None for the preset's.
-    mixer: the token mixer and its settings, of the package `models.mixers`.
+    mixer: the token mixer and its settings, of the package `models.mixers`;
+      None for that of the preset `name`. A flag with another name does not
+      change the mixer.
     mlp_ratio: hidden channels of the MLP divided by the channels of its stage;
       None for the preset's.
     drop_path_rate: stochastic-depth rate of the last block.
@@ -83,12 +86,22 @@ class ModelSection(Section):
   dims: tuple[int, ...] = number((), least=1, most=MAX_CHANNELS)
   depths: tuple[int, ...] = number((), least=1, most=MAX_BLOCKS)
   in_channels: int | None = number(None, least=1, most=MAX_IMAGE_CHANNELS)
-  mixer: MixerConfig = dataclasses.field(default_factory=StructureAwareConfig)
+  # None is replaced at once, so that flags find the mixer's settings.
+  mixer: MixerConfig = dataclasses.field(default=cast(Any, None))
   mlp_ratio: float | None = number(None, above=0, most=MAX_EXPANSION)
   drop_path_rate: float = number(0.0, least=0, below=1)
   dtype: str = choice("float32", among=DTYPES)
   layer_implementation: str | None = choice(None, among=("xla",))
   remat: bool | None = None
+
+  def __post_init__(self):
+    if self.mixer is None:
+      is_known = self.name in list_models()
+      self.mixer = (
+        dataclasses.replace(get_model_config(self.name).mixer)
+        if is_known  # Else `validate` refuses the name.
+        else StructureAwareConfig()
+      )
 
   def validate(self, path: str = "config.model") -> None:
     """Checks every field, and that the architecture can be built."""
@@ -106,15 +119,6 @@ class ModelSection(Section):
     for field in ("family", "dims", "depths", "in_channels", "mlp_ratio"):
       if fields[field] in ((), [], None):
         del fields[field]
-    own = type(get_model_config(self.name).mixer)
-    if own not in (StructureAwareConfig, type(self.mixer)) and isinstance(
-      self.mixer, StructureAwareConfig
-    ):
-      raise TrainingError(
-        f"{path}.name {self.name} has the mixer {own.name}: write"
-        f" ModelSection(name={self.name!r}, mixer={own.__name__}()) into the"
-        " config file"
-      )
     # Copied, because the section is mutable.
     fields["mixer"] = dataclasses.replace(self.mixer)
     try:

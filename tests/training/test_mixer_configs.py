@@ -35,12 +35,14 @@ def test_vmamba_on_imagenet_is_the_recipe_without_mesa():
   assert config == tiny
 
 
-def test_a_family_without_its_mixer_is_refused():
-  with pytest.raises(
-    TrainingError, match=r"vmamba_micro has the mixer ss2d: write ModelSection"
-  ):
-    ModelSection(name="vmamba_micro").validate()
-  ModelSection(name="vmamba_micro", mixer=SS2DConfig()).validate()
+def test_a_preset_has_its_own_mixer_unless_another_is_given():
+  section = ModelSection(name="vmamba_micro")
+  section.validate()
+  assert section.mixer == SS2DConfig()
+  section.mixer.d_state = 3
+  assert ModelSection(name="vmamba_micro").mixer == SS2DConfig()
+  section = ModelSection(name="vmamba_micro", mixer=MIXERS["spatial_mamba"])
+  assert section.build().mixer == MIXERS["spatial_mamba"]
 
 
 def test_the_mixers_earlier_name_is_the_same_experiment():

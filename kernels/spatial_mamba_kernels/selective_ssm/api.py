@@ -56,8 +56,10 @@ def selective_ssm(
       h = selective_scan(u, delta, A, B)    # N states
       y = sum over n of C[n] * h[n] + D * u
 
-  The states of some tokens at a time are in memory, never those of all. For
-  forward-mode derivatives see `spatial_mamba_kernels`.
+  Kernels keep the states on the chip. In plain JAX those of up to 64 tokens are
+  in memory at once. For forward-mode derivatives see `spatial_mamba_kernels`.
+  JAX cannot compute a gradient of a gradient through more than one such chunk,
+  unless the implementation is "associative".
 
   Args:
     u: [B, L, D], the tokens.

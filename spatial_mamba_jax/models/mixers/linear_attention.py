@@ -72,10 +72,14 @@ class LinearAttention(nnx.Module):
     rngs: nnx.Rngs,
   ):
     head_dim = min(mixer.head_dim, dim)
-    if dim % 4 or dim % head_dim:
+    if dim % 4:
       raise UserError(
-        f"linear attention needs stages whose channels are a multiple of 4 and"
-        f" of mixer.head_dim={head_dim}, not {dim}"
+        f"linear attention needs stages of a multiple of 4 channels, not {dim}"
+      )
+    if dim % head_dim:
+      raise UserError(
+        f"mixer.head_dim={head_dim} must divide the channels of each stage, not"
+        f" {dim}"
       )
     kwargs = {"dtype": config.dtype, "rngs": rngs}
     rest = {"implementation": config.layer_implementation, **kwargs}
@@ -109,13 +113,16 @@ class LinearAttention(nnx.Module):
     _, height, width, channels = values.shape
     q, k = jnp.split(operands, 2, axis=-1)
     rope = Rotation.of(height, width, channels, at_least_float32(values.dtype))
-    scale = 1 / (height * width)
+    # Before the sum over tokens, which would overflow in half precision.
+    scale = (height * width) ** -0.5
     mean_k = jnp.mean(k, axis=(1, 2))
     norm = jnp.einsum("bhwnc,bnc->bhwn", self._split(q), self._split(mean_k))
     context = jnp.einsum(
-      "bhwnc,bhwnd->bncd", self._split(rope(k)), self._split(values)
+      "bhwnc,bhwnd->bncd",
+      self._split(scale * rope(k)),
+      self._split(scale * values),
     )
-    y = jnp.einsum("bhwnc,bncd->bhwnd", self._split(rope(q)), context * scale)
+    y = jnp.einsum("bhwnc,bncd->bhwnd", self._split(rope(q)), context)
     y = y / (norm + _EPSILON)[..., None]
     return y.reshape(values.shape) + self.lepe(values)
 

@@ -2,8 +2,11 @@
 
 It computes what `VSSGate` of github.com/PixDeep/MHS-VM, commit be64b6f,
 computes. The paper's threshold is to switch off values whose scans disagree
-little. The coefficient of variation of four numbers lies in [2/3, 2] as defined
-here, so a threshold of up to 0.6 switches nothing off: it only scales.
+little. As the code defines it, the coefficient of variation of four numbers
+lies in [2/3, 2] whatever they are, unless they agree to within about 1e-4: then
+it tends to 0. So the authors' thresholds (0, 0.4 and 0.5) scale most values,
+and switch off small ones. With a threshold above 0 a fresh narrow network has
+no other values, and its scans have no gradients. The default is therefore 0.
 
 Axis letters: B batch, H and W height and width, L = H * W tokens, C channels, E
 channels of a head.
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from spatial_mamba_kernels.shapes import at_least_float32
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.errors import UserError
@@ -63,7 +67,8 @@ class MHSConfig(SelectiveConfig):
     expand: always 1: the heads share the stage's channels.
     heads: how many of the patterns snake, diagonals, spiral and raster are
       used, in this order.
-    threshold: subtracted from the coefficients of variation.
+    threshold: subtracted from the coefficients of variation; negative
+      differences count as 0.
     gate: whether a gate multiplies the output; without it there is no input
       projection.
   """
@@ -72,7 +77,7 @@ class MHSConfig(SelectiveConfig):
 
   expand: int = number(1, least=1, most=1)
   heads: int = number(4, least=1, most=len(PATHS))
-  threshold: float = number(0.5, least=0, most=2)
+  threshold: float = number(0.0, least=0, most=2)
   gate: bool = True
 
   def create(
@@ -136,7 +141,8 @@ class MHS(nnx.Module):
     """Computes the branch, times `branch_scale` (see `drop_path_scales`)."""
     v, *z = self._project(x)
     outputs = jnp.split(self.mix(*self._select(v)), _SCANS, axis=-1)
-    y = self.y_proj(self.cat_norm(fuse(jnp.stack(outputs), self.threshold)))
+    fused = fuse(jnp.stack(outputs), self.threshold).astype(x.dtype)
+    y = self.y_proj(self.cat_norm(fused))
     if self.in_proj is not None:
       return self.norm.gated(y, z[0], branch_scale)
     return scaled(self.norm(y), branch_scale)
@@ -153,8 +159,10 @@ class MHS(nnx.Module):
     """Returns the outputs of the first scan of all heads, then the second's.
 
     A token's output is the sum of the four, times a factor of their variation.
+    They differ little, so they are float32 in half precision too.
     """
     outputs: list[list[Array]] = [[] for _ in range(_SCANS)]
+    values = values.astype(at_least_float32(values.dtype))
     inputs = jnp.split(values, len(self.heads), axis=-1)
     for head, u, selected, paths in zip(
       self.heads, inputs, operands, PATHS, strict=False

@@ -48,7 +48,8 @@ class SelectiveSSM(nnx.Module):
   Linear functions of each token select the time steps, B and C.
 
   Attributes:
-    x_proj: [D, R + 2 N], or [K, D, R + 2 N] for K scans.
+    x_proj: [D, R + 2 N], or [K, D, R + 2 N] for K scans; N less for each of B
+      and C that is not selected.
     dt_proj: [R, D], or [K, R, D].
     dt_bias: [D], or [K, D].
     A_log: [D, N], or [K D, N].

@@ -43,9 +43,8 @@ class V2MConfig(SelectiveConfig):
   """Scans along rows, then along columns; see `SelectiveConfig`.
 
   Attributes:
-    aligned: whether every output is put at its own pixel, as the paper means
-      it. Otherwise the output is that of the authors' code, and images must be
-      square.
+    aligned: whether every output is put at its own pixel. Otherwise the output
+      is that of the authors' code, and images must be square.
   """
 
   name: ClassVar[str] = "v2m"
@@ -108,8 +107,8 @@ class V2M(nnx.Module):
     _, height, width, _ = x.shape
     if height != width and not self.is_aligned:
       raise UserError(
-        "v2m takes square images, of tokens in every stage, not"
-        f" {height} x {width}: mixer.aligned=True takes any"
+        "v2m needs as many rows as columns of tokens in each stage, got"
+        f" {height} x {width}: mixer.aligned=True takes any image"
       )
     v, z = halves(self.in_proj, x)
     gate = jax.nn.silu(z)
