@@ -98,27 +98,31 @@ class EVSS(nnx.Module):
   ) -> Float[Array, "B H W C"]:
     """Computes the branch, times `branch_scale` (see `drop_path_scales`)."""
     v, z = halves(self.in_proj, x)
-    y = self.norm(self.mix(*self._select(v)))
+    y = self._scan(*self._select(self._turned(v)))
+    y = self.norm(self._turned_back(y))
     y = self.out_proj(y * jax.nn.gelu(z, approximate=False))
     return scaled(y, branch_scale)
 
   def select(self, x: Float[Array, "B H W C"]) -> tuple[Array, Array]:
     """Returns the SSM's input, and what it selects in the turned image."""
-    return self._select(halves(self.in_proj, x)[0])
+    v, _ = halves(self.in_proj, x)
+    u, selected = self._select(self._turned(v))
+    return self._turned_back(u), selected
 
   def mix(
     self, values: Float[Array, "B H W D"], operands: Float[Array, "B L P"]
   ) -> Float[Array, "B H W D"]:
     """Scans the rows of the turned image."""
-    turned = self._turned(values)
-    y = self.ssm.scan(RASTER.tokens(turned), operands)
-    return self._turned_back(y.reshape(turned.shape))
+    return self._turned_back(self._scan(self._turned(values), operands))
+
+  def _scan(self, u, selected):
+    return self.ssm.scan(RASTER.tokens(u), selected).reshape(u.shape)
 
   def _select(self, v):
-    u = jax.nn.gelu(self.conv(self._turned(v)), approximate=False)
+    u = jax.nn.gelu(self.conv(v), approximate=False)
     # Over the ends of rows too, as in the authors' code.
     selected = self.selected_conv(self.ssm.project(RASTER.tokens(u)))
-    return self._turned_back(u), selected
+    return u, selected
 
   def _turned(self, image):
     is_transposed, is_rotated = self.turn
