@@ -86,7 +86,8 @@ def test_micro_logits_in_bfloat16(create, images, golden):
 
 
 @pytest.mark.soak
-def test_tiny_logits_in_float32(create, images, golden, size="160x256"):
+def test_tiny_logits_in_float32(create, images, golden):
+  size = "160x256"
   logits = apply(create("tiny"), images(size))
   expected = golden("tiny")[f"logits_{size}"]
   np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
