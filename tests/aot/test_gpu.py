@@ -44,12 +44,10 @@ BLOCKS_WITH_MLPS = 14
 # Where a kernel of its own makes the weights' cotangents, and in so many of
 # these blocks; at 64 channels the one backward kernel makes them too.
 WEIGHTS_WIDTH, BLOCKS_WITH_WEIGHTS = 128, 4
-# [B, H, W, D, N] at the four stages of tiny, at stage 1 of base, in images of
-# 512 x 512 and 800 x 1280 pixels, and of a pixel.
+# [B, H, W, D, N] at the first and the last stage of tiny, at stage 1 of base, in
+# images of 512 x 512 and 800 x 1280 pixels, and of a pixel.
 SHAPES = (
   (128, 56, 56, 128, 1),
-  (128, 28, 28, 256, 1),
-  (128, 14, 14, 512, 1),
   (128, 7, 7, 1024, 1),
   (128, 56, 56, 192, 1),
   (16, 128, 128, 128, 1),
@@ -57,7 +55,7 @@ SHAPES = (
   (128, 12, 61, 96, 1),
 )
 # Of these in float32: those that fit, and are cut, otherwise.
-WIDE = (SHAPES[0], SHAPES[3], *SHAPES[-2:])
+WIDE = (SHAPES[0], *SHAPES[-2:])
 # So few programs that tokens and rows are cut: a kernel more for each scan.
 SINGLE = ((1, 56, 56, 128, 1), (1, 14, 14, 512, 1))
 
