@@ -44,8 +44,8 @@ BLOCKS_WITH_MLPS = 14
 # Where a kernel of its own makes the weights' cotangents, and in so many of
 # these blocks; at 64 channels the one backward kernel makes them too.
 WEIGHTS_WIDTH, BLOCKS_WITH_WEIGHTS = 128, 4
-# [B, H, W, D, N] at the first and the last stage of tiny, at stage 1 of base, in
-# images of 512 x 512 and 800 x 1280 pixels, and of a pixel.
+# [B, H, W, D, N] at the first and the last stage of tiny, at stage 1 of base,
+# in images of 512 x 512 and 800 x 1280 pixels, and off the sizes of a register.
 SHAPES = (
   (128, 56, 56, 128, 1),
   (128, 7, 7, 1024, 1),

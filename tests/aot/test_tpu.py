@@ -17,9 +17,9 @@ RECENT = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
 DIRECTIONS = ("forward", "backward")
 OPS = [case.name for case in CASES if "mosaic_tpu" in case.operator.kernels]
 PARTS = [name for name in OPS if name != "structure_aware_ssm"]
-# [B, H, W, D, N] at the first and the last stage of tiny, at stage 1 of base, in
-# images of 512 x 512 and 800 x 1280 pixels, off the sizes of a register and of a
-# row, and with states.
+# [B, H, W, D, N] at the first and the last stage of tiny, at stage 1 of base,
+# in images of 512 x 512 and 800 x 1280 pixels, off the sizes of a register and
+# of a row, and with states.
 SHAPES = (
   (16, 56, 56, 128, 1),
   (16, 7, 7, 1024, 1),
