@@ -1,12 +1,12 @@
 """Tables and figures of what `benchmarks.formulations` measured."""
 
-import io
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from benchmarks import figures
 from benchmarks.scan_programs import CHANNELS
 
 Row = dict[str, Any]
@@ -135,7 +135,6 @@ def pictures(record: dict[str, Any]) -> dict[str, bytes]:
   Its panels show the time, or where nothing was timed bytes and launches, of
   the image of few channels against its tokens.
   """
-  from matplotlib import rc_context
   from matplotlib.figure import Figure
 
   rows = record["rows"]
@@ -159,15 +158,7 @@ def pictures(record: dict[str, Any]) -> dict[str, bytes]:
     _draw(axes, rows, gradients, value)
     axes.set_title(title, fontsize=10)
   figure.axes[0].legend(fontsize=8, frameon=False)
-  files = {}
-  # Text stays text, which a page can search, and a file does not change by
-  # itself.
-  with rc_context({"svg.fonttype": "none", "svg.hashsalt": "formulations"}):
-    for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
-      file = io.BytesIO()
-      figure.savefig(file, format=suffix[1:], dpi=200, metadata=metadata)
-      files[suffix] = file.getvalue()
-  return files
+  return figures.files(figure, "formulations")
 
 
 def _draw(axes, rows, gradients, value):
@@ -188,10 +179,7 @@ def _draw(axes, rows, gradients, value):
           label=form if dtype == "float32" else None,
         )
   axes.set_xlabel("L, tokens (solid: float32; dotted: bfloat16)", fontsize=9)
-  axes.tick_params(labelsize=8, which="both")
-  axes.grid(visible=True, color="0.9")
-  for side in ("top", "right"):
-    axes.spines[side].set_visible(False)
+  figures.bare(axes)
 
 
 def _sweep(rows, form, dtype, gradients):

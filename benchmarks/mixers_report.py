@@ -1,10 +1,10 @@
 """Tables and figures of what `benchmarks.mixers` measured."""
 
-import io
 import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.mixer_programs import KINDS
 
 Record = dict[str, Any]
@@ -113,7 +113,6 @@ def pictures(record: Record) -> dict[str, bytes]:
   """
   if "speed" not in record:
     return {}
-  from matplotlib import rc_context
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -127,15 +126,7 @@ def pictures(record: Record) -> dict[str, bytes]:
     _draw(axes, record["speed"], program)
     axes.set_title(f"{program}, images a second", fontsize=10)
   figure.axes[0].legend(fontsize=8, frameon=False)
-  files = {}
-  # Text stays text, which a page can search, and a file does not change by
-  # itself.
-  with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mixers"}):
-    for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
-      file = io.BytesIO()
-      figure.savefig(file, format=suffix[1:], dpi=200, metadata=metadata)
-      files[suffix] = file.getvalue()
-  return files
+  return figures.files(figure, "mixers")
 
 
 def _draw(axes, section, program):
@@ -152,7 +143,4 @@ def _draw(axes, section, program):
       label=name,
     )
   axes.set_xlabel("pixels a side", fontsize=9)
-  axes.tick_params(labelsize=8, which="both")
-  axes.grid(visible=True, color="0.9")
-  for side in ("top", "right"):
-    axes.spines[side].set_visible(False)
+  figures.bare(axes)
