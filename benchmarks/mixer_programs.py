@@ -42,7 +42,7 @@ Send = Callable[[dict[str, Any]], None]
 
 
 def variants() -> dict[str, MixerConfig]:
-  """Returns {name: mixer}: all mixers, and the gated form of ss2d."""
+  """Returns {name: mixer}: all mixers, and two with other settings."""
   gated = dataclasses.replace(
     MIXERS["ss2d"], d_state=16, expand=2, gate=True, conv_bias=True
   )
