@@ -12,6 +12,7 @@ from spatial_mamba_jax.convert import from_torch, to_torch
 from spatial_mamba_jax.convert.families import table_of
 from spatial_mamba_jax.convert.names import torch_tensors
 from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.models import layers
 from spatial_mamba_jax.models.mixers import (
   MIXERS,
   EVSSConfig,
@@ -193,6 +194,20 @@ def test_the_names_of_spatial_mambas_mixer(named_weights):
   assert to_torch(mixer).keys() == own
   with pytest.raises(ValueError, match="a Linear has no tensor names"):
     to_torch(mixer.in_proj)
+
+
+def test_the_halves_of_a_projection_on_a_gpu(monkeypatch):
+  """There they are two products, each with its half of the bias."""
+  kwargs = {"dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+  x = jax.random.normal(jax.random.key(0), (2, 3, 4, 6), jnp.float64)
+  for use_bias in (True, False):
+    layer = layers.uniform_linear(6, 8, use_bias=use_bias, **kwargs)
+    expected = layers.halves(layer, x)
+    with monkeypatch.context() as patch:
+      patch.setattr(layers.smk, "traced_for", lambda: "cuda")
+      actual = layers.halves(layer, x)
+    for half, other in zip(actual, expected, strict=True):
+      assert_close(half, other, "half")
 
 
 def test_the_routes_of_mhs_vm(golden):
