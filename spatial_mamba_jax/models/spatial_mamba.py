@@ -11,7 +11,6 @@ from collections.abc import Hashable
 import jax
 from flax import nnx
 from spatial_mamba_kernels.activations import relu
-from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.backbone import Backbone, Classifier
@@ -22,31 +21,7 @@ from spatial_mamba_jax.models.layers import (
   conv3x3,
   uniform_linear,
 )
-from spatial_mamba_jax.models.norms import BatchNorm, LayerNorm
-
-
-class ConvNorm(nnx.Module):
-  """A convolution or linear layer, and batch normalisation.
-
-  In eval mode the normalisation is folded into the weights, so that a GPU's
-  convolution can add the bias and apply ReLU before it writes its result.
-  """
-
-  def __init__(self, conv: nnx.Conv | nnx.Linear, features: int, **kwargs):
-    self.conv = conv
-    self.norm = BatchNorm(features, **kwargs)
-
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B Ho Wo Co"]:
-    if not self.norm.use_running_average:
-      return self.norm(self.conv(x))
-    scale, bias = self.norm.affine()
-    conv = nnx.clone(self.conv)
-    conv.kernel[...] *= with_rank_of(conv.kernel[...], scale)
-    if conv.bias is not None:
-      conv.bias[...] = conv.bias * scale + bias
-      return conv(x)
-    y = conv(x)
-    return y + with_rank_of(y, bias.astype(y.dtype))
+from spatial_mamba_jax.models.norms import ConvNorm, LayerNorm
 
 
 class Stem(nnx.Module):
