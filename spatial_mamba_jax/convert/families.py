@@ -9,7 +9,9 @@ from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.tables import (
   MIXERS,
   SPATIAL_MAMBA,
+  UPERNET,
   VMAMBA,
+  PartTables,
   Table,
 )
 from spatial_mamba_jax.models import spatial_mamba, vmamba
@@ -17,6 +19,7 @@ from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.config import Family
 from spatial_mamba_jax.models.mixers import SS2DConfig, StructureAwareConfig
 from spatial_mamba_jax.models.mixers.base import MixerConfig
+from spatial_mamba_jax.models.segmentor import Segmentor
 
 
 class FamilyNames(NamedTuple):
@@ -127,7 +130,7 @@ def names_of_tensors(tensors: Iterable[str]) -> FamilyNames:
   )
 
 
-def table_of(module: nnx.Module) -> Table:
+def table_of(module: nnx.Module) -> Table | PartTables:
   """Returns the table of a network, or of one of the mixers in `MIXERS`.
 
   Raises:
@@ -135,6 +138,10 @@ def table_of(module: nnx.Module) -> Table:
   """
   if isinstance(module, Trunk):
     return names_of(module).table
+  if isinstance(module, Segmentor):
+    backbone = names_of(module.backbone).table
+    heads = dict.fromkeys(("decode_head", "auxiliary_head"), UPERNET)
+    return PartTables({"backbone": backbone, **heads})
   if type(module) not in MIXERS:
     raise ValueError(
       f"a {type(module).__name__} has no tensor names of other authors: give a"

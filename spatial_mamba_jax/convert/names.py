@@ -16,6 +16,7 @@ from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.tables import (
   LINEAR,
   SPATIAL_MAMBA,
+  PartTables,
   Table,
   matrix,
 )
@@ -57,7 +58,7 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def torch_tensors(
-  arrays: Mapping[str, ArrayLike], table: Table = SPATIAL_MAMBA
+  arrays: Mapping[str, ArrayLike], table: Table | PartTables = SPATIAL_MAMBA
 ) -> dict[str, np.ndarray]:
   """Converts arrays as `to_torch` does.
 

@@ -5,7 +5,7 @@ kernels are [out, in], those of convolutions [out, in / groups, rows, columns].
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -132,6 +132,38 @@ SPATIAL_MAMBA = Table(
     (r"^downsamples\.\d+\.(expand|project\.conv)\.kernel$", CONV_1X1),
   ),
 )
+
+
+# UPerNet's heads in mmsegmentation, `decode_head` and `auxiliary_head`.
+UPERNET = Table(
+  (
+    (r"^psp_convs\.(\d+)\.", r"psp_modules.\1.1."),
+    (r"\.norm\.", ".bn."),
+    (r"^classifier\.linear\.", "conv_seg."),
+  ),
+  ((r"^(psp_convs|lateral_convs|classifier)\..*kernel$", CONV_1X1),),
+)
+
+
+class PartTables(NamedTuple):
+  """The tables of the parts of a network; used as a `Table`.
+
+  Attributes:
+    parts: {attribute of the network: table of this part}. The authors' names
+      begin with the same attribute.
+  """
+
+  parts: Mapping[str, Table]
+
+  def tensors(self, path: str) -> list[str]:
+    """Returns the names of the tensors of one of our weights."""
+    part, _, rest = path.partition(".")
+    return [f"{part}.{name}" for name in self.parts[part].tensors(rest)]
+
+  def layout(self, path: str, ndim: int) -> Layout:
+    """Returns the layout of one of our weights."""
+    part, _, rest = path.partition(".")
+    return self.parts[part].layout(rest, ndim)
 
 
 def _scans(before: str, after: str) -> tuple[tuple[str, str], ...]:

@@ -176,6 +176,11 @@ def is_stacked(name: str) -> bool:
   return _STACKED.fullmatch(name) is not None
 
 
+def first_block(name: str) -> str:
+  """Returns the path in a network of stacked weights, in their first block."""
+  return _STACKED.sub(r"\1.0.\2", name)
+
+
 def unstacked(weights: Weights) -> dict[str, Array]:
   """Returns {path: array} with a path for each block, as in a network."""
   arrays = {}

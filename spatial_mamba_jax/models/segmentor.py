@@ -101,9 +101,14 @@ class Segmentor(nnx.Module):
     Raises:
       ValueError: `images` has a wrong shape or dtype, or `rngs` is missing.
     """
-    features = self.backbone(images, rngs=rngs)
-    logits = self.decode_head(features, rngs=rngs)
+    logits = self.decode_logits(images, rngs=rngs)
     return resize(logits, *jnp.shape(images)[1:3])
+
+  def decode_logits(
+    self, images: ArrayLike, *, rngs: nnx.Rngs | None = None
+  ) -> Float[Array, "B Hd Wd K"]:
+    """Returns the logits of the decode head, at its own resolution."""
+    return self.decode_head(self.backbone(images, rngs=rngs), rngs=rngs)
 
   def head_logits(
     self, images: ArrayLike, *, rngs: nnx.Rngs | None = None

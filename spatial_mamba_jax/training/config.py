@@ -129,7 +129,7 @@ class ModelSection(Section):
 
 @dataclasses.dataclass
 class OptimizerConfig(Section):
-  """AdamW with linear warm-up and a cosine schedule, as the authors use it.
+  """AdamW with linear warm-up and a schedule, as the authors use it.
 
   The three learning rates are for a batch of `reference_batch_size` images.
   They are scaled linearly to the batch size of the run.
@@ -137,10 +137,16 @@ class OptimizerConfig(Section):
   Attributes:
     learning_rate: the peak learning rate, after warm-up.
     warmup_learning_rate: the learning rate of the first step.
-    min_learning_rate: the learning rate at the end of the cosine.
+    min_learning_rate: the learning rate at the end of the schedule.
+    schedule: how the learning rate falls after warm-up: "cosine", as in the
+      recipe for classification, or "linear", as in that for segmentation.
     reference_batch_size: the batch size that the learning rates are for.
     warmup: length of the linear warm-up, "20 epochs" or "1500 steps".
-    weight_decay: weight decay of every tensor with more than one dimension.
+    weight_decay: rate of weight decay.
+    undecayed: the parameters that do not decay: "vectors", those of one
+      dimension, as in the recipe for classification; or "norms", those with
+      "norm" in the name that the authors have for them, as in the recipe for
+      segmentation.
     beta1: decay rate of the mean of gradients.
     beta2: decay rate of the mean of squared gradients.
     epsilon: constant added to the root of the mean of squared gradients.
@@ -154,10 +160,12 @@ class OptimizerConfig(Section):
 
   learning_rate: float = number(5e-4, least=FLOAT32_TINY)
   warmup_learning_rate: float = number(5e-7, least=FLOAT32_TINY)
-  min_learning_rate: float = number(5e-6, least=FLOAT32_TINY)
+  min_learning_rate: float = number(5e-6, least=0)
+  schedule: str = choice("cosine", among=("cosine", "linear"))
   reference_batch_size: int = number(512, least=1, most=MAX_BATCH)
   warmup: str = "20 epochs"
   weight_decay: float = number(0.05, least=0, most=MAX_WEIGHT)
+  undecayed: str = choice("vectors", among=("vectors", "norms"))
   beta1: float = number(0.9, least=0, most=FLOAT32_BELOW_1)
   beta2: float = number(0.999, least=0, most=FLOAT32_BELOW_1)
   epsilon: float = number(1e-8, least=FLOAT32_TINY, most=MAX_WEIGHT)

@@ -33,6 +33,14 @@ _FREE_TO_CHANGE = (
   "keep_last",
 )
 
+# Values of fields in checkpoints from before the fields existed.
+_ADDED = {
+  "model.family": SPATIAL_MAMBA.name,
+  "optimizer.schedule": "cosine",
+  "optimizer.undecayed": "vectors",
+  "data.ignored_label": 255,
+}
+
 
 def check_same_experiment(
   saved: dict[str, Any], now: dict[str, Any], where: str
@@ -47,8 +55,7 @@ def check_same_experiment(
   Raises:
     TrainingError: the experiments differ; the message names the fields.
   """
-  # Checkpoints from before the field existed are of this family.
-  old = {"model.family": SPATIAL_MAMBA.name, **_of_version_1(_flatten(saved))}
+  old = {**_ADDED, **_of_version_1(_flatten(saved))}
   new = _flatten(now)
   differing = differences(_binding(old), _binding(new))
   if differing:

@@ -11,7 +11,8 @@ import optax
 from jax.sharding import Mesh
 from spatial_mamba_kernels.typing import Array
 
-from spatial_mamba_jax.models.pure import Arrays, PureModel
+from spatial_mamba_jax.convert.families import table_of
+from spatial_mamba_jax.models.pure import Arrays, PureModel, first_block
 from spatial_mamba_jax.training.config import OptimizerConfig
 from spatial_mamba_jax.training.shard_vector import ShardVector
 
@@ -44,12 +45,35 @@ def authors_schedule(
   return schedule
 
 
+def linear_schedule(
+  *, peak: float, first: float, last: float, warmup_steps: int, steps: int
+) -> optax.Schedule:
+  """Returns linear warm-up and linear decay, as mmengine runs them.
+
+  They are its LinearLR, and its PolyLR of power 1. The last step of warm-up and
+  the first step after it have the peak rate; the last step has the rate `last`.
+
+  Args:
+    peak: learning rate after warm-up.
+    first: learning rate of the first step.
+    last: learning rate of the last step.
+    warmup_steps: steps of warm-up.
+    steps: steps of the run, including warm-up.
+  """
+  warmup = optax.linear_schedule(first, peak, max(warmup_steps - 1, 1))
+  decay = optax.linear_schedule(peak, last, max(steps - warmup_steps - 1, 1))
+  return _with_promotion(optax.join_schedules((warmup, decay), (warmup_steps,)))
+
+
+SCHEDULES = {"cosine": authors_schedule, "linear": linear_schedule}
+
+
 def make_schedule(
   config: OptimizerConfig, *, batch_size: int, warmup_steps: int, steps: int
 ) -> optax.Schedule:
   """Returns the schedule of a run, scaled to its batch size."""
   scale = batch_size / config.reference_batch_size
-  return authors_schedule(
+  return SCHEDULES[config.schedule](
     peak=scale * config.learning_rate,
     first=scale * config.warmup_learning_rate,
     last=scale * config.min_learning_rate,
@@ -79,9 +103,10 @@ def make_optimizer(
 ) -> Optimizer:
   """Returns clipping by global norm, then AdamW with a rate for each layer.
 
-  Weights of one dimension do not decay: biases, norms, D and alpha. All others
-  do, including A_log and the fusion kernels, as in the authors' code (it never
-  reads its `_no_weight_decay` marks).
+  With the authors' recipe for classification, weights of one dimension do not
+  decay: biases, norms, D and alpha. All others do, including A_log and the
+  fusion kernels, as in the authors' code (it never reads its
+  `_no_weight_decay` marks). `OptimizerConfig.undecayed` has the other rule.
 
   The last layer has the scheduled learning rate. Each layer before it has
   `layer_decay` times the rate of the next.
@@ -102,7 +127,9 @@ def make_optimizer(
         ),
       )
     ),
-    optax.add_decayed_weights(config.weight_decay, dict(model.decays)),
+    optax.add_decayed_weights(
+      config.weight_decay, decays(config.undecayed, model)
+    ),
     _scale_layers(config.layer_decay, model.layers),
     optax.scale_by_learning_rate(schedule),
   )
@@ -114,6 +141,22 @@ def make_optimizer(
     return updates, state, norm
 
   return Optimizer(lambda params: chain.init(model.trained(params)), update)
+
+
+def decays(undecayed: str, model: PureModel) -> dict[str, bool]:
+  """Returns {path of a trained parameter: whether weight decay applies}.
+
+  Args:
+    undecayed: `OptimizerConfig.undecayed`.
+    model: the network.
+  """
+  if undecayed == "vectors":
+    return dict(model.decays)
+  table = table_of(model.abstract())
+  return {
+    path: not any("norm" in name for name in table.tensors(first_block(path)))
+    for path in model.decays
+  }
 
 
 def _clip_by_norm(

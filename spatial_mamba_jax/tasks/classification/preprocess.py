@@ -17,12 +17,12 @@ import scipy.special
 from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float, Int
 
-from spatial_mamba_jax.data import IMAGENET_MEAN, IMAGENET_STD
 from spatial_mamba_jax.tasks.classification.config import (
   ClassificationConfig,
   MixingConfig,
 )
 from spatial_mamba_jax.tasks.classification.losses import smoothed_targets
+from spatial_mamba_jax.tasks.normalisation import normalise
 
 # Ranges of the erased box's share of the area, and of its height / width.
 _ERASED_AREA = (0.02, 1 / 3)
@@ -53,14 +53,6 @@ def prepare(
     batch["label"], config.num_classes, config.label_smoothing
   )
   return mix(images, target, mixing_key, config.mixing)
-
-
-def normalise(images: Array) -> Float[Array, "B H W 3"]:
-  """Converts bytes to floats of mean 0 and deviation 1 over ImageNet."""
-  mean = 255 * jnp.asarray(IMAGENET_MEAN, jnp.float32)
-  std = 255 * jnp.asarray(IMAGENET_STD, jnp.float32)
-  images = images.astype(jnp.float32)
-  return (images - with_rank_of(images, mean)) / with_rank_of(images, std)
 
 
 def random_erasing(

@@ -26,10 +26,8 @@ from spatial_mamba_jax.tasks.classification.panels import (
   PANELS,
   SCORE,
 )
-from spatial_mamba_jax.tasks.classification.preprocess import (
-  normalise,
-  prepare,
-)
+from spatial_mamba_jax.tasks.classification.preprocess import prepare
+from spatial_mamba_jax.tasks.normalisation import normalise
 
 
 class Prepared(NamedTuple):

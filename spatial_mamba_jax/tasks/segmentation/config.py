@@ -107,4 +107,5 @@ class SegmentationConfig(TaskConfig):
     # Imported here, so that reading a config imports no training code.
     from spatial_mamba_jax.tasks.segmentation.task import Segmentation
 
+    model = dataclasses.replace(model, num_classes=self.num_classes)
     return Segmentation(self, model, data, mesa_weight=mesa_weight)
