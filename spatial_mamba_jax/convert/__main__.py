@@ -52,7 +52,8 @@ from spatial_mamba_jax.errors import (
   silence_threads,
   tell,
 )
-from spatial_mamba_jax.models.backbone import Classifier, Trunk
+from spatial_mamba_jax.models.backbone import Backbone, Classifier, Trunk
+from spatial_mamba_jax.models.segmentor import Segmentor
 from spatial_mamba_jax.paths import local_path
 
 # Exceptions of wrong paths, missing packages and malformed files.
@@ -114,16 +115,17 @@ def convert(
   _check_destination(dst)
   found = _read(src, raw, key)
   try:
-    model = infer_model(found.state_dict)
-    from_torch(model, found.state_dict)
+    model = infer_model(found.whole)
+    from_torch(model, found.whole)
   except ValueError as error:
     raise ValueError(f"{src}: {error}{found.origin()}") from error
   _write(model, dst)
   config = model.config
   report = f"{dst}: {type(model).__name__} of dims {config.dims}, depths"
   report += f" {config.depths}, d_state {flat_fields(config)['d_state']}"
-  if isinstance(model, Classifier):
+  if not isinstance(model, Backbone):
     report += f", {config.num_classes} classes"
+  if isinstance(model, Classifier):
     report += ", no bias in the head" * (model.head.bias is None)
   return report + found.origin()
 
@@ -155,29 +157,31 @@ def _read(src: pathlib.Path, raw: bool, key: str | None) -> Found:
   return read_checkpoint(src, raw=raw)
 
 
-def _write(model: Trunk, dst: pathlib.Path) -> None:
+def _write(model: Trunk | Segmentor, dst: pathlib.Path) -> None:
   if dst.suffix == ".safetensors":
     with written_whole(dst) as part:
       write_safetensors(part, to_torch(model))
   elif not dst.name.isdecimal():
     save_pretrained(model, dst)
-  elif not isinstance(model, Classifier):
+  elif isinstance(model, Backbone):
     raise ValueError(
-      f"{dst}: checkpoints are of classifiers; write this backbone to a"
-      " directory whose name is not a number, or to a .safetensors file"
+      f"{dst}: checkpoints are of classifiers and segmentors; write this"
+      " backbone to a directory whose name is not a number, or to a"
+      " .safetensors file"
     )
   else:
     from spatial_mamba_jax.models.pure import PureModel
     from spatial_mamba_jax.training.checkpoint import Checkpoints
 
-    tensors = with_head_bias(to_torch(model), model)
-    classifier = abstract_model(model.config)
-    assert isinstance(classifier, Classifier)
-    from_torch(classifier, tensors)
+    tensors = to_torch(model)
+    if isinstance(model, Classifier):
+      tensors = with_head_bias(tensors, model)
+      model = abstract_model(model.config)
+      from_torch(model, tensors)
     with written_whole(dst) as part:
       _check_room(part, sum(x.nbytes for x in tensors.values()))
       with Checkpoints(part.parent) as checkpoints:
-        weights = PureModel.weights_of(classifier)
+        weights = PureModel.weights_of(model)
         checkpoints.save_weights(int(dst.name), weights)
         checkpoints.wait()
 

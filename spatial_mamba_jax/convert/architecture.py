@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +23,39 @@ from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import linear
 from spatial_mamba_jax.models.mixers import MixerConfig
 from spatial_mamba_jax.models.norms import BatchNorm
+from spatial_mamba_jax.models.segmentor import Segmentor
 
 _BLOCK = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,4})\.")
 # Maximum number of blocks in all stages. The base model has 32; creating one
 # takes a millisecond.
 _MAX_BLOCKS = 1000
+
+
+Model = Trunk | Segmentor
+
+
+class Heads(NamedTuple):
+  """The channels of a segmentor's heads."""
+
+  head_channels: int
+  auxiliary_channels: int
+
+
+class Architecture(NamedTuple):
+  """What determines the names and the shapes of a model's tensors.
+
+  Attributes:
+    config: the architecture of a classifier, or of the backbone.
+    out_indices: the stages whose features a backbone returns; empty for other
+      models.
+    heads: of a segmentor; None for other models.
+    head_bias: whether the head of a classifier has a bias.
+  """
+
+  config: ModelConfig
+  out_indices: tuple[int, ...] = ()
+  heads: Heads | None = None
+  head_bias: bool = True
 
 
 def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
@@ -149,8 +178,7 @@ def abstract_model(
       classifier.
     head_bias: whether the head of a classifier has a bias.
   """
-  # All blocks of a stage are equal, and copying one is faster than tracing it.
-  single = dataclasses.replace(config, depths=(1,) * len(config.depths))
+  single = _with_single_blocks(config)
 
   def create():
     rngs = nnx.Rngs(0)
@@ -169,24 +197,46 @@ def abstract_model(
     return model
 
   model = nnx.eval_shape(create)
-  model.config = config
-  for stage, depth in zip(model.stages, config.depths, strict=True):
-    stage.blocks = nnx.List([nnx.clone(stage.blocks[0]) for _ in range(depth)])
-  for _, module in nnx.iter_graph(model):
-    if isinstance(module, BatchNorm):
-      # Not a shape, because files may lack this count.
-      module.num_batches.set_value(jnp.zeros((), jnp.int32))
+  _complete(model, model, config)
   return model
 
 
-def infer_model(state_dict: Mapping[str, np.ndarray]) -> Trunk:
-  """Creates the model of these tensors, with shapes instead of arrays.
+def _complete(model: nnx.Module, backbone: Trunk, config: ModelConfig) -> None:
+  """Repeats the block of each stage, and sets what files may lack to 0."""
+  backbone.config = config
+  for stage, depth in zip(backbone.stages, config.depths, strict=True):
+    stage.blocks = nnx.List([nnx.clone(stage.blocks[0]) for _ in range(depth)])
+  for _, module in nnx.iter_graph(model):
+    if isinstance(module, BatchNorm):
+      module.num_batches.set_value(jnp.zeros((), jnp.int32))
 
-  It is a backbone if the state dict has `outnorm{i}`, else a classifier.
+
+def abstract_segmentor(config: ModelConfig, heads: Heads) -> Segmentor:
+  """Creates a segmentor with shapes instead of arrays, for `from_torch`."""
+  single = _with_single_blocks(config)
+  model = nnx.eval_shape(
+    lambda: Segmentor(single, **heads._asdict(), rngs=nnx.Rngs(0))
+  )
+  _complete(model, model.backbone, config)
+  return model
+
+
+def _with_single_blocks(config: ModelConfig) -> ModelConfig:
+  # All blocks of a stage are equal, and copying one is faster than tracing it.
+  return dataclasses.replace(config, depths=(1,) * len(config.depths))
+
+
+def infer_architecture(state_dict: Mapping[str, np.ndarray]) -> Architecture:
+  """Infers the architecture whose tensors these are.
+
+  It is a segmentor's if the state dict has heads, a backbone's if it has
+  `outnorm{i}`, else a classifier's.
 
   Raises:
     ValueError: see `infer_config`.
   """
+  if any(name.startswith("decode_head.") for name in state_dict):
+    return _segmentor(state_dict)
   config = infer_config(state_dict)
   out_indices = _out_indices(state_dict)
   stages = len(config.dims)
@@ -195,6 +245,44 @@ def infer_model(state_dict: Mapping[str, np.ndarray]) -> Trunk:
       f"outnorm{out_indices[-1]} belongs to no stage: there are {stages} stages"
     )
   head_bias = names_of_tensors(state_dict).head_bias in state_dict
+  return Architecture(config, tuple(out_indices), head_bias=head_bias)
+
+
+def _segmentor(state_dict: Mapping[str, np.ndarray]) -> Architecture:
+  backbone = {
+    name.removeprefix("backbone."): tensor
+    for name, tensor in state_dict.items()
+    if name.startswith("backbone.")
+  }
+  config = infer_config(backbone)
+
+  def channels(name, ndim):
+    what = "segmentor with UPerNet's heads"
+    return _shape(state_dict, name, ndim, what)[0]
+
+  num_classes = channels("decode_head.conv_seg.weight", 2)
+  heads = Heads(
+    channels("decode_head.bottleneck.conv.weight", 4),
+    channels("auxiliary_head.convs.0.conv.weight", 4),
+  )
+  config = dataclasses.replace(config, num_classes=num_classes)
+  return Architecture(config, heads=heads)
+
+
+def infer_model(state_dict: Mapping[str, np.ndarray]) -> Model:
+  """Creates the model of these tensors, with shapes instead of arrays.
+
+  Raises:
+    ValueError: see `infer_architecture`.
+  """
+  return abstract_network(infer_architecture(state_dict))
+
+
+def abstract_network(architecture: Architecture) -> Model:
+  """Creates a model with shapes instead of arrays, for `from_torch`."""
+  config, out_indices, heads, head_bias = architecture
+  if heads:
+    return abstract_segmentor(config, heads)
   return abstract_model(config, out_indices, head_bias=head_bias)
 
 

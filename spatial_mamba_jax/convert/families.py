@@ -19,7 +19,7 @@ from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.config import Family
 from spatial_mamba_jax.models.mixers import SS2DConfig, StructureAwareConfig
 from spatial_mamba_jax.models.mixers.base import MixerConfig
-from spatial_mamba_jax.models.segmentor import Segmentor
+from spatial_mamba_jax.models.segmentor import HEADS, Segmentor
 
 
 class FamilyNames(NamedTuple):
@@ -140,7 +140,7 @@ def table_of(module: nnx.Module) -> Table | PartTables:
     return names_of(module).table
   if isinstance(module, Segmentor):
     backbone = names_of(module.backbone).table
-    heads = dict.fromkeys(("decode_head", "auxiliary_head"), UPERNET)
+    heads = dict.fromkeys(HEADS, UPERNET)
     return PartTables({"backbone": backbone, **heads})
   if type(module) not in MIXERS:
     raise ValueError(

@@ -3,7 +3,8 @@
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -51,6 +52,8 @@ class Found(NamedTuple):
     prefixes: prefixes removed from the names, e.g. "module.".
     others: keys and prefixes of other weights in the file.
     is_average: whether the weights are a moving average.
+    heads: {the authors' tensor name: array} of a segmentor's heads, beside
+      `state_dict` of its backbone; empty for other models.
   """
 
   state_dict: dict[str, np.ndarray]
@@ -59,6 +62,15 @@ class Found(NamedTuple):
   prefixes: tuple[str, ...] = ()
   others: tuple[str, ...] = ()
   is_average: bool = False
+  heads: Mapping[str, np.ndarray] = types.MappingProxyType({})
+
+  @property
+  def whole(self) -> dict[str, np.ndarray]:
+    """The tensors of the whole model, a segmentor's with its heads."""
+    if not self.heads:
+      return self.state_dict
+    backbone = {f"backbone.{k}": x for k, x in self.state_dict.items()}
+    return {**backbone, **self.heads}
 
   def origin(self) -> str:
     """Returns the end of a message that says where the weights come from."""
@@ -114,7 +126,7 @@ def read_file(
     prefix = key.removeprefix(found.key or "").removeprefix(".")
   try:
     inner = unwrapped(_below(found.tensors, prefix), raw=raw)
-    tensors = inner.tensors.values()
+    tensors = [*inner.tensors.values(), *inner.heads.values()]
     # Copying overlapping tensors can take any amount of memory.
     if sum(x.nbytes for x in tensors) > path.stat().st_size:
       raise ValueError("it has tensors that overlap")
@@ -133,6 +145,7 @@ def read_file(
     inner.prefixes,
     (*found.others, *others),
     any(map(is_average, (key or found.key or "", *inner.prefixes))),
+    inner.heads,
   )
 
 

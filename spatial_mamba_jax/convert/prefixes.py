@@ -9,6 +9,7 @@ import numpy as np
 from spatial_mamba_jax.convert.families import FAMILIES
 from spatial_mamba_jax.convert.messages import short
 from spatial_mamba_jax.convert.names import is_counter
+from spatial_mamba_jax.models.segmentor import HEADS
 
 # Prefixes that PyTorch's wrappers add to the names of a module, at any depth:
 # DistributedDataParallel and AveragedModel, torch.compile, FSDP, activation
@@ -21,6 +22,10 @@ _WRAPPERS = re.compile(
 _ANCHOR = re.compile(
   "|".join(rf"(?:^|(?<=\.)){re.escape(names.anchor)}" for names in FAMILIES)
 )
+# The prefix of a segmentor's backbone in mmsegmentation, and a tensor that
+# UPerNet has.
+_BACKBONE = "backbone."
+_OF_UPERNET = "decode_head.bottleneck.conv.weight"
 # Maximum number of models in a file. Every name is compared with all prefixes.
 _MAX_MODELS = 16
 _AVERAGE = re.compile(r"(^|[._])(ema|average|averaged|avg|swa)([._]|$)")
@@ -34,12 +39,15 @@ class Unwrapped(NamedTuple):
     prefixes: prefixes removed from its names, e.g. ("module.", "backbone.").
     others: the prefixes of other models in the file.
     left_out: the names of tensors that do not belong to the model.
+    heads: {name beside "backbone.": array} of a segmentor's heads, of which the
+      model is the backbone; empty for other models.
   """
 
   tensors: dict[str, np.ndarray]
   prefixes: tuple[str, ...]
   others: tuple[str, ...]
   left_out: tuple[str, ...]
+  heads: dict[str, np.ndarray]
 
 
 def is_average(name: str) -> bool:
@@ -87,14 +95,26 @@ def unwrapped(
   )
   # Models inside this one, such as all others if its prefix is "".
   nested = tuple(x for x in prefixes if x != prefix and x.startswith(prefix))
-  tensors, left_out = {}, []
+  outer = prefix.removesuffix(_BACKBONE)
+  # Of other segmentors the backbone alone is read.
+  is_segmentor = f"{outer}{_OF_UPERNET}" in names and outer != prefix
+  of_heads = tuple(f"{outer}{head}." for head in HEADS if is_segmentor)
+  tensors, heads, left_out = {}, {}, []
   for plain, name in names.items():
     is_own = plain.startswith(prefix) and not plain.startswith(nested)
-    if is_own and not is_counter(plain):
+    if is_counter(plain):
+      left_out.append(name)
+    elif is_own:
       tensors[plain.removeprefix(prefix)] = state_dict[name]
+    elif plain.startswith(of_heads):
+      heads[plain.removeprefix(outer)] = state_dict[name]
     else:
       left_out.append(name)
   others = tuple(name for x, name in prefixes.items() if x != prefix and name)
   return Unwrapped(
-    tensors, (*wrappers, *[prefix] * bool(prefix)), others, tuple(left_out)
+    tensors,
+    (*wrappers, *[prefix] * bool(prefix)),
+    others,
+    tuple(left_out),
+    heads,
   )

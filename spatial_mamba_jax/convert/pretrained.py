@@ -8,14 +8,16 @@ import numpy as np
 from flax import nnx
 
 from spatial_mamba_jax.convert.architecture import (
-  abstract_model,
-  infer_config,
+  Architecture,
+  Heads,
+  Model,
+  abstract_network,
+  infer_architecture,
 )
 from spatial_mamba_jax.convert.families import (
   TITLES,
   FamilyNames,
   names_of,
-  names_of_tensors,
 )
 from spatial_mamba_jax.convert.files import (
   SAFETENSORS,
@@ -37,8 +39,8 @@ from spatial_mamba_jax.convert.safetensors_file import (
   read_safetensors,
   write_safetensors,
 )
-from spatial_mamba_jax.models.backbone import Backbone, Classifier, Trunk
-from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.backbone import Backbone, Classifier
+from spatial_mamba_jax.models.segmentor import Segmentor
 from spatial_mamba_jax.paths import local_path
 
 # Fields that affect neither the weights nor their shapes.
@@ -61,7 +63,7 @@ tags:
 
 # {title} {kind}
 
-A [{title}]({paper}) of {parameters:,} parameters:
+{article} [{title}]({paper}){with_heads} of {parameters:,} parameters:
 dims {dims}, depths {depths}, {d_state} states a channel{classes}.
 
 ```python
@@ -84,7 +86,7 @@ is, and set `license` above.
 """
 
 
-def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Model, path: str | os.PathLike[str]) -> None:
   """Writes a directory that `from_pretrained` reads.
 
   The directory has a `config.json`; a `model.safetensors` with the authors'
@@ -92,8 +94,8 @@ def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
   and a `README.md`, the hub's model card, for the publisher to complete.
 
   Args:
-    model: from `create_model`, `create_backbone` or `from_pretrained`.
-      Its head may be replaced by an `nnx.Linear` with other classes.
+    model: from `create_model`, `create_backbone`, `create_segmentor` or
+      `from_pretrained`. A classifier's head may be replaced by an `nnx.Linear` with other classes.
     path: a new or empty directory. A failure leaves nothing there.
 
   Raises:
@@ -105,10 +107,9 @@ def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
   """
   import_safetensors()
   names = _names(model)
-  config, out_indices = _architecture(model)
+  architecture = _architecture(model)
   tensors = to_torch(model)
-  head_bias = names.head_bias in tensors
-  like = abstract_model(config, out_indices, head_bias=head_bias)
+  like = abstract_network(architecture)
   try:
     check_tensors(like, tensors)
   except ValueError as error:
@@ -117,13 +118,13 @@ def save_pretrained(model: Trunk, path: str | os.PathLike[str]) -> None:
     ) from error
   with written_whole(local_path(path)) as part:
     part.mkdir()
-    text = config_text(config, out_indices, type(model).__name__)
+    text = config_text(architecture, type(model).__name__)
     (part / CONFIG).write_text(text)
     write_safetensors(part / SAFETENSORS, tensors)
-    (part / "README.md").write_text(_card(names, config, out_indices, tensors))
+    (part / "README.md").write_text(_card(names, architecture, tensors))
 
 
-def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
+def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Model:
   """Loads a model that `save_pretrained` wrote; needs no network.
 
       model = smj.from_pretrained("spatial_mamba_tiny", dtype="bfloat16")
@@ -135,7 +136,7 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
       in the directory.
 
   Returns:
-    A classifier or backbone of its family, in eval mode.
+    A classifier or backbone of its family, or a segmentor, in eval mode.
 
   Raises:
     OSError: the directory or a file in it does not exist.
@@ -152,21 +153,24 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Trunk:
     raise FileNotFoundError(
       f"{path} is not a directory: download one first, e.g. with hf download"
     )
-  config, out_indices = read_config(path / CONFIG, overrides)
+  architecture = read_config(path / CONFIG, overrides)
   tensors = read_safetensors(path / SAFETENSORS)
   try:
-    _check_config(config, infer_config(tensors))
-    head_bias = names_of_tensors(tensors).head_bias in tensors
-    model = abstract_model(config, out_indices, head_bias=head_bias)
+    inferred = infer_architecture(tensors)
+    _check_config(architecture, inferred)
+    model = abstract_network(
+      architecture._replace(head_bias=inferred.head_bias)
+    )
     from_torch(model, tensors)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   return model
 
 
-def _names(model: Trunk) -> FamilyNames:
+def _names(model: Model) -> FamilyNames:
   """Returns the names of a model's family, which a config.json can describe."""
-  names = names_of(model) if isinstance(model, Classifier | Backbone) else None
+  trunk = model.backbone if isinstance(model, Segmentor) else model
+  names = names_of(trunk) if isinstance(trunk, Classifier | Backbone) else None
   if names is None or names.family != model.config.family:
     raise ValueError(
       f"a {type(model).__name__} is not a {TITLES} with the parts of its"
@@ -181,10 +185,12 @@ def _names(model: Trunk) -> FamilyNames:
   return names
 
 
-def _architecture(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
-  """Returns the current architecture, and the out_indices of a backbone."""
+def _architecture(model: Model) -> Architecture:
+  """Returns the current architecture."""
+  if isinstance(model, Segmentor):
+    return Architecture(model.config, (), Heads(*model.channels))
   if isinstance(model, Backbone):
-    return model.config, tuple(sorted(map(int, model.norms)))
+    return Architecture(model.config, tuple(sorted(map(int, model.norms))))
   assert isinstance(model, Classifier)
   head = model.head
   if type(head) is not nnx.Linear:
@@ -193,14 +199,18 @@ def _architecture(model: Trunk) -> tuple[ModelConfig, tuple[int, ...]]:
       f" make it an nnx.Linear({model.config.dims[-1]}, num_classes)"
     )
   classes = head.kernel.shape[-1]
-  return dataclasses.replace(model.config, num_classes=classes), ()
+  config = dataclasses.replace(model.config, num_classes=classes)
+  return Architecture(config, head_bias=head.bias is not None)
 
 
-def _check_config(config: ModelConfig, inferred: ModelConfig) -> None:
-  written, actual = map(flat_fields, (config, inferred))
+def _check_config(written_to: Architecture, inferred: Architecture) -> None:
+  written, actual = (
+    flat_fields(x.config) | (x.heads._asdict() if x.heads else {})
+    for x in (written_to, inferred)
+  )
   for field in (
     *("model_type", "dims", "depths", "in_channels", "num_classes"),
-    *("d_state", "expand", "gate", "conv_bias"),
+    *("d_state", "expand", "gate", "conv_bias", *Heads._fields),
   ):
     if written.get(field) != actual.get(field):
       raise ValueError(
@@ -209,21 +219,33 @@ def _check_config(config: ModelConfig, inferred: ModelConfig) -> None:
       )
 
 
+# {kind of a model: (task of the hub, result of a call)}.
+_KINDS = {
+  "classifier": ("image-classification", "logits"),
+  "backbone": ("image-feature-extraction", "features"),
+  "segmentor": ("image-segmentation", "logits"),
+}
+
+
 def _card(
   names: FamilyNames,
-  config: ModelConfig,
-  out_indices: tuple[int, ...],
+  architecture: Architecture,
   tensors: dict[str, np.ndarray],
 ) -> str:
+  config, out_indices, heads, _ = architecture
   statistics = ("running_mean", "running_var", "num_batches_tracked")
+  kind = "segmentor" if heads else "backbone" if out_indices else "classifier"
+  task, result = _KINDS[kind]
   return _CARD.format(
     tag=names.title.lower(),
     title=names.title,
     paper=names.paper,
     repository=names.repository,
-    task="image-feature-extraction" if out_indices else "image-classification",
-    kind="backbone" if out_indices else "classifier",
-    result="features" if out_indices else "logits",
+    article="UPerNet on a" if heads else "A",
+    with_heads=" backbone," if heads else "",
+    task=task,
+    kind=kind,
+    result=result,
     classes="" if out_indices else f", {config.num_classes} classes",
     parameters=sum(
       tensor.size

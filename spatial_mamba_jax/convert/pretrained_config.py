@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from spatial_mamba_kernels import IMPLEMENTATIONS
 
+from spatial_mamba_jax.convert.architecture import Architecture, Heads
 from spatial_mamba_jax.convert.families import FAMILIES, TITLES, FamilyNames
 from spatial_mamba_jax.convert.json_text import parse_json
 from spatial_mamba_jax.convert.messages import listed, short
@@ -75,6 +76,8 @@ _RULES = {
   "depths": _integers(1),
   "out_indices": _integers(0),
   "num_classes": _integer(),
+  "head_channels": _integer(),
+  "auxiliary_channels": _integer(),
   "d_state": _integer(),
   "expand": _integer(),
   "mlp_ratio": _Rule(
@@ -98,10 +101,9 @@ _RULES = {
 }
 
 
-def config_text(
-  config: ModelConfig, out_indices: tuple[int, ...], class_name: str
-) -> str:
+def config_text(architecture: Architecture, class_name: str) -> str:
   """Returns the content of a config.json."""
+  config, out_indices, heads, _ = architecture
   fields = flat_fields(config)
   # The best implementation depends on the device of the reader.
   del fields["implementation"], fields["layer_implementation"]
@@ -109,6 +111,8 @@ def config_text(
   if out_indices:
     del fields["num_classes"]
     fields["out_indices"] = out_indices
+  if heads:
+    fields |= heads._asdict()
   kind = fields.pop("model_type")
   head = {"architectures": [class_name], "model_type": kind}
   return json.dumps({**head, **fields}, indent=2) + "\n"
@@ -116,15 +120,12 @@ def config_text(
 
 def read_config(
   path: pathlib.Path, overrides: Mapping[str, Any]
-) -> tuple[ModelConfig, tuple[int, ...]]:
+) -> Architecture:
   """Reads a config.json.
 
   Args:
     path: the file.
     overrides: values that replace those in the file, and are checked likewise.
-
-  Returns:
-    The architecture, and the stages whose features a backbone returns.
 
   Raises:
     OSError: the file cannot be opened.
@@ -143,9 +144,21 @@ def read_config(
     names = _NAMES[fields["model_type"]]
     fields["family"] = names.family
     fields["mixer"] = names.mixer(**_fields_of(names.mixer, fields))
-    return ModelConfig(**_fields_of(ModelConfig, fields)), out_indices
+    config = ModelConfig(**_fields_of(ModelConfig, fields))
+    return Architecture(config, out_indices, _heads(fields))
   except ValueError as error:
     raise ValueError(f"{path} is not of a {TITLES}: {error}") from error
+
+
+def _heads(fields: Mapping[str, Any]) -> Heads | None:
+  found = [fields[name] for name in Heads._fields if name in fields]
+  if not found:
+    return None
+  if len(found) < len(Heads._fields):
+    raise ValueError(f"a segmentor has both {' and '.join(Heads._fields)}")
+  if fields.get("out_indices"):
+    raise ValueError("a segmentor has no out_indices")
+  return Heads(*found)
 
 
 def flat_fields(config: ModelConfig) -> dict[str, Any]:

@@ -83,8 +83,8 @@ class BatchNorm(nnx.Module):
 def _grouped(x: Array, group: int) -> Float[Array, "G N H W C"]:
   if len(x) % group:
     raise UserError(
-      f"{len(x)} images of a batch cannot share BatchNorm's statistics in groups"
-      f" of {group}: change the batch size, or the size of a group"
+      f"{len(x)} images of a batch cannot share BatchNorm's statistics in"
+      f" groups of {group}: change the batch size, or the size of a group"
     )
   return x.reshape(-1, group, *x.shape[1:])
 

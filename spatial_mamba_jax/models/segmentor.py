@@ -17,6 +17,9 @@ from spatial_mamba_jax.models.heads.upernet import FCNHead, UPerHead
 from spatial_mamba_jax.models.norms import BatchNorm
 from spatial_mamba_jax.models.presets import get_model_config
 
+# Attributes of a segmentor, beside its backbone.
+HEADS = ("decode_head", "auxiliary_head")
+
 
 class HeadLogits(NamedTuple):
   """Logits at the resolutions of the heads.
@@ -31,11 +34,7 @@ class HeadLogits(NamedTuple):
 
 
 class Segmentor(nnx.Module):
-  """Predicts a class for each pixel.
-
-  Attributes:
-    config: the architecture of the backbone; `num_classes` is K.
-  """
+  """Predicts a class for each pixel."""
 
   def __init__(
     self,
@@ -64,10 +63,8 @@ class Segmentor(nnx.Module):
     """
     if len(config.dims) < 2:
       raise UserError(
-        "dims must name two stages or more for segmentation, got"
-        f" {config.dims}"
+        f"dims must name two stages or more for segmentation, got {config.dims}"
       )
-    self.config = config
     self.backbone = config.family.backbone(
       config, out_indices=tuple(range(len(config.dims))), rngs=rngs
     )
@@ -82,6 +79,23 @@ class Segmentor(nnx.Module):
     self.auxiliary_head = FCNHead(
       config.dims[-2], auxiliary_channels, classes, **options
     )
+
+  @property
+  def config(self) -> ModelConfig:
+    """The architecture of the backbone; `num_classes` is K."""
+    return self.backbone.config
+
+  @property
+  def channels(self) -> tuple[int, int]:
+    """Channels of the decode head, and of the auxiliary head."""
+    heads = self.decode_head.classifier, self.auxiliary_head.classifier
+    decode, auxiliary = (head.linear.in_features for head in heads)
+    return decode, auxiliary
+
+  @property
+  def deterministic(self) -> bool:
+    """Whether the network is in eval mode."""
+    return self.backbone.deterministic
 
   def __call__(
     self, images: ArrayLike, *, rngs: nnx.Rngs | None = None

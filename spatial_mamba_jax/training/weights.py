@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from spatial_mamba_jax.convert.architecture import (
+  Heads,
   abstract_model,
+  abstract_segmentor,
   infer_model,
   with_head_bias,
 )
@@ -32,6 +34,7 @@ from spatial_mamba_jax.convert.names import (
   torch_tensors,
   variables,
 )
+from spatial_mamba_jax.convert.tables import UPERNET, PartTables
 from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.models.backbone import Classifier, Trunk
 from spatial_mamba_jax.models.pure import (
@@ -41,6 +44,7 @@ from spatial_mamba_jax.models.pure import (
   backbones,
   unstacked,
 )
+from spatial_mamba_jax.models.segmentor import HEADS, Segmentor
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.checkpoint import RemovedError, open_checkpoint
 from spatial_mamba_jax.training.config import TrainingError
@@ -76,15 +80,19 @@ def load_weights(
   if not is_of_weights(path):
     return _restore(path, like)
   network = model.abstract()
-  if not isinstance(network, Classifier):
-    raise TrainingError(
-      f"{path} holds a classifier or a backbone: a {type(network).__name__} is"
-      " evaluated from a run's checkpoint"
-    )
   found = read_weights(path)
-  classifier = abstract_model(network.config)
-  _fill(path, classifier, found.state_dict)
-  weights = _with_shardings(PureModel.weights_of(classifier), like)
+  if isinstance(network, Classifier):
+    filled = abstract_model(network.config)
+    _fill(path, filled, with_head_bias(found.state_dict, filled))
+  elif isinstance(network, Segmentor):
+    filled = abstract_segmentor(network.config, Heads(*network.channels))
+    _fill(path, filled, found.whole)
+  else:
+    raise TrainingError(
+      f"{path} holds none of the models that files hold: a"
+      f" {type(network).__name__} is evaluated from a run's checkpoint"
+    )
+  weights = _with_shardings(PureModel.weights_of(filled), like)
   return None, {"ema" if found.is_average else "raw": weights}
 
 
@@ -122,12 +130,13 @@ def start_from(
   if modules:
     message += f"; initialised at random: {listed(modules, 6)}"
   weights = _with_shardings(PureModel.weights_of(network), fresh)
-  return weights, f"starting from {path}{message}{_left_out(found, filled)}"
+  unused = {*found.left_out, *others}.difference(filled)
+  return weights, f"starting from {path}{message}{_left_out(unused)}"
 
 
-def _left_out(found: Found, used: Sequence[str]) -> str:
+def _left_out(unused: Iterable[str]) -> str:
   """Returns the end of a message that names the tensors left out."""
-  names = [x for x in found.left_out if not is_counter(x) and x not in used]
+  names = sorted(name for name in unused if not is_counter(name))
   return f"; left out {len(names)} tensors ({listed(names)})" * bool(names)
 
 
@@ -180,7 +189,7 @@ def _fill_backbone(
       if not set(names.table.tensors(name)) <= tensors.keys()
     ]
   tensors |= torch_tensors({name: ends[name] for name in kept}, names.table)
-  _fill(path, backbone, tensors)
+  _fill(path, backbone, with_head_bias(tensors, backbone))
   return random, message
 
 
@@ -220,11 +229,11 @@ def _random_head(
 
 
 def _fill(
-  path: pathlib.Path, model: Trunk, state_dict: dict[str, np.ndarray]
+  path: pathlib.Path, model: nnx.Module, state_dict: dict[str, np.ndarray]
 ) -> None:
   """Fills a model with tensors, which must fit it."""
   try:
-    from_torch(model, with_head_bias(state_dict, model))
+    from_torch(model, state_dict)
   except ValueError as error:
     raise TrainingError(
       f"{path} holds a model other than config.model: {error}"
@@ -236,7 +245,7 @@ def _with_shardings(weights: Weights, like: Weights) -> Weights:
   return jax.tree.map(_sharded_like, weights, like)
 
 
-def load_model(path: pathlib.Path) -> Trunk:
+def load_model(path: pathlib.Path) -> Trunk | Segmentor:
   """Reads the model in a file or directory, in eval mode.
 
   Args:
@@ -245,7 +254,7 @@ def load_model(path: pathlib.Path) -> Trunk:
   Raises:
     TrainingError: there is no model.
   """
-  tensors = read_weights(path).state_dict
+  tensors = read_weights(path).whole
   try:
     model = infer_model(tensors)
     from_torch(model, tensors)
@@ -270,17 +279,31 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
 def _read(
   path: pathlib.Path, *, raw: bool = False
 ) -> tuple[Found, dict[str, np.ndarray]]:
-  """Reads weights, and {path: array} of a run outside the backbone."""
+  """Reads weights, and {path: array} of what is outside the backbone."""
   if not is_of_weights(path):
     return _read_checkpoint(path, raw=raw)
   try:
-    return read_file(path, raw=raw), {}
+    found = read_file(path, raw=raw)
+    return found, _heads(found)
   except FileNotFoundError as error:
     raise TrainingError(
       f"{path} does not exist: train first, or correct the path"
     ) from error
   except (ImportError, OSError, ValueError) as error:
     raise TrainingError(one_line(error)) from error
+
+
+def _heads(found: Found) -> dict[str, np.ndarray]:
+  """Returns {path: array} of a segmentor's heads; nothing of other models."""
+  if not found.heads:
+    return {}
+  model = infer_model(found.whole)
+  from_torch(model, found.whole)
+  return {
+    path: np.asarray(variable[...])
+    for path, variable in variables(model)
+    if path.startswith(HEADS)
+  }
 
 
 def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
@@ -311,7 +334,14 @@ def _read_checkpoint(
   }
   prefixes = (prefix,) * bool(prefix)
   tensors = torch_tensors(backbone, names_of_paths(backbone).table)
-  found = Found(tensors, f"step {step}", tuple(others), prefixes)
+  heads = {path: x for path, x in others.items() if path.startswith(HEADS)}
+  found = Found(
+    tensors,
+    f"step {step}",
+    tuple(others.keys() - heads),
+    prefixes,
+    heads=torch_tensors(heads, PartTables(dict.fromkeys(HEADS, UPERNET))),
+  )
   return found, others
 
 

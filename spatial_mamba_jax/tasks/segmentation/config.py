@@ -61,9 +61,7 @@ class SegmentationConfig(TaskConfig):
   dropout_rate: float = number(0.1, least=0, below=1)
   statistics_group: int | None = number(None, least=1)
   box: tuple[int, int] = number((2048, 512), least=1, most=MAX_IMAGE_SIZE)
-  box_ratio: tuple[float, float] = number(
-    (0.5, 2.0), above=0, most=_MAX_RATIO
-  )
+  box_ratio: tuple[float, float] = number((0.5, 2.0), above=0, most=_MAX_RATIO)
   max_class_share: float = number(0.75, above=0, most=math.inf)
   distortion_probability: float = number(0.5, least=0, most=1)
   test_ratios: tuple[float, ...] = number((1.0,), above=0, most=_MAX_RATIO)

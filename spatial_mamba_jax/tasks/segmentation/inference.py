@@ -141,7 +141,7 @@ def _resized(logits, view_shape, sizes, height, width):
 
 
 def _bilinear_to(old: int, sizes: Array, most: int, dtype) -> Array:
-  """Returns [B, most, old]: `resampling.bilinear` for sizes known on the device.
+  """Returns [B, most, old], `resampling.bilinear` to sizes on the device.
 
   Rows beyond a size repeat the last one's weights.
   """

@@ -49,9 +49,7 @@ def pixel_loss(
 
   rows = weights(logits.shape[1], height)
   columns = weights(logits.shape[2], width)
-  losses, hits = map_strips(
-    _of_strip, [Resized(logits, rows, columns)], labels
-  )
+  losses, hits = map_strips(_of_strip, [Resized(logits, rows, columns)], labels)
   labelled = jnp.sum(labels != IGNORED)
   return PixelLoss(
     jnp.sum(losses) / (labels.size + EPSILON),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from spatial_mamba_kernels.typing import Float, Int
+from spatial_mamba_kernels.typing import Array, Float, Int
 
 from spatial_mamba_jax.data.label_maps import IGNORED
 
@@ -89,9 +89,7 @@ def map_strips(
   )
 
 
-def joined(
-  strips: Int[Array, "S B R W"], height: int
-) -> Int[Array, "B H W"]:
+def joined(strips: Int[Array, "S B R W"], height: int) -> Int[Array, "B H W"]:
   """Returns the maps of which `map_strips` returned strips."""
   maps = jnp.moveaxis(strips, 0, 1)
   return maps.reshape(len(maps), -1, maps.shape[-1])[:, :height]
