@@ -22,6 +22,7 @@ from spatial_mamba_jax.models import (
   ModelConfig,
   SpatialMamba,
   SpatialMambaBackbone,
+  Segmentor,
   States,
   StructureAwareConfig,
   VMamba,
@@ -29,6 +30,7 @@ from spatial_mamba_jax.models import (
   block_states,
   create_backbone,
   create_model,
+  create_segmentor,
   list_models,
 )
 
@@ -37,6 +39,7 @@ __all__ = [
   "Classifier",
   "Family",
   "ModelConfig",
+  "Segmentor",
   "SpatialMamba",
   "SpatialMambaBackbone",
   "States",
@@ -47,6 +50,7 @@ __all__ = [
   "convert",
   "create_backbone",
   "create_model",
+  "create_segmentor",
   "export_model",
   "from_pretrained",
   "list_models",

@@ -95,7 +95,8 @@ def save_pretrained(model: Model, path: str | os.PathLike[str]) -> None:
 
   Args:
     model: from `create_model`, `create_backbone`, `create_segmentor` or
-      `from_pretrained`. A classifier's head may be replaced by an `nnx.Linear` with other classes.
+      `from_pretrained`. The head of a classifier may be replaced by an
+      `nnx.Linear` with other classes.
     path: a new or empty directory. A failure leaves nothing there.
 
   Raises:

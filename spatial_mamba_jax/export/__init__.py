@@ -22,19 +22,21 @@ import errno
 import os
 import pathlib
 from contextlib import suppress
+from typing import Any
 
 import jax
 from flax import nnx
 from jax import export
 
 from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.segmentor import Segmentor
 from spatial_mamba_jax.paths import local_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_model(
-  model: Trunk,
+  model: Trunk | Segmentor,
   path: str | os.PathLike[str],
   *,
   image_size: int | tuple[int, int] | None = 224,
@@ -51,10 +53,12 @@ def export_model(
   ignored.
 
   Args:
-    model: from `create_model` or `create_backbone`, in eval mode.
+    model: from `create_model`, `create_backbone` or `create_segmentor`, in eval
+      mode.
     path: the file to write; an existing file is replaced.
     image_size: the size of all images, H = W or (H, W); None for any size. With
-      None, GPUs and TPUs scan token by token, which is slow there.
+      None, GPUs and TPUs scan token by token, which is slow there. A segmentor
+      needs a size.
 
   Returns:
     The exported program.
@@ -67,6 +71,8 @@ def export_model(
   path = local_path(path)
   if not model.deterministic:
     raise ValueError("export is for inference: call model.eval() first")
+  if isinstance(model, Segmentor) and image_size is None:
+    raise ValueError("a segmentor is exported for one image_size, not for None")
   channels = model.config.in_channels
   sides = _height_and_width(image_size)
   shape = export.symbolic_shape(f"b, {sides}, {channels}")
@@ -111,7 +117,7 @@ def _height_and_width(image_size: int | tuple[int, int] | None) -> str:
   return "{}, {}".format(*pair)
 
 
-def _without_kernels(model: Trunk) -> Trunk:
+def _without_kernels(model: nnx.Module) -> Any:
   """Returns a copy of the model with no kernel as its `implementation`."""
   model = nnx.clone(model)
   for _, module in nnx.iter_graph(model):

@@ -18,6 +18,7 @@ from spatial_mamba_jax.errors import (
 )
 from spatial_mamba_jax.export import check_destination, export_model
 from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.segmentor import Segmentor
 from spatial_mamba_jax.paths import local_path
 
 
@@ -76,7 +77,7 @@ def _image_size(text: str) -> int | tuple[int, int] | None:
   raise argparse.ArgumentTypeError(f"must be N, HxW or any, not {text!r}")
 
 
-def _load(path: pathlib.Path) -> Trunk:
+def _load(path: pathlib.Path) -> Trunk | Segmentor:
   # Imported here, because it needs the packages of training.
   from spatial_mamba_jax.training.weights import load_model
 

@@ -5,6 +5,7 @@ from spatial_mamba_jax.models.config import Family, ModelConfig
 from spatial_mamba_jax.models.create import create_backbone, create_model
 from spatial_mamba_jax.models.mixers import States, StructureAwareConfig
 from spatial_mamba_jax.models.presets import list_models
+from spatial_mamba_jax.models.segmentor import Segmentor, create_segmentor
 from spatial_mamba_jax.models.spatial_mamba import (
   SpatialMamba,
   SpatialMambaBackbone,
@@ -17,6 +18,7 @@ __all__ = [
   "Classifier",
   "Family",
   "ModelConfig",
+  "Segmentor",
   "SpatialMamba",
   "SpatialMambaBackbone",
   "States",
@@ -26,5 +28,6 @@ __all__ = [
   "block_states",
   "create_backbone",
   "create_model",
+  "create_segmentor",
   "list_models",
 ]

@@ -79,6 +79,7 @@ class Segmentor(nnx.Module):
     self.auxiliary_head = FCNHead(
       config.dims[-2], auxiliary_channels, classes, **options
     )
+    self.deterministic = True
 
   @property
   def config(self) -> ModelConfig:
@@ -91,11 +92,6 @@ class Segmentor(nnx.Module):
     heads = self.decode_head.classifier, self.auxiliary_head.classifier
     decode, auxiliary = (head.linear.in_features for head in heads)
     return decode, auxiliary
-
-  @property
-  def deterministic(self) -> bool:
-    """Whether the network is in eval mode."""
-    return self.backbone.deterministic
 
   def __call__(
     self, images: ArrayLike, *, rngs: nnx.Rngs | None = None

@@ -18,6 +18,7 @@ from spatial_mamba_jax.errors import (
 from spatial_mamba_jax.models import create_model, list_models
 from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.mixers import MIXERS, LinearMixer
+from spatial_mamba_jax.models.segmentor import Segmentor
 from spatial_mamba_jax.paths import local_path
 from spatial_mamba_jax.training.digests import write_whole
 from spatial_mamba_jax.training.weights import load_model
@@ -126,7 +127,8 @@ def _mixers(options) -> "matplotlib.figure.Figure":
 def _model(options) -> Trunk:
   if options.weights:
     silence_threads()  # Those of the packages that read checkpoints.
-    return load_model(options.weights)
+    model = load_model(options.weights)
+    return model.backbone if isinstance(model, Segmentor) else model
   return create_model(options.model, rngs=nnx.Rngs(options.seed))
 
 
