@@ -48,12 +48,14 @@ def _read_classes(path: pathlib.Path) -> list[str]:
   classes = read_lines(path)
   if not classes:
     raise DataError(f"{path} is empty: write one class name a line")
-  for number, name in enumerate(classes):
-    if not name or name in classes[:number]:
+  seen: set[str] = set()
+  for number, name in enumerate(classes, 1):
+    if not name or name in seen:
+      problem = f"repeats the class {name}" if name else "is empty"
       raise DataError(
-        f"line {number + 1} of {path} {'repeats' if name else 'is empty'}"
-        f"{name and f' the name {name}'}: write one class name a line"
+        f"line {number} of {path} {problem}: write one class name a line"
       )
+    seen.add(name)
   return classes
 
 
