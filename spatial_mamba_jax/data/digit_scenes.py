@@ -1,7 +1,7 @@
-"""Scenes of handwritten digits, to try semantic segmentation without a download.
+"""Scenes of handwritten digits, for semantic segmentation without a download.
 
 A scene has a few of scikit-learn's digits, enlarged and coloured, on textured
-ground. A digit may cover a part of another.
+ground. A digit may cover a small part of others.
 """
 
 import dataclasses
@@ -21,14 +21,19 @@ _SIZES = {
   "train": ((96, 96),),
   "validation": ((96, 96), (96, 128), (112, 96)),
 }
-# Least and greatest number of digits in a scene, and side of a digit's square
-# in pixels.
+# Least and greatest number of digits to draw, and range of a digit's height in
+# pixels and of its width / height.
 _COUNT = (3, 5)
-_SIDE = (32, 56)
-# Ink from which on a pixel belongs to a digit, and half the width of a stroke's
-# soft edge, in ink.
+_HEIGHT = (32, 48)
+_ASPECT = (0.85, 1.15)
+# Most draws of a digit's position, and greatest share of its pixels that may
+# cover other digits.
+_DRAWS = 10
+_MAX_COVER = 0.1
+# Ink from which on a pixel belongs to a digit, and range of ink of a stroke's
+# soft edge.
 _THRESHOLD = 0.4
-_EDGE = 0.12
+_EDGE = 0.24
 # Side of the patches of the ground's coarse texture in pixels, and standard
 # deviations of the coarse and of the fine texture.
 _PATCH = 16
@@ -72,9 +77,11 @@ class DigitScenes:
     ground = rng.uniform(40, 215, 3)
     image = ground + _texture(height, width, rng)
     labels = np.zeros((height, width), np.uint8)
-    choices = split_indices(self.split)
-    for _ in range(rng.integers(*_COUNT, endpoint=True)):
-      _draw_digit(image, labels, int(rng.choice(choices)), ground, rng)
+    digits = rng.choice(
+      split_indices(self.split), rng.integers(*_COUNT, endpoint=True)
+    )
+    for digit in digits:
+      _draw_digit(image, labels, int(digit), _contrasting(ground, rng), rng)
     image += rng.normal(0, _FINE, image.shape)
     return {
       "image": np.rint(image).clip(0, 255).astype(np.uint8),
@@ -99,9 +106,7 @@ def open_split(config: DataConfig, split: str) -> DigitScenes:
   return DigitScenes(split)
 
 
-def _texture(
-  height: int, width: int, rng: np.random.Generator
-) -> np.ndarray:
+def _texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
   """Returns smooth noise of mean 0: [H, W, 3]."""
   shape = height // _PATCH + 2, width // _PATCH + 2
   channels = [
@@ -114,23 +119,27 @@ def _draw_digit(
   image: np.ndarray,
   labels: np.ndarray,
   digit: int,
-  ground: np.ndarray,
+  colour: np.ndarray,
   rng: np.random.Generator,
 ) -> None:
-  """Draws a digit at a random position and size, in place."""
+  """Draws a digit in random size and position, in place.
+
+  A digit for which no position is found is left out.
+  """
   digits = load_digits()
-  height, width = (
-    int(rng.integers(*_SIDE, endpoint=True)) for _ in range(2)
-  )
-  # Sides of one digit are similar.
-  width = (height + width) // 2
-  top = int(rng.integers(image.shape[0] - height + 1))
-  left = int(rng.integers(image.shape[1] - width + 1))
-  here = slice(top, top + height), slice(left, left + width)
+  height = int(rng.integers(*_HEIGHT, endpoint=True))
+  width = round(height * rng.uniform(*_ASPECT))
   ink = _enlarge(digits.ink[digit], height, width)
-  cover = ((ink - _THRESHOLD + _EDGE) / (2 * _EDGE)).clip(0, 1)[..., None]
-  image[here] += cover * (_contrasting(ground, rng) - image[here])
-  labels[here][ink >= _THRESHOLD] = digits.labels[digit] + 1
+  shape = ink >= _THRESHOLD
+  for _ in range(_DRAWS):
+    top = int(rng.integers(labels.shape[0] - height + 1))
+    left = int(rng.integers(labels.shape[1] - width + 1))
+    here = slice(top, top + height), slice(left, left + width)
+    if np.mean(labels[here][shape] > 0) <= _MAX_COVER:
+      cover = ((ink - _THRESHOLD) / _EDGE + 0.5).clip(0, 1)[..., None]
+      image[here] += cover * (colour - image[here])
+      labels[here][shape] = digits.labels[digit] + 1
+      return
 
 
 def _contrasting(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:

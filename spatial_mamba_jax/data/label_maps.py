@@ -99,7 +99,8 @@ def _wrong_values(
   others = f" and {len(values) - 1} more such values" if len(values) > 1 else ""
   first = record["offset"]
   return (
-    f"its label map has the value {values[0]} in {counts[0]} pixels{others}, but"
+    f"its label map has the value {values[0]} in {counts[0]} pixels{others}:"
     f" {num_classes} classes have the values {first} to"
-    f" {first + num_classes - 1}, and {record['ignored']} is ignored"
+    f" {first + num_classes - 1}, and pixels without a class have"
+    f" {record['ignored']}"
   )

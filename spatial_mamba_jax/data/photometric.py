@@ -15,7 +15,7 @@ _FACTOR = (0.5, 1.5)
 _HUE = 18
 # Number of hues: half degrees in a circle.
 _HUES = 180
-# Fractional bits of the fixed-point divisions in `_to_hsv`.
+# Fractional bits of the fixed-point divisions in `rgb_to_hsv`.
 _BITS = 12
 
 
@@ -67,13 +67,13 @@ def distort(image: np.ndarray, distortion: Distortion) -> np.ndarray:
   if contrast is not None and distortion.contrast_first:
     image = _linear(factor=contrast)[image]
   if distortion.saturation is not None:
-    hue, saturation, value = _to_hsv(image)
+    hue, saturation, value = rgb_to_hsv(image)
     saturation = _linear(factor=distortion.saturation)[saturation]
-    image = _to_rgb(hue, saturation, value)
+    image = hsv_to_rgb(hue, saturation, value)
   if distortion.hue is not None:
     # The second conversion is not merged with the first: each one rounds.
-    hue, saturation, value = _to_hsv(image)
-    image = _to_rgb((hue + distortion.hue) % _HUES, saturation, value)
+    hue, saturation, value = rgb_to_hsv(image)
+    image = hsv_to_rgb((hue + distortion.hue) % _HUES, saturation, value)
   if contrast is not None and not distortion.contrast_first:
     image = _linear(factor=contrast)[image]
   return image
@@ -86,8 +86,8 @@ def _linear(factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
   return values.clip(0, 255).astype(np.uint8)
 
 
-def _to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns H (int32), S (int32) and V (uint8), each [H, W]."""
+def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the integers H, S and V, each [H, W], of uint8 [H, W, 3]."""
   red, green, blue = np.moveaxis(image.astype(np.int32), -1, 0)
   value = np.maximum(np.maximum(red, green), blue)
   spread = value - np.minimum(np.minimum(red, green), blue)
@@ -96,9 +96,7 @@ def _to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   sixth = np.where(
     value == red,
     green - blue,
-    np.where(
-      value == green, blue - red + 2 * spread, red - green + 4 * spread
-    ),
+    np.where(value == green, blue - red + 2 * spread, red - green + 4 * spread),
   )
   hue = (sixth * _reciprocals(_HUES // 6)[spread] + half) >> _BITS
   hue[hue < 0] += _HUES
@@ -112,12 +110,14 @@ def _reciprocals(numerator: int) -> np.ndarray:
   return np.where(denominator, np.rint(quotient), 0).astype(np.int32)
 
 
-def _to_rgb(
+def hsv_to_rgb(
   hue: np.ndarray, saturation: np.ndarray, value: np.ndarray
 ) -> np.ndarray:
-  """Returns uint8 [H, W, 3]."""
+  """Returns uint8 [H, W, 3] of the integers H, S and V, each [H, W]."""
   position = hue.astype(np.float32) * np.float32(6 / _HUES)
-  s, v = (x.astype(np.float32) * np.float32(1 / 255) for x in (saturation, value))
+  s, v = (
+    x.astype(np.float32) * np.float32(1 / 255) for x in (saturation, value)
+  )
   sector = position.astype(np.int32)
   fraction = position - sector.astype(np.float32)
   levels = (
@@ -129,7 +129,8 @@ def _to_rgb(
   # The level of each channel, by sector.
   order = ((0, 2, 1, 1, 3, 0), (3, 0, 0, 2, 1, 1), (1, 1, 3, 0, 0, 2))
   channels = [np.choose(sector, [levels[i] for i in each]) for each in order]
-  # OpenCV truncates here, and rounds nowhere.
+  # OpenCV truncates whole vectors of pixels, 32 with AVX2, but rounds in the
+  # rest of a row. Here all are truncated.
   return (np.stack(channels, -1) * np.float32(255)).astype(np.uint8)
 
 

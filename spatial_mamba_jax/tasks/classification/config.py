@@ -58,9 +58,8 @@ class ClassificationConfig(TaskConfig):
     """Creates the task; see `TaskConfig`."""
     if data.name in LABEL_MAPS:
       raise UserError(
-        f"config.data.name={data.name} has label maps, but config.task needs one"
-        " label an image: choose other data, or the task of semantic"
-        " segmentation"
+        f"config.data.name={data.name} has label maps, but classification needs"
+        " one label an image: choose other data, or a segmentation config"
       )
     if model.in_channels != 3:
       raise UserError(
