@@ -6,7 +6,12 @@ import importlib.util
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import MAX_WEIGHT, Section, choice, number
 
-SOURCE_NAMES = ("digits", "imagenet2012", "image_folder", "synthetic")
+# Sources of images with a label map each.
+LABEL_MAPS = ("ade20k", "segmentation_folder", "digit_scenes")
+SOURCE_NAMES = (
+  *("digits", "imagenet2012", "image_folder", "synthetic"),
+  *LABEL_MAPS,
+)
 SPLITS = ("train", "validation")
 DECODERS = ("pillow", "simplejpeg")
 # Largest magnitude of RandAugment's operations.
@@ -32,6 +37,8 @@ MAX_WORKERS = 2**10
 MAX_PREFETCH = 2**16
 # Training images of ImageNet-1k, `imagenet2012`.
 IMAGENET_IMAGES = 1_281_167
+# Largest value in a label map's file, which has at most 16 bits a pixel.
+MAX_STORED_LABEL = 2**16 - 1
 # Most images of a split: int32 also counts those that pad an evaluation.
 MAX_IMAGES = 2**30
 
@@ -50,12 +57,16 @@ class DataConfig(Section):
   Attributes:
     name: one of `SOURCE_NAMES`.
     data_dir: the TFDS directory of `digits` and `imagenet2012` (empty:
-      $TFDS_DATA_DIR, else ~/tensorflow_datasets), or the root of an
+      $TFDS_DATA_DIR, else ~/tensorflow_datasets); or the root of an
       `image_folder`, which holds `train/<class>/` and `val/<class>/` or
-      `validation/<class>/`.
+      `validation/<class>/`; or the directory ADEChallengeData2016 of `ade20k`;
+      or the root of a `segmentation_folder`, which holds `images/train/`,
+      `images/val/`, their label maps `labels/train/` and `labels/val/`, and
+      `classes.txt`.
     decoder: decoder of JPEG files, one of `DECODERS`; simplejpeg (the extra
       `fast`) returns the same pixels in less time.
-    image_size: height and width of the images in a batch, in pixels.
+    image_size: height and width of the images in a batch, in pixels; with label
+      maps, of the training crops.
     crop_scale: least and greatest area of a training crop, as a share of the
       image's area.
     crop_ratio: least and greatest width / height of a training crop.
@@ -70,6 +81,8 @@ class DataConfig(Section):
       main process.
     num_threads: threads that read and decode, in each of these processes.
     prefetch: batches that each of these processes prefetches.
+    ignored_label: value of the pixels without a class in the label maps of a
+      `segmentation_folder`.
     max_unreadable_share: largest tolerated share of unreadable images.
     synthetic_images: number of images in each split of `synthetic`.
     synthetic_classes: number of classes of `synthetic`.
@@ -93,6 +106,7 @@ class DataConfig(Section):
   num_workers: int = number(0, least=0, most=MAX_WORKERS)
   num_threads: int = number(2, least=1, most=MAX_WORKERS)
   prefetch: int = number(4, least=1, most=MAX_PREFETCH)
+  ignored_label: int = number(255, least=0, most=MAX_STORED_LABEL)
   max_unreadable_share: float = number(0.001, least=0, below=1)
   synthetic_images: int = number(1024, least=1, most=MAX_IMAGES)
   synthetic_classes: int = number(1000, least=1)

@@ -5,7 +5,7 @@ import io
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -36,6 +36,19 @@ FORMATS: dict[str, tuple[str, ...]] = {
 _JPEG = b"\xff\xd8\xff"
 # Codes of TIFF's tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+# Code of EXIF's tag, and what turns an image upright by its value.
+_ORIENTATION = 274
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+# The values by which height and width change places.
+_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 # A value of the tag `_PHOTOMETRIC`, and a value of `_SAMPLE_FORMAT`.
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
@@ -64,7 +77,7 @@ def decode_image(encoded: Any, decoder: str = "pillow") -> Image.Image:
   if not isinstance(encoded, bytes | bytearray | memoryview):
     raise TypeError(f"an image must be bytes, got {type(encoded).__name__}")
   encoded = bytes(encoded)
-  image = _open(encoded)
+  image = open_image(encoded)
   is_deep = image.mode in ("I", "F")
   check_size(image.width, image.height, _SCALED if is_deep else _PIXEL)
   if decoder == "simplejpeg" and encoded.startswith(_JPEG):
@@ -81,6 +94,19 @@ def decode_image(encoded: Any, decoder: str = "pillow") -> Image.Image:
   return image.convert("RGB")
 
 
+def decode_upright(encoded: Any, decoder: str = "pillow") -> Image.Image:
+  """Decodes an image file to RGB, in its EXIF orientation.
+
+  Arguments and exceptions are those of `decode_image`. Pixels have no
+  orientation.
+  """
+  image = decode_image(encoded, decoder)
+  if isinstance(encoded, np.ndarray):
+    return image
+  turn = _TURNS.get(_orientation(open_image(bytes(encoded))))
+  return image if turn is None else image.transpose(turn)
+
+
 def image_size(encoded: bytes) -> tuple[int, int]:
   """Returns width and height in pixels, from an image file's header.
 
@@ -88,7 +114,22 @@ def image_size(encoded: bytes) -> tuple[int, int]:
     ValueError: the format is unknown, or the file is too large.
     Exception: the header is broken; the type depends on the format.
   """
-  return _open(encoded).size
+  return open_image(encoded).size
+
+
+def read_upright_size(path: pathlib.Path) -> tuple[int, int]:
+  """Returns height and width in the EXIF orientation, from a file's header.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: the format is unknown.
+    Exception: the header is broken; the type depends on the format.
+  """
+  with path.open("rb") as file:
+    image = _read_header(file)
+    width, height = image.size
+    is_on_its_side = _orientation(image) in _ON_ITS_SIDE
+  return (width, height) if is_on_its_side else (height, width)
 
 
 def read_image(path: pathlib.Path) -> bytes:
@@ -134,15 +175,38 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
   return Image.fromarray(pixels)
 
 
-def _open(encoded: bytes) -> Image.Image:
-  """Reads the header."""
+def open_image(encoded: bytes) -> Image.Image:
+  """Opens an image file and reads its header.
+
+  Raises:
+    ValueError: the format is unknown, or the file is empty or too large.
+    Exception: the header is broken; the type depends on the format.
+  """
   if not encoded:
     raise ValueError("empty file")
   _check_memory(len(encoded))
+  return _read_header(io.BytesIO(encoded))
+
+
+def _read_header(file: BinaryIO) -> Image.Image:
   try:
-    return Image.open(io.BytesIO(encoded), formats=_formats())
+    return Image.open(file, formats=_formats())
   except UnidentifiedImageError:
     raise ValueError("not an image of a known format") from None
+
+
+def _orientation(image: Image.Image) -> int:
+  """Returns the value of EXIF's tag; 1 (upright) without one.
+
+  Pillow itself turns TIFF files, and gives their tags by another name.
+  """
+  exif = Image.Exif()
+  try:
+    exif.load(image.info.get("exif", b""))
+    value = exif.get(_ORIENTATION)
+  except Exception:  # Broken metadata; the pixels may be whole.
+    return 1
+  return value if isinstance(value, int) else 1
 
 
 @functools.cache

@@ -8,22 +8,16 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn import datasets
 from tensorflow_datasets.core import registered
 
 from spatial_mamba_jax.data import tfds_source
-from spatial_mamba_jax.data.config import DataConfig
-
-_NUM_VALIDATION = 297
+from spatial_mamba_jax.data.config import SPLITS, DataConfig
+from spatial_mamba_jax.data.digit_images import load_digits, split_indices
 
 with registered.skip_registration():
 
   class Digits(tfds.core.GeneratorBasedBuilder):
-    """Test part of the UCI Optical Recognition of Handwritten Digits set.
-
-    The set is ordered by writer. The validation images are spread evenly over
-    it, so that both splits have digits of every writer.
-    """
+    """Test part of the UCI Optical Recognition of Handwritten Digits set."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -44,21 +38,16 @@ with registered.skip_registration():
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
       del dl_manager  # Nothing to download.
-      _, labels = datasets.load_digits(return_X_y=True)
-      count = len(labels)
-      held_out = np.arange(_NUM_VALIDATION) * count // _NUM_VALIDATION
       return {
-        "train": self._generate_examples(np.setdiff1d(range(count), held_out)),
-        "validation": self._generate_examples(held_out),
+        split: self._generate_examples(split_indices(split)) for split in SPLITS
       }
 
     def _generate_examples(
       self, indices: np.ndarray
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-      images, labels = datasets.load_digits(return_X_y=True)
+      digits = load_digits()
       for index in indices:
-        grey = images[index].reshape(8, 8) * (255 / 16)
-        pixels = np.round(grey).astype(np.uint8)
+        pixels = np.round(digits.ink[index] * 255).astype(np.uint8)
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, "PNG")
         file_name = f"digit_{index:04d}.png"
@@ -67,7 +56,7 @@ with registered.skip_registration():
           file_name,
           {
             "image": encoded.getvalue(),
-            "label": int(labels[index]),
+            "label": int(digits.labels[index]),
             "file_name": file_name,
           },
         )

@@ -2,8 +2,6 @@
 
 import itertools
 import logging
-import math
-import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -14,13 +12,19 @@ from absl import flags
 
 from spatial_mamba_jax.data import workers
 from spatial_mamba_jax.data.config import DataConfig, DataError
-from spatial_mamba_jax.data.examples import RESERVED, Examples
+from spatial_mamba_jax.data.examples import (
+  RESERVED,
+  Examples,
+  Group,
+  GroupedExamples,
+)
 from spatial_mamba_jax.data.labelled_images import LabelledImages
 from spatial_mamba_jax.data.reading import (
   IRREPLACEABLE,
   REPLACEMENTS,
   WRONG,
   EvaluationReader,
+  EvaluationSlots,
   TrainingReader,
   decode_reason,
 )
@@ -93,9 +97,11 @@ def evaluation_batches(
   rows: Sequence[int] | None = None,
   examples: Examples | None = None,
 ) -> "Batches":
-  """Returns batches of each image once, in the source's order.
+  """Returns batches of each image once.
 
-  All processes have the same number of batches.
+  Images are in the source's order; with `GroupedExamples`, in the order of the
+  groups. A batch has images of one group, and the last batch of each group is
+  padded. All processes have the same number of batches.
 
   Args:
     source: the images.
@@ -108,7 +114,7 @@ def evaluation_batches(
     Batches of `examples.evaluate`, with "index" int32 [B] and "mask" bool [B],
     where B is the number of rows. The index is the record's in the source;
     padding has indices beyond the source's end. The mask is False for padding
-    and for unreadable records, whose examples are `examples.blank()`.
+    and for unreadable records, whose examples are the group's `blank()`.
 
   Raises:
     DataError: the config is wrong.
@@ -116,15 +122,21 @@ def evaluation_batches(
   config.validate()
   examples = _checked(examples or _labelled_images(source, config))
   rows = range(batch_size) if rows is None else rows
-  # Endless padding, because a worker that stops keeps its shared memory.
-  records = range(sys.maxsize)
+  groups = (
+    examples.groups(source)
+    if isinstance(examples, GroupedExamples)
+    else (Group(examples, range(len(source))),)
+  )
+  slots = EvaluationSlots(
+    groups, num_records=len(source), batch_size=batch_size
+  )
+  reader = EvaluationReader(source, tuple(group.examples for group in groups))
   dataset = (
-    grain.MapDataset.source(_Rows(records, batch_size, rows))
-    .map(EvaluationReader(source, examples))
+    grain.MapDataset.source(_Rows(slots, batch_size, rows))
+    .map(reader)
     .batch(len(rows), drop_remainder=True)
   )
-  num_batches = math.ceil(len(source) / batch_size)
-  return Batches(dataset, source, config, num_batches)
+  return Batches(dataset, source, config, slots.num_batches)
 
 
 class _Rows:
@@ -136,7 +148,7 @@ class _Rows:
 
   def __init__(
     self,
-    examples: grain.MapDataset | range,
+    examples: grain.MapDataset | EvaluationSlots,
     batch_size: int,
     rows: Sequence[int],
   ):

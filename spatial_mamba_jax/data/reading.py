@@ -1,12 +1,15 @@
 """Reads a record into an example, with the status of the record."""
 
+import bisect
 import dataclasses
-from collections.abc import Callable
+import itertools
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatial_mamba_jax.data.examples import Examples, WrongRecordError
+from spatial_mamba_jax.data.examples import Examples, Group, WrongRecordError
 from spatial_mamba_jax.data.sources import Source
 from spatial_mamba_jax.errors import one_line
 
@@ -64,26 +67,84 @@ class TrainingReader:
     return outcome.example | _status_arrays(index, first)
 
 
+class Slot(NamedTuple):
+  """A place in an evaluation batch.
+
+  Attributes:
+    group: the number of the batch's group.
+    index: the index of a record; beyond the source's end for padding.
+  """
+
+  group: int
+  index: int
+
+
+class EvaluationSlots:
+  """The slots of all batches, one after the other: a random-access source.
+
+  The groups follow one another, each padded to whole batches. After the last
+  one comes endless padding, because a worker that stops keeps its shared
+  memory.
+  """
+
+  def __init__(
+    self, groups: Sequence[Group], *, num_records: int, batch_size: int
+  ):
+    """Places all records of a source.
+
+    Raises:
+      ValueError: the groups do not have this number of records.
+    """
+    counts = [len(group.indices) for group in groups]
+    if sum(counts) != num_records:
+      raise ValueError(f"{sum(counts)} of {num_records} records have a group")
+    self._indices = [group.indices for group in groups]
+    self._batch_size = batch_size
+    # Numbers of the batches and of the records up to each group's end.
+    batches = (-(-count // batch_size) for count in counts)
+    self._batches = list(itertools.accumulate(batches))
+    self._records = list(itertools.accumulate(counts))
+
+  @property
+  def num_batches(self) -> int:
+    """The number of batches with records."""
+    return self._batches[-1]
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, slot: int) -> Slot:
+    batch = slot // self._batch_size
+    last = len(self._batches) - 1
+    group = min(bisect.bisect_right(self._batches, batch), last)
+    first = self._batches[group - 1] * self._batch_size if group else 0
+    indices = self._indices[group]
+    if slot - first < len(indices):
+      return Slot(group, int(indices[slot - first]))
+    # Padding is counted from the source's end.
+    return Slot(group, self._records[-1] + slot - self._records[group])
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationReader:
-  """Reads evaluation examples; beyond the source's end, returns padding."""
+  """Reads evaluation examples; beyond the source's end, returns padding.
+
+  Attributes:
+    source: the records.
+    examples: what reads the records of each group.
+  """
 
   source: Source
-  examples: Examples
+  examples: tuple[Examples, ...]
 
-  def __call__(self, index: int) -> dict[str, Any]:
+  def __call__(self, slot: Slot) -> dict[str, Any]:
     """Returns an example with all arrays of `RESERVED`."""
+    index, examples = slot.index, self.examples[slot.group]
     is_padding = index >= len(self.source)
     outcome = (
-      _Outcome(self.examples.blank(train=False))
+      _Outcome(examples.blank(train=False))
       if is_padding
-      else _read(
-        self.source,
-        self.examples,
-        index,
-        self.examples.evaluate,
-        train=False,
-      )
+      else _read(self.source, examples, index, examples.evaluate, train=False)
     )
     return {
       **outcome.example,

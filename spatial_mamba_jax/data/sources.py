@@ -3,8 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from spatial_mamba_jax.data.config import SPLITS, DataConfig, DataError
+import numpy as np
+
+from spatial_mamba_jax.data.config import (
+  LABEL_MAPS,
+  SPLITS,
+  DataConfig,
+  DataError,
+)
 from spatial_mamba_jax.errors import one_line
+
+__all__ = [
+  "LABEL_MAPS",
+  "LabelledSource",
+  "SegmentedSource",
+  "Source",
+  "open_source",
+]
 
 
 @runtime_checkable
@@ -43,7 +58,46 @@ class LabelledSource(Source, Protocol):
     ...
 
 
-def open_source(config: DataConfig, split: str) -> LabelledSource:
+@runtime_checkable
+class SegmentedSource(Source, Protocol):
+  """Images with a label map each.
+
+  A record has
+
+  - "image": an encoded image file (bytes) or its pixels, uint8 [H, W, 3];
+  - "labels": an encoded image file of one index a pixel (bytes), or integers
+    [H, W]. H and W are those of the image in its EXIF orientation;
+  - "offset": an int, which is subtracted from the stored values;
+  - "ignored": the stored value of pixels without a class.
+  """
+
+  @property
+  def num_classes(self) -> int:
+    """The number of classes."""
+    ...
+
+  @property
+  def classes(self) -> Sequence[str]:
+    """The class names, by label."""
+    ...
+
+  @property
+  def palette(self) -> np.ndarray:
+    """A colour for each class, for drawing: uint8 [num_classes, 3]."""
+    ...
+
+  def image_size(self, index: int) -> tuple[int, int]:
+    """Returns the height and width of image `index` in pixels.
+
+    They are those of the image in its EXIF orientation. Only the header is
+    read, and an exception is raised if it cannot be read.
+    """
+    ...
+
+
+def open_source(
+  config: DataConfig, split: str
+) -> LabelledSource | SegmentedSource:
   """Opens one split of the configured data set.
 
   `digits` is prepared on first use; the others must already be there.
@@ -53,7 +107,7 @@ def open_source(config: DataConfig, split: str) -> LabelledSource:
     split: "train" or "validation".
 
   Returns:
-    The images, read lazily.
+    The images, read lazily; a `SegmentedSource` if the name is in `LABEL_MAPS`.
 
   Raises:
     DataError: the config is wrong, or the data set is missing or malformed.
@@ -69,6 +123,12 @@ def open_source(config: DataConfig, split: str) -> LabelledSource:
       from spatial_mamba_jax.data import imagenet as module
     case "image_folder":
       from spatial_mamba_jax.data import image_folder as module
+    case "ade20k":
+      from spatial_mamba_jax.data import ade20k as module
+    case "segmentation_folder":
+      from spatial_mamba_jax.data import segmentation_folder as module
+    case "digit_scenes":
+      from spatial_mamba_jax.data import digit_scenes as module
     case _:
       from spatial_mamba_jax.data import synthetic as module
   try:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from spatial_mamba_jax.data.config import DataConfig
+from spatial_mamba_jax.data.sources import LABEL_MAPS
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import FLOAT32_TINY, MAX_WEIGHT, Section, number
 from spatial_mamba_jax.models.config import MAX_CLASSES, ModelConfig
@@ -55,6 +56,11 @@ class ClassificationConfig(TaskConfig):
     self, model: ModelConfig, data: DataConfig, *, mesa_weight: float
   ) -> "Classification":
     """Creates the task; see `TaskConfig`."""
+    if data.name in LABEL_MAPS:
+      raise UserError(
+        f"config.data.name={data.name} has label maps, but classification needs"
+        " one label an image: choose other data, or a segmentation config"
+      )
     if model.in_channels != 3:
       raise UserError(
         f"config.model.in_channels must be 3 for images of {data.name}, got"
