@@ -50,7 +50,7 @@ def pixel_loss(
   rows = weights(logits.shape[1], height)
   columns = weights(logits.shape[2], width)
   losses, hits = map_strips(_of_strip, [Resized(logits, rows, columns)], labels)
-  labelled = jnp.sum(labels != IGNORED)
+  labelled = jnp.sum(labels != IGNORED, dtype=logits.dtype)
   return PixelLoss(
     jnp.sum(losses) / (labels.size + EPSILON),
     (jnp.sum(hits) + EPSILON) / (labelled + EPSILON),
@@ -60,9 +60,11 @@ def pixel_loss(
 def _of_strip(views, labels):
   """Returns the sum of losses, and the number of hits."""
   (logits,) = views
+  labels = labels.astype(jnp.int32)
   is_labelled = labels != IGNORED
   target = jnp.where(is_labelled, labels, 0)[..., None]
   own = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
   losses = jax.nn.logsumexp(logits, axis=-1) - own
-  hits = is_labelled & (jnp.argmax(logits, -1) == labels)
-  return jnp.sum(jnp.where(is_labelled, losses, 0)), jnp.sum(hits)
+  highest = jnp.argmax(logits, -1).astype(jnp.int32)
+  hits = jnp.sum(is_labelled & (highest == labels), dtype=logits.dtype)
+  return jnp.sum(jnp.where(is_labelled, losses, 0)), hits
