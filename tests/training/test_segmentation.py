@@ -1,0 +1,230 @@
+"""Segmentation trains and predicts as mmsegmentation does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spatial_mamba_jax.data.label_maps import IGNORED
+from spatial_mamba_jax.models.heads.resampling import bilinear
+from spatial_mamba_jax.models.heads.upernet import UPerHead
+from spatial_mamba_jax.tasks.segmentation import strips
+from spatial_mamba_jax.tasks.segmentation.inference import (
+  Windows,
+  predict_views,
+  slide,
+)
+from spatial_mamba_jax.tasks.segmentation.losses import EPSILON, pixel_loss
+from spatial_mamba_jax.training.config import OptimizerConfig
+from spatial_mamba_jax.training.optimizer import decays, make_schedule
+from tests.models.test_segmentor import TABLE, variables
+
+MEAN = np.array([123.675, 116.28, 103.53])
+DEVIATION = np.array([58.395, 57.12, 57.375])
+
+
+class Toy(nnx.Module):
+  """The small segmentor of the golden vectors."""
+
+  def __init__(self, *, rngs):
+    def conv(features_in, features_out):
+      return nnx.Conv(
+        *(features_in, features_out, (3, 3)),
+        strides=2,
+        padding=1,
+        dtype=jnp.float64,
+        param_dtype=jnp.float64,
+        rngs=rngs,
+      )
+
+    dims = (4, 4, 8, 12, 16)
+    self.stem = conv(3, 4)
+    self.stages = nnx.List([conv(a, b) for a, b in zip(dims, dims[1:])])
+    self.decode_head = UPerHead(
+      dims[1:], 8, 7, dropout_rate=0.0, dtype="float64", rngs=rngs
+    )
+
+  def __call__(self, x):
+    x, features = self.stem(x), []
+    for stage in self.stages:
+      x = stage(jax.nn.relu(x))
+      features.append(x)
+    return self.decode_head(features)
+
+
+@pytest.fixture(scope="module")
+def toy(golden):
+  """Returns the jitted network; call it in float64."""
+  weights = {
+    name.removeprefix("w/").removeprefix("backbone."): x
+    for name, x in golden("segmentation/infer").items()
+    if name.startswith("w/")
+  }
+  with jax.enable_x64(True):
+    model = nnx.eval_shape(lambda: Toy(rngs=nnx.Rngs(0)))
+    for path, variable in variables(model):
+      if path.startswith("decode_head"):
+        layout = TABLE.layout(path, variable.ndim)
+        tensors = [weights[name] for name in TABLE.tensors(path)]
+        array = layout.from_torch(tensors)
+      else:
+        array = weights[path.replace("kernel", "weight")]
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+      variable.set_value(jnp.asarray(array, variable.dtype))
+    model.eval()
+  return model
+
+
+def normalised(bgr):
+  """[3, H, W] of BGR bytes to [1, H, W, 3]."""
+  rgb = bgr[::-1].transpose(1, 2, 0)
+  return jnp.asarray((rgb - MEAN) / DEVIATION)[None]
+
+
+def assert_same_labels(found, expected, probabilities):
+  """Labels may differ where two classes score alike, to float32's rounding."""
+  top = np.sort(probabilities, axis=0)
+  is_sure = top[-1] - top[-2] > 1e-5 * np.abs(probabilities).max()
+  assert is_sure.mean() > 0.99
+  np.testing.assert_array_equal(found[is_sure], expected[is_sure])
+
+
+def test_sliding_windows_are_the_authors(golden, toy, x64):
+  expected = golden("segmentation/infer")
+  images = jnp.asarray(expected["slide_img"].transpose(0, 2, 3, 1))
+  found = slide(toy, images, Windows(64, 40))
+  scale = np.abs(expected["slide_logits"]).max()
+  # The vectors are stored in float32.
+  error = np.asarray(found).transpose(0, 3, 1, 2) - expected["slide_logits"]
+  assert np.abs(error).max() <= 1e-6 * scale
+
+
+def test_a_small_image_is_one_window(toy, x64):
+  images = jax.random.normal(jax.random.key(0), (1, 40, 70, 3), "float64")
+  found = slide(toy, images, Windows(96, 40))
+  logits = toy(images)
+  rows, columns = bilinear(20 // 2, 40), bilinear(18, 70)
+  expected = jnp.einsum("ph,qw,bhwk->bpqk", rows, columns, logits)
+  np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["whole", "tta"])
+def test_label_maps_are_the_authors(golden, toy, x64, monkeypatch, kind):
+  """A view resized twice; and the mean probability of six views."""
+  expected = golden("segmentation/infer")
+  if kind == "whole":
+    views = [expected["whole_bgr"]]
+  else:
+    views = [expected[f"tta_bgr_{ratio}"] for ratio in ("0.75", "1.0", "1.25")]
+  height, width = map(int, expected[f"{kind}_ori_shape"])
+  # Several strips, the last one shorter.
+  monkeypatch.setattr(strips, "_MOST_LOGITS", 11 * (width + 5) * 7)
+  sums = []
+
+  def head(images):
+    sums.append(toy(images))
+    return sums[-1]
+
+  sizes = jnp.array([[height, width]])
+  found = predict_views(
+    head,
+    [normalised(view) for view in views],
+    sizes,
+    height + 3,
+    width + 5,
+    flip=kind == "tta",
+  )
+  name = {"whole": "whole_logits", "tta": "tta_prob"}[kind]
+  assert_same_labels(
+    np.asarray(found)[0, :height, :width],
+    expected[f"{kind}_pred"][0],
+    expected[name],
+  )
+  assert len(sums) == (6 if kind == "tta" else 1)
+
+
+def test_images_of_a_batch_have_sizes_of_their_own(toy, x64):
+  images = jax.random.normal(jax.random.key(0), (2, 48, 64, 3), "float64")
+  sizes = jnp.array([[50, 61], [37, 90]])
+  together = predict_views(toy, [images], sizes, 50, 90)
+  for i, (height, width) in enumerate(sizes.tolist()):
+    alone = predict_views(
+      toy, [images[i : i + 1]], sizes[i : i + 1], height, width
+    )
+    np.testing.assert_array_equal(together[i, :height, :width], alone[0])
+
+
+def test_the_loss_does_not_depend_on_the_strips(x64, monkeypatch):
+  """Also its gradient; against the formula on logits of the whole size."""
+  keys = jax.random.split(jax.random.key(0), 2)
+  logits = jax.random.normal(keys[0], (2, 5, 7, 3), "float64")
+  labels = jax.random.randint(keys[1], (2, 19, 26), -1, 3).astype(jnp.int16)
+
+  def direct(logits):
+    rows, columns = bilinear(5, 19), bilinear(7, 26)
+    resized = jnp.einsum("ph,qw,bhwk->bpqk", rows, columns, logits)
+    likelihoods = jax.nn.log_softmax(resized)
+    target = jax.nn.one_hot(labels, 3, dtype="float64")  # 0 where ignored.
+    return -jnp.sum(likelihoods * target) / (labels.size + EPSILON)
+
+  expected = jax.value_and_grad(direct)(logits)
+  for rows in (1, 4, 19):
+    monkeypatch.setattr(strips, "_MOST_LOGITS", rows * 26 * 3)
+    found = jax.value_and_grad(lambda x: pixel_loss(x, labels).value)(logits)
+    for x, y in zip(found, expected, strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_without_labels_has_no_loss():
+  labels = jnp.full((1, 8, 8), IGNORED, jnp.int16)
+  loss = pixel_loss(jnp.ones((1, 2, 2, 3)), labels)
+  assert loss.value == 0
+  assert loss.accuracy == 1  # As mmsegmentation's, by its epsilons.
+
+
+def recipe():
+  import configs.ade20k_upernet_tiny
+
+  return configs.ade20k_upernet_tiny.get_config()
+
+
+def test_learning_rate_is_the_authors(golden, x64):
+  config = recipe()
+  schedule = make_schedule(
+    config.optimizer, batch_size=16, warmup_steps=1500, steps=160_000
+  )
+  expected = golden("segmentation/learning_rate")
+  found = [schedule(jnp.asarray(i)) for i in expected["lr_iter"]]
+  np.testing.assert_allclose(found, expected["lr"], rtol=1e-9, atol=1e-18)
+
+
+def test_decay_groups_are_the_authors(golden):
+  from spatial_mamba_jax.convert.families import table_of
+  from spatial_mamba_jax.models.pure import PureModel, first_block
+
+  config = recipe()
+  model = PureModel(config.create_task().network)
+  table = table_of(model.abstract())
+  names = golden("segmentation/tiny_names")
+  decay = dict(zip(names["name"], names["weight_decay"], strict=True))
+  found = decays(config.optimizer.undecayed, model)
+  assert found.keys() == model.shapes.params.keys()
+  for path, is_decayed in found.items():
+    for name in table.tensors(first_block(path)):
+      assert is_decayed == (decay[name] == 0.01), name
+  assert config.optimizer.weight_decay == 0.01
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_recipes_are_valid(size):
+  import importlib
+
+  config = importlib.import_module(f"configs.ade20k_upernet_{size}")
+  config = config.get_config()
+  config.validate()
+  assert config.model.name == f"spatial_mamba_{size}"
+  defaults = OptimizerConfig()
+  assert dataclasses.replace(config.optimizer) != defaults
