@@ -122,7 +122,11 @@ def test_deep_values():
       "has the value 3 in 1 pixels: 3 classes have the values 0 to 2,",
     ),
     # What would be the label -1 by its offset is no ignored pixel.
-    (grey(VALUES), {"offset": 1}, "has the value 0 in 2 pixels: 4 classes have"),
+    (
+      grey(VALUES),
+      {"offset": 1},
+      "has the value 0 in 2 pixels: 4 classes have",
+    ),
     (
       grey(VALUES),
       {"size": (3, 2)},

@@ -165,7 +165,9 @@ class TestFolder:
     for kind in ("images", "labels"):
       (folder / kind / "val").rename(folder / kind / "test")
     is_refused(
-      folder, f"no directory val/ or validation/ in {folder}/images", "validation"
+      folder,
+      f"no directory val/ or validation/ in {folder}/images",
+      "validation",
     )
     shutil.rmtree(folder / "labels" / "train")
     is_refused(folder, f"no directory train/ in {folder}/labels")
@@ -229,8 +231,9 @@ class TestADE20K:
     path = ade20k / "objectInfo150.txt"
     rows = [x.split("\t") for x in path.read_text().splitlines()]
     path.write_text(
-      "\n".join("\t".join([a, b, c, d, "0", e]) for a, b, c, d, e in rows)
-      .replace("\tVal\t0\t", "\tVal\tStuff\t")
+      "\n".join(
+        "\t".join([a, b, c, d, "0", e]) for a, b, c, d, e in rows
+      ).replace("\tVal\t0\t", "\tVal\tStuff\t")
     )
     assert open_at(ade20k, name="ade20k").classes[2] == "name 3"
 
@@ -239,8 +242,14 @@ class TestADE20K:
     [
       (lambda x: "", "must be a table with the columns Idx and Name"),
       (lambda x: x.replace("Idx", "#"), "with the columns Idx and Name"),
-      (lambda x: x.replace("\n7\t", "\n8\t"), "line 8 of .* have the Idx 7 and"),
-      (lambda x: x.replace("name 4 ", " "), "line 5 of .* the Idx 4 and a Name"),
+      (
+        lambda x: x.replace("\n7\t", "\n8\t"),
+        "line 8 of .* have the Idx 7 and",
+      ),
+      (
+        lambda x: x.replace("name 4 ", " "),
+        "line 5 of .* the Idx 4 and a Name",
+      ),
       (lambda x: x[: x.index("\n100\t")], "has 99 classes of 150"),
     ],
   )
@@ -265,4 +274,6 @@ class TestADE20K:
       "holds images/, annotations/ and objectInfo150.txt: unpack",
       name="ade20k",
     )
-    is_refused("", "config.data.data_dir must name the directory ADE", name="ade20k")
+    is_refused(
+      "", "config.data.data_dir must name the directory ADE", name="ade20k"
+    )
