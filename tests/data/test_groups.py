@@ -55,7 +55,7 @@ class RowExamples:
     ]
 
 
-def read(batch_size, rows=None, source=Rows(), **settings):  # noqa: B008
+def read(batch_size, rows=None, source=Rows(), **settings):
   config = DataConfig(max_unreadable_share=0.5, **settings)
   with evaluation_batches(
     source, config, batch_size=batch_size, rows=rows, examples=RowExamples()
