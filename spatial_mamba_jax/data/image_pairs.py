@@ -10,7 +10,7 @@ import numpy as np
 from spatial_mamba_jax.data import decoding
 from spatial_mamba_jax.data.config import DataError
 from spatial_mamba_jax.data.image_folder import EXTENSIONS, list_images
-from spatial_mamba_jax.data.label_maps import make_palette
+from spatial_mamba_jax.data.label_maps import make_palette, of_label_map
 from spatial_mamba_jax.errors import one_line
 
 # Suffix of label maps, in lower case.
@@ -68,7 +68,7 @@ class ImagePairs:
     )
     _check_pairs(
       *(label_maps, label_names, image_names, "label map", "image"),
-      *(images, " or ".join(extensions)),
+      *(images, extensions[0] if len(extensions) == 1 else ".*"),
     )
     # Arrays, because workers receive pickled copies.
     self._image_names = np.array([*image_names.values()], np.bytes_)
@@ -85,10 +85,14 @@ class ImagePairs:
     return len(self._image_names)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    label_map = self._label_maps / os.fsdecode(self._label_names[index])
+    image = decoding.read_image(self.path(index))
+    with of_label_map():
+      labels = decoding.read_image(
+        self._label_maps / os.fsdecode(self._label_names[index])
+      )
     return {
-      "image": decoding.read_image(self.path(index)),
-      "labels": decoding.read_image(label_map),
+      "image": image,
+      "labels": labels,
       "offset": self._offset,
       "ignored": self._ignored,
     }

@@ -156,7 +156,8 @@ def test_wrong_maps(labels, settings, message):
 
 @pytest.mark.parametrize("content", [b"", b"<html>", grey(VALUES)[:40]])
 def test_what_cannot_be_decoded_is_unreadable(content):
-  with pytest.raises(Exception) as caught:  # noqa: PT011 (any exception is)
+  message = r"its label map cannot be read: \w"
+  with pytest.raises(ValueError, match=message) as caught:
     read(content)
   assert not isinstance(caught.value, WrongRecordError)
 

@@ -11,14 +11,7 @@ import pytest
 from PIL import Image
 
 from spatial_mamba_jax.data import DataConfig, DataError, open_source
-from spatial_mamba_jax.data.sources import (
-  LABEL_MAPS,
-  SegmentedSource,
-  Source,
-)
-from spatial_mamba_jax.errors import UserError
-from spatial_mamba_jax.models import ModelConfig
-from spatial_mamba_jax.tasks.classification import ClassificationConfig
+from spatial_mamba_jax.data.sources import SegmentedSource, Source
 
 SIZES = ((8, 12), (10, 6), (8, 12))
 
@@ -80,14 +73,6 @@ def is_refused(root, message, split="train", **settings) -> None:
   assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", LABEL_MAPS)
-def test_classification_refuses_label_maps(name):
-  with pytest.raises(UserError, match=f"{name} has label maps, but classif"):
-    ClassificationConfig().create(
-      ModelConfig(), DataConfig(name=name), mesa_weight=0.0
-    )
-
-
 class TestFolder:
   def test_reads_pairs(self, folder):
     for split, directory in (("train", "train"), ("validation", "val")):
@@ -106,6 +91,18 @@ class TestFolder:
         assert record["offset"] == 0
         assert record["ignored"] == 255
         assert source.image_size(i) == SIZES[i]
+
+  def test_a_file_that_vanishes_is_unreadable(self, folder):
+    source = open_at(folder)
+    (folder / "labels" / "train" / "b.png").unlink()
+    with pytest.raises(
+      ValueError, match=r"^its label map cannot be read: No such file"
+    ):
+      source[1]
+    (folder / "images" / "train" / "b.jpg").unlink()
+    for read in (source.__getitem__, source.image_size):
+      with pytest.raises(FileNotFoundError):
+        read(1)
 
   def test_is_a_source_of_workers(self, folder):
     source = open_at(folder, ignored_label=7)
@@ -152,8 +149,8 @@ class TestFolder:
     (images / "c.jpg").unlink()
     is_refused(
       folder,
-      f"1 of 3 label maps in {labels} have no image: add {images}/c.avif or .*"
-      f", or remove {labels}/c.png",
+      f"1 of 3 label maps in {labels} have no image: add {images}/c[.][*], or "
+      f"remove {labels}/c.png",
     )
 
   def test_an_unclear_pair(self, folder):
