@@ -16,7 +16,12 @@ from spatial_mamba_jax.data.config import (
   DataConfig,
   DataError,
 )
-from spatial_mamba_jax.data.sources import LabelledSource, Source, open_source
+from spatial_mamba_jax.data.sources import (
+  LabelledSource,
+  SegmentedSource,
+  Source,
+  open_source,
+)
 
 if TYPE_CHECKING:
   from spatial_mamba_jax.data.pipeline import (
@@ -34,6 +39,7 @@ __all__ = [
   "DataConfig",
   "DataError",
   "LabelledSource",
+  "SegmentedSource",
   "Source",
   "evaluation_batches",
   "open_source",

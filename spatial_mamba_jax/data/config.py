@@ -52,7 +52,9 @@ class DataConfig(Section):
   """Where images come from and how they become batches.
 
   The defaults are the authors' ImageNet recipe, but on the embedded digits. The
-  task's config has the augmentation on the device.
+  task's config has the augmentation on the device. With label maps, it also has
+  all other resizing and distortion, and the fields `crop_scale`, `crop_ratio`,
+  `randaugment_*` and `test_crop_ratio` have no effect.
 
   Attributes:
     name: one of `SOURCE_NAMES`.

@@ -3,14 +3,14 @@
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spatial_mamba_jax.data import decoding
 from spatial_mamba_jax.data.config import DataError
 from spatial_mamba_jax.data.image_folder import EXTENSIONS, list_images
-from spatial_mamba_jax.data.label_maps import make_palette
+from spatial_mamba_jax.data.label_maps import make_palette, of_label_map
 from spatial_mamba_jax.errors import one_line
 
 # Suffix of label maps, in lower case.
@@ -56,20 +56,17 @@ class ImagePairs:
     self.palette = make_palette(len(classes))
     self._images, self._label_maps = images, label_maps
     self._offset, self._ignored = offset, ignored
+    image_suffix = extensions[0] if len(extensions) == 1 else ".*"
+    image_files = _Files("image", images, image_suffix)
+    label_files = _Files("label map", label_maps, _LABEL_SUFFIX)
     image_names = _names_by_stem(images, extensions)
     label_names = _names_by_stem(label_maps, (_LABEL_SUFFIX,))
     if not image_names:
       raise DataError(
         f"{images} has no images: they end in one of {' '.join(extensions)}"
       )
-    _check_pairs(
-      *(images, image_names, label_names, "image", "label map"),
-      *(label_maps, _LABEL_SUFFIX),
-    )
-    _check_pairs(
-      *(label_maps, label_names, image_names, "label map", "image"),
-      *(images, " or ".join(extensions)),
-    )
+    _check_pairs(image_files, image_names, label_files, label_names)
+    _check_pairs(label_files, label_names, image_files, image_names)
     # Arrays, because workers receive pickled copies.
     self._image_names = np.array([*image_names.values()], np.bytes_)
     self._label_names = np.array(
@@ -85,10 +82,14 @@ class ImagePairs:
     return len(self._image_names)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    label_map = self._label_maps / os.fsdecode(self._label_names[index])
+    image = decoding.read_image(self.path(index))
+    with of_label_map():
+      labels = decoding.read_image(
+        self._label_maps / os.fsdecode(self._label_names[index])
+      )
     return {
-      "image": decoding.read_image(self.path(index)),
-      "labels": decoding.read_image(label_map),
+      "image": image,
+      "labels": labels,
       "offset": self._offset,
       "ignored": self._ignored,
     }
@@ -104,6 +105,14 @@ class ImagePairs:
   def name(self, index: int) -> str:
     """Returns the path of image `index` as text."""
     return str(self.path(index))
+
+
+class _Files(NamedTuple):
+  """What messages say of images or of label maps."""
+
+  kind: str
+  directory: pathlib.Path
+  suffix: str
 
 
 def read_lines(path: pathlib.Path) -> list[str]:
@@ -141,20 +150,18 @@ def _names_by_stem(
 
 
 def _check_pairs(
-  directory: pathlib.Path,
+  files: _Files,
   names: Mapping[str, bytes],
-  others: Mapping[str, bytes],
-  kind: str,
-  other_kind: str,
-  other_directory: pathlib.Path,
-  suffix: str,
+  other_files: _Files,
+  other_names: Mapping[str, bytes],
 ) -> None:
-  """Checks that each of the names has its pair among the others."""
-  alone = [stem for stem in names if stem not in others]
+  """Checks that each file has its pair among the others."""
+  alone = [stem for stem in names if stem not in other_names]
   if alone:
     stem = alone[0]
     raise DataError(
-      f"{len(alone)} of {len(names)} {kind}s in {directory} have no"
-      f" {other_kind}: add {other_directory / stem}{suffix}, or remove"
-      f" {directory / os.fsdecode(names[stem])}"
+      f"{len(alone)} of {len(names)} {files.kind}s in {files.directory} have no"
+      f" {other_files.kind}: add {other_files.directory / stem}"
+      f"{other_files.suffix}, or remove"
+      f" {files.directory / os.fsdecode(names[stem])}"
     )

@@ -1,12 +1,14 @@
 """Label maps: a class for each pixel, stored as an image of indices."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from spatial_mamba_jax.data.decoding import check_size, open_image
 from spatial_mamba_jax.data.examples import WrongRecordError
+from spatial_mamba_jax.errors import one_line
 
 # The label of pixels without a class.
 IGNORED = -1
@@ -40,9 +42,10 @@ def read_label_map(
   Raises:
     WrongRecordError: the label map has another size than the image, a value
       that is no class, or not one index a pixel.
-    Exception: the file is broken; the type depends on the decoder.
+    ValueError: the file is broken.
   """
-  stored = _stored_values(record["labels"])
+  with of_label_map():
+    stored = _stored_values(record["labels"])
   if stored.shape != size:
     raise WrongRecordError(
       f"its label map has {stored.shape[1]} x {stored.shape[0]} pixels and the"
@@ -56,6 +59,20 @@ def read_label_map(
     raise WrongRecordError(_wrong_values(stored[wrong], record, num_classes))
   labels[ignored] = IGNORED
   return labels.astype(np.int16)
+
+
+@contextlib.contextmanager
+def of_label_map() -> Iterator[None]:
+  """Says that an error is of the label map, because messages name the image."""
+  try:
+    yield
+  except WrongRecordError:
+    raise
+  except Exception as error:  # Decoders raise nearly any exception.
+    reason = error.strerror if isinstance(error, OSError) else None
+    raise ValueError(
+      f"its label map cannot be read: {reason or one_line(error)}"
+    ) from error
 
 
 def make_palette(num_classes: int) -> np.ndarray:

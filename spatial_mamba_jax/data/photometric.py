@@ -63,19 +63,19 @@ def distort(image: np.ndarray, distortion: Distortion) -> np.ndarray:
   """Distorts an RGB image: uint8 [H, W, 3] to the same."""
   contrast = distortion.contrast
   if distortion.brightness is not None:
-    image = _linear(offset=distortion.brightness)[image]
+    image = _linear(offset=distortion.brightness).take(image)
   if contrast is not None and distortion.contrast_first:
-    image = _linear(factor=contrast)[image]
+    image = _linear(factor=contrast).take(image)
   if distortion.saturation is not None:
     hue, saturation, value = rgb_to_hsv(image)
-    saturation = _linear(factor=distortion.saturation)[saturation]
+    saturation = _linear(factor=distortion.saturation).take(saturation)
     image = hsv_to_rgb(hue, saturation, value)
   if distortion.hue is not None:
     # The second conversion is not merged with the first: each one rounds.
     hue, saturation, value = rgb_to_hsv(image)
     image = hsv_to_rgb((hue + distortion.hue) % _HUES, saturation, value)
   if contrast is not None and not distortion.contrast_first:
-    image = _linear(factor=contrast)[image]
+    image = _linear(factor=contrast).take(image)
   return image
 
 
@@ -88,17 +88,17 @@ def _linear(factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
 
 def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns the integers H, S and V, each [H, W], of uint8 [H, W, 3]."""
-  red, green, blue = np.moveaxis(image.astype(np.int32), -1, 0)
+  red, green, blue = (image[..., i].astype(np.int32) for i in range(3))
   value = np.maximum(np.maximum(red, green), blue)
   spread = value - np.minimum(np.minimum(red, green), blue)
   half = 1 << (_BITS - 1)
-  saturation = (spread * _reciprocals(255)[value] + half) >> _BITS
+  saturation = (spread * _reciprocals(255).take(value) + half) >> _BITS
   sixth = np.where(
     value == red,
     green - blue,
     np.where(value == green, blue - red + 2 * spread, red - green + 4 * spread),
   )
-  hue = (sixth * _reciprocals(_HUES // 6)[spread] + half) >> _BITS
+  hue = (sixth * _reciprocals(_HUES // 6).take(spread) + half) >> _BITS
   hue[hue < 0] += _HUES
   return hue, saturation, value.astype(np.uint8)
 
@@ -118,20 +118,23 @@ def hsv_to_rgb(
   s, v = (
     x.astype(np.float32) * np.float32(1 / 255) for x in (saturation, value)
   )
-  sector = position.astype(np.int32)
+  sector = position.astype(int)
   fraction = position - sector.astype(np.float32)
-  levels = (
-    v,
-    v * (1 - s),
-    v * _one_minus(s, fraction),
-    v * _one_minus(s, 1 - fraction),
-  )
+  # OpenCV truncates whole vectors of pixels, 32 with AVX2, but rounds in the
+  # rest of a row. Here all are truncated.
+  levels = [
+    (255 * level).astype(np.uint8)
+    for level in (
+      v,
+      v * (1 - s),
+      v * _one_minus(s, fraction),
+      v * _one_minus(s, 1 - fraction),
+    )
+  ]
   # The level of each channel, by sector.
   order = ((0, 2, 1, 1, 3, 0), (3, 0, 0, 2, 1, 1), (1, 1, 3, 0, 0, 2))
   channels = [np.choose(sector, [levels[i] for i in each]) for each in order]
-  # OpenCV truncates whole vectors of pixels, 32 with AVX2, but rounds in the
-  # rest of a row. Here all are truncated.
-  return (np.stack(channels, -1) * np.float32(255)).astype(np.uint8)
+  return np.stack(channels, -1)
 
 
 def _one_minus(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -67,10 +67,10 @@ def resize_image(
   columns.weights[:, outside] = [[1 << _BITS], [0]]
   top, bottom = _covered(rows, height)
   left, right = _covered(columns, width)
-  part = pixels[top:bottom, left:right].astype(np.int32)
+  part = pixels[top:bottom, left:right]
   first, second = _clamped(columns, left, right)
-  across = part[:, first] * columns.weights[0][:, None]
-  across += part[:, second] * columns.weights[1][:, None]
+  across = part.take(first, 1) * columns.weights[0][:, None]
+  across += part.take(second, 1) * columns.weights[1][:, None]
   across >>= _DROPPED[0]
   first, second = _clamped(rows, top, bottom)
   total = (across[first] * rows.weights[0][:, None, None]) >> _DROPPED[1]

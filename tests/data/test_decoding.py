@@ -270,3 +270,65 @@ class TestBothDecoders:
       readable += self.compare(bytes(mutated))
     # The set must try both.
     assert 0.3 * count < readable < 0.9 * count
+
+
+class TestUpright:
+  """The image "F" as each EXIF orientation stores it."""
+
+  UPRIGHT = np.kron(
+    [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]], np.ones((8, 8))
+  )
+  # By orientation, from EXIF's definition: which of the upright image's edges
+  # are the stored first row and the stored first column.
+  STORED = (
+    *(lambda x: x, lambda x: x[:, ::-1], lambda x: x[::-1, ::-1]),
+    *(lambda x: x[::-1], lambda x: x.T, lambda x: x.T[::-1]),
+    *(lambda x: x.T[::-1, ::-1], lambda x: x.T[:, ::-1]),
+  )
+
+  def encode(self, orientation: int, file_format: str) -> bytes:
+    stored = self.STORED[orientation - 1](self.UPRIGHT)
+    pixels = np.repeat(stored[..., None] * 255, 3, -1).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    return encode(np.ascontiguousarray(pixels), file_format, exif=exif)
+
+  @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+  @pytest.mark.parametrize("orientation", range(1, 9))
+  def test_every_orientation(self, tmp_path, orientation, file_format):
+    encoded = self.encode(orientation, file_format)
+    image = decoding.decode_upright(encoded)
+    assert image.size == (24, 32)
+    difference = np.asarray(image)[..., 0] / 255 - self.UPRIGHT
+    assert np.abs(difference).mean() < 0.05
+    path = tmp_path / "image"
+    path.write_bytes(encoded)
+    assert decoding.read_upright_size(path) == (32, 24)
+
+  def test_by_the_other_decoder(self):
+    encoded = self.encode(6, "JPEG")
+    np.testing.assert_array_equal(
+      *(
+        np.asarray(decoding.decode_upright(encoded, x))
+        for x in ("pillow", "simplejpeg")
+      )
+    )
+
+  def test_broken_or_odd_metadata_changes_nothing(self):
+    for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff"):
+      encoded = encode(Image.new("RGB", (3, 5)), "JPEG", exif=exif)
+      assert decoding.decode_upright(encoded).size == (3, 5)
+
+  def test_pixels_stay_as_they_are(self):
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    image = decoding.decode_upright(pixels)
+    np.testing.assert_array_equal(np.asarray(image), pixels)
+
+  def test_only_the_header_is_read(self, tmp_path):
+    path = tmp_path / "image"
+    noise = np.random.default_rng(0).integers(0, 256, (99, 70, 3), np.uint8)
+    path.write_bytes(encode(noise, "PNG")[:200])
+    assert decoding.read_upright_size(path) == (99, 70)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not an image of a known format"):
+      decoding.read_upright_size(path)

@@ -52,7 +52,10 @@ def test_digits_stand_out():
 
 
 def test_scenes_are_reproducible_and_differ():
-  one, other = open_scenes("train"), pickle.loads(pickle.dumps(open_scenes("train")))
+  one, other = (
+    open_scenes("train"),
+    pickle.loads(pickle.dumps(open_scenes("train"))),
+  )
   for name in ("image", "labels"):
     np.testing.assert_array_equal(one[5][name], other[5][name])
   assert (one[5]["image"] != one[6]["image"]).any()

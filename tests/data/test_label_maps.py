@@ -122,7 +122,11 @@ def test_deep_values():
       "has the value 3 in 1 pixels: 3 classes have the values 0 to 2,",
     ),
     # What would be the label -1 by its offset is no ignored pixel.
-    (grey(VALUES), {"offset": 1}, "has the value 0 in 2 pixels: 4 classes have"),
+    (
+      grey(VALUES),
+      {"offset": 1},
+      "has the value 0 in 2 pixels: 4 classes have",
+    ),
     (
       grey(VALUES),
       {"size": (3, 2)},
@@ -152,7 +156,8 @@ def test_wrong_maps(labels, settings, message):
 
 @pytest.mark.parametrize("content", [b"", b"<html>", grey(VALUES)[:40]])
 def test_what_cannot_be_decoded_is_unreadable(content):
-  with pytest.raises(Exception) as caught:  # noqa: PT011 (any exception is)
+  message = r"its label map cannot be read: \w"
+  with pytest.raises(ValueError, match=message) as caught:
     read(content)
   assert not isinstance(caught.value, WrongRecordError)
 

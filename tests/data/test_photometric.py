@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from spatial_mamba_jax.data.photometric import (
-  Distortion,
   distort,
   draw_distortion,
   hsv_to_rgb,

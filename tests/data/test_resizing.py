@@ -27,7 +27,9 @@ def test_no_side_vanishes():
   assert rescaled_size((1, 5000), (64, 32)) == (1, 64)
 
 
-@pytest.mark.parametrize(("name", "box"), [("up", (64, 31)), ("down", (64, 13))])
+@pytest.mark.parametrize(
+  ("name", "box"), [("up", (64, 31)), ("down", (64, 13))]
+)
 def test_pixels_equal_the_original(name, box):
   image, labels = AUGMENT["img"], AUGMENT["label"]
   size = rescaled_size(labels.shape, box)

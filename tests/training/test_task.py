@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from spatial_mamba_jax.data import DataConfig, evaluation_batches
+from spatial_mamba_jax.data.sources import LABEL_MAPS
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.report import main as report
@@ -143,3 +144,10 @@ def test_classification_refuses_other_image_channels():
   model = ModelSection(in_channels=4).build()
   with pytest.raises(UserError, match=r"in_channels must be 3 .* got 4"):
     ClassificationConfig().create(model, DataConfig(), mesa_weight=0.0)
+
+
+@pytest.mark.parametrize("name", LABEL_MAPS)
+def test_classification_refuses_label_maps(name):
+  data = DataConfig(name=name)
+  with pytest.raises(UserError, match=f"{name} has label maps, but classif"):
+    ClassificationConfig().create(ModelSection().build(), data, mesa_weight=0.0)
