@@ -1,4 +1,4 @@
-"""The picture of a run's predictions, `examples.png`, which the report shows."""
+"""The picture of a run's predictions, `examples.png`."""
 
 import io
 import pathlib
