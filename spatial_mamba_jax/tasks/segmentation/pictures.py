@@ -93,10 +93,10 @@ def draw_examples(
     for index in chosen
   ]
   width = _sheet_width(_EXAMPLE_WIDTH)
-  height = _LINE + _MARGIN + sum(each.height + _LINE for each in drawn)
+  height = 2 * _LINE + sum(each.height + _LINE for each in drawn)
   sheet = Image.new("RGB", (width, height), _WHITE)
   _write(sheet, (_MARGIN, _MARGIN), _fitting(title, width - 2 * _MARGIN))
-  top = _LINE + _MARGIN
+  top = 2 * _LINE
   for each in drawn:
     sheet.paste(each, (0, top))
     top += each.height + _LINE
@@ -120,7 +120,7 @@ def draw_example(
   names = [_short(name) for name in classes]
   counts = PixelCounts.of(example.maps, len(names))
   panels = _panels(example, names, palette, width)
-  errors = f"wrong: {1 - counts.pixel_accuracy:.1%} of the pixels"
+  errors = f"wrong, striped: {1 - counts.pixel_accuracy:.1%}"
   captions = (
     "image" if example.photo else "image: cannot be read",
     "label",
@@ -177,10 +177,10 @@ def _draw_map(
   labels: np.ndarray, names: Sequence[str], palette: np.ndarray
 ) -> Image.Image:
   """Draws classes in their colours, with outlines and names."""
-  colours = palette[labels]
-  colours[_is_outline(labels)] //= 2
-  colours = np.where((labels == IGNORED)[..., None], _squares(labels), colours)
-  panel = Image.fromarray(colours.astype(np.uint8))
+  pixels = palette[labels]
+  pixels[_is_outline(labels)] //= 2
+  _draw_squares(pixels, labels == IGNORED)
+  panel = Image.fromarray(pixels)
   for text, corner in _name_places(labels, names):
     _write(panel, corner, text, fill=_WHITE, stroke_width=2, stroke_fill=_BLACK)
   return panel
@@ -188,21 +188,24 @@ def _draw_map(
 
 def _draw_errors(photo: Image.Image, maps: LabelMaps) -> Image.Image:
   """Draws stripes where the prediction is wrong, on the pale image."""
-  pale = 160 + np.asarray(photo.convert("L"), np.int32)[..., None] * 3 // 8
-  row, column = np.indices(maps.label.shape)
-  is_dark = (row + column) % _STRIPES < _STRIPES // 2
-  stripes = np.where(is_dark[..., None], _BLACK, _YELLOW)
-  is_wrong = (maps.predicted != maps.label)[..., None]
-  pixels = np.where(is_wrong, stripes, pale)
-  is_ignored = (maps.label == IGNORED)[..., None]
-  pixels = np.where(is_ignored, _squares(maps.label), pixels)
-  return Image.fromarray(pixels.astype(np.uint8))
+  pale = photo.convert("L").point(lambda grey: 160 + grey * 3 // 8)
+  pixels = np.array(pale.convert("RGB"))
+  is_dark = (
+    sum(np.ogrid[: pale.height, : pale.width]) % _STRIPES < _STRIPES // 2
+  )
+  is_wrong = maps.predicted != maps.label
+  pixels[is_wrong & is_dark] = _BLACK
+  pixels[is_wrong & ~is_dark] = _YELLOW
+  _draw_squares(pixels, maps.label == IGNORED)
+  return Image.fromarray(pixels)
 
 
-def _squares(labels: np.ndarray) -> np.ndarray:
-  """Returns the pattern for pixels without a label: [H, W, 1]."""
-  row, column = np.indices(labels.shape) // _SQUARE
-  return np.where((row + column) % 2, 255, 205)[..., None]
+def _draw_squares(pixels: np.ndarray, where: np.ndarray) -> None:
+  """Draws the pattern of pixels without a label, in place."""
+  row, column = np.ogrid[: where.shape[0], : where.shape[1]]
+  is_dark = (row // _SQUARE + column // _SQUARE) % 2 == 0
+  pixels[where] = 255
+  pixels[where & is_dark] = 205
 
 
 def _is_outline(labels: np.ndarray) -> np.ndarray:
@@ -263,13 +266,14 @@ def _legend(
   for label, _ in present[:_LEGEND_CLASSES]:
     iou = counts.iou[label]
     share = "" if np.isnan(iou) else f" {iou:.0%}"
-    colour = np.broadcast_to(palette[label], (_LETTERS, _LETTERS, 3))
-    entries.append((names[label] + share, colour))
+    sample = np.full((_LETTERS, _LETTERS, 3), palette[label])
+    entries.append((names[label] + share, sample))
   if (hidden := len(present) - _LEGEND_CLASSES) > 0:
     entries.append((f"and {hidden} more", None))
   if (maps.label == IGNORED).any():
-    squares = _squares(np.zeros((_LETTERS, _LETTERS)))
-    entries.append(("no label", np.repeat(squares, 3, axis=-1)))
+    sample = np.zeros((_LETTERS, _LETTERS, 3), np.uint8)
+    _draw_squares(sample, np.full(sample.shape[:2], True))
+    entries.append(("no label", sample))
   return _flow(entries, width)
 
 
@@ -288,7 +292,7 @@ def _flow(
   drawn = Image.new("RGB", (width, top + _LINE), _WHITE)
   for (text, sample), (left, top, shift) in zip(entries, places, strict=True):
     if sample is not None:
-      square = Image.fromarray(sample.astype(np.uint8))
+      square = Image.fromarray(sample)
       drawn.paste(square, (left, top + (_LINE - _LETTERS) // 2))
     _write(drawn, (left + shift, top), text)
   return drawn

@@ -4,6 +4,7 @@ This is a module of its own, because it needs Pillow and matplotlib.
 """
 
 import collections
+import concurrent.futures
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,7 @@ from spatial_mamba_jax.tasks.tables import write_csv
 # Most colours of a PNG file's palette.
 _PALETTE_COLOURS = 256
 # Width of each of the four panels of a picture, in pixels.
-_WIDTH = 640
+_WIDTH = 512
 # Most bytes of a part of a path, which leave room for an index and a suffix.
 _PART_BYTES = 200
 # Printable characters that some file systems or shells take for their own, and
@@ -62,18 +63,19 @@ def write_predictions(
   rows = _class_rows(counts, source.classes)
   write_csv(directory / "per_class.csv", rows)
   stems = file_stems([source.name(index) for index in range(len(source))])
-  for index in maps.indices:
+
+  def write(index: int) -> None:
     example = read_example(source, maps, index)
-    picture = draw_example(example, source.classes, source.palette, _WIDTH)
     label_map = _map_image(example.maps.predicted, source.palette)
     _save(label_map, directory / "maps" / f"{stems[index]}{_MAP}")
+    picture = draw_example(example, source.classes, source.palette, _WIDTH)
+    path = directory / "overlays" / f"{stems[index]}{_PICTURE}"
     # Without subsampling, which would blur the edges of classes.
-    _save(
-      picture,
-      directory / "overlays" / f"{stems[index]}{_PICTURE}",
-      quality=85,
-      subsampling=0,
-    )
+    _save(picture, path, quality=80, subsampling=0)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for _ in pool.map(write, maps.indices):
+      pass  # Raises what `write` raised.
 
 
 def file_stems(names: Sequence[str]) -> list[str]:
