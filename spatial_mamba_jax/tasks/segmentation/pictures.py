@@ -34,8 +34,9 @@ from spatial_mamba_jax.tasks.segmentation.evaluation import (
 _EXAMPLES, _EXAMPLE_WIDTH = 4, 400
 # Greatest height of a panel, in widths.
 _MAX_ASPECT = 1.5
-# Size of the letters, height of a line of text, and margin, in pixels.
-_LETTERS, _LINE, _MARGIN = 22, 32, 8
+# Size of the letters, height of a line of text, margin, and width of the
+# outline of letters in a label map, in pixels.
+_LETTERS, _LINE, _MARGIN, _OUTLINE = 22, 32, 8, 2
 # Most classes in a legend, and most letters of a class's name.
 _LEGEND_CLASSES, _NAME_LETTERS = 24, 24
 # Side of the map in which places for names are searched, in pixels.
@@ -102,7 +103,7 @@ def draw_examples(
     top += each.height + _LINE
   information, file = PngInfo(), io.BytesIO()
   information.add_itxt("Title", one_line(title))
-  sheet.save(file, "PNG", pnginfo=information, optimize=True)
+  sheet.save(file, "PNG", pnginfo=information)
   return file.getvalue()
 
 
@@ -182,7 +183,14 @@ def _draw_map(
   _draw_squares(pixels, labels == IGNORED)
   panel = Image.fromarray(pixels)
   for text, corner in _name_places(labels, names):
-    _write(panel, corner, text, fill=_WHITE, stroke_width=2, stroke_fill=_BLACK)
+    _write(
+      panel,
+      corner,
+      text,
+      fill=_WHITE,
+      stroke_width=_OUTLINE,
+      stroke_fill=_BLACK,
+    )
   return panel
 
 
@@ -190,9 +198,8 @@ def _draw_errors(photo: Image.Image, maps: LabelMaps) -> Image.Image:
   """Draws stripes where the prediction is wrong, on the pale image."""
   pale = photo.convert("L").point(lambda grey: 160 + grey * 3 // 8)
   pixels = np.array(pale.convert("RGB"))
-  is_dark = (
-    sum(np.ogrid[: pale.height, : pale.width]) % _STRIPES < _STRIPES // 2
-  )
+  row, column = np.ogrid[: pale.height, : pale.width]
+  is_dark = (row + column) % _STRIPES < _STRIPES // 2
   is_wrong = maps.predicted != maps.label
   pixels[is_wrong & is_dark] = _BLACK
   pixels[is_wrong & ~is_dark] = _YELLOW
@@ -227,15 +234,16 @@ def _name_places(
   step = max(1, max(height, width) // _SEARCH_SIDE)
   small = np.pad(labels[::step, ::step], 1, constant_values=IGNORED)
   taken: list[tuple[float, float, float, float]] = []
-  for label, _ in _by_area(small):
+  for label in _by_area(small):
     distances = ndimage.distance_transform_edt(small == label)
     radius = step * distances.max()
     row, column = np.unravel_index(distances.argmax(), small.shape)
     text_width = _font().getlength(names[label])
-    if radius < 0.6 * _LETTERS or text_width > min(3 * radius, width):
+    room = width - text_width - 2 * _OUTLINE, height - _LINE
+    if radius < 0.6 * _LETTERS or text_width > 3 * radius or min(room) < 0:
       continue
-    left = min(max(0, step * (column - 1) - text_width / 2), width - text_width)
-    top = min(max(0, step * (row - 1) - _LINE / 2), height - _LINE)
+    left = min(max(0, step * (column - 1) - text_width / 2), room[0]) + _OUTLINE
+    top = min(max(0, step * (row - 1) - _LINE / 2), room[1])
     box = left, top, left + text_width, top + _LINE
     if not any(_overlap(box, other) for other in taken):
       taken.append(box)
@@ -246,11 +254,10 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
   return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _by_area(labels: np.ndarray) -> list[tuple[int, int]]:
-  """Returns (class, number of pixels) of the classes present, largest first."""
-  counts = np.bincount(labels[labels != IGNORED])
-  order = np.argsort(-counts, kind="stable")
-  return [(int(label), int(counts[label])) for label in order if counts[label]]
+def _by_area(labels: np.ndarray) -> list[int]:
+  """Returns the classes present, the largest first."""
+  present, counts = np.unique(labels[labels != IGNORED], return_counts=True)
+  return present[np.argsort(-counts, kind="stable")].tolist()
 
 
 def _legend(
@@ -262,8 +269,8 @@ def _legend(
 ) -> Image.Image:
   """Draws the colours, names and IoU of the classes in an image."""
   present = _by_area(np.stack(maps))
-  entries = [("IoU in this image:", None)]
-  for label, _ in present[:_LEGEND_CLASSES]:
+  entries: list[tuple[str, np.ndarray | None]] = [("IoU in this image:", None)]
+  for label in present[:_LEGEND_CLASSES]:
     iou = counts.iou[label]
     share = "" if np.isnan(iou) else f" {iou:.0%}"
     sample = np.full((_LETTERS, _LETTERS, 3), palette[label])
