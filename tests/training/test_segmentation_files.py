@@ -124,9 +124,9 @@ def test_table_of_classes(tmp_path):
     assert int(row["label"]) == label
     assert int(row["labelled"]) == counts.labelled[label]
     assert int(row["predicted"]) == counts.predicted[label]
-    if label < 11:
-      assert float(row["iou"]) == counts.iou[label]
-      assert float(row["accuracy"]) == counts.accuracy[label]
+    for name in ("iou", "accuracy"):
+      share = getattr(counts, name)[label]
+      assert row[name] == ("" if np.isnan(share) else repr(float(share)))
   # Class 12 is predicted only; class 11 is absent.
   assert (rows[11]["iou"], rows[11]["accuracy"]) == ("", "")
   assert (float(rows[12]["iou"]), rows[12]["accuracy"]) == (0, "")
@@ -251,7 +251,7 @@ def test_a_legend_of_many_classes_is_cut():
   labels = np.arange(150, dtype=np.int16).reshape(10, 15)
   maps = LabelMaps(labels, labels)
   names = tuple(f"class {i}" for i in range(150))
-  assert draw(maps, None, names, 400).height < 900
+  assert draw(maps, None, names, 400).height < 1100
 
 
 def test_picture_of_examples():
@@ -262,16 +262,16 @@ def test_picture_of_examples():
   source.read.clear()
   png = meter.picture("After step 1,200")
   assert source.read == [0, 2, 4, 7]
-  assert len(png) < 2**20
+  assert len(png) < 2**21
   with Image.open(io.BytesIO(png)) as image:
     assert image.format == "PNG"
     assert image.info["Title"] == "After step 1,200"
     assert image.width < 1000
     assert image.height > 4 * 400
   assert meter.picture("After step 1,200") == png
-  # An image that vanishes after the evaluation is left out.
-  again = dataclasses.replace(source, broken=(2,))
-  assert meter_of(again).picture("") != png
+  # An image may vanish after the evaluation.
+  object.__setattr__(source, "broken", (2,))
+  assert meter.picture("After step 1,200") != png
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

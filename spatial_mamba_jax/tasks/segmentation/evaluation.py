@@ -74,7 +74,7 @@ class PixelCounts:
   @property
   def pixel_accuracy(self) -> float:
     """Share of all labelled pixels; NaN if there are none."""
-    return float(_shares(self.intersection.sum(), self.labelled.sum()))
+    return self.intersection.sum() / (self.labelled.sum() or np.nan)
 
 
 class PackedMaps:
@@ -170,9 +170,9 @@ class SegmentationMeter:
 
 
 def _shares(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-  """Divides counts; returns NaN where the divisor is 0."""
+  """Divides counts; returns NaN where both are 0."""
   with np.errstate(invalid="ignore"):
-    return np.divide(part, whole)
+    return part / whole
 
 
 def _mean(values: np.ndarray) -> float:

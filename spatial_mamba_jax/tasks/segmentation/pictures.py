@@ -239,11 +239,12 @@ def _name_places(
     radius = step * distances.max()
     row, column = np.unravel_index(distances.argmax(), small.shape)
     text_width = _font().getlength(names[label])
-    room = width - text_width - 2 * _OUTLINE, height - _LINE
+    room = width - text_width - 2 * _OUTLINE, float(height - _LINE)
     if radius < 0.6 * _LETTERS or text_width > 3 * radius or min(room) < 0:
       continue
-    left = min(max(0, step * (column - 1) - text_width / 2), room[0]) + _OUTLINE
-    top = min(max(0, step * (row - 1) - _LINE / 2), room[1])
+    left = step * (column - 1) - text_width / 2
+    left = min(max(0.0, left), room[0]) + _OUTLINE
+    top = min(max(0.0, step * (row - 1) - _LINE / 2), room[1])
     box = left, top, left + text_width, top + _LINE
     if not any(_overlap(box, other) for other in taken):
       taken.append(box)

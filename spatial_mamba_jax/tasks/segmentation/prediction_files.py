@@ -33,9 +33,9 @@ _PALETTE_COLOURS = 256
 _WIDTH = 512
 # Most bytes of a part of a path, which leave room for an index and a suffix.
 _PART_BYTES = 200
-# Printable characters that some file systems or shells take for their own, and
-# the two that `file_stems` writes itself.
-_RESERVED = frozenset('\\:*?"<>|$`%~')
+# Printable characters that some file system reserves, and the two that
+# `file_stems` writes itself.
+_RESERVED = frozenset('\\:*?"<>|%~')
 _MAP, _PICTURE = ".png", ".jpg"
 
 
