@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from spatial_mamba_jax.report import draw, main, read_run
 from spatial_mamba_jax.tasks.classification.panels import COLUMNS, PANELS
@@ -62,12 +63,14 @@ class Page(html.parser.HTMLParser):
   def __init__(self, text):
     super().__init__()
     self.tags, self.sources, self.rows = [], [], []
+    self.alternatives = []
     self.text, self._in_cell = "", False
     self.feed(text)
 
   def handle_starttag(self, tag, attrs):
     self.tags.append(tag)
     self.sources += [value for name, value in attrs if name in ("src", "href")]
+    self.alternatives += [value for name, value in attrs if name == "alt"]
     if tag == "tr":
       self.rows.append([])
     if tag in ("td", "th"):
@@ -196,6 +199,36 @@ def test_where_the_time_went(tmp_path, capsys):
   assert "Saves: 2 of 2 MB. On average a save blocks training" in page.text
   assert "for 0.6 s and is on disk after 5 s." in page.text
   assert "1 lines of goodput.jsonl are damaged and left out." in page.text
+
+
+def page_of(workdir):
+  assert main([str(workdir)]) == 0
+  return Page((workdir / "report.html").read_text())
+
+
+def test_predictions_are_shown(tmp_path, capsys):
+  write(tmp_path, [train(10), evaluation(10, 0.6)])
+  title = 'After step 10, <b>"&'
+  info = PngInfo()
+  info.add_itxt("Title", title)
+  path = tmp_path / "examples.png"
+  Image.new("RGB", (30, 20)).save(path, pnginfo=info)
+  page = page_of(tmp_path)
+  encoded = base64.b64encode(path.read_bytes()).decode()
+  assert page.sources[1:] == [f"data:image/png;base64,{encoded}"]
+  assert page.alternatives[1] == "Examples with their labels and predictions"
+  assert title in page.text
+  assert "b" not in page.tags
+  assert "left out" not in page.text
+
+
+def test_a_damaged_picture_of_predictions_is_left_out(tmp_path, capsys):
+  write(tmp_path, [train(10)])
+  (tmp_path / "examples.png").write_bytes(b"GIF89a")
+  page = page_of(tmp_path)
+  assert len(page.sources) == 1
+  assert "examples.png is damaged, and is left out." in page.text
+  assert "figure" not in page.tags
 
 
 def test_a_run_of_a_version_before_tasks(tmp_path, capsys):

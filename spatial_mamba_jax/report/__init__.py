@@ -2,9 +2,9 @@
 
   python -m spatial_mamba_jax.report WORKDIR
 
-reads `metrics.jsonl`, `run.json` and `goodput.jsonl`, and writes
-`WORKDIR/report.png` and `WORKDIR/report.html`, which has the picture in it. The
-run may still be going on.
+reads `metrics.jsonl`, `run.json`, `goodput.jsonl` and `examples.png`. It writes
+`WORKDIR/report.png` and `WORKDIR/report.html`, which has both pictures in it.
+The run may still be going on.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from spatial_mamba_jax.report.run_log import RunLog, to_float
+from spatial_mamba_jax.training.example_file import ExamplePicture
 from spatial_mamba_jax.training.goodput import PARTS, Goodput, duration
 
 
@@ -18,17 +19,16 @@ def page(run: RunLog, png: bytes) -> str:
 
   Args:
     run: the log.
-    png: the picture, which the page contains.
+    png: the picture of the curves, which the page contains.
   """
-  picture = base64.b64encode(png).decode()
   sections = [
     f"<h1>{_escape(run.name)}</h1>",
     *(f"<p class=note>{_escape(note)}</p>" for note in run.notes),
     f"<p>{_escape(_progress(run))}</p>",
     _evaluations(run),
     *_time(run.goodput),
-    f'<img alt="Curves of the run, by step" '
-    f'src="data:image/png;base64,{picture}">',
+    _image(png, "Curves of the run, by step"),
+    *_examples(run.examples),
     "<h2>Description</h2>",
     _table(("", ""), _description_rows(run.description)),
   ]
@@ -49,6 +49,8 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
 h1 {{ font-size: 1.5rem; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
 img {{ width: 100%; height: auto; }}
+figure {{ margin: 0; }}
+figcaption {{ font-size: .875rem; }}
 div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .875rem;
   font-variant-numeric: tabular-nums; }}
@@ -169,6 +171,21 @@ def _time(goodput: Goodput | None) -> Iterator[str]:
       f" On average a save blocks training for {duration(blocked)} and is on"
       f" disk after {duration(durable)}.</p>"
     )
+
+
+def _examples(examples: ExamplePicture | None) -> Iterator[str]:
+  """Yields a picture of predictions, with its title as the caption."""
+  if examples is None:
+    return
+  yield "<h2>Predictions</h2>"
+  image = _image(examples.png, "Examples with their labels and predictions")
+  caption = f"<figcaption>{_escape(examples.title)}</figcaption>"
+  yield f"<figure>{image}{caption}</figure>"
+
+
+def _image(png: bytes, description: str) -> str:
+  data = base64.b64encode(png).decode()
+  return f'<img alt="{description}" src="data:image/png;base64,{data}">'
 
 
 def _description_rows(description: dict[str, Any]) -> list[tuple[str, str]]:

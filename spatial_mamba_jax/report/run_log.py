@@ -10,6 +10,10 @@ from typing import Any
 from spatial_mamba_jax.fields import FLOAT32_MAX, INT32_MAX
 from spatial_mamba_jax.tasks.base import Column, Line, Panel
 from spatial_mamba_jax.tasks.classification import panels as classification
+from spatial_mamba_jax.training.example_file import (
+  ExamplePicture,
+  read_examples,
+)
 from spatial_mamba_jax.training.goodput import Goodput, read_goodput
 
 # Maximum length of a column's format; ".2%" has three characters. A longer one
@@ -40,6 +44,7 @@ class RunLog:
     task: how to show the task of the run.
     goodput: where the time went; None where `goodput.jsonl` is missing.
     notes: sentences about damaged or missing files.
+    examples: a picture of predictions; None where there is none.
   """
 
   name: str
@@ -48,6 +53,7 @@ class RunLog:
   task: TaskReport
   goodput: Goodput | None
   notes: list[str]
+  examples: ExamplePicture | None
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
     """Returns the records of one kind."""
@@ -70,7 +76,7 @@ class RunLog:
 
 
 def read_run(workdir: pathlib.Path) -> RunLog:
-  """Reads `metrics.jsonl`, `run.json` and `goodput.jsonl`.
+  """Reads `metrics.jsonl`, `run.json`, `goodput.jsonl` and `examples.png`.
 
   Raises:
     ValueError: there is nothing to draw.
@@ -104,9 +110,14 @@ def read_run(workdir: pathlib.Path) -> RunLog:
     notes.append(
       f"{goodput.damaged} lines of goodput.jsonl are damaged and left out."
     )
+  try:
+    examples = read_examples(workdir)
+  except ValueError as error:
+    notes.append(f"{error}, and is left out.")
+    examples = None
   records.sort(key=lambda record: record["step"])
   name = workdir.resolve().name.encode(errors="replace").decode()
-  return RunLog(name, records, description, task, goodput, notes)
+  return RunLog(name, records, description, task, goodput, notes, examples)
 
 
 def _read_task(description: Any) -> TaskReport:

@@ -97,6 +97,28 @@ class Meter(Protocol):
     ...
 
 
+@runtime_checkable
+class PictureMeter(Meter, Protocol):
+  """A meter that can draw a few of its predictions.
+
+  Training keeps the newest picture, and the report shows it.
+  """
+
+  def picture(self, title: str) -> bytes:
+    """Draws the predictions for a few records of the source.
+
+    Which records depends on the source alone, so that the pictures of two
+    evaluations can be compared.
+
+    Args:
+      title: states the weights; it is drawn, too.
+
+    Returns:
+      A PNG file of at most a few MB, whose metadata have `title` as "Title".
+    """
+    ...
+
+
 class Line(NamedTuple):
   """A line of a panel: one logged value over time.
 

@@ -23,6 +23,7 @@ from spatial_mamba_jax.training.compiled_step import compile_step, load_step
 from spatial_mamba_jax.training.config import TrainConfig
 from spatial_mamba_jax.training.description import write_description
 from spatial_mamba_jax.training.evaluation import Measured, evaluate
+from spatial_mamba_jax.training.example_file import write_examples
 from spatial_mamba_jax.training.experiment import (
   check_same_experiment,
   describe,
@@ -379,6 +380,9 @@ class _Trainer:
     self, found: dict[str, Measured], step: int
   ) -> Evaluation:
     evaluation, raw = found["ema"].evaluation, found["raw"].evaluation
+    # First, so that a run that fails to write it repeats the evaluation.
+    if not jax.process_index():
+      write_examples(self.workdir, found["ema"].meter, step)
     self.writer.write(step, "evaluation", evaluation.values)
     self.writer.write(step, "evaluation_raw", raw.values)
     self.checkpoints.add_evaluation(step, evaluation)

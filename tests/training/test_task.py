@@ -95,7 +95,11 @@ def test_a_second_task_trains_resumes_and_reports(pixels, tmp_path, capsys):
   assert "training_images was 24 and is 25" in err.splitlines()[-1]
 
   assert report([str(whole)]) == 0
-  assert "mIoU" in (whole / "report.html").read_text()
+  page = (whole / "report.html").read_text()
+  assert "mIoU" in page
+  assert "Predictions of the moving average after step 14<" in page
+  pictures = [x / "examples.png" for x in (whole, broken)]
+  assert pictures[0].read_bytes() == pictures[1].read_bytes()
   assert [x.title for x in read_run(whole).task.panels] == [
     *("Mean IoU", "Pixels")
   ]

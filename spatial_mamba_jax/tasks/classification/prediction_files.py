@@ -3,7 +3,6 @@
 This is a module of its own, because it needs matplotlib.
 """
 
-import csv
 import pathlib
 import warnings
 from collections.abc import Iterable, Sequence
@@ -15,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from spatial_mamba_jax.data import LabelledSource
-from spatial_mamba_jax.errors import naming
 from spatial_mamba_jax.tasks.classification.evaluation import Predictions
+from spatial_mamba_jax.tasks.tables import write_csv
 
 # Most classes for which names, and counts, are legible in the figure.
 _NAMED_CLASSES = 50
@@ -42,8 +41,8 @@ def write_predictions(
   names = [source.name(index) for index in range(len(source))]
   classes = source.classes
   rows = _image_rows(predictions, names, classes)
-  _write_csv(directory / "predictions.csv", rows)
-  _write_csv(directory / "per_class.csv", _class_rows(predictions, classes))
+  write_csv(directory / "predictions.csv", rows)
+  write_csv(directory / "per_class.csv", _class_rows(predictions, classes))
   figure = confusion_figure(predictions, classes, directory.name)
   with warnings.catch_warnings():
     # Matplotlib draws a box for a letter that its font lacks.
@@ -161,12 +160,3 @@ def _class_rows(
   for label, (name, count) in enumerate(zip(classes, images, strict=True)):
     shares = [hit[label] / count if count else "" for hit in hits]
     yield (label, name, count, *shares)
-
-
-def _write_csv(path: pathlib.Path, rows: Iterable[Sequence[Any]]) -> None:
-  # A file's name may not be UTF-8: `surrogateescape` writes its bytes.
-  with (
-    naming(path),
-    path.open("w", -1, "utf-8", "surrogateescape", newline="") as file,
-  ):
-    csv.writer(file).writerows(rows)
