@@ -1,6 +1,7 @@
 """Segmentation trains and predicts as mmsegmentation does."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Toy(nnx.Module):
 
     dims = (4, 4, 8, 12, 16)
     self.stem = conv(3, 4)
-    self.stages = nnx.List([conv(a, b) for a, b in zip(dims, dims[1:])])
+    self.stages = nnx.List([conv(a, b) for a, b in itertools.pairwise(dims)])
     self.decode_head = UPerHead(
       dims[1:], 8, 7, dropout_rate=0.0, dtype="float64", rngs=rngs
     )

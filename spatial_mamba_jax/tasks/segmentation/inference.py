@@ -38,7 +38,7 @@ class Windows(NamedTuple):
 
 def predict_views(
   head: Head,
-  views: Sequence[Float[Array, "B h w 3"]],
+  views: Sequence[Float[Array, "B _ _ 3"]],
   sizes: Int[Array, "B 2"],
   height: int,
   width: int,
