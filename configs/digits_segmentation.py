@@ -25,14 +25,15 @@ def get_config() -> TrainConfig:
       head_channels=32,
       auxiliary_channels=16,
       # Scenes keep about their size: digits have one.
-      box=(128, 96),
-      box_ratio=(0.9, 1.2),
+      box=(96, 64),
+      box_ratio=(1.0, 1.2),
+      distortion_probability=0.0,
       max_class_share=1.0,
     ),
     model=ModelSection(name="spatial_mamba_micro", drop_path_rate=0.05),
     data=DataConfig(
       name="digit_scenes",
-      image_size=96,
+      image_size=64,
       flip_probability=0.0,  # A mirrored digit may be another one.
     ),
     optimizer=OptimizerConfig(

@@ -18,13 +18,13 @@ _CLASSES = ("ground", *"0123456789")
 _NUM_SCENES = {"train": 600, "validation": 100}
 # Heights and widths of a split's scenes, in turn.
 _SIZES = {
-  "train": ((96, 96),),
-  "validation": ((96, 96), (96, 128), (112, 96)),
+  "train": ((64, 64),),
+  "validation": ((64, 64), (64, 96), (80, 64)),
 }
 # Least and greatest number of digits to draw, and range of a digit's height in
 # pixels and of its width / height.
-_COUNT = (3, 5)
-_HEIGHT = (32, 48)
+_COUNT = (1, 3)
+_HEIGHT = (32, 44)
 _ASPECT = (0.85, 1.15)
 # Most draws of a digit's position, and greatest share of its pixels that may
 # cover other digits.
