@@ -196,9 +196,9 @@ def _draw_map(
 
 def _draw_errors(photo: Image.Image, maps: LabelMaps) -> Image.Image:
   """Draws stripes where the prediction is wrong, on the pale image."""
-  pale = photo.convert("L").point(lambda grey: 160 + grey * 3 // 8)
-  pixels = np.array(pale.convert("RGB"))
-  row, column = np.ogrid[: pale.height, : pale.width]
+  pale = 160 + np.asarray(photo.convert("L")) // 8 * 3
+  pixels = np.repeat(pale[..., None], 3, axis=-1)
+  row, column = np.ogrid[: photo.height, : photo.width]
   is_dark = (row + column) % _STRIPES < _STRIPES // 2
   is_wrong = maps.predicted != maps.label
   pixels[is_wrong & is_dark] = _BLACK
@@ -235,9 +235,9 @@ def _name_places(
   small = np.pad(labels[::step, ::step], 1, constant_values=IGNORED)
   taken: list[tuple[float, float, float, float]] = []
   for label in _by_area(small):
-    distances = ndimage.distance_transform_edt(small == label)
-    radius = step * distances.max()
-    row, column = np.unravel_index(distances.argmax(), small.shape)
+    distances = np.asarray(ndimage.distance_transform_edt(small == label))
+    radius = step * float(distances.max())
+    row, column = divmod(int(distances.argmax()), small.shape[1])
     text_width = _font().getlength(names[label])
     room = width - text_width - 2 * _OUTLINE, float(height - _LINE)
     if radius < 0.6 * _LETTERS or text_width > 3 * radius or min(room) < 0:
