@@ -161,7 +161,8 @@ class SegmentationExamples:
       height, width = label.get(views, size)
       label[views] = max(height, size[0]), max(width, size[1])
     if not indices:
-      views, label_size = self._shapes((self.data.image_size,) * 2)
+      side = self.data.image_size
+      views, label_size = self._shapes((side, side))
       indices[views], label[views] = [], label_size
     order = sorted(indices, key=lambda views: (-_pixels(views), views))
     indices[order[0]] += unreadable
