@@ -40,22 +40,17 @@ class Distortion:
 
 def draw_distortion(rng: np.random.Generator, probability: float) -> Distortion:
   """Draws each step with this probability, and the order with 1/2."""
-
-  def is_drawn() -> bool:
-    return bool(rng.random() < probability)
-
-  def factor() -> float | None:
-    return float(rng.uniform(*_FACTOR)) if is_drawn() else None
-
-  brightness = (
-    float(rng.uniform(-_BRIGHTNESS, _BRIGHTNESS)) if is_drawn() else None
-  )
+  brightness = _maybe_uniform(rng, probability, -_BRIGHTNESS, _BRIGHTNESS)
   contrast_first = bool(rng.integers(2))
-  contrast = factor() if contrast_first else None
-  saturation = factor()
-  hue = int(rng.integers(-_HUE, _HUE)) if is_drawn() else None
+  contrast = None
+  if contrast_first:
+    contrast = _maybe_uniform(rng, probability, *_FACTOR)
+  saturation = _maybe_uniform(rng, probability, *_FACTOR)
+  hue = None
+  if rng.random() < probability:
+    hue = int(rng.integers(-_HUE, _HUE))
   if not contrast_first:
-    contrast = factor()
+    contrast = _maybe_uniform(rng, probability, *_FACTOR)
   return Distortion(brightness, contrast, saturation, hue, contrast_first)
 
 
@@ -77,6 +72,12 @@ def distort(image: np.ndarray, distortion: Distortion) -> np.ndarray:
   if contrast is not None and not distortion.contrast_first:
     image = _linear(factor=contrast).take(image)
   return image
+
+
+def _maybe_uniform(
+  rng: np.random.Generator, probability: float, low: float, high: float
+) -> float | None:
+  return float(rng.uniform(low, high)) if rng.random() < probability else None
 
 
 def _linear(factor: float = 1.0, offset: float = 0.0) -> np.ndarray:

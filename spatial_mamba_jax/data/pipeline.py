@@ -122,6 +122,7 @@ def evaluation_batches(
   config.validate()
   examples = _checked(examples or _labelled_images(source, config))
   rows = range(batch_size) if rows is None else rows
+  workers.ignore_pillow_warnings()  # Groups may need the images' headers.
   groups = (
     examples.groups(source)
     if isinstance(examples, GroupedExamples)

@@ -72,11 +72,11 @@ class Slot(NamedTuple):
 
   Attributes:
     group: the number of the batch's group.
-    index: the index of a record; beyond the source's end for padding.
+    record: the index of a record; beyond the source's end for padding.
   """
 
   group: int
-  index: int
+  record: int
 
 
 class EvaluationSlots:
@@ -139,7 +139,7 @@ class EvaluationReader:
 
   def __call__(self, slot: Slot) -> dict[str, Any]:
     """Returns an example with all arrays of `RESERVED`."""
-    index, examples = slot.index, self.examples[slot.group]
+    index, examples = slot.record, self.examples[slot.group]
     is_padding = index >= len(self.source)
     outcome = (
       _Outcome(examples.blank(train=False))

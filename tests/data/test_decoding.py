@@ -314,6 +314,7 @@ class TestUpright:
       )
     )
 
+  @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")
   def test_broken_or_odd_metadata_changes_nothing(self):
     for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff"):
       encoded = encode(Image.new("RGB", (3, 5)), "JPEG", exif=exif)

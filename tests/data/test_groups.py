@@ -83,10 +83,9 @@ def test_every_record_once_in_batches_of_one_group(batch_size):
   assert padding == list(range(13, batch_size * len(batches)))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_processes_read_rows_of_the_same_batches(num_workers):
+def test_processes_read_rows_of_the_same_batches():
   expected = read(4)
-  for rows in ([0, 3], [1], [2]):
+  for rows, num_workers in (([0, 3], 0), ([1], 0), ([2], 0), ([0, 3], 2)):
     part = read(4, rows, num_workers=num_workers)
     assert len(part) == len(expected)
     for one, whole in zip(part, expected, strict=True):

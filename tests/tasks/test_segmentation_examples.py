@@ -227,13 +227,13 @@ class TestTraining:
     np.testing.assert_array_equal(plain["label"], distorted["label"])
     assert (plain["image"] != distorted["image"]).mean() > 0.5
 
-  def test_resumes_in_workers(self):
+  def test_resumes(self):
     config = DataConfig(name="digit_scenes", image_size=64)
     source = open_source(config, "train")
     task = SegmentationConfig(num_classes=11, box=(96, 96))
     examples = SegmentationExamples(task, config)
     taken = []
-    for config.num_workers, start in ((0, 0), (0, 2), (2, 2)):
+    for config.num_threads, start in ((2, 0), (2, 2), (1, 2)):
       with train_batches(
         source,
         config,
@@ -348,10 +348,9 @@ class TestEvaluation:
     assert group.indices.tolist() == [0, 1]
     assert group.examples.blank(train=False)["label"].shape == (16, 16)
 
-  @pytest.mark.parametrize("num_workers", [0, 1])
-  def test_batches(self, num_workers):
+  def test_batches(self):
     source = Images(*self.SIZES)
-    config = DataConfig(max_unreadable_share=0.5, num_workers=num_workers)
+    config = DataConfig(max_unreadable_share=0.5)
     seen = []
     examples = self.examples()
     with evaluation_batches(

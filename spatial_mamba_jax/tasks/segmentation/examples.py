@@ -161,7 +161,8 @@ class SegmentationExamples:
       height, width = label.get(views, size)
       label[views] = max(height, size[0]), max(width, size[1])
     if not indices:
-      views, label_size = self._shapes((self.data.image_size,) * 2)
+      side = self.data.image_size
+      views, label_size = self._shapes((side, side))
       indices[views], label[views] = [], label_size
     order = sorted(indices, key=lambda views: (-_pixels(views), views))
     indices[order[0]] += unreadable
@@ -211,29 +212,29 @@ def draw_crop(
   Returns:
     The crop; the last one drawn, if none is accepted.
   """
-  height, width = min(side, size[0]), min(side, size[1])
-
-  def draw() -> Window:
-    top = int(rng.integers(size[0] - height + 1))
-    left = int(rng.integers(size[1] - width + 1))
-    return Window(top, left, height, width)
-
-  window = draw()
+  window = _draw_window(size, side, rng)
   if max_class_share >= 1:
     return window
   for _ in range(_REDRAWS):
     if _is_varied(resize_labels(labels, size, window), max_class_share):
       break
-    window = draw()
+    window = _draw_window(size, side, rng)
   return window
+
+
+def _draw_window(
+  size: tuple[int, int], side: int, rng: np.random.Generator
+) -> Window:
+  height, width = min(side, size[0]), min(side, size[1])
+  top = int(rng.integers(size[0] - height + 1))
+  left = int(rng.integers(size[1] - width + 1))
+  return Window(top, left, height, width)
 
 
 def _is_varied(labels: np.ndarray, max_class_share: float) -> bool:
   counts = np.bincount(labels[labels != IGNORED])
-  return (
-    np.count_nonzero(counts) > 1
-    and counts.max() < max_class_share * counts.sum()
-  )
+  is_alone = np.count_nonzero(counts) < 2
+  return not is_alone and bool(counts.max() < max_class_share * counts.sum())
 
 
 def _padded(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
