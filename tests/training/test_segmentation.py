@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,7 @@ def assert_same_labels(found, expected, probabilities):
 def test_sliding_windows_are_the_authors(golden, toy, x64):
   expected = golden("segmentation/infer")
   images = jnp.asarray(expected["slide_img"].transpose(0, 2, 3, 1))
-  found = slide(toy, images, Windows(64, 40))
+  found = jax.jit(lambda x: slide(toy, x, Windows(64, 40)))(images)
   scale = np.abs(expected["slide_logits"]).max()
   # The vectors are stored in float32.
   error = np.asarray(found).transpose(0, 3, 1, 2) - expected["slide_logits"]
@@ -105,8 +107,8 @@ def test_sliding_windows_are_the_authors(golden, toy, x64):
 
 def test_a_small_image_is_one_window(toy, x64):
   images = jax.random.normal(jax.random.key(0), (1, 40, 70, 3), "float64")
-  found = slide(toy, images, Windows(96, 40))
-  logits = toy(images)
+  found = jax.jit(lambda x: slide(toy, x, Windows(96, 40)))(images)
+  logits = jax.jit(lambda x: toy(x))(images)
   rows, columns = bilinear(20 // 2, 40), bilinear(18, 70)
   expected = jnp.einsum("ph,qw,bhwk->bpqk", rows, columns, logits)
   np.testing.assert_allclose(found, expected, atol=1e-9)
@@ -123,20 +125,14 @@ def test_label_maps_are_the_authors(golden, toy, x64, monkeypatch, kind):
   height, width = map(int, expected[f"{kind}_ori_shape"])
   # Several strips, the last one shorter.
   monkeypatch.setattr(strips, "_MOST_LOGITS", 11 * (width + 5) * 7)
-  sums = []
 
-  def head(images):
-    sums.append(toy(images))
-    return sums[-1]
+  @jax.jit
+  def predict(views, sizes):
+    flip = kind == "tta"
+    return predict_views(toy, views, sizes, height + 3, width + 5, flip=flip)
 
-  sizes = jnp.array([[height, width]])
-  found = predict_views(
-    head,
-    [normalised(view) for view in views],
-    sizes,
-    height + 3,
-    width + 5,
-    flip=kind == "tta",
+  found = predict(
+    [normalised(view) for view in views], jnp.array([[height, width]])
   )
   name = {"whole": "whole_logits", "tta": "tta_prob"}[kind]
   assert_same_labels(
@@ -144,17 +140,19 @@ def test_label_maps_are_the_authors(golden, toy, x64, monkeypatch, kind):
     expected[f"{kind}_pred"][0],
     expected[name],
   )
-  assert len(sums) == (6 if kind == "tta" else 1)
 
 
 def test_images_of_a_batch_have_sizes_of_their_own(toy, x64):
   images = jax.random.normal(jax.random.key(0), (2, 48, 64, 3), "float64")
   sizes = jnp.array([[50, 61], [37, 90]])
-  together = predict_views(toy, [images], sizes, 50, 90)
+
+  @partial(jax.jit, static_argnums=(2, 3))
+  def predict(images, sizes, height, width):
+    return predict_views(toy, [images], sizes, height, width)
+
+  together = predict(images, sizes, 50, 90)
   for i, (height, width) in enumerate(sizes.tolist()):
-    alone = predict_views(
-      toy, [images[i : i + 1]], sizes[i : i + 1], height, width
-    )
+    alone = predict(images[i : i + 1], sizes[i : i + 1], height, width)
     np.testing.assert_array_equal(together[i, :height, :width], alone[0])
 
 
@@ -174,7 +172,9 @@ def test_the_loss_does_not_depend_on_the_strips(x64, monkeypatch):
   expected = jax.value_and_grad(direct)(logits)
   for rows in (1, 4, 19):
     monkeypatch.setattr(strips, "_MOST_LOGITS", rows * 26 * 3)
-    found = jax.value_and_grad(lambda x: pixel_loss(x, labels).value)(logits)
+    # A new function, because the number of rows is a constant of the program.
+    value = jax.jit(jax.value_and_grad(lambda x: pixel_loss(x, labels).value))
+    found = value(logits)
     for x, y in zip(found, expected, strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 
@@ -229,3 +229,60 @@ def test_the_recipes_are_valid(size):
   assert config.model.name == f"spatial_mamba_{size}"
   defaults = OptimizerConfig()
   assert dataclasses.replace(config.optimizer) != defaults
+
+
+@pytest.mark.soak
+def test_a_run_evaluates_every_scene_and_resumes(tmp_path):
+  """Scenes of two shapes; a run in two parts ends like one in one part."""
+  from spatial_mamba_jax.data import DataConfig
+  from spatial_mamba_jax.tasks.segmentation import SegmentationConfig
+  from spatial_mamba_jax.training.config import ModelSection, TrainConfig
+  from spatial_mamba_jax.training.evaluation import evaluate_checkpoint
+  from spatial_mamba_jax.training.loop import train
+  from spatial_mamba_jax.training.weights import read_checkpoint
+
+  def config(**overrides):
+    return TrainConfig(
+      **{
+        "task": SegmentationConfig(
+          num_classes=11,
+          head_channels=8,
+          auxiliary_channels=6,
+          box=(96, 64),
+          statistics_group=2,
+          test_ratios=(0.5, 1.0),
+          test_flip=True,
+        ),
+        "model": ModelSection(dims=(8, 8), depths=(1, 1), drop_path_rate=0.1),
+        "data": DataConfig(name="digit_scenes", image_size=64),
+        "optimizer": OptimizerConfig(
+          schedule="linear", undecayed="norms", warmup="2 steps"
+        ),
+        "batch_size": 4,
+        "length": "6 steps",
+        "evaluation_batch_size": 8,
+        "evaluate_every": "3 steps",
+        "log_every": "3 steps",
+        **overrides,
+      }
+    )
+
+  evaluation = train(config(), tmp_path / "whole")
+  assert evaluation is not None
+  assert evaluation.values["images"] == 100
+  assert (tmp_path / "whole" / "examples.png").stat().st_size > 1000
+  half = tmp_path / "half"
+  shutil.copytree(tmp_path / "whole", half)
+  shutil.rmtree(half / "checkpoints" / "6")
+  again = train(config(), half)
+  assert again == evaluation
+  first, second = (
+    read_checkpoint(tmp_path / name / "checkpoints" / "6").whole
+    for name in ("whole", "half")
+  )
+  assert first.keys() == second.keys()
+  for name, x in first.items():
+    np.testing.assert_array_equal(x, second[name], name)
+  found = evaluate_checkpoint(config(), half, tmp_path / "out")
+  assert found.evaluations["ema"] == evaluation
+  assert len(list((tmp_path / "out" / "ema" / "maps").rglob("*.png"))) == 100
