@@ -241,30 +241,27 @@ def test_a_run_evaluates_every_scene_and_resumes(tmp_path):
   from spatial_mamba_jax.training.loop import train
   from spatial_mamba_jax.training.weights import read_checkpoint
 
-  def config(**overrides):
+  def config():
     return TrainConfig(
-      **{
-        "task": SegmentationConfig(
-          num_classes=11,
-          head_channels=8,
-          auxiliary_channels=6,
-          box=(96, 64),
-          statistics_group=2,
-          test_ratios=(0.5, 1.0),
-          test_flip=True,
-        ),
-        "model": ModelSection(dims=(8, 8), depths=(1, 1), drop_path_rate=0.1),
-        "data": DataConfig(name="digit_scenes", image_size=64),
-        "optimizer": OptimizerConfig(
-          schedule="linear", undecayed="norms", warmup="2 steps"
-        ),
-        "batch_size": 4,
-        "length": "6 steps",
-        "evaluation_batch_size": 8,
-        "evaluate_every": "3 steps",
-        "log_every": "3 steps",
-        **overrides,
-      }
+      task=SegmentationConfig(
+        num_classes=11,
+        head_channels=8,
+        auxiliary_channels=6,
+        box=(96, 64),
+        statistics_group=2,
+        test_flip=True,
+      ),
+      model=ModelSection(dims=(8, 8), depths=(1, 1), drop_path_rate=0.1),
+      data=DataConfig(name="digit_scenes", image_size=64),
+      optimizer=OptimizerConfig(
+        schedule="linear", undecayed="norms", warmup="2 steps"
+      ),
+      batch_size=4,
+      length="6 steps",
+      evaluation_batch_size=8,
+      evaluate_every="6 steps",
+      checkpoint_every="3 steps",
+      log_every="3 steps",
     )
 
   evaluation = train(config(), tmp_path / "whole")
