@@ -1,5 +1,6 @@
 """Evaluates weights, or a checkpoint, on every record of a split."""
 
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from spatial_mamba_jax.data import Source, evaluation_batches
-from spatial_mamba_jax.errors import reason
+from spatial_mamba_jax.errors import reason, say
 from spatial_mamba_jax.models.pure import Weights
 from spatial_mamba_jax.paths import local_path, make_directory
 from spatial_mamba_jax.tasks.base import Evaluation, Meter
@@ -127,8 +128,20 @@ def evaluate_checkpoint(
   step, weights = load_weights(
     local_path(path), evaluator.model, evaluator.weight_shapes
   )
+  shapes = set()
+
+  def eval_step(weights, batch):
+    shapes.add(tuple(x.shape for x in batch.values()))
+    return evaluator.eval_step(weights, batch)
+
   with jax.set_mesh(mesh):  # Kernels are sharded over it.
-    found = evaluate(evaluator, weights, source)
+    counted = dataclasses.replace(evaluator, eval_step=eval_step)
+    found = evaluate(counted, weights, source)
+  if len(shapes) > 1 and not jax.process_index():
+    say(
+      f"{len(source):,} records of {len(shapes)} shapes: a program was compiled"
+      " for each shape"
+    )
   if directory and not jax.process_index():
     for name, each in found.items():
       make_directory(directory / name)
