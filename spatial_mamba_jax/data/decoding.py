@@ -5,7 +5,7 @@ import io
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -188,9 +188,9 @@ def open_image(encoded: bytes) -> Image.Image:
   return _read_header(io.BytesIO(encoded))
 
 
-def _read_header(file: IO[bytes]) -> Image.Image:
+def _read_header(file: io.BufferedIOBase) -> Image.Image:
   try:
-    return Image.open(file, formats=_formats())
+    return Image.open(cast(IO[bytes], file), formats=_formats())
   except UnidentifiedImageError:
     raise ValueError("not an image of a known format") from None
 
