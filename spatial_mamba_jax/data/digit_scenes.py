@@ -19,7 +19,7 @@ _NUM_SCENES = {"train": 600, "validation": 100}
 # Heights and widths of a split's scenes, in turn.
 _SIZES = {
   "train": ((64, 64),),
-  "validation": ((64, 64), (64, 96)),
+  "validation": ((64, 64), (64, 96), (80, 64)),
 }
 # Least and greatest number of digits to draw, and range of a digit's height in
 # pixels and of its width / height.
@@ -74,14 +74,14 @@ class DigitScenes:
   def __getitem__(self, index: int) -> dict[str, Any]:
     rng = np.random.default_rng([SPLITS.index(self.split), index])
     height, width = self.image_size(index)
-    ground = rng.uniform(20, 110, 3)
+    ground = rng.uniform(40, 215, 3)
     image = ground + _texture(height, width, rng)
     labels = np.zeros((height, width), np.uint8)
     digits = rng.choice(
       split_indices(self.split), rng.integers(*_COUNT, endpoint=True)
     )
     for digit in digits:
-      _draw_digit(image, labels, int(digit), _brighter(ground, rng), rng)
+      _draw_digit(image, labels, int(digit), _contrasting(ground, rng), rng)
     image += rng.normal(0, _FINE, image.shape)
     return {
       "image": np.rint(image).clip(0, 255).astype(np.uint8),
@@ -142,11 +142,11 @@ def _draw_digit(
       return
 
 
-def _brighter(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Returns a random colour much brighter than the ground."""
+def _contrasting(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Returns a random colour much brighter or darker than the ground."""
   while True:
-    colour = rng.uniform(100, 255, 3)
-    if colour.mean() - ground.mean() >= _CONTRAST:
+    colour = rng.uniform(0, 255, 3)
+    if abs(colour.mean() - ground.mean()) >= _CONTRAST:
       return colour
 
 

@@ -233,7 +233,7 @@ def test_the_recipes_are_valid(size):
 
 @pytest.mark.soak
 def test_a_run_evaluates_every_scene_and_resumes(tmp_path, capsys):
-  """Scenes of two shapes; a run in two parts ends like one in one part."""
+  """Scenes of three shapes; a run in two parts ends like one in one part."""
   from spatial_mamba_jax.data import DataConfig
   from spatial_mamba_jax.tasks.segmentation import SegmentationConfig
   from spatial_mamba_jax.training.config import ModelSection, TrainConfig
@@ -282,5 +282,5 @@ def test_a_run_evaluates_every_scene_and_resumes(tmp_path, capsys):
     np.testing.assert_array_equal(x, second[name], name)
   found = evaluate_checkpoint(config(), half, tmp_path / "out")
   assert found.evaluations["ema"] == evaluation
-  assert "100 records of 2 shapes" in capsys.readouterr().err
+  assert "100 records of 3 shapes" in capsys.readouterr().err
   assert len(list((tmp_path / "out" / "ema" / "maps").rglob("*.png"))) == 100
