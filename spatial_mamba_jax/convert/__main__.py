@@ -20,7 +20,8 @@ The name of DST, which must not exist, decides its format:
 
 The architecture is inferred from the tensors. Prefixes that wrappers add to
 tensor names (module., _orig_mod., model., backbone., ...) are removed and
-reported.
+reported. A UPerNet of mmsegmentation is read with its heads; of other models
+with a backbone, the backbone alone.
 """
 
 import argparse

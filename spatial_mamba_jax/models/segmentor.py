@@ -71,9 +71,8 @@ class Segmentor(nnx.Module):
     for _, module in nnx.iter_graph(self.backbone):
       if isinstance(module, BatchNorm):
         module.group = statistics_group
-    options = {
-      "dropout_rate": dropout_rate, "dtype": config.dtype, "rngs": rngs
-    }  # fmt: skip
+    options = {"dtype": config.dtype, "rngs": rngs}
+    options["dropout_rate"] = dropout_rate
     classes = config.num_classes
     self.decode_head = UPerHead(config.dims, head_channels, classes, **options)
     self.auxiliary_head = FCNHead(

@@ -13,7 +13,7 @@ from spatial_mamba_kernels.typing import Array
 
 from spatial_mamba_jax.convert.families import table_of
 from spatial_mamba_jax.models.pure import Arrays, PureModel, first_block
-from spatial_mamba_jax.training.config import OptimizerConfig
+from spatial_mamba_jax.training.config import OptimizerConfig, TrainingError
 from spatial_mamba_jax.training.shard_vector import ShardVector
 
 
@@ -149,10 +149,18 @@ def decays(undecayed: str, model: PureModel) -> dict[str, bool]:
   Args:
     undecayed: `OptimizerConfig.undecayed`.
     model: the network.
+
+  Raises:
+    TrainingError: the authors have no names for the network's parameters.
   """
   if undecayed == "vectors":
     return dict(model.decays)
-  table = table_of(model.abstract())
+  try:
+    table = table_of(model.abstract())
+  except ValueError as error:
+    raise TrainingError(
+      f"config.optimizer.undecayed={undecayed} needs names: {error}"
+    ) from error
   return {
     path: not any("norm" in name for name in table.tensors(first_block(path)))
     for path in model.decays

@@ -54,6 +54,8 @@ _ATTEMPTS = 5
 # Path of a weight of a backbone's first block; the group is the prefix of all
 # paths in the backbone.
 _FIRST_BLOCK = re.compile(r"((?:.*?\.)?)stages\.0\.blocks\.0\.")
+# Path of a weight that only UPerNet has.
+_OF_UPERNET = "decode_head.bottleneck.conv.kernel"
 
 
 def load_weights(
@@ -89,7 +91,7 @@ def load_weights(
     _fill(path, filled, found.whole)
   else:
     raise TrainingError(
-      f"{path} holds none of the models that files hold: a"
+      f"{path} holds a classifier, a backbone or a segmentor: a"
       f" {type(network).__name__} is evaluated from a run's checkpoint"
     )
   weights = _with_shardings(PureModel.weights_of(filled), like)
@@ -334,11 +336,13 @@ def _read_checkpoint(
   }
   prefixes = (prefix,) * bool(prefix)
   tensors = torch_tensors(backbone, names_of_paths(backbone).table)
-  heads = {path: x for path, x in others.items() if path.startswith(HEADS)}
+  # Another network may have parts of the same names.
+  of_heads = HEADS if _OF_UPERNET in others else ()
+  heads = {path: x for path, x in others.items() if path.startswith(of_heads)}
   found = Found(
     tensors,
     f"step {step}",
-    tuple(others.keys() - heads),
+    tuple(path for path in others if path not in heads),
     prefixes,
     heads=torch_tensors(heads, PartTables(dict.fromkeys(HEADS, UPERNET))),
   )

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from spatial_mamba_kernels.typing import Array, Float, Int
 
-from spatial_mamba_jax.data.label_maps import IGNORED
 from spatial_mamba_jax.models.heads.resampling import bilinear, resize
 from spatial_mamba_jax.tasks.segmentation.strips import (
   Resized,
@@ -71,15 +70,13 @@ def predict_views(
       logits = logits[:, :, ::-1] if is_flipped else logits
       resized.append(_resized(logits, images.shape, sizes, height, width))
 
-  def classes(strips, labels):
-    del labels
+  def classes(strips):
     if len(strips) == 1:
       return jnp.argmax(strips[0], -1).astype(jnp.int16)
     total = sum(map(jax.nn.softmax, strips))
     return jnp.argmax(total, -1).astype(jnp.int16)
 
-  no_labels = jnp.full((len(sizes), height, width), IGNORED, jnp.int16)
-  return joined(map_strips(classes, resized, no_labels), height)
+  return joined(map_strips(classes, resized), height)
 
 
 def _view_logits(head, images, windows):

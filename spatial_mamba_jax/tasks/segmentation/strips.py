@@ -52,22 +52,22 @@ class Resized(NamedTuple):
 def map_strips(
   function: Callable[..., Any],
   views: Sequence[Resized],
-  labels: Int[Array, "B H W"],
+  *maps: Int[Array, "B H W"],
 ) -> Any:
   """Calls a function for each strip of rows.
 
   Args:
-    function: (views' logits, labels), lists of [B, R, W, K] and [B, R, W] ->
-      any arrays. Rows that fill up the last strip have weights of 0 and the
-      label `IGNORED`.
-    views: logits whose images have the size of the labels.
-    labels: the classes of the pixels.
+    function: (logits of the views, *maps) -> any arrays. The logits are a list
+      of [B, R, W, K], and the maps [B, R, W]. In rows that fill up the last
+      strip, logits are 0 and labels `IGNORED`.
+    views: logits of images of one size.
+    *maps: labels of the pixels.
 
   Returns:
     The arrays of all strips, stacked: [S, ...].
   """
-  batch, height, width = labels.shape
-  classes = views[0].logits.shape[-1]
+  height, width = views[0].size
+  batch, *_, classes = views[0].logits.shape
   rows = min(height, max(1, _MOST_LOGITS // (width * classes)))
   count = -(-height // rows)
   missing = count * rows - height
@@ -78,15 +78,14 @@ def map_strips(
     return jnp.moveaxis(x.reshape(batch, count, rows, *x.shape[2:]), 1, 0)
 
   def of_strip(strip):
-    weights, labels = strip
+    weights, maps = strip
     logits = [view.strip(x) for view, x in zip(views, weights, strict=True)]
-    return function(logits, labels)
+    return function(logits, *maps)
 
   weights = [split(view.rows, 0) for view in views]
-  # The backward pass computes a strip's logits again.
-  return jax.lax.map(
-    jax.checkpoint(of_strip), (weights, split(labels, IGNORED))
-  )
+  labels = [split(x, IGNORED) for x in maps]
+  # The backward pass recomputes the logits of a strip.
+  return jax.lax.map(jax.checkpoint(of_strip), (weights, labels))
 
 
 def joined(strips: Int[Array, "S B R W"], height: int) -> Int[Array, "B H W"]:
