@@ -9,6 +9,7 @@ from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import FLOAT32_TINY, MAX_WEIGHT, Section, number
 from spatial_mamba_jax.models.config import MAX_CLASSES, ModelConfig
 from spatial_mamba_jax.tasks.base import TaskConfig
+from spatial_mamba_jax.tasks.images import check_channels
 
 if TYPE_CHECKING:
   from spatial_mamba_jax.tasks.classification.task import Classification
@@ -61,11 +62,7 @@ class ClassificationConfig(TaskConfig):
         f"config.data.name={data.name} has label maps, but classification needs"
         " one label an image: choose other data, or a segmentation config"
       )
-    if model.in_channels != 3:
-      raise UserError(
-        f"config.model.in_channels must be 3 for images of {data.name}, got"
-        f" {model.in_channels}"
-      )
+    check_channels(model, data)
     # Imported here, so that reading a config imports no training code.
     from spatial_mamba_jax.tasks.classification.task import Classification
 

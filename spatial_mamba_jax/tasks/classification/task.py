@@ -12,8 +12,7 @@ from flax import nnx
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.data.config import DataConfig
-from spatial_mamba_jax.data.sources import LabelledSource, Source, open_source
-from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.data.sources import LabelledSource, Source
 from spatial_mamba_jax.models import Classifier, ModelConfig
 from spatial_mamba_jax.tasks.base import Batch, Loss
 from spatial_mamba_jax.tasks.classification.config import ClassificationConfig
@@ -27,6 +26,7 @@ from spatial_mamba_jax.tasks.classification.panels import (
   SCORE,
 )
 from spatial_mamba_jax.tasks.classification.preprocess import prepare
+from spatial_mamba_jax.tasks.images import open_classes
 from spatial_mamba_jax.tasks.normalisation import normalise
 
 
@@ -73,14 +73,7 @@ class Classification:
       UserError: the number of classes differs from the network's, or the images
         are missing.
     """
-    source = open_source(self._data, split)
-    if source.num_classes != self._config.num_classes:
-      raise UserError(
-        f"{self._data.name} has {source.num_classes} classes and the model"
-        f" {self._config.num_classes}: set"
-        f" --config.task.num_classes={source.num_classes}"
-      )
-    return source
+    return open_classes(self._data, split, self._config.num_classes)
 
   def examples(self) -> Any:
     """Returns the functions that turn records into labelled images."""

@@ -10,6 +10,7 @@ from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import MAX_WEIGHT, number
 from spatial_mamba_jax.models.config import MAX_CHANNELS, ModelConfig
 from spatial_mamba_jax.tasks.base import TaskConfig
+from spatial_mamba_jax.tasks.images import check_channels
 
 if TYPE_CHECKING:
   from spatial_mamba_jax.tasks.segmentation.task import Segmentation
@@ -97,11 +98,7 @@ class SegmentationConfig(TaskConfig):
         f"config.data.name={data.name} has no label maps: choose from"
         f" {', '.join(LABEL_MAPS)}"
       )
-    if model.in_channels != 3:
-      raise UserError(
-        f"config.model.in_channels must be 3 for images of {data.name}, got"
-        f" {model.in_channels}"
-      )
+    check_channels(model, data)
     # Imported here, so that reading a config imports no training code.
     from spatial_mamba_jax.tasks.segmentation.task import Segmentation
 

@@ -16,12 +16,11 @@ from spatial_mamba_jax.data.config import DataConfig
 from spatial_mamba_jax.data.sources import (
   SegmentedSource,
   Source,
-  open_source,
 )
-from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models import ModelConfig
 from spatial_mamba_jax.models.segmentor import Segmentor
 from spatial_mamba_jax.tasks.base import Batch, Loss
+from spatial_mamba_jax.tasks.images import open_classes
 from spatial_mamba_jax.tasks.normalisation import normalise
 from spatial_mamba_jax.tasks.segmentation.config import SegmentationConfig
 from spatial_mamba_jax.tasks.segmentation.evaluation import SegmentationMeter
@@ -84,15 +83,7 @@ class Segmentation:
       UserError: the number of classes differs from the network's, or files are
         missing.
     """
-    source = open_source(self._data, split)
-    assert isinstance(source, SegmentedSource)
-    if source.num_classes != self._config.num_classes:
-      raise UserError(
-        f"{self._data.name} has {source.num_classes} classes and the model"
-        f" {self._config.num_classes}: set"
-        f" --config.task.num_classes={source.num_classes}"
-      )
-    return source
+    return open_classes(self._data, split, self._config.num_classes)
 
   def examples(self) -> Any:
     """Returns the functions that turn records into images and label maps."""
