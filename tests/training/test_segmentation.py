@@ -284,3 +284,28 @@ def test_a_run_evaluates_every_scene_and_resumes(tmp_path, capsys):
   assert found.evaluations["ema"] == evaluation
   assert "100 records of 3 shapes" in capsys.readouterr().err
   assert len(list((tmp_path / "out" / "ema" / "maps").rglob("*.png"))) == 100
+
+
+def test_a_prepared_batch_is_the_authors(golden):
+  """Small crops are padded with the mean colour, whatever lies there."""
+  expected = golden("segmentation/preprocessor")
+  images = np.full((2, 64, 64, 3), 77, np.uint8)
+  labels = np.full((2, 64, 64), IGNORED, np.int16)
+  sizes = []
+  for i in range(2):
+    bgr, label = expected[f"pre_bgr{i}"], expected[f"pre_label{i}"][0]
+    height, width = label.shape
+    images[i, :height, :width] = bgr[::-1].transpose(1, 2, 0)
+    labels[i, :height, :width] = np.where(label == 255, IGNORED, label)
+    sizes.append((height, width))
+  batch = {
+    "image": jnp.asarray(images),
+    "label": jnp.asarray(labels),
+    "size": jnp.array(sizes, jnp.int32),
+  }
+  found = recipe().create_task().prepare(batch, jax.random.key(0))
+  wanted = expected["pre_out"].transpose(0, 2, 3, 1)
+  # Both are float32, and add and divide once.
+  np.testing.assert_allclose(found.images, wanted, rtol=1e-6, atol=1e-6)
+  stored = np.where(found.labels == IGNORED, 255, found.labels)
+  np.testing.assert_array_equal(stored, expected["pre_labels"][:, 0])
