@@ -34,6 +34,8 @@ BLOCK = re.compile(
 OTHER_LANGUAGES = {"bibtex", "text", "{eval-rst}", "{toctree}"}
 # The first line of a block that is a file.
 FILE = re.compile(r"# (\S+)\.py\n")
+# Experiments of both tasks, whose fields the pages name.
+CONFIGS = ("configs/digits.py", "configs/ade20k_upernet_tiny.py")
 FOLDERS = "benchmarks|configs|docs|examples|kernels|spatial_mamba_jax|tests"
 
 
@@ -95,13 +97,20 @@ def check_names(text):
       value = getattr(value, part)
   python = "".join(x["code"] for x in BLOCK.finditer(text) if is_python(x))
   prose = BLOCK.sub(lambda x: "" if is_python(x) else x[0], text)
+  configs = [load_config(str(ROOT / path)) for path in CONFIGS]
   for field in re.findall(r"\bconfig\.(?!json\b)(\w[\w.]*\w)", prose):
-    section = load_config(str(ROOT / "configs/digits.py"))
-    for part in field.split("."):
-      if f"\n  {part}: " in python:  # A field of the page's own.
-        break
-      assert part in {x.name for x in dataclasses.fields(section)}, field
-      section = getattr(section, part)
+    parts = field.split(".")
+    assert any(has_field(config, parts, python) for config in configs), field
+
+
+def has_field(section, parts, python):
+  for part in parts:
+    if f"\n  {part}: " in python:  # A field of the page's own.
+      return True
+    if part not in {x.name for x in dataclasses.fields(section)}:
+      return False
+    section = getattr(section, part)
+  return True
 
 
 def is_python(block):
