@@ -6,6 +6,8 @@
     python -m benchmarks.aot step --model tiny --target v5e:16x16
     python -m benchmarks.aot step --model tiny --target H200:4
     python -m benchmarks.aot step --target H200 --without mlp
+    python -m benchmarks.aot segmentor --target H200 --batch-size 1
+    python -m benchmarks.aot segmentor --train --batch-size 16 --concatenated
     python -m benchmarks.aot image --target v5e:2x4 --size 8192
 
 It prints one line of JSON. Needed are libtpu for TPUs, and for GPUs JAX's CUDA
@@ -36,12 +38,13 @@ from spatial_mamba_kernels.dispatch import Kernel
 from spatial_mamba_kernels.sharding import ROWS_AXIS
 
 from benchmarks import gpu_code, network, tpu_code
+from benchmarks import segmentor as segmentors
 from spatial_mamba_jax.forecast import collectives, hlo, topology
-from spatial_mamba_jax.models import SpatialMambaBackbone
+from spatial_mamba_jax.models import SpatialMambaBackbone, norms
 from spatial_mamba_jax.models.presets import get_model_config
 from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.training.config import MeshConfig
-from spatial_mamba_jax.training.sharding import make_mesh
+from spatial_mamba_jax.training.sharding import make_mesh, replicated
 
 CUSTOM_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
 
@@ -62,6 +65,7 @@ def main() -> None:
       "kernel": kernel,
       "inference": inference,
       "step": step,
+      "segmentor": segmentor,
       "image": image,
     }
     run = programs[arguments.program]
@@ -242,6 +246,42 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   return record
 
 
+def segmentor(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
+  """UPerNet's label maps of 512 x 2048 pixels on one device, or its training.
+
+  The step has crops of 512 x 512. `--concatenated` convolves concatenated maps,
+  as mmsegmentation does.
+  """
+  del dump
+  mesh = _mesh(arguments.target, 1)
+  config = segmentors.experiment(
+    f"spatial_mamba_{arguments.model}",
+    batch_size=arguments.batch_size,
+    dtype="bfloat16",
+  )
+  if arguments.train:
+    program = network.training_program(config, mesh)
+    jitted = program.train_step
+    operands = program.state_shapes, program.batch_shapes
+  else:
+    function, *operands = segmentors.evaluation(
+      "inference", config, (512, 2048)
+    )
+    jitted = jax.jit(function, in_shardings=replicated(mesh))
+  with contextlib.ExitStack() as patches:
+    if arguments.concatenated:
+      patches.enter_context(mock.patch.object(norms, "_conv_of", _concatenated))
+    record, text = _compile(
+      jitted, operands, topology.platform_of(arguments.target)
+    )
+  _write_text(arguments, text)
+  return record
+
+
+def _concatenated(conv, parts):
+  return conv(jnp.concatenate(parts, axis=-1))
+
+
 def image(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
   """A backbone's feature maps of one image, whose rows all devices share.
 
@@ -361,7 +401,8 @@ def _parse() -> argparse.Namespace:
   inference = programs.add_parser("inference")
   step = programs.add_parser("step")
   image = programs.add_parser("image")
-  for whole in (inference, step, image):
+  segmentor = programs.add_parser("segmentor")
+  for whole in (inference, step, segmentor, image):
     whole.add_argument(
       "--model", default="tiny", choices=("tiny", "small", "base")
     )
@@ -387,11 +428,15 @@ def _parse() -> argparse.Namespace:
   step.add_argument(
     "--fsdp", type=int, default=1, help="devices that share the parameters"
   )
+  segmentor.add_argument("--train", action="store_true", help="the step")
+  segmentor.add_argument(
+    "--concatenated", action="store_true", help="concatenate UPerNet's maps"
+  )
   image.add_argument("--size", type=int, default=8192, help="height and width")
   image.add_argument(
     "--gradients", action="store_true", help="with the backward pass"
   )
-  for subparser in (kernel, inference, step, image):
+  for subparser in (kernel, inference, step, segmentor, image):
     subparser.add_argument(
       "--target", default="v5e:2x2", help="TPU topology, or a GPU"
     )

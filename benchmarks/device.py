@@ -1,12 +1,13 @@
 """Measures this project on this machine: `python -m benchmarks.device`.
 
 It measures how fast the device copies and multiplies. It times inference and
-the training step of tiny, small and base, and PyTorch networks of the same size
-if they are installed. It compares every kernel's values and gradients with the
-reference, and times the operators at the stages of the tiny model. `timing` has
-the protocol. After `--minutes` it starts no further measurement, and lists
-those that it leaves out. It lists a measurement that fails with the error, and
-continues, in a new process after a crash or a hang.
+the training step of tiny, small and base, of UPerNet beside its backbone alone,
+and of PyTorch networks of the same size if they are installed. It compares
+every kernel's values and gradients with the reference, and times the operators
+at the stages of the tiny model. `timing` has the protocol. After `--minutes` it
+starts no further measurement, and lists those that it leaves out. It lists a
+measurement that fails with the error, and continues, in a new process after a
+crash or a hang.
 
 It writes one JSON file, by default into `benchmarks/results`. `python -m
 benchmarks.table` prints it as the tables of `docs/measurements.md`. It needs

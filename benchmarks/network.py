@@ -164,7 +164,18 @@ def _compile_inference(config, size):
   function, state = inference(config)
   shape = (config.batch_size, size, size, 3)
   images = jax.ShapeDtypeStruct(shape, jnp.float32)
-  compiled = jax.jit(function).lower(state, images).compile()
+  return compile_forward(function, state, images)
+
+
+def compile_forward(
+  function: Callable[[Any, Any], Any], state: Any, batch: Any
+) -> tuple[jax.stages.Compiled, Callable[[], Callable[[], Any]]]:
+  """Compiles (state, batch) -> results for random arrays of these shapes.
+
+  Returns:
+    The program; and what makes its arguments and returns what calls it.
+  """
+  compiled = jax.jit(function).lower(state, batch).compile()
 
   def prepare():
     # Positive, as variances are, and not all the same, which is multiplied with
@@ -173,25 +184,37 @@ def _compile_inference(config, size):
     weights = jax.tree.map(
       lambda x: jnp.asarray(rng.uniform(0.01, 0.1, x.shape), x.dtype), state
     )
-    return partial(
-      compiled, weights, jax.random.normal(jax.random.key(0), shape)
-    )
+    return partial(compiled, weights, jax.tree.map(_random, batch))
 
   return compiled, prepare
 
 
-def _compile_train(config, size):
+def _random(like):
+  key = jax.random.key(0)
+  if jnp.issubdtype(like.dtype, jnp.floating):
+    return jax.random.normal(key, like.shape, like.dtype)
+  return jax.random.randint(key, like.shape, 0, 100, like.dtype)
+
+
+def compile_train(
+  config: TrainConfig, size: int
+) -> tuple[jax.stages.Compiled, Callable[[], Callable[[], Any]]]:
+  """Compiles the step for images of this size; see `compile_forward`."""
   config.data.image_size = size
   program = training_program(config)
   shapes = program.state_shapes, program.batch_shapes
   compiled = program.train_step.lower(*shapes).compile()
 
   def batch():
-    image, label = (program.batch_shapes[name] for name in ("image", "label"))
-    return {
+    shapes = program.batch_shapes
+    image, label = shapes["image"], shapes["label"]
+    labels = jnp.arange(label.size) % config.task.num_classes
+    made = {
       "image": jax.random.bits(jax.random.key(0), image.shape, jnp.uint8),
-      "label": jnp.arange(label.size) % config.task.num_classes,
+      "label": labels.reshape(label.shape).astype(label.dtype),
+      "size": jnp.full((image.shape[0], 2), size),
     }
+    return {name: made[name] for name in shapes}
 
   def prepare():
     state = program.fresh_state()
@@ -207,7 +230,7 @@ def _compile_train(config, size):
   return compiled, prepare
 
 
-_COMPILE = {"inference": _compile_inference, "train": _compile_train}
+_COMPILE = {"inference": _compile_inference, "train": compile_train}
 
 
 # Numbers that a block moves, of each in its input. Forward: convolution,

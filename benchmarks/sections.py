@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import machine as this_machine
-from benchmarks import network, operators, peers, timing
+from benchmarks import network, operators, peers, segmentor, timing
 from spatial_mamba_jax.training import provenance
 
 # Programs compiled at once. More would wait for each other's autotuning on a
@@ -32,6 +32,8 @@ class Scale:
     stages: (H = W, D) of the operators.
     batch_sizes: batch sizes of the operators; networks use the first.
     networks: (model, image size, implementation); "" for the platform's best.
+    segmentor: the model whose backbone UPerNet has; batch size; height and
+      width of the images, and side of the training crops.
     dtype: precision of networks, peers and matrix product.
     peers: names of PyTorch networks.
     matmul: rows and columns of the matrix product.
@@ -41,6 +43,7 @@ class Scale:
   stages: tuple[tuple[int, int], ...]
   batch_sizes: tuple[int, ...]
   networks: tuple[tuple[str, int, str], ...]
+  segmentor: tuple[str, int, tuple[int, int], int]
   dtype: str
   peers: tuple[str, ...]
   matmul: int
@@ -60,6 +63,7 @@ ACCELERATOR = Scale(
     )
     for implementation in ("", "associative")
   ),
+  segmentor=("spatial_mamba_tiny", 16, (512, 2048), 512),
   dtype="bfloat16",
   peers=peers.MODELS,
   matmul=8192,
@@ -69,6 +73,7 @@ CPU = Scale(
   stages=((28, 256),),
   batch_sizes=(8,),
   networks=(("spatial_mamba_tiny", 224, ""),),
+  segmentor=("spatial_mamba_tiny", 2, (128, 512), 128),
   dtype="float32",
   peers=peers.MODELS,
   matmul=2048,
@@ -78,6 +83,7 @@ TEST = Scale(
   stages=((5, 8),),
   batch_sizes=(2,),
   networks=(("spatial_mamba_micro", 32, ""),),
+  segmentor=("spatial_mamba_micro", 2, (32, 64), 32),
   dtype="bfloat16",
   peers=(),
   matmul=256,
@@ -213,6 +219,36 @@ def _compile_network(scale, model, size, implementation, program):
   return network.compile_program(program, config, size)
 
 
+def _segmentors(machine, begun, compiled_of) -> Iterator[Task]:
+  scale = SCALES[machine["scale"]]
+  model, batch_size, images, crop = scale.segmentor
+
+  def shape(program):
+    return (crop, crop) if program == "train" else images
+
+  def compile_one(program):
+    config = segmentor.experiment(
+      model, batch_size=batch_size, dtype=scale.dtype
+    )
+    return segmentor.compile_program(program, config, shape(program))
+
+  def task(compiled, program):
+    measured = network.measure(compiled(program), machine["matmul_flops"])
+    yield {
+      "model": model,
+      "shape": shape(program),
+      "batch_size": batch_size,
+      "program": program,
+      **dataclasses.asdict(measured),
+    }
+
+  labels = {f"segmentor {name}": name for name in segmentor.PROGRAMS}
+  labels = {label: x for label, x in labels.items() if label not in begun}
+  compiled = compiled_of(compile_one, [(name,) for name in labels.values()])
+  for label, program in labels.items():
+    yield label, partial(task, compiled, program)
+
+
 def _compile_together(
   compile_one: Callable[..., Any],
   whats: Collection[tuple[Any, ...]],
@@ -270,4 +306,9 @@ def _operators(machine, begun, compiled_of) -> Iterator[Task]:
 
 
 # {section: its measurements}, in order, the longest last.
-SECTIONS = {"networks": _networks, "peers": _peers, "operators": _operators}
+SECTIONS = {
+  "networks": _networks,
+  "segmentors": _segmentors,
+  "peers": _peers,
+  "operators": _operators,
+}

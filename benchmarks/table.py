@@ -58,6 +58,16 @@ def _networks(record):
       f" | {_digits(row['images_per_second'])} | {row['matmul_share']:.3f}"
       f" | {row['peak_bytes'] / 2**30:.2f} | {row['kernels']} |"
     )
+  # Records from before this section have no such rows.
+  for row in record.get("segmentors", ()):
+    name = row["model"].removeprefix("spatial_mamba_")
+    height, width = row["shape"]
+    yield (
+      f"| UPerNet on {name} at {height} x {width}, batch {row['batch_size']},"
+      f" {row['program']}"
+      f" | {_digits(row['images_per_second'])} | {row['matmul_share']:.3f}"
+      f" | {row['peak_bytes'] / 2**30:.2f} | |"
+    )
   for row in record["peers"]:
     yield (
       f"| {row['model']} at 224, batch {row['batch_size']}, {row['program']},"
@@ -69,7 +79,12 @@ def _networks(record):
 def _remarks(record):
   spreads = [
     x["spread"]
-    for row in (*record["networks"], *record["peers"], *record["operators"])
+    for row in (
+      *record["networks"],
+      *record.get("segmentors", ()),
+      *record["peers"],
+      *record["operators"],
+    )
     for x in ([row] if "spread" in row else [row["forward"], row["backward"]])
   ]
   if spreads:

@@ -215,7 +215,9 @@ def test_device_benchmark(
   record = json.loads(file.read_text())
   assert record["versions"]["jax"] == jax.__version__
   assert [x["program"] for x in record["networks"]] == ["inference", "train"]
-  for measured in record["networks"]:
+  programs = [x["program"] for x in record["segmentors"]]
+  assert programs == ["backbone", "inference", "train"]
+  for measured in (*record["networks"], *record["segmentors"]):
     assert 0 < measured["matmul_share"] < 1
   # Nine operators in two precisions and one in one, of two implementations,
   # and two scans of a third.
@@ -226,6 +228,7 @@ def test_device_benchmark(
   table_of_file = run(table.main, monkeypatch, capsys, file)
   assert table_of_file.count("| structure_aware_ssm, ") == 2
   assert "| micro at 32, batch 2, train, default |" in table_of_file
+  assert "| UPerNet on micro at 32 x 64, batch 2, inference |" in table_of_file
   assert "wrong" not in table_of_file
 
 
