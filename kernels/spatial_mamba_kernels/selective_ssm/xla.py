@@ -65,6 +65,11 @@ def chunk_length(batch: Size, length: Size, states: int) -> int:
     return _LONGEST
   tokens = _CHUNK_BYTES // (4 * batch * states)
   most = min(max(tokens, _SHORTEST), _LONGEST)
+  # Two chunks at least: into a single one, XLA fuses what computes its
+  # operands, and a CPU then computes that anew for each state (5 times slower
+  # after a convolution of 7 x 7).
+  if length >= 2 * _SHORTEST:
+    most = min(most, length // 2)
   for size in range(most, most // 2, -1):
     if length % size == 0:
       return size
