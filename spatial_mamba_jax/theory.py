@@ -164,7 +164,7 @@ def mixing_rows(
 
   def row(token):
     _, height, width, _ = values.shape
-    is_token = (jnp.arange(height * width) == token).astype(values.dtype)
+    is_token = (jnp.arange(height * width) == token).astype(mixed.dtype)
     g = is_token.reshape(1, height, width, 1)
     return pullback(jnp.broadcast_to(g, mixed.shape))[0]
 

@@ -126,6 +126,8 @@ def test_a_wrong_call_is_explained_and_keeps_the_old_file(tmp_path):
   model.train()
   with pytest.raises(ValueError, match="call model"):
     smj.export_model(model, path)
+  with pytest.raises(ValueError, match="plain_mamba is exported for images of"):
+    smj.export_model(create(mixer="plain_mamba"), path, image_size=None)
   assert path.read_text() == "old"
   assert list(tmp_path.iterdir()) == [path]
 

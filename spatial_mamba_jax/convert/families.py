@@ -130,6 +130,24 @@ def names_of_tensors(tensors: Iterable[str]) -> FamilyNames:
   )
 
 
+def check_own_mixer(module: nnx.Module) -> None:
+  """Checks that the authors of a network have names for its mixer's tensors.
+
+  Raises:
+    ValueError: it has another mixer than the authors' networks.
+  """
+  trunk = module.backbone if isinstance(module, Segmentor) else module
+  if not isinstance(trunk, Trunk):
+    return
+  names, mixer = names_of(trunk), trunk.config.mixer
+  if type(mixer) is not names.mixer:
+    raise ValueError(
+      f"the authors of {names.title} have no tensor names for the mixer"
+      f" {mixer.name}: convert the mixers of the blocks one by one, e.g."
+      " model.stages[0].blocks[0].mixer"
+    )
+
+
 def table_of(module: nnx.Module) -> Table | PartTables:
   """Returns the table of a network, or of one of the mixers in `MIXERS`.
 
@@ -144,7 +162,7 @@ def table_of(module: nnx.Module) -> Table | PartTables:
     return PartTables({"backbone": backbone, **heads})
   if type(module) not in MIXERS:
     raise ValueError(
-      f"a {type(module).__name__} has no tensor names of other authors: give a"
-      " network or one of the mixers here"
+      f"a {type(module).__name__} is no network, and no mixer whose authors'"
+      " tensor names are known"
     )
   return MIXERS[type(module)]

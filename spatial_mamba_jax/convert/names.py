@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from spatial_mamba_jax.convert.families import table_of
+from spatial_mamba_jax.convert.families import check_own_mixer, table_of
 from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.tables import (
   LINEAR,
@@ -35,8 +35,9 @@ class Mismatch(NamedTuple):
     missing: tensors that the model has and the state dict lacks.
     unexpected: tensors that the state dict has and the model lacks.
 
-  A missing `num_batches_tracked` and the unexpected counters of thop or of
-  PyTorch's averages are never errors.
+  A missing `num_batches_tracked`, the unexpected counters of thop or of
+  PyTorch's averages, and tensors that are no weights or repeat another one are
+  never errors.
   """
 
   missing: tuple[str, ...]
@@ -47,14 +48,23 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
   """Returns a model's weights with the authors' names and PyTorch's layout.
 
   Args:
-    model: from `create_model` or `create_backbone`, or one of our mixers.
+    model: from `create_model`, `create_backbone` or `create_segmentor`, or one
+      of our mixers.
 
   Returns:
     {tensor name: array}, of float32 (float64 for a float64 model), and of int64
     for `num_batches_tracked`.
+
+  Raises:
+    ValueError: the authors of the network have no names for its mixer.
   """
+  check_own_mixer(model)
   arrays = {path: variable[...] for path, variable in variables(model)}
-  return torch_tensors(arrays, table_of(model))
+  table = table_of(model)
+  tensors = torch_tensors(arrays, table)
+  if isinstance(table, Table):
+    tensors |= {name: tensors[of] for name, of in table.copies.items()}
+  return tensors
 
 
 def torch_tensors(
@@ -86,7 +96,8 @@ def from_torch(
   """Sets the model's weights to those of a state dict, in place.
 
   Args:
-    model: from `create_model` or `create_backbone`, or one of our mixers.
+    model: from `create_model`, `create_backbone` or `create_segmentor`, or one
+      of our mixers.
     state_dict: {tensor name: array}, as PyTorch's `state_dict()` names them.
       The matrix of a linear layer may be [out, in] or [out, in, 1, 1].
     strict: whether missing and unexpected tensors are errors. Otherwise missing
@@ -118,8 +129,11 @@ def check_tensors(
   strict: bool = True,
 ) -> Mismatch:
   """Checks names, shapes and types for `from_torch`, but reads no values."""
-  unexpected = dict.fromkeys(state_dict)
   table = table_of(model)
+  unexpected = dict.fromkeys(state_dict)
+  if isinstance(table, Table):
+    for name in (*table.copies, *table.constants):
+      unexpected.pop(name, None)
   missing, unfit = [], []
   for path, variable in variables(model):
     names = table.tensors(path)
@@ -143,6 +157,25 @@ def check_tensors(
   mismatch = Mismatch(tuple(missing), tuple(unexpected))
   _check(mismatch if strict else Mismatch((), ()), unfit)
   return mismatch
+
+
+def fitting_array(
+  path: str,
+  variable: nnx.Variable,
+  state_dict: Mapping[str, np.ndarray],
+  table: Table | PartTables,
+) -> np.ndarray | None:
+  """Returns the array of a weight; None if a tensor is missing or misshapen."""
+  names = table.tensors(path)
+  if not all(name in state_dict for name in names):
+    return None
+  layout = table.layout(path, variable.ndim)
+  like = np.broadcast_to(np.float32(0), variable.shape)
+  tensors = [np.asarray(state_dict[name]) for name in names]
+  for tensor, x in zip(tensors, layout.to_torch(like), strict=True):
+    if (matrix(tensor) if layout is LINEAR else tensor).shape != x.shape:
+      return None
+  return layout.from_torch(tensors)
 
 
 def is_counter(name: str) -> bool:

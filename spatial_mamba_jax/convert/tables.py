@@ -6,6 +6,7 @@ kernels are [out, in], those of convolutions [out, in / groups, rows, columns].
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -68,10 +69,15 @@ class Table(NamedTuple):
     layouts: pairs of a pattern of our path and its layout; the first match
       counts. Without a match, the name of the weight and its number of axes
       decide.
+    copies: {name: name of the tensor that it repeats} of tensors that the
+      authors' files have twice.
+    constants: names of the authors' tensors that are not weights.
   """
 
   names: Sequence[tuple[str, str]]
   layouts: Sequence[tuple[str, Layout]] = ()
+  copies: Mapping[str, str] = MappingProxyType({})
+  constants: tuple[str, ...] = ()
 
   def tensors(self, path: str) -> list[str]:
     """Returns the names of the tensors of one of our weights."""
@@ -280,8 +286,10 @@ MIXERS: dict[type, Table] = {
       *_cross("^", ""),
     ),
     (_PROJECTIONS,),
+    copies={"mhs.x_ssproj.weight": "mhs.x_ssproj_W"},
   ),
   LinearAttention: Table(
     ((r"^conv\.", "dwc."), (r"^(qk|lepe)\.", r"attn.\1.")),
+    constants=("attn.rope.rotations",),
   ),
 }

@@ -58,7 +58,7 @@ def export_model(
     path: the file to write; an existing file is replaced.
     image_size: the size of all images, H = W or (H, W); None for any size. With
       None, GPUs and TPUs scan token by token, which is slow there. A segmentor
-      needs a size.
+      and the mixers linear_attention, plain_mamba and mhs need a size.
 
   Returns:
     The exported program.
@@ -72,7 +72,12 @@ def export_model(
   if not model.deterministic:
     raise ValueError("export is for inference: call model.eval() first")
   if isinstance(model, Segmentor) and image_size is None:
-    raise ValueError("a segmentor is exported for one image_size, not for None")
+    raise ValueError("a segmentor is exported for images of one size")
+  if model.config.mixer.needs_size and image_size is None:
+    raise ValueError(
+      f"a network with the mixer {model.config.mixer.name} is exported for"
+      " images of one size"
+    )
   channels = model.config.in_channels
   sides = _height_and_width(image_size)
   shape = export.symbolic_shape(f"b, {sides}, {channels}")

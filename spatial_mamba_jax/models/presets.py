@@ -10,8 +10,7 @@ import numpy as np
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import show, suggestion
 from spatial_mamba_jax.models.config import ModelConfig
-from spatial_mamba_jax.models.mixers.base import MixerConfig
-from spatial_mamba_jax.models.mixers.ss2d import SS2DConfig
+from spatial_mamba_jax.models.mixers import MIXERS, MixerConfig, SS2DConfig
 from spatial_mamba_jax.models.vmamba import VMAMBA
 
 
@@ -69,7 +68,8 @@ def get_model_config(name: str, **overrides: Any) -> ModelConfig:
   Args:
     name: one of `list_models()`.
     **overrides: fields of `ModelConfig`, or of its mixer's config: `d_state=2`
-      is short for the preset's mixer with this value.
+      is short for the preset's mixer with this value, and `mixer="ss2d"` for
+      that mixer with its authors' values.
 
   Raises:
     ValueError: the name, a field or a value is wrong, or the dtype is float64
@@ -82,8 +82,13 @@ def get_model_config(name: str, **overrides: Any) -> ModelConfig:
   overrides = {key: _plain(value) for key, value in overrides.items()}
   preset = _PRESETS[name]
   mixer = overrides.pop("mixer", preset.mixer)
+  if isinstance(mixer, str):
+    mixer = MIXERS.get(mixer, mixer)
   if not isinstance(mixer, MixerConfig):
-    raise UserError(f"mixer must be a MixerConfig, got {show(mixer)}")
+    raise UserError(
+      f"mixer must be a MixerConfig or one of {', '.join(MIXERS)}, got"
+      f" {show(mixer)}"
+    )
   fields = [field.name for field in dataclasses.fields(preset)]
   mixer_fields = [
     field.name

@@ -11,7 +11,8 @@ from flax import nnx
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.convert.architecture import abstract_model, infer_model
-from spatial_mamba_jax.convert.names import variables
+from spatial_mamba_jax.convert.families import table_of
+from spatial_mamba_jax.convert.names import torch_tensors, variables
 from spatial_mamba_jax.models.mixers import MIXERS
 from spatial_mamba_jax.models.presets import get_model_config
 
@@ -226,12 +227,16 @@ def test_another_mixer_cannot_be_described(family, own, mixer, tmp_path):
   model = abstract_model(config)
   for _, variable in variables(model):
     variable.set_value(jnp.zeros(variable.shape, variable.dtype))
-  tensors = smj.convert.to_torch(model)
+  # As a file of another program might have them.
+  arrays = {path: variable[...] for path, variable in variables(model)}
+  tensors = torch_tensors(arrays, table_of(model))
   if mixer == own:
     assert smj.convert.from_torch(infer_model(tensors), tensors) == ((), ())
     return
   with pytest.raises(ValueError, match=f"with the mixer {mixer} cannot be"):
     smj.save_pretrained(model, tmp_path / "x")
+  with pytest.raises(ValueError, match=f"names for the mixer {mixer}: convert"):
+    smj.convert.to_torch(model)
   with pytest.raises(
     ValueError,
     match=f"with the mixer {own}: layers|unexpected .*op.selected_conv",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spatial_mamba_jax.models.config import ModelConfig
-from spatial_mamba_jax.models.mixers import StructureAwareConfig
+from spatial_mamba_jax.models.mixers import SS2DConfig, StructureAwareConfig
 from spatial_mamba_jax.models.presets import get_model_config
 
 SMALL = ModelConfig(dims=(4, 4), depths=(1, 2))
@@ -79,8 +79,13 @@ def test_a_mixer_keeps_its_fields():
   assert (config.mlp_ratio, config.mixer.mlp_ratio) == (3.0, 2.0)
   with pytest.raises(ValueError, match="Unhashable must be a dataclass"):
     get_model_config("spatial_mamba_micro", mixer=Unhashable())
-  with pytest.raises(ValueError, match="mixer must be a MixerConfig, got 'x'"):
+  with pytest.raises(ValueError, match=r"MixerConfig or one of .*, got 'x'"):
     get_model_config("spatial_mamba_micro", mixer="x")
+
+
+def test_a_mixer_by_its_name():
+  config = get_model_config("spatial_mamba_micro", mixer="ss2d", gate=True)
+  assert config.mixer == SS2DConfig(gate=True)
 
 
 def test_numpy_scalars_and_arrays_are_accepted():

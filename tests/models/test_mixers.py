@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from spatial_mamba_jax.convert import from_torch, to_torch
+from spatial_mamba_jax.convert.architecture import abstract_model
 from spatial_mamba_jax.convert.families import table_of
 from spatial_mamba_jax.convert.names import torch_tensors
 from spatial_mamba_jax.errors import UserError
@@ -95,7 +96,16 @@ def assert_gradients(module, function, arrays, rename=lambda name: name):
 def test_a_mixer_is_its_authors(golden, name):
   arrays = golden(f"mixers/{name}")
   mixer = create(GOLDEN[name], arrays["x"].shape[-1])
-  from_torch(mixer, part(arrays, "w/"))
+  weights = part(arrays, "w/")
+  # What the authors' state dicts have beside these.
+  copies = (
+    {"mhs.x_ssproj.weight": weights["mhs.x_ssproj_W"]}
+    if name == "mhsvm_h4"
+    else {}
+  )
+  rotations = {"attn.rope.rotations": np.zeros(1)} if "mlla" in name else {}
+  from_torch(mixer, {**weights, **copies, **rotations})
+  assert to_torch(mixer).keys() == {*weights, *copies}
   assert_gradients(mixer, lambda mixer, x: mixer(x), arrays)
   if "x2" in arrays:  # Another size with the same weights.
     y = mixer(jnp.asarray(arrays["x2"], jnp.float64))
@@ -192,8 +202,22 @@ def test_the_names_of_spatial_mambas_mixer(named_weights):
   shapes = named_weights.state_dict_shapes("micro")
   own = {k.removeprefix(prefix) for k in shapes if k.startswith(prefix)}
   assert to_torch(mixer).keys() == own
-  with pytest.raises(ValueError, match="a Linear has no tensor names"):
+  with pytest.raises(ValueError, match="a Linear is no network, and no mixer"):
     to_torch(mixer.in_proj)
+
+
+def test_a_network_with_another_mixer_has_no_names_of_its_authors():
+  config = get_model_config("spatial_mamba_micro", mixer="evss")
+  with pytest.raises(ValueError, match="no tensor names for the mixer evss"):
+    to_torch(abstract_model(config))
+
+
+def test_heads_of_linear_attention():
+  """Of 32 channels, or of the greatest common divisor."""
+  heads = {
+    dim: create(LinearAttentionConfig(), dim).heads for dim in (64, 48, 24, 4)
+  }
+  assert heads == {64: 2, 48: 3, 24: 3, 4: 1}
 
 
 def test_the_halves_of_a_projection_on_a_gpu(monkeypatch):
@@ -251,3 +275,7 @@ def test_every_mixer_in_half_precision_on_an_image_that_is_not_square(name):
 
     rows = rows_of(mixer, x)
     assert all(np.abs(row).max() > 0 for row in rows)
+    half = create(config, 16, dtype="bfloat16")
+    assert jax.eval_shape(rows_of, half, x.astype(jnp.bfloat16)).shape == (
+      rows.shape
+    )

@@ -46,9 +46,17 @@ class MixerConfig(Section, abc.ABC):
 
   Attributes:
     name: identifies the kind of mixer in saved configs.
+    needs_size: whether a program computes with the height and width of images,
+      so that no program is for all sizes.
   """
 
   name: ClassVar[str]
+  needs_size: ClassVar[bool] = False
+
+  @property
+  def is_square(self) -> bool:
+    """Whether the mixer takes square images alone."""
+    return False
 
   def variant(self, place: Place) -> Hashable:
     """Returns the part of the static structure that depends on the place.

@@ -9,6 +9,7 @@ Axis letters: B batch, H and W height and width, C channels.
 """
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -41,10 +42,12 @@ class LinearAttentionConfig(MixerConfig):
   """Linear attention with rotary and local position embeddings.
 
   Attributes:
-    head_dim: channels of a head; a stage of fewer channels has one head.
+    head_dim: channels of a head. Where it does not divide the channels of a
+      stage, a head has their greatest common divisor.
   """
 
   name: ClassVar[str] = "linear_attention"
+  needs_size: ClassVar[bool] = True
 
   head_dim: int = number(32, least=1, most=_MOST_CHANNELS)
 
@@ -54,7 +57,7 @@ class LinearAttentionConfig(MixerConfig):
     """Creates the mixer of a block; see `MixerConfig`.
 
     Raises:
-      UserError: `dim` is not a multiple of 4 and of `head_dim`.
+      UserError: `dim` is not a multiple of 4.
     """
     del variant
     return LinearAttention(dim, self, config=config, rngs=rngs)
@@ -71,15 +74,9 @@ class LinearAttention(nnx.Module):
     config: "ModelConfig",
     rngs: nnx.Rngs,
   ):
-    head_dim = min(mixer.head_dim, dim)
     if dim % 4:
       raise UserError(
         f"linear attention needs stages of a multiple of 4 channels, not {dim}"
-      )
-    if dim % head_dim:
-      raise UserError(
-        f"mixer.head_dim={head_dim} must divide the channels of each stage, not"
-        f" {dim}"
       )
     kwargs = {"dtype": config.dtype, "rngs": rngs}
     rest = {"implementation": config.layer_implementation, **kwargs}
@@ -89,7 +86,7 @@ class LinearAttention(nnx.Module):
     self.qk = linear(dim, 2 * dim, **kwargs)
     self.lepe = DepthwiseConv(dim, **rest)
     self.out_proj = linear(dim, dim, **kwargs)
-    self.heads = dim // head_dim
+    self.heads = dim // math.gcd(mixer.head_dim, dim)
 
   def __call__(
     self,

@@ -74,6 +74,7 @@ class MHSConfig(SelectiveConfig):
   """
 
   name: ClassVar[str] = "mhs"
+  needs_size: ClassVar[bool] = True
 
   expand: int = number(1, least=1, most=1)
   heads: int = number(4, least=1, most=len(PATHS))

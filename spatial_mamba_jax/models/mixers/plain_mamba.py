@@ -56,6 +56,7 @@ class PlainMambaConfig(SelectiveConfig):
   """Four snakes with the direction of each step; see `SelectiveConfig`."""
 
   name: ClassVar[str] = "plain_mamba"
+  needs_size: ClassVar[bool] = True
 
   def create(
     self, dim: int, variant: Hashable, *, config: "ModelConfig", rngs: nnx.Rngs

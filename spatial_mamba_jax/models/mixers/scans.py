@@ -66,9 +66,16 @@ class Path:
 
   def steps(self, height: int, width: int) -> np.ndarray:
     """Returns the raster index of the token of each step, [L]."""
-    with jax.ensure_compile_time_eval():
-      raster = jnp.arange(height * width).reshape(1, height, width)
-      return np.asarray(self.tokens(raster)[0])
+    # In NumPy, because the default device may be one to compile for only.
+    x = np.arange(height * width).reshape(height, width)
+    if self.mirror is not None:
+      x = np.flip(x, 0 if self.mirror == "rows" else 1)
+    x = x.T if self.transpose else x
+    if self.order == "snake":
+      x = np.where(np.arange(len(x))[:, None] % 2 == 1, x[:, ::-1], x)
+    visited = _visited(self.order, *x.shape)
+    x = x.ravel() if visited is None else x.ravel()[visited]
+    return x[::-1] if self.reverse else x
 
   def reversed(self) -> "Path":
     """Returns the path from its end to its beginning."""

@@ -51,6 +51,11 @@ class V2MConfig(SelectiveConfig):
 
   aligned: bool = False
 
+  @property
+  def is_square(self) -> bool:
+    """Whether the mixer takes square images alone."""
+    return not self.aligned
+
   def create(
     self, dim: int, variant: Hashable, *, config: "ModelConfig", rngs: nnx.Rngs
   ) -> "V2M":
