@@ -26,6 +26,9 @@ from spatial_mamba_jax.models.mixers.base import Place
 from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.training.config import TrainConfig
 
+# Pixels a side; a CPU would need hours for the largest.
+SIZES = (32, 64, 128, 256, 512)
+LARGEST = 2048
 # Machines that programs are compiled for, the network, and the pixels of its
 # batch: so many that the workspaces of cuBLAS, which count too, do not matter.
 TARGETS = ("H200", "v5e:2x2")
@@ -33,9 +36,10 @@ COMPILED_MODEL = "spatial_mamba_tiny"
 COMPILED_PIXELS = 128 * 224**2
 # {primitive: kind} of what is counted.
 KINDS = {"transpose": "transposed", "gather": "gathered", "rev": "reversed"}
-# Image and channels for which a mixer's moves are counted, and the blocks over
-# which they are averaged: after four, `evss` turns images as before.
-_COUNTED = (1, 16, 16, 64)
+# Images and channels for which a mixer's moves are counted, and the blocks over
+# which they are averaged: after four, `evss` turns images as before. No weight
+# has so many rows as there are images.
+_COUNTED = (7, 16, 16, 64)
 _PLACES = tuple(Place(0, block, block) for block in range(4))
 
 Send = Callable[[dict[str, Any]], None]
@@ -102,14 +106,13 @@ def speed(
   mixer: str,
   model: str,
   batch_size: int,
-  sizes: Sequence[int],
+  sizes: Sequence[int] | None,
   **_: Any,
 ) -> None:
   """Sends what the programs of each size need, in float32."""
-  device = jax.devices()[0]
-  size = 2048 if device.platform == "cpu" else 8192
-  rate = timing.matmul_rate(jnp.float32, size)
-  for size in sizes:
+  is_cpu = jax.devices()[0].platform == "cpu"
+  rate = timing.matmul_rate(jnp.float32, 2048 if is_cpu else 8192)
+  for size in sizes or (SIZES if is_cpu else (*SIZES, LARGEST)):
     config = _experiment(mixer, model, batch_size)
     for name in network.PROGRAMS:
       program = network.compile_program(name, config, size)
@@ -125,7 +128,7 @@ def speed(
 
 
 def moved_bytes(
-  send: Send, *, mixer: str, sizes: Sequence[int], **_: Any
+  send: Send, *, mixer: str, sizes: Sequence[int] | None, **_: Any
 ) -> None:
   """Sends the bytes an image of programs compiled for each target."""
   topology.use_compilers()
@@ -133,7 +136,7 @@ def moved_bytes(
     device = topology.devices_of(target)[0]
     sharding = SingleDeviceSharding(device)
     with topology.as_default_device(target):
-      for size in sizes:
+      for size in sizes or SIZES:
         batch_size = COMPILED_PIXELS // size**2
         config = _experiment(
           mixer, COMPILED_MODEL, batch_size, dtype="bfloat16"

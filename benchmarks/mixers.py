@@ -8,7 +8,8 @@ The network is Spatial-Mamba micro (--model selects another one for `cost` and
   counted);
 - `speed`: images a second of inference and of the training step, share of the
   rate of matrix products, time to compile and peak memory, for images of
-  several sizes; `timing` has the protocol;
+  several sizes: 32 to 512 pixels a side, and 2048 where there is a GPU or TPU;
+  `timing` has the protocol;
 - `bytes`: bytes that inference moves for an image, in programs of Spatial-Mamba
   tiny compiled for an H200 and a v5e (needs `pip install ".[train,aot]"`);
 - `accuracy`: top-1 on the digits with several seeds, as
@@ -17,7 +18,8 @@ The network is Spatial-Mamba micro (--model selects another one for `cost` and
 
 It prints tables in Markdown, and writes a JSON file, by default into
 `benchmarks/results`, and a figure beside it as PNG and SVG. What the file has
-of other sections stays.
+of other sections stays, and of other mixers, if they were measured with this
+commit on such a machine.
 """
 
 import argparse
@@ -35,7 +37,6 @@ from benchmarks.formulations import json_file, positive
 from benchmarks.mixer_programs import SECTIONS
 from spatial_mamba_jax.training.digests import write_whole
 
-SIZES = (32, 64, 128, 256, 512)  # Pixels a side.
 # Seconds without a message after which a program counts as hung.
 PATIENCE_SECONDS = 1800
 
@@ -47,12 +48,11 @@ def main() -> None:
   record = _record(file)
   failed = []
   for section in arguments.sections:
-    if section != "bytes":
-      record[f"{section}_machine"] = machine.describe()
+    start(record, section)
     for name in arguments.mixers:
-      rows = record.setdefault(section, {})
+      rows = record[section][name] = []
       try:
-        rows[name] = list(_rows(section, name, arguments))
+        rows.extend(_rows(section, name, arguments))
       except processes.EndedError as error:
         failed.append(f"{section} of {name}: {error}")
       write_whole(file, json.dumps(record, indent=1) + "\n")
@@ -69,6 +69,15 @@ def _record(file: pathlib.Path) -> dict[str, Any]:
   return {**old, "command": command}
 
 
+def start(record: dict[str, Any], section: str) -> None:
+  """Describes this machine in a record; drops rows of others and commits."""
+  now = machine.describe()
+  old = record.get(f"{section}_machine", {})
+  if any(old.get(name) != now[name] for name in now.keys() - {"date"}):
+    record[section] = {}
+  record[f"{section}_machine"] = now
+
+
 def _rows(section, name, arguments) -> Iterator[dict[str, Any]]:
   """Yields the measurements of one mixer, made in a process of its own."""
   work = partial(
@@ -76,7 +85,7 @@ def _rows(section, name, arguments) -> Iterator[dict[str, Any]]:
     mixer=name,
     model=arguments.model,
     batch_size=arguments.batch_size,
-    sizes=tuple(arguments.sizes),
+    sizes=arguments.sizes,
     seeds=tuple(arguments.seeds),
     workdir=arguments.workdir.absolute(),
   )
@@ -97,9 +106,7 @@ def _parse() -> argparse.Namespace:
     "--model", default="spatial_mamba_micro", choices=smj.list_models()
   )
   parser.add_argument("--batch-size", type=positive, default=8)
-  parser.add_argument(
-    "--sizes", type=positive, nargs="+", default=SIZES, help="pixels a side"
-  )
+  parser.add_argument("--sizes", type=positive, nargs="+", help="pixels a side")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument(
     "--workdir", type=pathlib.Path, default=pathlib.Path("runs/mixers")

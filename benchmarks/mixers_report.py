@@ -142,5 +142,8 @@ def _draw(axes, section, program):
       linewidth=1.2,
       label=name,
     )
+  sizes = sorted({size for of in rows.values() for size in of})
+  axes.set_xticks(sizes, list(map(str, sizes)))
+  axes.minorticks_off()
   axes.set_xlabel("pixels a side", fontsize=9)
   figures.bare(axes)
