@@ -79,7 +79,7 @@ standard deviation (0.229, 0.224, 0.225).
 `model.safetensors` has the tensor names and the layout of the authors' PyTorch
 code ({repository}), whose `load_state_dict`
 accepts them unchanged. `config.json` has the fields of
-`spatial_mamba_jax.ModelConfig`.
+`spatial_mamba_jax.ModelConfig`, and of a segmentor the channels of its heads.
 
 To the publisher: state here what the model was trained on and how accurate it
 is, and set `license` above.

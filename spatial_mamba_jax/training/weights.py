@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from spatial_mamba_jax.convert.files import (
 )
 from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.names import (
+  fitting_array,
   from_torch,
   is_counter,
   torch_tensors,
@@ -54,7 +55,9 @@ _ATTEMPTS = 5
 # Path of a weight of a backbone's first block; the group is the prefix of all
 # paths in the backbone.
 _FIRST_BLOCK = re.compile(r"((?:.*?\.)?)stages\.0\.blocks\.0\.")
-# Path of a weight that only UPerNet has.
+# The table of a segmentor's heads, and the path of a weight that only UPerNet
+# has.
+_OF_HEADS = PartTables(dict.fromkeys(HEADS, UPERNET))
 _OF_UPERNET = "decode_head.bottleneck.conv.kernel"
 
 
@@ -126,13 +129,15 @@ def start_from(
   prefix, backbone = _backbone(network)
   found, others = _read(local_path(path))
   random, message = _fill_backbone(path, backbone, found.state_dict)
-  filled, rest = _fill_rest(network, prefix, others)
+  of_heads = _fill_heads(network, found.heads)
+  filled, rest = _fill_rest(network, prefix, others, of_heads)
   random = [*(prefix + name for name in random), *rest]
   modules = dict.fromkeys(name.rpartition(".")[0] for name in random)
   if modules:
     message += f"; initialised at random: {listed(modules, 6)}"
   weights = _with_shardings(PureModel.weights_of(network), fresh)
-  unused = {*found.left_out, *others}.difference(filled)
+  used = (name for path in of_heads for name in _OF_HEADS.tensors(path))
+  unused = {*found.left_out, *others, *found.heads}.difference(filled, used)
   return weights, f"starting from {path}{message}{_left_out(unused)}"
 
 
@@ -195,17 +200,48 @@ def _fill_backbone(
   return random, message
 
 
+def _fill_heads(
+  network: nnx.Module, tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+  """Fills the variables of a segmentor's heads whose tensors fit.
+
+  Returns:
+    The paths that were filled.
+  """
+  if not isinstance(network, Segmentor):
+    return []
+  filled = []
+  for path, variable in variables(network):
+    if path.startswith(HEADS):
+      array = fitting_array(path, variable, tensors, _OF_HEADS)
+      if array is not None:
+        variable.set_value(jnp.asarray(array, variable.dtype))
+      # A missing count changes no result.
+      if array is not None or path.endswith(".num_batches"):
+        filled.append(path)
+  return filled
+
+
 def _fill_rest(
-  network: nnx.Module, prefix: str, arrays: dict[str, np.ndarray]
+  network: nnx.Module,
+  prefix: str,
+  arrays: dict[str, np.ndarray],
+  is_filled: Iterable[str],
 ) -> tuple[list[str], list[str]]:
   """Fills the variables outside the backbone that have an array of equal shape.
+
+  Args:
+    network: the network.
+    prefix: of all paths in the backbone.
+    arrays: {path: array}.
+    is_filled: paths that keep their values.
 
   Returns:
     The paths that were filled, and the paths that stay random.
   """
-  filled, random = [], []
+  filled, random, done = [], [], set(is_filled)
   for name, variable in variables(network):
-    if name.startswith(prefix):
+    if name.startswith(prefix) or name in done:
       continue
     fits = name in arrays and arrays[name].shape == variable.shape
     (filled if fits else random).append(name)
@@ -281,31 +317,17 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
 def _read(
   path: pathlib.Path, *, raw: bool = False
 ) -> tuple[Found, dict[str, np.ndarray]]:
-  """Reads weights, and {path: array} of what is outside the backbone."""
+  """Reads weights, and {path: array} of what is no backbone and no head."""
   if not is_of_weights(path):
     return _read_checkpoint(path, raw=raw)
   try:
-    found = read_file(path, raw=raw)
-    return found, _heads(found)
+    return read_file(path, raw=raw), {}
   except FileNotFoundError as error:
     raise TrainingError(
       f"{path} does not exist: train first, or correct the path"
     ) from error
   except (ImportError, OSError, ValueError) as error:
     raise TrainingError(one_line(error)) from error
-
-
-def _heads(found: Found) -> dict[str, np.ndarray]:
-  """Returns {path: array} of a segmentor's heads; nothing of other models."""
-  if not found.heads:
-    return {}
-  model = infer_model(found.whole)
-  from_torch(model, found.whole)
-  return {
-    path: np.asarray(variable[...])
-    for path, variable in variables(model)
-    if path.startswith(HEADS)
-  }
 
 
 def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
@@ -339,12 +361,13 @@ def _read_checkpoint(
   # Another network may have parts of the same names.
   of_heads = HEADS if _OF_UPERNET in others else ()
   heads = {path: x for path, x in others.items() if path.startswith(of_heads)}
+  others = {path: x for path, x in others.items() if path not in heads}
   found = Found(
     tensors,
     f"step {step}",
-    tuple(path for path in others if path not in heads),
+    tuple(others),
     prefixes,
-    heads=torch_tensors(heads, PartTables(dict.fromkeys(HEADS, UPERNET))),
+    heads=torch_tensors(heads, _OF_HEADS),
   )
   return found, others
 

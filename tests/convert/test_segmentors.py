@@ -16,7 +16,8 @@ from spatial_mamba_jax.convert.architecture import (
   abstract_model,
   abstract_segmentor,
 )
-from spatial_mamba_jax.convert.names import variables
+from spatial_mamba_jax.convert.families import table_of
+from spatial_mamba_jax.convert.names import fitting_array, variables
 from spatial_mamba_jax.models.presets import get_model_config
 from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.training.config import TrainingError
@@ -170,6 +171,21 @@ def test_a_segmentor_starts_from_any_weights(
     if model is segmentor:
       assert "decode_head.classifier.linear" in message
       assert "decode_head.bottleneck" not in message
+      assert "decode_head.conv_seg.bias" in message.partition("left out")[2]
+
+
+def test_tensors_of_heads_that_fit(segmentor):
+  """A file may lack a head, or have one of another shape."""
+  tensors, table = smj.convert.to_torch(segmentor), table_of(segmentor)
+  for path, variable in variables(segmentor):
+    array = fitting_array(path, variable, tensors, table)
+    np.testing.assert_array_equal(array, variable[...], path)
+  path, variable = next(
+    x for x in variables(segmentor) if x[0].endswith("conv.kernel")
+  )
+  (name,) = table.tensors(path)
+  for wrong in ({}, {name: tensors[name][:1]}):
+    assert fitting_array(path, variable, wrong, table) is None
 
 
 def test_a_classifier_is_no_segmentor(segmentor, tmp_path):
@@ -200,7 +216,7 @@ def test_export_of_a_segmentor(segmentor, tmp_path):
   from jax import export
 
   model = nnx.clone(segmentor)
-  with pytest.raises(ValueError, match="one image_size"):
+  with pytest.raises(ValueError, match="images of one size"):
     smj.export_model(model, tmp_path / "x", image_size=None)
   smj.export_model(model, tmp_path / "x", image_size=(24, 20))
   program = export.deserialize(bytearray((tmp_path / "x").read_bytes()))
