@@ -95,7 +95,8 @@ class Evaluated(NamedTuple):
   Attributes:
     step: the step of the checkpoint; None for a file of weights.
     evaluations: the evaluations of the moving average, "ema", and of the
-      weights, "raw". Some files have only one of the two.
+      weights, "raw". Some files have only one of the two. With `ema_decay=0`
+      both are the same, and only the first is evaluated.
   """
 
   step: int | None
@@ -128,6 +129,8 @@ def evaluate_checkpoint(
   step, weights = load_weights(
     local_path(path), evaluator.model, evaluator.weight_shapes
   )
+  if "ema" in weights and not config.ema_decay:
+    weights = {"ema": weights["ema"]}  # The raw weights are the same.
   shapes = set()
 
   def eval_step(weights, batch):

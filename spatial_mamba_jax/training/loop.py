@@ -130,7 +130,8 @@ class _Trainer:
     self.steps = self.times.steps
     self.experiment = describe(config, len(self.train_source), task.sums)
     self.copy = jax.jit(jnp.copy)
-    self.is_warned = self.is_memory_told = self.is_eval_compiled = False
+    self.is_warned = self.is_memory_told = False
+    self.evaluated_shapes = set()
 
   def run(self) -> Evaluation | None:
     config, workdir = self.config, self.workdir
@@ -363,15 +364,20 @@ class _Trainer:
     def eval_step(weights, batch):
       if stopped_by := stop_requested(self.stopping):
         self._stop(step, stopped_by)
-      part = "evaluation" if self.is_eval_compiled else "compile"
-      self.is_eval_compiled = True
-      with self.ledger.during(part):
+      # Each shape has a program.
+      shapes = tuple(x.shape for x in batch.values())
+      is_compiled = shapes in self.evaluated_shapes
+      self.evaluated_shapes.add(shapes)
+      with self.ledger.during("evaluation" if is_compiled else "compile"):
         return self.program.eval_step(weights, batch)
 
+    weights = {"ema": state.ema}
+    if self.config.ema_decay:
+      weights["raw"] = state.weights
     with self.ledger.during("evaluation"):
       found = evaluate(
         dataclasses.replace(self.program, eval_step=eval_step),
-        {"ema": state.ema, "raw": state.weights},
+        weights,
         self.eval_source,
       )
       return self._log_evaluation(found, step)
@@ -379,7 +385,8 @@ class _Trainer:
   def _log_evaluation(
     self, found: dict[str, Measured], step: int
   ) -> Evaluation:
-    evaluation, raw = found["ema"].evaluation, found["raw"].evaluation
+    evaluation = found["ema"].evaluation
+    raw = found["raw"].evaluation if "raw" in found else evaluation
     # First, so that a run that fails to write it repeats the evaluation.
     if not jax.process_index():
       write_examples(self.workdir, found["ema"].meter, step)

@@ -202,7 +202,7 @@ def _moving_average(ema: Weights, weights: Weights, decay: float) -> Weights:
   """Averages floats; copies counts."""
 
   def average(old, new):
-    if not jnp.issubdtype(old.dtype, jnp.floating):
+    if not decay or not jnp.issubdtype(old.dtype, jnp.floating):
       return new
     # In this form, a value that does not change stays the same to the last bit.
     return old + (1 - decay) * (new - old)

@@ -12,7 +12,7 @@ from flax import nnx
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.data import DataConfig
 from spatial_mamba_jax.models import ModelConfig, SpatialMamba
-from spatial_mamba_jax.models.pure import PureModel
+from spatial_mamba_jax.models.pure import PureModel, Weights
 from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.tasks.classification.losses import (
   smoothed_targets,
@@ -25,7 +25,7 @@ from spatial_mamba_jax.training.optimizer import (
   make_optimizer,
 )
 from spatial_mamba_jax.training.state import initial_state
-from spatial_mamba_jax.training.step import make_train_step
+from spatial_mamba_jax.training.step import _moving_average, make_train_step
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -168,6 +168,12 @@ def test_the_moving_average_covers_parameters_and_statistics(small):
     if not np.array_equal(x, state.weights.stats[name])
   ]
   assert len(changed) == len(state.weights.stats)
+
+
+def test_without_a_moving_average_it_is_the_weights():
+  """Exactly: a sum of differences would be 0 here."""
+  old, new = (Weights({"x": jnp.float32(x)}, {}) for x in (1e9, 1.0))
+  assert _moving_average(old, new, 0.0).params["x"] == 1
 
 
 @pytest.mark.usefixtures("x64")
