@@ -1,9 +1,10 @@
 """Evaluates: `python eval.py --config=configs/digits.py --workdir=runs/digits`.
 
-Prints top-1, top-5, loss and calibration error on the validation images, for
-the weights ("raw") and for their moving average ("ema"), and the step of their
-checkpoint. They come from the best checkpoint of a working directory, or from
-`--checkpoint`: a checkpoint
+Prints the measures of the task on the validation images: top-1, top-5, loss and
+calibration error of a classifier; mean IoU and accuracies of a segmentor. It
+evaluates the weights ("raw") and their moving average ("ema"), if there is one,
+and names the step of their checkpoint. They come from the best checkpoint of a
+working directory, or from `--checkpoint`: a checkpoint
 (`runs/digits/checkpoints/300`), a `.pth`, a `.safetensors`, or a directory of
 `smj.save_pretrained`.
 """
@@ -23,10 +24,15 @@ def main() -> int:
   checkpoint = string("checkpoint", None, "Weights, instead of --workdir's.")
   output = string("output_dir", None, "Directory to write predictions to.")
   resolution = flags.DEFINE_integer(
-    "resolution", None, "Height and width of the images.", lower_bound=1
+    "resolution",
+    None,
+    "Height and width of the images of a classifier.",
+    lower_bound=1,
   )
   crop_ratio = flags.DEFINE_float(
-    "crop_ratio", None, "Share of the shorter side in the central crop."
+    "crop_ratio",
+    None,
+    "Share of the shorter side in the central crop of a classifier.",
   )
   as_json = flags.DEFINE_bool("json", False, "Print one line of JSON.")
 
@@ -34,10 +40,12 @@ def main() -> int:
     path = command_line.path(checkpoint)
     path = path or command_line.workdir() / "checkpoints"
     config = command_line.config()
-    if resolution.value is not None:
-      config.data.image_size = resolution.value
-    if crop_ratio.value is not None:
-      config.data.test_crop_ratio = crop_ratio.value
+    for flag, field in (
+      (resolution, "image_size"),
+      (crop_ratio, "test_crop_ratio"),
+    ):
+      if flag.value is not None:
+        config.set_for_evaluation(field, flag.value)
     found = evaluate_checkpoint(config, path, command_line.path(output))
     command_line.tell_evaluations(found, as_json=as_json.value)
 

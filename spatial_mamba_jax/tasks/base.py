@@ -259,9 +259,23 @@ class TaskConfig(Section, abc.ABC):
 
   Attributes:
     kind: identifies the task in saved experiments.
+    is_cropped: whether evaluation crops images as `data.image_size` and
+      `data.test_crop_ratio` say.
   """
 
   kind: ClassVar[str]
+  is_cropped: ClassVar[bool] = True
+
+  def check_batch(self, size: int, path: str) -> None:
+    """Checks that training batches may have this number of images.
+
+    Args:
+      size: images that are trained on at once, on all devices.
+      path: of this section, for the message.
+
+    Raises:
+      UserError: they may not.
+    """
 
   @abc.abstractmethod
   def create(

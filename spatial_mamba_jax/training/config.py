@@ -358,6 +358,8 @@ class TrainConfig(Section):
       "batch_size",
       f"a multiple of accumulation_steps={self.accumulation_steps}",
     )
+    microbatch = self.batch_size // self.accumulation_steps
+    self.task.check_batch(microbatch, f"{path}.task")
     optimizer = self.optimizer
     warmup = parse_interval(optimizer.warmup, f"{path}.optimizer.warmup")
     optimizer.require(
@@ -375,6 +377,19 @@ class TrainConfig(Section):
         "finite once scaled by batch_size / reference_batch_size",
       )
     self._require_memory(path)
+
+  def set_for_evaluation(self, field: str, value: int | float) -> None:
+    """Sets "image_size" or "test_crop_ratio" of `data`.
+
+    Raises:
+      TrainingError: the task's evaluation does not depend on it.
+    """
+    if not self.task.is_cropped:
+      raise TrainingError(
+        f"data.{field} has no effect on the evaluation of {self.task.kind}:"
+        " config.task has the sizes of its images"
+      )
+    setattr(self.data, field, value)
 
   def _require_memory(self, path: str) -> None:
     """Checks that this host has the memory for the prefetched images."""

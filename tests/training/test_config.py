@@ -15,6 +15,7 @@ from spatial_mamba_jax.tasks.classification import (
   ClassificationConfig,
   MixingConfig,
 )
+from spatial_mamba_jax.tasks.segmentation import SegmentationConfig
 from spatial_mamba_jax.training.config import (
   Interval,
   ModelSection,
@@ -571,3 +572,17 @@ def test_equal_lengths_may_be_written_differently():
   other.length = "4 steps"
   with pytest.raises(TrainingError, match="length was '4 epochs' and is '4 st"):
     check_same_experiment(saved, describe(other, 1000, SUMS), "run")
+
+
+def test_how_a_segmentor_is_evaluated_may_change():
+  config = the_same_experiment()
+  config.task = SegmentationConfig(num_classes=7)
+  saved = describe(config, 1000, SUMS)
+  config.task.test_flip, config.task.test_ratios = True, (0.75, 1.0)
+  config.task.test_window, config.task.test_stride = 64, 32
+  check_same_experiment(saved, describe(config, 1000, SUMS), "run")
+  config.task.box = (512, 512)
+  with pytest.raises(
+    TrainingError, match=r"holds another experiment: task\.box"
+  ):
+    check_same_experiment(saved, describe(config, 1000, SUMS), "run")

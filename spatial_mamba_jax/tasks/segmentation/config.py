@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Most classes: labels are int16.
 MAX_CLASSES = 2**15 - 1
-# Largest ratio to the box: a box of 512 pixels becomes the largest image.
+# Largest ratio to the box.
 _MAX_RATIO = 32.0
 
 
@@ -32,7 +32,8 @@ class SegmentationConfig(TaskConfig):
   Attributes:
     num_classes: classes of the data set.
     head_channels: channels of the decode head.
-    auxiliary_channels: channels of the auxiliary head, on the third stage.
+    auxiliary_channels: channels of the auxiliary head, on the last stage but
+      one.
     auxiliary_weight: weight of the auxiliary head's loss.
     dropout_rate: probability of dropping a channel before a head's classifier.
     statistics_group: number of images that share the statistics of a BatchNorm
@@ -54,6 +55,7 @@ class SegmentationConfig(TaskConfig):
   """
 
   kind: ClassVar[str] = "segmentation"
+  is_cropped: ClassVar[bool] = False
 
   num_classes: int = number(150, least=1, most=MAX_CLASSES)
   head_channels: int = number(512, least=1, most=MAX_CHANNELS)
@@ -77,8 +79,6 @@ class SegmentationConfig(TaskConfig):
       UserError: a value is wrong; the message names the first such field.
     """
     super().validate(path)
-    for field in ("box", "box_ratio"):
-      self.require(len(getattr(self, field)) == 2, path, field, "two numbers")
     low, high = self.box_ratio
     self.require(low <= high, path, "box_ratio", "(low, high) with low <= high")
     self.require(bool(self.test_ratios), path, "test_ratios", "at least one")
@@ -87,6 +87,15 @@ class SegmentationConfig(TaskConfig):
       path,
       "test_stride",
       f"at most test_window={self.test_window}",
+    )
+
+  def check_batch(self, size: int, path: str) -> None:
+    """Checks that the groups of BatchNorm's statistics fill a batch."""
+    self.require(
+      size % (self.statistics_group or 1) == 0,
+      path,
+      "statistics_group",
+      f"a divisor of batch_size / accumulation_steps = {size}, or None",
     )
 
   def create(
@@ -99,6 +108,12 @@ class SegmentationConfig(TaskConfig):
         f" {', '.join(LABEL_MAPS)}"
       )
     check_channels(model, data)
+    if model.mixer.is_square:
+      raise UserError(
+        f"config.model.mixer={model.mixer.name} takes square images alone, and"
+        " evaluation keeps the shapes of images: set"
+        " config.model.mixer.aligned=True"
+      )
     # Imported here, so that reading a config imports no training code.
     from spatial_mamba_jax.tasks.segmentation.task import Segmentation
 
