@@ -108,7 +108,7 @@ class ImagePairs:
 
 
 class _Files(NamedTuple):
-  """What messages say of images or of label maps."""
+  """Files of one kind, for messages."""
 
   kind: str
   directory: pathlib.Path

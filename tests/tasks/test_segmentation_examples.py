@@ -311,7 +311,7 @@ class TestEvaluation:
     num_classes=NUM_CLASSES, box=(64, 32), test_ratios=(0.75, 1.0)
   )
   # The first, the fourth and the fifth have views of one size.
-  SIZES = ((40, 60), (40, 20), None, (20, 30), (40, 60), (24, 48), (41, 60))
+  SIZES = ((40, 60), (40, 20), None, (36, 54), (40, 60), (24, 48), (41, 60))
 
   def examples(self) -> SegmentationExamples:
     return SegmentationExamples(self.CONFIG, DataConfig(image_size=16))
@@ -342,6 +342,11 @@ class TestEvaluation:
       (Shapes(((24, 36), (32, 48)), (40, 60)), [0, 3, 4]),
       (Shapes(((24, 35), (32, 47)), (41, 60)), [6]),
     ]
+
+  def test_small_label_maps_are_not_padded_to_large_ones(self):
+    groups = self.examples().groups(Images((40, 60), (20, 30), (36, 54)))
+    labels = [(x.examples.shapes.label, x.indices.tolist()) for x in groups]
+    assert labels == [((20, 30), [1]), ((40, 60), [0, 2])]
 
   def test_no_readable_header(self):
     (group,) = self.examples().groups(Images(None, None))

@@ -18,7 +18,10 @@ from spatial_mamba_jax.tasks.segmentation.evaluation import (
   SegmentationMeter,
 )
 from spatial_mamba_jax.tasks.segmentation.pictures import Example, draw_example
-from spatial_mamba_jax.tasks.segmentation.prediction_files import file_stems
+from spatial_mamba_jax.tasks.segmentation.prediction_files import (
+  file_stems,
+  in_common_directory,
+)
 
 YELLOW, BLACK = (240, 228, 66), (0, 0, 0)
 
@@ -153,6 +156,13 @@ def test_table_of_classes(tmp_path):
 )
 def test_names_of_files(names, stems):
   assert file_stems(names) == stems
+
+
+def test_paths_are_relative_to_the_directory_of_all_images():
+  names = [f"/home/data/images/{name}" for name in ("a/x.jpg", "y.jpg")]
+  assert file_stems(in_common_directory(names)) == ["a/x", "y"]
+  assert in_common_directory(names[:1]) == ["x.jpg"]
+  assert in_common_directory(["/a/x", "y"]) == ["/a/x", "y"]
 
 
 NAME_PARTS = st.text("aA.~%/\\\u00e9\u0301\udcff\n01jpg", max_size=9)

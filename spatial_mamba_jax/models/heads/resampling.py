@@ -14,8 +14,11 @@ import numpy as np
 from spatial_mamba_kernels.shapes import at_least_float32
 from spatial_mamba_kernels.typing import Array, Float
 
+# Most matrices to keep. The largest take some MB.
+_MATRICES = 64
 
-@functools.cache
+
+@functools.lru_cache(_MATRICES)
 def bilinear(old: int, new: int) -> np.ndarray:
   """Returns the matrix [new, old] of bilinear interpolation along an axis."""
   # Twice the coordinate, times `new`, in integers: the weights are exact.
@@ -30,7 +33,7 @@ def bilinear(old: int, new: int) -> np.ndarray:
   return matrix
 
 
-@functools.cache
+@functools.lru_cache(_MATRICES)
 def adaptive_mean(old: int, new: int) -> np.ndarray:
   """Returns the matrix [new, old] of adaptive average pooling along an axis.
 

@@ -175,7 +175,7 @@ class UPerHead(nnx.Module):
   def pyramid_pooling(
     self, x: Float[Array, "B H W _"]
   ) -> Float[Array, "B H W C"]:
-    """Returns the last map with what it has on average in larger areas."""
+    """Convolves the last map together with its averages over regions."""
     pooled = [
       resize(conv(pool(x, size)), *x.shape[1:3])
       for conv, size in zip(self.psp_convs, POOLED_SIZES, strict=True)

@@ -143,35 +143,37 @@ class SegmentationExamples:
   def groups(self, source: Source) -> list[Group]:
     """Sorts records by the sizes of their views, the largest first.
 
-    So a lack of memory shows at once. A record whose size cannot be read joins
-    the first group. When it is read there, it counts as unreadable.
+    So a lack of memory shows at once. A label map is padded to less than four
+    times its pixels. A record whose size cannot be read joins the first group.
+    When it is read there, it counts as unreadable.
     """
     assert isinstance(source, SegmentedSource)
-    indices: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    label: dict[tuple[tuple[int, int], ...], tuple[int, int]] = {}
+    indices: dict[_Key, list[int]] = {}
+    label: dict[_Key, tuple[int, int]] = {}
     unreadable = []
     for index in range(len(source)):
       try:
         size = source.image_size(index)
-        views = self._views(size)
+        key = _Key(self._views(size), _power_of_four(size))
       except Exception:  # Nearly any, as when decoding.
         unreadable.append(index)
         continue
-      indices.setdefault(views, []).append(index)
-      height, width = label.get(views, size)
-      label[views] = max(height, size[0]), max(width, size[1])
+      indices.setdefault(key, []).append(index)
+      height, width = label.get(key, size)
+      label[key] = max(height, size[0]), max(width, size[1])
     if not indices:
       side = self.data.image_size
       views, label_size = self._shapes((side, side))
-      indices[views], label[views] = [], label_size
-    order = sorted(indices, key=lambda views: (-_pixels(views), views))
+      key = _Key(views, _power_of_four(label_size))
+      indices[key], label[key] = [], label_size
+    order = sorted(indices, key=lambda key: (-_pixels(key.views), *key))
     indices[order[0]] += unreadable
     return [
       Group(
-        dataclasses.replace(self, shapes=Shapes(views, label[views])),
-        np.sort(np.array(indices[views], np.int64)),
+        dataclasses.replace(self, shapes=Shapes(key.views, label[key])),
+        np.sort(np.array(indices[key], np.int64)),
       )
-      for views in order
+      for key in order
     ]
 
   def _draw_size(
@@ -190,6 +192,22 @@ class SegmentationExamples:
 
   def _shapes(self, size: tuple[int, int]) -> Shapes:
     return Shapes(self._views(size), size)
+
+
+class _Key(NamedTuple):
+  """What the records of a group have in common.
+
+  Attributes:
+    views: heights and widths of the resized image.
+    power: power of four, at most the number of the label map's pixels.
+  """
+
+  views: tuple[tuple[int, int], ...]
+  power: int
+
+
+def _power_of_four(size: tuple[int, int]) -> int:
+  return ((size[0] * size[1]).bit_length() - 1) // 2
 
 
 def draw_crop(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from spatial_mamba_kernels.typing import Array, Float, Int
 
+from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models.heads.resampling import bilinear, resize
 from spatial_mamba_jax.tasks.segmentation.strips import (
   Resized,
@@ -141,7 +142,15 @@ def _bilinear_to(old: int, sizes: Array, most: int, dtype) -> Array:
   """Returns [B, most, old], `resampling.bilinear` to sizes on the device.
 
   Rows beyond a size repeat the last one's weights.
+
+  Raises:
+    UserError: products of the two sizes do not fit into int32.
   """
+  if 2 * most * old >= 2**31:
+    raise UserError(
+      f"an image of {most} pixels a side cannot be evaluated in views of {old}:"
+      " shrink the image, or lower config.task.box"
+    )
   new = sizes[:, None]
   doubled = (2 * jnp.arange(most) + 1) * old - new
   doubled = jnp.clip(doubled, 0, 2 * new * (old - 1))

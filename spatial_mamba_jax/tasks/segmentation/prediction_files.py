@@ -5,6 +5,7 @@ This is a module of its own, because it needs Pillow and matplotlib.
 
 import collections
 import concurrent.futures
+import os
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -55,14 +56,16 @@ def write_predictions(
   `overlays/NAME.jpg`: the image, its label map, the prediction and the wrong
     pixels, side by side.
 
-  NAME is the path of the image in the source; see `file_stems`.
+  NAME is the path of the image in the directory that all images are in; see
+  `file_stems`.
 
   Raises:
     OSError: a file cannot be written.
   """
   rows = _class_rows(counts, source.classes)
   write_csv(directory / "per_class.csv", rows)
-  stems = file_stems([source.name(index) for index in range(len(source))])
+  names = [source.name(index) for index in range(len(source))]
+  stems = file_stems(in_common_directory(names))
 
   def write(index: int) -> None:
     example = read_example(source, maps, index)
@@ -93,6 +96,14 @@ def file_stems(names: Sequence[str]) -> list[str]:
     stem if stem and uses[key] == 1 else f"{stem}~{index}"
     for index, (stem, key) in enumerate(zip(stems, keys, strict=True))
   ]
+
+
+def in_common_directory(names: Sequence[str]) -> Sequence[str]:
+  """Returns the names, relative to their directory if they are paths."""
+  if not all(map(os.path.isabs, names)):
+    return names
+  directory = os.path.commonpath([os.path.dirname(name) for name in names])
+  return [os.path.relpath(name, directory) for name in names]
 
 
 def _stem(name: str) -> str:
