@@ -208,7 +208,7 @@ def compile_train(
   def batch():
     shapes = program.batch_shapes
     image, label = shapes["image"], shapes["label"]
-    labels = jnp.arange(label.size) % config.task.num_classes
+    labels = jnp.arange(label.size) % 10  # Every task here has more classes.
     made = {
       "image": jax.random.bits(jax.random.key(0), image.shape, jnp.uint8),
       "label": labels.reshape(label.shape).astype(label.dtype),

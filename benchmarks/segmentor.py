@@ -54,7 +54,9 @@ def evaluation(
   graphdef, state = nnx.split(model)
 
   def features(state, batch):
-    return nnx.merge(graphdef, state).backbone(normalise(batch["image_0"]))
+    model = nnx.merge(graphdef, state)
+    assert isinstance(model, Segmentor)
+    return model.backbone(normalise(batch["image_0"]))
 
   def label_maps(state, batch):
     return task.predict(nnx.merge(graphdef, state), batch)["predicted"]
