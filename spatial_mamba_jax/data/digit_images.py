@@ -28,6 +28,7 @@ def load_digits() -> DigitImages:
   return DigitImages(pixels.reshape(-1, 8, 8) / 16, labels)
 
 
+@functools.cache
 def split_indices(split: str) -> np.ndarray:
   """Returns the sorted indices of the digits in "train" or "validation".
 
