@@ -70,7 +70,10 @@ def _record(file: pathlib.Path) -> dict[str, Any]:
 
 
 def start(record: dict[str, Any], section: str) -> None:
-  """Describes this machine in a record; drops rows of others and commits."""
+  """Describes this machine in a record.
+
+  Rows of another machine or another commit are dropped.
+  """
   now = machine.describe()
   old = record.get(f"{section}_machine", {})
   if any(old.get(name) != now[name] for name in now.keys() - {"date"}):

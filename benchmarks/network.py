@@ -193,7 +193,8 @@ def _random(like):
   key = jax.random.key(0)
   if jnp.issubdtype(like.dtype, jnp.floating):
     return jax.random.normal(key, like.shape, like.dtype)
-  return jax.random.randint(key, like.shape, 0, 100, like.dtype)
+  # From 1 on, because some are sizes.
+  return jax.random.randint(key, like.shape, 1, 100, like.dtype)
 
 
 def compile_train(

@@ -129,14 +129,14 @@ def start_from(
   prefix, backbone = _backbone(network)
   found, others = _read(local_path(path))
   random, message = _fill_backbone(path, backbone, found.state_dict)
-  of_heads = _fill_heads(network, found.heads)
-  filled, rest = _fill_rest(network, prefix, others, of_heads)
+  heads = _head_arrays(network, found.heads)
+  filled, rest = _fill_rest(network, prefix, others | heads)
   random = [*(prefix + name for name in random), *rest]
   modules = dict.fromkeys(name.rpartition(".")[0] for name in random)
   if modules:
     message += f"; initialised at random: {listed(modules, 6)}"
   weights = _with_shardings(PureModel.weights_of(network), fresh)
-  used = (name for path in of_heads for name in _OF_HEADS.tensors(path))
+  used = (name for path in heads for name in _OF_HEADS.tensors(path))
   unused = {*found.left_out, *others, *found.heads}.difference(filled, used)
   return weights, f"starting from {path}{message}{_left_out(unused)}"
 
@@ -200,48 +200,34 @@ def _fill_backbone(
   return random, message
 
 
-def _fill_heads(
+def _head_arrays(
   network: nnx.Module, tensors: Mapping[str, np.ndarray]
-) -> list[str]:
-  """Fills the variables of a segmentor's heads whose tensors fit.
-
-  Returns:
-    The paths that were filled.
-  """
+) -> dict[str, np.ndarray]:
+  """Returns {path: array} of the tensors that fit a segmentor's heads."""
   if not isinstance(network, Segmentor):
-    return []
-  filled = []
+    return {}
+  arrays = {}
   for path, variable in variables(network):
     if path.startswith(HEADS):
       array = fitting_array(path, variable, tensors, _OF_HEADS)
+      if array is None and path.endswith(".num_batches"):
+        array = np.asarray(variable[...])  # A count changes no result.
       if array is not None:
-        variable.set_value(jnp.asarray(array, variable.dtype))
-      # A missing count changes no result.
-      if array is not None or path.endswith(".num_batches"):
-        filled.append(path)
-  return filled
+        arrays[path] = array
+  return arrays
 
 
 def _fill_rest(
-  network: nnx.Module,
-  prefix: str,
-  arrays: dict[str, np.ndarray],
-  is_filled: Iterable[str],
+  network: nnx.Module, prefix: str, arrays: dict[str, np.ndarray]
 ) -> tuple[list[str], list[str]]:
   """Fills the variables outside the backbone that have an array of equal shape.
-
-  Args:
-    network: the network.
-    prefix: of all paths in the backbone.
-    arrays: {path: array}.
-    is_filled: paths that keep their values.
 
   Returns:
     The paths that were filled, and the paths that stay random.
   """
-  filled, random, done = [], [], set(is_filled)
+  filled, random = [], []
   for name, variable in variables(network):
-    if name.startswith(prefix) or name in done:
+    if name.startswith(prefix):
       continue
     fits = name in arrays and arrays[name].shape == variable.shape
     (filled if fits else random).append(name)
