@@ -6,7 +6,6 @@ Axis letters: B batch, H and W height and width, L = H * W tokens, C anything.
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from spatial_mamba_kernels.typing import Array, Shaped
@@ -36,16 +35,20 @@ class Path:
 
   def tokens(self, image: Shaped[Array, "B H W *C"]) -> Shaped[Array, "B L *C"]:
     """Returns the tokens of an image in the order of the path."""
-    x = self._mirrored(image)
+    return self._tokens(image, jnp)
+
+  def _tokens(self, image, xp):
+    """Computes `tokens` by `xp`, NumPy or `jax.numpy`."""
+    x = self._mirrored(image, xp)
     if self.transpose:
-      x = jnp.swapaxes(x, 1, 2)
+      x = xp.swapaxes(x, 1, 2)
     batch, height, width, *rest = x.shape
     if self.order == "snake":
-      x = _with_odd_rows_mirrored(x)
+      x = _with_odd_rows_mirrored(x, xp)
     x = x.reshape(batch, height * width, *rest)
     if (visited := _visited(self.order, height, width)) is not None:
       x = x[:, visited]
-    return jnp.flip(x, 1) if self.reverse else x
+    return xp.flip(x, 1) if self.reverse else x
 
   def image(
     self, tokens: Shaped[Array, "B L *C"], height: int, width: int
@@ -59,32 +62,25 @@ class Path:
     batch, _, *rest = x.shape
     x = x.reshape(batch, height, width, *rest)
     if self.order == "snake":
-      x = _with_odd_rows_mirrored(x)
+      x = _with_odd_rows_mirrored(x, jnp)
     if self.transpose:
       x = jnp.swapaxes(x, 1, 2)
-    return self._mirrored(x)
+    return self._mirrored(x, jnp)
 
   def steps(self, height: int, width: int) -> np.ndarray:
     """Returns the raster index of the token of each step, [L]."""
     # In NumPy, because the default device may be one to compile for only.
-    x = np.arange(height * width).reshape(height, width)
-    if self.mirror is not None:
-      x = np.flip(x, 0 if self.mirror == "rows" else 1)
-    x = x.T if self.transpose else x
-    if self.order == "snake":
-      x = np.where(np.arange(len(x))[:, None] % 2 == 1, x[:, ::-1], x)
-    visited = _visited(self.order, *x.shape)
-    x = x.ravel() if visited is None else x.ravel()[visited]
-    return x[::-1] if self.reverse else x
+    raster = np.arange(height * width).reshape(1, height, width)
+    return self._tokens(raster, np)[0]
 
   def reversed(self) -> "Path":
     """Returns the path from its end to its beginning."""
     return dataclasses.replace(self, reverse=not self.reverse)
 
-  def _mirrored(self, x):
+  def _mirrored(self, x, xp):
     if self.mirror is None:
       return x
-    return jnp.flip(x, 1 if self.mirror == "rows" else 2)
+    return xp.flip(x, 1 if self.mirror == "rows" else 2)
 
 
 RASTER = Path()
@@ -94,9 +90,10 @@ ROW_SNAKE = Path("snake")
 COLUMN_SNAKE = Path("snake", transpose=True)
 
 
-def _with_odd_rows_mirrored(x: Array) -> Array:
-  row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-  return jnp.where(row % 2 == 1, jnp.flip(x, 2), x)
+def _with_odd_rows_mirrored(x, xp):
+  is_odd = np.arange(x.shape[1]) % 2 == 1
+  is_odd = is_odd.reshape(1, -1, *(1,) * (x.ndim - 2))
+  return xp.where(is_odd, xp.flip(x, 2), x)
 
 
 def _visited(order: Order, height: int, width: int) -> np.ndarray | None:
