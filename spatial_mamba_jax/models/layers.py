@@ -3,7 +3,6 @@
 Axis letters: B batch, H and W height and width, C channels.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,23 +14,11 @@ from jax.typing import DTypeLike
 from spatial_mamba_kernels.shapes import at_least_float32, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
+from spatial_mamba_jax.models import initializers
+
 # Initialiser of linear layers. The authors truncate theirs at +-2, which is 100
 # standard deviations from 0.
-_normal = nnx.initializers.normal(0.02)
-
-
-def uniform_fan_in(fan_in: int) -> nnx.Initializer:
-  """Returns the initialiser of PyTorch's Conv2d and Linear.
-
-  It draws kernels and biases uniformly from +-1/sqrt(fan_in). For kernels this
-  is Kaiming's uniform initialisation with a = sqrt(5).
-  """
-  bound = 1 / math.sqrt(fan_in)
-
-  def init(key, shape, dtype):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
+_normal = initializers.normal(0.02)
 
 
 class DepthwiseConv(nnx.Module):
@@ -52,7 +39,7 @@ class DepthwiseConv(nnx.Module):
     rngs: nnx.Rngs,
   ):
     param_dtype = at_least_float32(dtype)
-    init = uniform_fan_in(size**2)
+    init = initializers.fan_in_uniform(size**2)
     shape = (size, size, features)
     self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
     self.bias = (
@@ -125,7 +112,10 @@ class SequenceConv(nnx.Module):
       dtype: of activations.
       rngs: random streams.
     """
-    param_dtype, init = at_least_float32(dtype), uniform_fan_in(size)
+    param_dtype, init = (
+      at_least_float32(dtype),
+      initializers.fan_in_uniform(size),
+    )
     self.kernel = nnx.Param(init(rngs.params(), (size, features), param_dtype))
     self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
     self.is_causal = is_causal
@@ -183,7 +173,7 @@ def linear(
   *,
   use_bias: bool = True,
   kernel_init: nnx.Initializer = _normal,
-  bias_init: nnx.Initializer = nnx.initializers.zeros,
+  bias_init: nnx.Initializer = initializers.zeros,
   dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> nnx.Linear:
@@ -207,7 +197,7 @@ def uniform_linear(
 
   It also stands for a 1x1 convolution.
   """
-  init = uniform_fan_in(features_in)
+  init = initializers.fan_in_uniform(features_in)
   return linear(
     features_in, features_out, kernel_init=init, bias_init=init, **kwargs
   )
@@ -252,7 +242,7 @@ def conv3x3(
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
   """Creates a full 3x3 convolution with zero padding."""
-  init = uniform_fan_in(9 * features_in)
+  init = initializers.fan_in_uniform(9 * features_in)
   return nnx.Conv(
     features_in,
     features_out,

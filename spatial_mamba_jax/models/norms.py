@@ -18,6 +18,7 @@ from spatial_mamba_kernels.shapes import at_least_float32, with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.models.initializers import constant
 
 
 class BatchNorm(nnx.Module):
@@ -36,12 +37,12 @@ class BatchNorm(nnx.Module):
   def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     del rngs  # Nothing here is random.
     param_dtype = at_least_float32(dtype)
-    self.scale = nnx.Param(jnp.ones(features, param_dtype))
-    self.bias = nnx.Param(jnp.zeros(features, param_dtype))
-    self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype))
-    self.var = nnx.BatchStat(jnp.ones(features, param_dtype))
+    self.scale = nnx.Param(constant(1, features, param_dtype))
+    self.bias = nnx.Param(constant(0, features, param_dtype))
+    self.mean = nnx.BatchStat(constant(0, features, param_dtype))
+    self.var = nnx.BatchStat(constant(1, features, param_dtype))
     # PyTorch's `num_batches_tracked`, only for conversion.
-    self.num_batches = nnx.BatchStat(jnp.zeros((), jnp.int32))
+    self.num_batches = nnx.BatchStat(constant(0, (), jnp.int32))
     self.momentum = 0.9
     self.use_running_average = True
     self.group: int | None = None
@@ -152,8 +153,8 @@ class LayerNorm(nnx.Module):
   ):
     del rngs  # Nothing here is random.
     param_dtype = at_least_float32(dtype)
-    self.scale = nnx.Param(jnp.ones(features, param_dtype))
-    self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+    self.scale = nnx.Param(constant(1, features, param_dtype))
+    self.bias = nnx.Param(constant(0, features, param_dtype))
     self.dtype = dtype
     self.implementation = implementation
 

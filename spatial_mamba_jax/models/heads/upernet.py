@@ -16,6 +16,7 @@ from spatial_mamba_kernels.shapes import at_least_float32
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models.heads.resampling import pool, resize
+from spatial_mamba_jax.models.initializers import normal
 from spatial_mamba_jax.models.layers import linear
 from spatial_mamba_jax.models.norms import ConvNorm
 
@@ -47,7 +48,7 @@ class ConvRelu(ConvNorm):
     std = math.sqrt(2 / (features_out * size**2))
     kwargs = {
       "use_bias": False,
-      "kernel_init": nnx.initializers.normal(std),
+      "kernel_init": normal(std),
       "dtype": dtype,
       "param_dtype": at_least_float32(dtype),
       "rngs": rngs,
@@ -81,7 +82,7 @@ class PixelClassifier(nnx.Module):
     self.linear = linear(
       features,
       num_classes,
-      kernel_init=nnx.initializers.normal(0.01),
+      kernel_init=normal(0.01),
       dtype=at_least_float32(dtype),
       rngs=rngs,
     )

@@ -9,7 +9,6 @@ inner channels.
 """
 
 import dataclasses
-import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +16,7 @@ import jax
 from flax import nnx
 from spatial_mamba_kernels.typing import Array, Float
 
+from spatial_mamba_jax.models import initializers
 from spatial_mamba_jax.models.layers import (
   halves,
   linear,
@@ -102,16 +102,11 @@ def mamba_out_proj(
 
   It is PyTorch's default, divided by the square root of the number of blocks.
   """
-  bound = 1 / math.sqrt(inner * sum(config.depths))
-
-  def init(key, shape, dtype):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
   return linear(
     inner,
     dim,
     use_bias=False,
-    kernel_init=init,
+    kernel_init=initializers.fan_in_uniform(inner * sum(config.depths)),
     dtype=config.dtype,
     rngs=rngs,
   )

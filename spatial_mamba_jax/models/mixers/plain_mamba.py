@@ -23,6 +23,7 @@ from flax import nnx
 from spatial_mamba_kernels.shapes import with_rank_of
 from spatial_mamba_kernels.typing import Array, Float
 
+from spatial_mamba_jax.models.initializers import normal
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   halves,
@@ -95,7 +96,7 @@ class PlainMamba(nnx.Module):
       **kwargs,
     )
     shape = (len(_MOVES), mixer.d_state)
-    init = nnx.initializers.normal(0.02)
+    init = normal(0.02)
     self.direction_B = nnx.Param(init(rngs.params(), shape, config.param_dtype))
     self.out_proj = uniform_linear(inner, dim, **kwargs)
 

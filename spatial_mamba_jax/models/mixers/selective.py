@@ -7,9 +7,11 @@ of the time steps, N states a channel, K scans.
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import spatial_mamba_kernels as smk
 from flax import nnx
 from jax.typing import DTypeLike
@@ -17,7 +19,9 @@ from spatial_mamba_kernels.shapes import at_least_float32
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.fields import choice, number
-from spatial_mamba_jax.models.layers import SequenceConv, uniform_fan_in
+from spatial_mamba_jax.models import initializers
+from spatial_mamba_jax.models.initializers import constant
+from spatial_mamba_jax.models.layers import SequenceConv
 from spatial_mamba_jax.models.mixers.base import (
   MAX_EXPANSION,
   MAX_STATES,
@@ -88,18 +92,17 @@ class SelectiveSSM(nnx.Module):
     param_dtype = at_least_float32(dtype)
 
     def uniform(fan_in, *shape):
-      init = uniform_fan_in(fan_in)
+      init = initializers.fan_in_uniform(fan_in)
       return nnx.Param(init(rngs.params(), (*axis, *shape), param_dtype))
 
     self.x_proj = uniform(inner, inner, rank + len(selects) * states)
     self.dt_proj = uniform(rank, rank, inner)
-    bias = jnp.zeros((*axis, inner), param_dtype)
+    bias = constant(0, (*axis, inner), param_dtype)
     if has_dt_init:
       bias = dt_bias(rngs.params(), bias.shape, param_dtype)
     self.dt_bias = nnx.Param(bias)
-    log_n = jnp.log(jnp.arange(1, states + 1, dtype=param_dtype))
-    self.A_log = nnx.Param(jnp.tile(log_n, (count * inner, 1)))
-    self.D = nnx.Param(jnp.ones(count * inner, param_dtype))
+    self.A_log = nnx.Param(log_rates(count * inner, states, param_dtype))
+    self.D = nnx.Param(constant(1, count * inner, param_dtype))
     self.scans, self.selects = scans, selects
     self.rank, self.inner, self.states = rank, inner, states
     self.implementation = implementation
@@ -236,9 +239,17 @@ def dt_rank(dim: int) -> int:
   return math.ceil(dim / 16)
 
 
+@initializers.drawn
+@partial(jax.jit, static_argnums=(1, 2))
 def dt_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
   """Draws biases whose softplus is log-uniform in [0.001, 0.1]."""
   low, high = math.log(1e-3), math.log(1e-1)
   dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
   dt = jnp.maximum(dt, 1e-4)
   return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def log_rates(features: int, states: int, dtype: DTypeLike) -> Array:
+  """Returns the first `A_log`, [features, states]: log(n) of state n >= 1."""
+  log_n = np.log(np.arange(1, states + 1))
+  return jax.device_put(np.tile(log_n, (features, 1)).astype(dtype))

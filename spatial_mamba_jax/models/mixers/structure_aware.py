@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.fields import choice, number
+from spatial_mamba_jax.models.initializers import constant
 from spatial_mamba_jax.models.layers import (
   DepthwiseConv,
   halves,
@@ -22,7 +23,11 @@ from spatial_mamba_jax.models.mixers.base import (
   MAX_STATES,
   MixerConfig,
 )
-from spatial_mamba_jax.models.mixers.selective import dt_bias, dt_rank
+from spatial_mamba_jax.models.mixers.selective import (
+  dt_bias,
+  dt_rank,
+  log_rates,
+)
 from spatial_mamba_jax.models.norms import LayerNorm
 
 if TYPE_CHECKING:
@@ -75,8 +80,8 @@ class StateFusion(nnx.Module):
   """The parameters of the state fusion, initially ones as the authors'."""
 
   def __init__(self, features: int, *, dtype: DTypeLike):
-    self.kernels = nnx.Param(jnp.ones((3, 3, 3, features), dtype))
-    self.alpha = nnx.Param(jnp.ones(3, dtype))
+    self.kernels = nnx.Param(constant(1, (3, 3, 3, features), dtype))
+    self.alpha = nnx.Param(constant(1, 3, dtype))
 
 
 class StructureAwareSSM(nnx.Module):
@@ -104,9 +109,8 @@ class StructureAwareSSM(nnx.Module):
     self.x_proj = uniform_linear(inner, rank + 2 * n, use_bias=False, **kwargs)
     self.dt_proj = uniform_linear(rank, inner, use_bias=False, **kwargs)
     self.dt_bias = nnx.Param(dt_bias(rngs.params(), (inner,), param_dtype))
-    log_n = jnp.log(jnp.arange(1, n + 1, dtype=param_dtype))
-    self.A_log = nnx.Param(jnp.tile(log_n, (inner, 1)))
-    self.D = nnx.Param(jnp.ones(inner, param_dtype))
+    self.A_log = nnx.Param(log_rates(inner, n, param_dtype))
+    self.D = nnx.Param(constant(1, inner, param_dtype))
     self.fusion = StateFusion(inner, dtype=param_dtype)
     self.norm = LayerNorm(inner, **rest)
     self.out_proj = linear(inner, dim, use_bias=False, **kwargs)

@@ -1,0 +1,75 @@
+"""Initialisers that compile few programs.
+
+JAX compiles each random draw and each constant for its shape, which takes half
+a minute for a network. Here a draw is the beginning of a longer one, whose size
+is a power of 16. Threefry, JAX's generator, makes each number from the key and
+the number's index alone, so that the numbers are those of a draw of the shape
+itself. Under `jit` a draw has its own shape.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from spatial_mamba_kernels.typing import Array
+
+# How many numbers are drawn; more than the last: as many as are needed.
+_SIZES = (2**12, 2**16, 2**20, 2**22)
+
+
+def normal(std: float) -> nnx.Initializer:
+  """Returns the initialiser of a normal distribution around 0."""
+  return drawn(lambda *args: jax.random.normal(*args) * std)
+
+
+def uniform(low: float, high: float) -> nnx.Initializer:
+  """Returns the initialiser of a uniform distribution over [low, high)."""
+  return drawn(lambda *args: jax.random.uniform(*args, low, high))
+
+
+def fan_in_uniform(fan_in: int) -> nnx.Initializer:
+  """Returns the initialiser of PyTorch's Conv2d and Linear.
+
+  It draws kernels and biases uniformly from +-1/sqrt(fan_in). For kernels this
+  is Kaiming's uniform initialisation with a = sqrt(5).
+  """
+  bound = 1 / math.sqrt(fan_in)
+  return uniform(-bound, bound)
+
+
+def constant(
+  value: float, shape: int | tuple[int, ...], dtype: DTypeLike
+) -> Array:
+  """Returns an array of equal numbers."""
+  return jax.device_put(np.full(shape, value, dtype))
+
+
+def zeros(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+  """Returns zeros, as an initialiser."""
+  del key
+  return constant(0, shape, dtype)
+
+
+def drawn(
+  sample: Callable[[Array, tuple[int, ...], DTypeLike], Array],
+) -> nnx.Initializer:
+  """Returns the initialiser that draws independent numbers by `sample`.
+
+  Args:
+    sample: (key, shape, dtype) -> the numbers.
+  """
+
+  @functools.wraps(sample)
+  def init(key, shape, dtype):
+    if isinstance(key, jax.core.Tracer):
+      return sample(key, shape, dtype)
+    size = math.prod(shape)
+    longer = next((x for x in _SIZES if x >= size), size)
+    numbers = np.asarray(sample(key, (longer,), dtype))
+    return jax.device_put(numbers[:size].reshape(shape))
+
+  return init
