@@ -51,7 +51,24 @@ CUSTOM_CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
 
 def main() -> None:
   """Compiles as the command line says."""
-  arguments = _parse()
+  print(json.dumps(compile_program()))
+
+
+def compile_program(
+  command: Sequence[str] | None = None,
+) -> dict[str, Any]:
+  """Compiles one program, once in a process.
+
+  Args:
+    command: the command line's arguments; None: those of this process.
+
+  Returns:
+    What the command prints.
+
+  Raises:
+    SystemExit: an argument is wrong, or nothing here compiles for the target.
+  """
+  arguments = _parse(command)
   with tempfile.TemporaryDirectory() as dump:
     # Before the compilers are loaded, which is with the first topology.
     topology.use_compilers()
@@ -74,10 +91,9 @@ def main() -> None:
       without_kernels(getattr(arguments, "without", ())),
     ):
       try:
-        record = run(arguments, dump)
+        return run(arguments, dump)
       except NotImplementedError as error:
         sys.exit(f"{arguments.target}: {error}")
-      print(json.dumps(record))
 
 
 @contextlib.contextmanager
@@ -379,7 +395,7 @@ def _bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _parse() -> argparse.Namespace:
+def _parse(command: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.aot")
   programs = parser.add_subparsers(dest="program", required=True)
   kernel = programs.add_parser("kernel")
@@ -445,7 +461,7 @@ def _parse() -> argparse.Namespace:
       choices=("O0", "O1", "O2", "O3"),
       help="the less, the sooner compiled; unset: JAX_OPTIMIZATION_LEVEL",
     )
-  return parser.parse_args()
+  return parser.parse_args(command)
 
 
 if __name__ == "__main__":

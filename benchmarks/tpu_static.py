@@ -13,19 +13,24 @@ Needs `pip install ".[train,aot]"`. Takes some ten minutes on two cores.
 """
 
 import argparse
-import json
-import os
-import subprocess
+import multiprocessing
 import sys
+from multiprocessing.connection import Connection
 from typing import Any
 
+import jax
 from spatial_mamba_kernels.cases import CASES
+
+from benchmarks import aot
 
 BATCH_SIZE = 128
 # Those with a kernel.
 OPS = [case.name for case in CASES if "mosaic_tpu" in case.operator.kernels]
 STAGES = ((56, 128, 1), (28, 256, 1), (14, 512, 1), (7, 1024, 1))  # H = W, D, N
 TARGET = "v5e:2x2"
+# Processes that have imported all that compiles, and loaded no compiler.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload([aot.__name__])
 
 
 def main() -> None:
@@ -58,17 +63,26 @@ def compiled(*arguments: Any) -> dict[str, Any]:
   """What `benchmarks.aot` says, in a process of its own.
 
   Raises:
-    SystemExit: it failed, or crashed; with its last words.
+    SystemExit: it failed, or crashed; standard error has its last words.
   """
-  process = subprocess.run(
-    (sys.executable, "-m", "benchmarks.aot", *map(str, arguments)),
-    capture_output=True,
-    text=True,
-    env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
-  )
-  if process.returncode:
-    sys.exit(process.stderr.strip()[-2000:])
-  return json.loads(process.stdout.splitlines()[-1])
+  command = tuple(map(str, arguments))
+  receiver, sender = _PROCESSES.Pipe(duplex=False)
+  process = _PROCESSES.Process(target=_send_record, args=(sender, command))
+  process.start()
+  sender.close()
+  try:
+    return receiver.recv()
+  except EOFError:
+    process.join()
+    sys.exit(
+      f"python -m benchmarks.aot {' '.join(command)}: exit status"
+      f" {process.exitcode}"
+    )
+
+
+def _send_record(sender: Connection, command: tuple[str, ...]) -> None:
+  jax.config.update("jax_enable_compilation_cache", False)
+  sender.send(aot.compile_program(command))
 
 
 def _kernel_row(op, direction):

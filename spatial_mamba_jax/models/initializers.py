@@ -21,6 +21,27 @@ from spatial_mamba_kernels.typing import Array
 _SIZES = (2**12, 2**16, 2**20, 2**22)
 
 
+def streams(key: Array | int) -> nnx.Rngs:
+  """Returns random streams that are faster than Flax's within `jit`."""
+  rngs = nnx.Rngs(key)
+  rngs.default = _Stream(rngs.default.key[...], tag="default")
+  return rngs
+
+
+class _Stream(nnx.RngStream):
+  """Gives the keys that Flax's stream gives, but counts them in Python.
+
+  Flax counts in JAX, and has JAX describe the trace so far at each count.
+  """
+
+  given = 0
+
+  def __call__(self) -> Array:
+    key = jax.random.fold_in(self.key[...], self.given)
+    self.given += 1
+    return key
+
+
 def normal(std: float) -> nnx.Initializer:
   """Returns the initialiser of a normal distribution around 0."""
   return drawn(lambda *args: jax.random.normal(*args) * std)
@@ -42,7 +63,7 @@ def fan_in_uniform(fan_in: int) -> nnx.Initializer:
 
 
 def constant(
-  value: float, shape: int | tuple[int, ...], dtype: DTypeLike
+  value: int, shape: int | tuple[int, ...], dtype: DTypeLike
 ) -> Array:
   """Returns an array of equal numbers."""
   return jax.device_put(np.full(shape, value, dtype))

@@ -16,6 +16,7 @@ from jax.extend.backend import get_default_device
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models import fsdp
+from spatial_mamba_jax.models.initializers import streams
 
 
 @runtime_checkable
@@ -194,7 +195,7 @@ def _fresh_blocks(
   keys = jax.random.split(rngs.params(), len(variants))
   if not isinstance(keys, Tracer):
     for variant, key in zip(variants, keys, strict=True):
-      yield create(variant, nnx.Rngs(key))
+      yield create(variant, streams(key))
     return
   # Within `jit` one `vmap` draws the weights of all blocks. With JAX's default
   # generator they equal those of separate draws, which would take longer to
@@ -209,12 +210,10 @@ def _fresh_blocks(
 
 def _draw(create, variant, keys, indices):
   """Yields the blocks at these indices, which have this variant."""
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(variant, nnx.Rngs(0))))
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(variant, streams(0))))
   if len(indices) < len(keys):
     keys = keys[jnp.array(indices)]
-  stacked = jax.vmap(lambda key: nnx.state(create(variant, nnx.Rngs(key))))(
-    keys
-  )
+  stacked = jax.vmap(lambda key: nnx.state(create(variant, streams(key))))(keys)
   # Constant indices, so that XLA removes the slices where blocks are stacked
   # again.
   for i in range(len(indices)):
