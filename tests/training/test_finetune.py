@@ -64,7 +64,7 @@ def saved(family, tmp_path_factory):
 def model_of(config):
   """A model and random weights for it."""
   model = PureModel(partial(config.family.classifier, config))
-  return model, jax.jit(model.init)(jax.random.key(0))
+  return model, model.init(jax.random.key(0))
 
 
 def tensors_of(weights, model):

@@ -48,7 +48,7 @@ def small():
     task = task_of(ModelConfig(dims=(8, 8), depths=(1, 1), dtype="float64"))
     model = PureModel(task.network)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: 1e-2, model)
-    weights = jax.jit(model.init)(jax.random.key(0))
+    weights = model.init(jax.random.key(0))
     yield task, model, optimizer, initial_state(weights, optimizer, task.sums)
 
 
@@ -103,7 +103,7 @@ def test_stacked_blocks_equal_the_model():
   assert jax.tree.all(jax.tree.map(jnp.array_equal, nnx.state(model), bound))
 
   images = batch_of(2)["image"]
-  expected = model(images)
+  expected = nnx.jit(lambda model: model(images))(model)
   logits = jax.jit(partial(evaluate, pure))(weights, images)
   np.testing.assert_allclose(logits, expected, rtol=1e-10)
   model.train()
@@ -266,7 +266,7 @@ def test_a_linear_probe_leaves_the_backbone_untouched():
   )
   model = PureModel(task.network, linear_probe=True)
   optimizer = make_optimizer(OptimizerConfig(), lambda step: 1e-2, model)
-  weights = jax.jit(model.init)(jax.random.key(0))
+  weights = model.init(jax.random.key(0))
   state = before = initial_state(weights, optimizer, task.sums)
   step, _ = step_of((task, model, optimizer, state))
   batch = batch_of(4)
@@ -281,7 +281,7 @@ def test_a_linear_probe_leaves_the_backbone_untouched():
     }
     assert changed == head
   # The loss is that of eval mode, without drop path and batch statistics.
-  logits = evaluate(model, before.weights, batch["image"])
+  logits = jax.jit(partial(evaluate, model))(before.weights, batch["image"])
   expected = jnp.mean(soft_cross_entropy(logits, batch["target"]))
   one = step(before, batch)
   np.testing.assert_allclose(one.window["loss"], expected, rtol=1e-12)
