@@ -251,6 +251,7 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     implementation=arguments.implementation,
   )
   config.evaluation_batch_size = config.batch_size
+  config.model.depths = arguments.depths
   program = network.training_program(config, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     record, text = _compile(
@@ -440,6 +441,12 @@ def _parse(command: Sequence[str] | None) -> argparse.Namespace:
     whole.add_argument("--text", help="a file for the compiled program")
   step.add_argument(
     "--replica", type=int, default=1, help="slices, or other slow groups"
+  )
+  step.add_argument(
+    "--depths",
+    type=int,
+    nargs="+",
+    help="blocks of each stage, if not the model's",
   )
   step.add_argument(
     "--fsdp", type=int, default=1, help="devices that share the parameters"

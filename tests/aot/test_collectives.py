@@ -8,31 +8,36 @@ from benchmarks import network
 from benchmarks.tpu_static import compiled
 from spatial_mamba_jax.models.pure import PureModel, is_stacked
 from spatial_mamba_jax.training.shard_vector import sharded_axis
-from tests.aot.golden import COLLECTIVES, TOLERANCE
+from tests.aot import golden
+from tests.aot.golden import COLLECTIVES, STEP_H200, TOLERANCE
+from tests.aot.test_gpu import DEPTHS, assert_kernels_of_a_step
 
 pytestmark = pytest.mark.aot
 
 # Images a device, and options of the compiler.
 OPTIONS = {
   "v5e:16x16": ("--batch-size", 8, "--optimization-level", "O0"),
-  "H200:8": ("--batch-size", 128),
+  "H200:8": ("--batch-size", 128, "--depths", *DEPTHS),
 }
 DEVICES = {"v5e:16x16": 256, "H200:8": 8}
 
 
-def collectives(target, shards):
-  record = compiled(
-    "step", "--target", target, "--fsdp", shards, *OPTIONS[target]
-  )
+def step(target, shards):
+  return compiled("step", "--target", target, "--fsdp", shards, *OPTIONS[target])
+
+
+def collectives_of(record):
   return {kind: tuple(x) for kind, x in record["collectives"].items()}
 
 
-def sizes(shards):
+def sizes(target, shards):
   """Bytes in float32 of tiny's sharded parameters in blocks and outside of
   them, and of those that stay whole."""
   config = network.experiment(
     "spatial_mamba_tiny", batch_size=8, dtype="bfloat16", implementation=""
   )
+  if target.startswith("H200"):
+    config.model.depths = DEPTHS
   shapes = PureModel(config.create_task().network).shapes.params
   found = {"blocks": 0, "rest": 0, "whole": 0}
   for name, x in shapes.items():
@@ -54,7 +59,11 @@ def assert_golden(found, target, shards):
 # One test a target, so that each program is compiled once.
 @pytest.mark.parametrize("target", DEVICES)
 def test_collectives_are_those_of_the_rule(target):
-  data, fsdp = collectives(target, 1), collectives(target, 8)
+  records = step(target, 1), step(target, 8)
+  data, fsdp = map(collectives_of, records)
+  if target.startswith("H200"):
+    assert_kernels_of_a_step("H200", records[0])
+    golden.assert_golden(records[0], STEP_H200)
   assert_golden(data, target, 1)
   assert_golden(fsdp, target, 8)
 
@@ -63,13 +72,13 @@ def test_collectives_are_those_of_the_rule(target):
   assert "all-gather" not in data
   assert "reduce-scatter" not in data
   count = DEVICES[target]
-  whole = sizes(1)["whole"]
+  whole = sizes(target, 1)["whole"]
   _, sent = data["all-reduce"]
   assert whole / 2 < sent / (2 * (count - 1) / count) < whole
 
   # Sharded parameters are gathered in each pass. On a TPU the backward pass
   # gathers a block's parameters again.
-  size = sizes(8)
+  size = sizes(target, 8)
   passes = 2 if target.startswith("v5e") else 1
   expected = (passes * size["blocks"] + size["rest"]) * 7 / 8
   assert fsdp["all-gather"][1] == pytest.approx(expected, rel=TOLERANCE)
