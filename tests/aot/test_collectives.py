@@ -23,7 +23,9 @@ DEVICES = {"v5e:16x16": 256, "H200:8": 8}
 
 
 def step(target, shards):
-  return compiled("step", "--target", target, "--fsdp", shards, *OPTIONS[target])
+  return compiled(
+    "step", "--target", target, "--fsdp", shards, *OPTIONS[target]
+  )
 
 
 def collectives_of(record):

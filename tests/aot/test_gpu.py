@@ -46,17 +46,16 @@ WEIGHTS_WIDTH = 128
 DEPTHS = (1, 1, 1, 1)
 BLOCKS_WITH_MLPS, BLOCKS_WITH_WEIGHTS = sum(DEPTHS[:3]), DEPTHS[1]
 # [B, H, W, D, N] at the first and the last stage of tiny, at stage 1 of base,
-# in images of 512 x 512 and 800 x 1280 pixels, and off the sizes of a register.
+# in images of 800 x 1280 pixels, and off the sizes of a register.
 SHAPES = (
   (128, 56, 56, 128, 1),
   (128, 7, 7, 1024, 1),
   (128, 56, 56, 192, 1),
-  (16, 128, 128, 128, 1),
   (16, 200, 320, 128, 1),
   (128, 12, 61, 96, 1),
 )
 # Of these in float32: those that fit, and are cut, otherwise.
-WIDE = (SHAPES[0], *SHAPES[-2:])
+WIDE = SHAPES[-2:]
 # So few programs that tokens and rows are cut: a kernel more for each scan.
 SINGLE = ((1, 56, 56, 128, 1), (1, 14, 14, 512, 1))
 

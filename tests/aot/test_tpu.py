@@ -18,20 +18,19 @@ DIRECTIONS = ("forward", "backward")
 OPS = [case.name for case in CASES if "mosaic_tpu" in case.operator.kernels]
 PARTS = [name for name in OPS if name != "structure_aware_ssm"]
 # [B, H, W, D, N] at the first and the last stage of tiny, at stage 1 of base,
-# in images of 512 x 512 and 800 x 1280 pixels, off the sizes of a register and
-# of a row, and with states.
+# in images of 800 x 1280 pixels, off the sizes of a register and of a row, and
+# with states.
 SHAPES = (
   (16, 56, 56, 128, 1),
   (16, 7, 7, 1024, 1),
   (16, 56, 56, 192, 1),
-  (8, 128, 128, 128, 1),
   (8, 200, 320, 128, 1),
   (3, 7, 19, 96, 1),
   (1, 1, 1, 1, 1),
   (16, 14, 14, 512, 16),
 )
 # Those that another code path, or another size of VMEM, could break.
-HARD_SHAPES = SHAPES[-5:]
+HARD_SHAPES = SHAPES[-4:]
 MEMORY = {"v5e": 15.75 * 2**30, "v6e": 31.25 * 2**30}  # Of a chip, in bytes.
 
 
@@ -50,7 +49,7 @@ def assert_kernel_compiles(*arguments):
 @pytest.mark.parametrize(
   ("shape", "dtype"),
   [(shape, "bfloat16") for shape in SHAPES]
-  + [(shape, "float32") for shape in HARD_SHAPES],
+  + [(shape, "float32") for shape in HARD_SHAPES[:-1]],
   ids=str,
 )
 def test_the_fused_operator_fits_a_v5e_at_every_shape(shape, dtype, direction):
@@ -99,7 +98,6 @@ def test_what_a_kernel_costs(op, direction, bundles):
   ("model", "target", "batch_size"),
   [
     ("tiny", "v5e:2x2", 64),
-    ("base", "v5e:2x2", 64),
     ("base", "v5e:16x16", 8),
     ("base", "v6e:16x16", 8),
   ],

@@ -44,7 +44,6 @@ def interpreted(monkeypatch):
     ((1, 1, 1, 1, 1), jnp.float32),
     # Rows and columns that are both first and last.
     ((3, 2, 3, 6, 1), jnp.float32),
-    ((3, 2, 3, 6, 1), jnp.bfloat16),
     # A group of images and a register filled up.
     ((9, 3, 4, 130, 2), jnp.bfloat16),
     # A ring that comes round.
