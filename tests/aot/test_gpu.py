@@ -256,7 +256,7 @@ def assert_kernels_of_a_step(target, record):
 
 # An H200's is in `test_collectives`.
 @needs_new_jax
-def test_sharded_training_step_on_an_A100():
+def test_sharded_training_step_on_an_a100():
   record = compiled(
     *("step", "--target", "A100:4", "--batch-size", 128),
     *("--depths", *DEPTHS),
