@@ -20,7 +20,7 @@ from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.tables import matrix
 from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.config import ModelConfig
-from spatial_mamba_jax.models.initializers import streams
+from spatial_mamba_jax.models.initializers import Streams
 from spatial_mamba_jax.models.layers import linear
 from spatial_mamba_jax.models.mixers import MixerConfig
 from spatial_mamba_jax.models.norms import BatchNorm
@@ -182,7 +182,7 @@ def abstract_model(
   single = _with_single_blocks(config)
 
   def create():
-    rngs = streams(0)
+    rngs = Streams(0)
     family = single.family
     if out_indices:
       return family.backbone(single, out_indices=out_indices, rngs=rngs)
@@ -216,7 +216,7 @@ def abstract_segmentor(config: ModelConfig, heads: Heads) -> Segmentor:
   """Creates a segmentor with shapes instead of arrays, for `from_torch`."""
   single = _with_single_blocks(config)
   model = nnx.eval_shape(
-    lambda: Segmentor(single, **heads._asdict(), rngs=streams(0))
+    lambda: Segmentor(single, **heads._asdict(), rngs=Streams(0))
   )
   _complete(model, model.backbone, config)
   return model

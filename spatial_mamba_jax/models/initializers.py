@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from spatial_mamba_kernels.typing import Array
 
@@ -21,11 +22,14 @@ from spatial_mamba_kernels.typing import Array
 _SIZES = (2**12, 2**16, 2**20, 2**22)
 
 
-def streams(key: Array | int) -> nnx.Rngs:
-  """Returns random streams that are faster than Flax's within `jit`."""
-  rngs = nnx.Rngs(key)
-  rngs.default = _Stream(rngs.default.key[...], tag="default")
-  return rngs
+class Streams(nnx.Rngs):
+  """Random streams that are faster than Flax's within `jit`."""
+
+  default: nnx.RngStream
+
+  def __init__(self, key: Array | int):
+    super().__init__(key)
+    self.default = _Stream(key, tag="default")
 
 
 class _Stream(nnx.RngStream):
@@ -44,12 +48,16 @@ class _Stream(nnx.RngStream):
 
 def normal(std: float) -> nnx.Initializer:
   """Returns the initialiser of a normal distribution around 0."""
-  return drawn(lambda *args: jax.random.normal(*args) * std)
+  return drawn(
+    lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * std
+  )
 
 
 def uniform(low: float, high: float) -> nnx.Initializer:
   """Returns the initialiser of a uniform distribution over [low, high)."""
-  return drawn(lambda *args: jax.random.uniform(*args, low, high))
+  return drawn(
+    lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
+  )
 
 
 def fan_in_uniform(fan_in: int) -> nnx.Initializer:
@@ -86,7 +94,7 @@ def drawn(
 
   @functools.wraps(sample)
   def init(key, shape, dtype):
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, Tracer):
       return sample(key, shape, dtype)
     size = math.prod(shape)
     longer = next((x for x in _SIZES if x >= size), size)

@@ -12,7 +12,7 @@ from spatial_mamba_kernels.typing import Array
 
 from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.fsdp import gather
-from spatial_mamba_jax.models.initializers import streams
+from spatial_mamba_jax.models.initializers import Streams
 from spatial_mamba_jax.models.stage import Stage
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class PureModel:
     self._train_graphdef = nnx.graphdef(stacked)
 
   def _fresh(self, key: Any = 0) -> nnx.Module:
-    return self._create(rngs=streams(key))
+    return self._create(rngs=Streams(key))
 
   def abstract(self) -> nnx.Module:
     """Returns the network with shapes instead of arrays."""

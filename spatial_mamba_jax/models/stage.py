@@ -16,7 +16,7 @@ from jax.extend.backend import get_default_device
 from spatial_mamba_kernels.typing import Array, Float
 
 from spatial_mamba_jax.models import fsdp
-from spatial_mamba_jax.models.initializers import streams
+from spatial_mamba_jax.models.initializers import Streams
 
 
 @runtime_checkable
@@ -195,7 +195,7 @@ def _fresh_blocks(
   keys = jax.random.split(rngs.params(), len(variants))
   if not isinstance(keys, Tracer):
     for variant, key in zip(variants, keys, strict=True):
-      yield create(variant, streams(key))
+      yield create(variant, Streams(key))
     return
   # Within `jit` one `vmap` draws the weights of all blocks. With JAX's default
   # generator they equal those of separate draws, which would take longer to
@@ -210,10 +210,10 @@ def _fresh_blocks(
 
 def _draw(create, variant, keys, indices):
   """Yields the blocks at these indices, which have this variant."""
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(variant, streams(0))))
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(variant, Streams(0))))
   if len(indices) < len(keys):
     keys = keys[jnp.array(indices)]
-  stacked = jax.vmap(lambda key: nnx.state(create(variant, streams(key))))(keys)
+  stacked = jax.vmap(lambda key: nnx.state(create(variant, Streams(key))))(keys)
   # Constant indices, so that XLA removes the slices where blocks are stacked
   # again.
   for i in range(len(indices)):

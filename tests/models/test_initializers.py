@@ -41,8 +41,8 @@ def test_streams_give_the_keys_of_flax():
     )
 
   expected = keys(nnx.Rngs)
-  np.testing.assert_array_equal(keys(initializers.streams), expected)
-  traced = jax.jit(lambda: keys(initializers.streams))()
+  np.testing.assert_array_equal(keys(initializers.Streams), expected)
+  traced = jax.jit(lambda: keys(initializers.Streams))()
   np.testing.assert_array_equal(traced, expected)
 
 
