@@ -221,6 +221,7 @@ def inference(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     dtype="bfloat16",
     implementation=arguments.implementation,
   )
+  config.model.depths = tuple(arguments.depths)
   function, state = network.inference(config)
   images = jax.ShapeDtypeStruct((arguments.batch_size, 224, 224, 3), "float32")
   sharding = NamedSharding(_mesh(arguments.target, 1), PartitionSpec())
@@ -251,7 +252,7 @@ def step(arguments: argparse.Namespace, dump: str) -> dict[str, Any]:
     implementation=arguments.implementation,
   )
   config.evaluation_batch_size = config.batch_size
-  config.model.depths = arguments.depths
+  config.model.depths = tuple(arguments.depths)
   program = network.training_program(config, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     record, text = _compile(
@@ -439,14 +440,16 @@ def _parse(command: Sequence[str] | None) -> argparse.Namespace:
       help="operators whose kernels are off",
     )
     whole.add_argument("--text", help="a file for the compiled program")
+  for whole in (inference, step):
+    whole.add_argument(
+      "--depths",
+      type=int,
+      nargs="+",
+      default=(),
+      help="blocks of each stage, if not the model's",
+    )
   step.add_argument(
     "--replica", type=int, default=1, help="slices, or other slow groups"
-  )
-  step.add_argument(
-    "--depths",
-    type=int,
-    nargs="+",
-    help="blocks of each stage, if not the model's",
   )
   step.add_argument(
     "--fsdp", type=int, default=1, help="devices that share the parameters"

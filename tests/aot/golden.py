@@ -5,13 +5,14 @@ import pytest
 # Of any of these figures, the share that may change: what a compiler's version
 # or a reordered sum may do, and less than an array more in a program.
 TOLERANCE = 0.01
-# The training step of tiny at batch 128 a device, on eight, of fewer blocks.
+# Inference of tiny with one block a stage, at batch 128.
+INFERENCE_H200 = {"moved_bytes": 7_594_297_216, "launches": 142}
+# The training step of it at batch 128 a device, on eight that share parameters.
 STEP_H200 = {
   "kernels": 58,
-  "all_gathers": 0,
-  "moved_bytes": 28_521_917_070,
-  "argument_bytes": 144_159_108,
-  "temporary_bytes": 4_304_712_544,
+  "moved_bytes": 28_266_910_498,
+  "argument_bytes": 35_689_348,
+  "temporary_bytes": 4_461_319_568,
 }
 # All of tiny at batch 64 a chip, on four, with the compiler's least effort.
 STEP_V5E = {
@@ -23,8 +24,8 @@ STEP_V5E = {
   "estimated_cycles": 580_118_578,
 }
 # Collectives of the step of tiny, {kind: (runs, bytes that a device sends)}, by
-# machine and `fsdp`: at 8 images a chip with the least effort, at 128 a GPU, of
-# fewer blocks.
+# machine and `fsdp`: at 8 images a chip with the least effort, at 128 a GPU
+# with one block a stage.
 COLLECTIVES = {
   ("v5e:16x16", 1): {
     "all-reduce": (54, 110_596_767),
@@ -35,10 +36,6 @@ COLLECTIVES = {
     "all-reduce": (105, 37_992_438),
     "reduce-scatter": (19, 36_356_096),
     "collective-permute": (2, 4_848_896),
-  },
-  ("H200:8", 1): {
-    "all-reduce": (18, 32_063_542),
-    "collective-permute": (2, 77_582_336),
   },
   ("H200:8", 8): {
     "all-gather": (2, 27_138_944),

@@ -31,7 +31,7 @@ SHAPES = (
 )
 # Those that another code path, or another size of VMEM, could break.
 HARD_SHAPES = SHAPES[-4:]
-MEMORY = {"v5e": 15.75 * 2**30, "v6e": 31.25 * 2**30}  # Of a chip, in bytes.
+MEMORY = 15.75 * 2**30  # Of a v5e, in bytes.
 
 
 # Less optimisation changes neither the kernels nor how a program is sharded,
@@ -99,7 +99,6 @@ def test_what_a_kernel_costs(op, direction, bundles):
   [
     ("tiny", "v5e:2x2", 64),
     ("base", "v5e:16x16", 8),
-    ("base", "v6e:16x16", 8),
   ],
 )
 def test_sharded_training_step(model, target, batch_size):
@@ -111,6 +110,6 @@ def test_sharded_training_step(model, target, batch_size):
   assert record["kernels"] == 8  # Forward and backward, of each stage.
   assert record["all_gathers"] == 0
   used = record["argument_bytes"] + record["temporary_bytes"]
-  assert used < MEMORY[target.partition(":")[0]]
+  assert used < MEMORY
   if (model, target) == ("tiny", "v5e:2x2"):
     assert_golden(record, STEP_V5E)

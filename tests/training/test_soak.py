@@ -19,12 +19,12 @@ DIGITS = (
   "--config.batch_size=64",
   "--config.evaluation_batch_size=64",
 )
-KILLS = 20
+KILLS = 10
 # Steps between checkpoints.
 INTERVAL = 5
-# More than 20 kills can use up: after each, at most 2 * INTERVAL - 1 steps are
+# More than all kills can use up: after each, at most 2 * INTERVAL - 1 steps are
 # repeated, and the next kill comes 1 to 3 * INTERVAL steps later.
-STEPS = 320
+STEPS = 160
 
 
 def last_step(workdir):
@@ -55,7 +55,7 @@ def kill(process, condition):
   assert process.returncode == -signal.SIGKILL
 
 
-def test_twenty_kills_change_no_bit(experiment, tmp_path):
+def test_ten_kills_change_no_bit(experiment, tmp_path):
   """Every other kill is in a save; later runs save to a local disk first."""
   arguments = (
     *DIGITS,
