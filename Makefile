@@ -31,7 +31,7 @@ test: $(VENV)/.installed
 
 # Runs of many processes, with kills, long runs, and more cases of what `test` tests.
 soak: $(VENV)/.installed
-	$(PYTEST) -m soak
+	$(PYTEST) -m soak $(TESTS)
 
 # The authors' whole recipe on real pixels: fails below 98%.
 recipe: $(VENV)/.installed

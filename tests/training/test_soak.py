@@ -97,13 +97,13 @@ def test_ten_kills_change_no_bit(experiment, tmp_path):
     np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_memory_stays_flat_over_two_thousand_steps(experiment, tmp_path):
-  """With twenty evaluations and checkpoints."""
+def test_memory_stays_flat_over_a_thousand_steps(experiment, tmp_path):
+  """With ten evaluations and checkpoints."""
   process = experiment.start(
     "train.py",
     f"--workdir={tmp_path}",
     *DIGITS,
-    "--config.length=2000 steps",
+    "--config.length=1000 steps",
     "--config.evaluate_every=100 steps",
     "--config.log_every=10 steps",
   )
@@ -120,5 +120,5 @@ def test_memory_stays_flat_over_two_thousand_steps(experiment, tmp_path):
   def median(first, last):
     return statistics.median(x for step, x in found if first <= step < last)
 
-  early, late = median(400, 800), median(1600, 2000)
+  early, late = median(200, 400), median(800, 1000)
   assert late < 1.03 * early, (early, late)
