@@ -112,10 +112,8 @@ class SequenceConv(nnx.Module):
       dtype: of activations.
       rngs: random streams.
     """
-    param_dtype, init = (
-      at_least_float32(dtype),
-      initializers.fan_in_uniform(size),
-    )
+    param_dtype = at_least_float32(dtype)
+    init = initializers.fan_in_uniform(size)
     self.kernel = nnx.Param(init(rngs.params(), (size, features), param_dtype))
     self.bias = nnx.Param(init(rngs.params(), (features,), param_dtype))
     self.is_causal = is_causal

@@ -36,13 +36,14 @@ MOST_SMEM = {
   "H200": 232_448,
   "B200": 232_448,
 }
-# Channels of the MLPs that have kernels on a Hopper: at three stages of tiny,
-# with so many of its 18 blocks, and at two of base.
+# Channels of the MLPs that have kernels on a Hopper: at three stages of tiny and
+# at two of base.
 WIDTHS = (64, 128, 256, 96, 192)
 # Where a kernel of its own makes the weights' cotangents; at 64 channels the
 # one backward kernel makes them too.
 WEIGHTS_WIDTH = 128
-# Blocks of tiny's stages in a whole step: so few, that it compiles in a minute.
+# Blocks of tiny's stages in a whole program. One block has all of a stage's
+# kernels, and each kernel takes seconds to compile.
 DEPTHS = (1, 1, 1, 1)
 BLOCKS_WITH_MLPS, BLOCKS_WITH_WEIGHTS = sum(DEPTHS[:3]), DEPTHS[1]
 # [B, H, W, D, N] at the first and the last stage of tiny, at stage 1 of base,

@@ -32,8 +32,6 @@ SHAPES = (
 # Those that another code path, or another size of VMEM, could break.
 HARD_SHAPES = SHAPES[-4:]
 MEMORY = 15.75 * 2**30  # Of a v5e, in bytes.
-
-
 # Less optimisation changes neither the kernels nor how a program is sharded,
 # plans no less memory, and takes a fraction of the time.
 FAST = ("--optimization-level", "O0")
