@@ -36,8 +36,8 @@ MOST_SMEM = {
   "H200": 232_448,
   "B200": 232_448,
 }
-# Channels of the MLPs that have kernels on a Hopper: at three stages of tiny and
-# at two of base.
+# Channels of the MLPs that have kernels on a Hopper: at three stages of tiny
+# and at two of base.
 WIDTHS = (64, 128, 256, 96, 192)
 # Where a kernel of its own makes the weights' cotangents; at 64 channels the
 # one backward kernel makes them too.
