@@ -191,7 +191,7 @@ def measure_change(config: DataConfig, max_side: int) -> dict[str, float]:
     file = source[index]["image"]
     one, other = (
       transforms.transform_for_evaluation(
-        transforms.decode_image(each), config
+        transforms.decode_image(each), config.preprocessing
       ).astype(np.float64)
       for each in (file, shrink(file, max_side))
     )

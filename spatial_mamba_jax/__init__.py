@@ -9,11 +9,15 @@
 `images` are normalised, [B, H, W, 3]; `logits` are [B, 1000].
 """
 
+import importlib.metadata
+
 from spatial_mamba_jax import convert
+from spatial_mamba_jax.convert.model_card import Provenance
 from spatial_mamba_jax.convert.pretrained import (
   from_pretrained,
   save_pretrained,
 )
+from spatial_mamba_jax.create import create_backbone, create_model
 from spatial_mamba_jax.export import export_model
 from spatial_mamba_jax.models import (
   Backbone,
@@ -25,25 +29,32 @@ from spatial_mamba_jax.models import (
   SpatialMambaBackbone,
   States,
   StructureAwareConfig,
+  Summary,
   VMamba,
   VMambaBackbone,
   block_states,
-  create_backbone,
-  create_model,
   create_segmentor,
+  freeze,
   list_models,
+  summary,
 )
+from spatial_mamba_jax.preprocessing import Preprocessing
+from spatial_mamba_jax.transform import Transform, create_transform
 
 __all__ = [
   "Backbone",
   "Classifier",
   "Family",
   "ModelConfig",
+  "Preprocessing",
+  "Provenance",
   "Segmentor",
   "SpatialMamba",
   "SpatialMambaBackbone",
   "States",
   "StructureAwareConfig",
+  "Summary",
+  "Transform",
   "VMamba",
   "VMambaBackbone",
   "block_states",
@@ -51,8 +62,13 @@ __all__ = [
   "create_backbone",
   "create_model",
   "create_segmentor",
+  "create_transform",
   "export_model",
+  "freeze",
   "from_pretrained",
   "list_models",
   "save_pretrained",
+  "summary",
 ]
+
+__version__ = importlib.metadata.version("spatial-mamba-jax")

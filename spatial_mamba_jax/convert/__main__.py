@@ -25,13 +25,13 @@ with a backbone, the backbone alone.
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
 
 from spatial_mamba_jax.convert.architecture import (
   abstract_model,
-  infer_model,
   with_head_bias,
 )
 from spatial_mamba_jax.convert.files import (
@@ -40,8 +40,9 @@ from spatial_mamba_jax.convert.files import (
   read_file,
   written_whole,
 )
+from spatial_mamba_jax.convert.model_card import UNKNOWN, Provenance
 from spatial_mamba_jax.convert.names import from_torch, to_torch
-from spatial_mamba_jax.convert.pretrained import save_pretrained
+from spatial_mamba_jax.convert.pretrained import model_of, save_pretrained
 from spatial_mamba_jax.convert.pretrained_config import flat_fields
 from spatial_mamba_jax.convert.safetensors_file import (
   import_safetensors,
@@ -80,10 +81,21 @@ def main(arguments: list[str] | None = None) -> int:
     "--key",
     help="convert the tensors below this key of SRC, e.g. model or state.model",
   )
+  parser.add_argument(
+    "--license",
+    default=UNKNOWN.license,
+    help="licence of the weights, for the model card (default: %(default)s)",
+  )
   options = parser.parse_args(arguments)
 
   def run():
-    report = convert(options.src, options.dst, raw=options.raw, key=options.key)
+    report = convert(
+      options.src,
+      options.dst,
+      raw=options.raw,
+      key=options.key,
+      license=options.license,
+    )
     tell(one_line(report))
 
   return run_command("convert", run, MISTAKES)
@@ -95,6 +107,7 @@ def convert(
   *,
   raw: bool = False,
   key: str | None = None,
+  license: str = UNKNOWN.license,
 ) -> str:
   """Converts weights; the docstring of this module lists the formats.
 
@@ -103,6 +116,7 @@ def convert(
     dst: the path to write. A failure leaves nothing there.
     raw: whether to prefer the weights themselves to their moving average.
     key: the key of the weights in a file; see `read_file`.
+    license: the licence of the weights, for a model card.
 
   Returns:
     A message about the model and its origin.
@@ -116,14 +130,18 @@ def convert(
   _check_destination(dst)
   found = _read(src, raw, key)
   try:
-    model = infer_model(found.whole)
-    from_torch(model, found.whole)
+    model = model_of(found)
   except ValueError as error:
     raise ValueError(f"{src}: {error}{found.origin()}") from error
-  _write(model, dst)
-  config = model.config
+  provenance = dataclasses.replace(
+    found.trained.provenance, license=license, origin=f"`{src.name}`"
+  )
+  _write(model, dst, provenance)
+  config, fields = model.config, flat_fields(model.config)
   report = f"{dst}: {type(model).__name__} of dims {config.dims}, depths"
-  report += f" {config.depths}, d_state {flat_fields(config)['d_state']}"
+  report += f" {config.depths}"
+  if "d_state" in fields:
+    report += f", d_state {fields['d_state']}"
   if not isinstance(model, Backbone):
     report += f", {config.num_classes} classes"
   if isinstance(model, Classifier):
@@ -158,12 +176,14 @@ def _read(src: pathlib.Path, raw: bool, key: str | None) -> Found:
   return read_checkpoint(src, raw=raw)
 
 
-def _write(model: Trunk | Segmentor, dst: pathlib.Path) -> None:
+def _write(
+  model: Trunk | Segmentor, dst: pathlib.Path, provenance: Provenance
+) -> None:
   if dst.suffix == ".safetensors":
     with written_whole(dst) as part:
       write_safetensors(part, to_torch(model))
   elif not dst.name.isdecimal():
-    save_pretrained(model, dst)
+    save_pretrained(model, dst, provenance=provenance)
   elif isinstance(model, Backbone):
     raise ValueError(
       f"{dst}: checkpoints are of classifiers and segmentors; write this"

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from spatial_mamba_jax.convert.families import (
 )
 from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.tables import matrix
-from spatial_mamba_jax.models.backbone import Trunk
+from spatial_mamba_jax.models.backbone import Trunk, places
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.initializers import Streams
 from spatial_mamba_jax.models.layers import linear
@@ -59,7 +60,9 @@ class Architecture(NamedTuple):
   head_bias: bool = True
 
 
-def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
+def infer_config(
+  state_dict: Mapping[str, np.ndarray], mixer: MixerConfig | None = None
+) -> ModelConfig:
   """Infers the architecture whose tensors these are.
 
   Fields that the tensors do not determine have the defaults of `ModelConfig`:
@@ -67,6 +70,8 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
 
   Args:
     state_dict: {the authors' tensor name: array}.
+    mixer: the mixer; None for that of the family's authors, whose fields are
+      inferred.
 
   Raises:
     ValueError: the tensors are those of no family.
@@ -80,14 +85,13 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
 
   dims = tuple(shape(f"{_first(i)}{names.norm}.weight", 1)[0] for i in stages)
   in_channels = shape(names.stem, 4)[1]
-  mixer, width = _mixer(state_dict, dims[0], names)
   # The channels come from a vector, which can claim a million of them in 4 MB.
   for i, dim in enumerate(dims):
-    name = f"{_first(i)}{names.branch}.in_proj.weight"
-    if shape(name, 2) != (width * dim, dim):
-      raise ValueError(
-        f"{name} is {list(shape(name, 2))} instead of {[width * dim, dim]}"
-      )
+    name = f"{_first(i)}mlp.fc1.weight"
+    if (found := shape(name, 2))[1] != dim:
+      raise ValueError(f"{name} is {list(found)} instead of [..., {dim}]")
+  if mixer is None:
+    mixer = _mixer(state_dict, dims, names)
   hidden = [shape(f"{_first(i)}mlp.fc1.weight", 2)[0] for i in stages]
   num_classes = _num_classes(state_dict, names)
   try:
@@ -105,18 +109,17 @@ def infer_config(state_dict: Mapping[str, np.ndarray]) -> ModelConfig:
 
 
 def _mixer(
-  state_dict: Mapping[str, np.ndarray], dim: int, names: FamilyNames
-) -> tuple[MixerConfig, int]:
-  """Infers the mixer from the first block, which has `dim` channels.
-
-  Returns:
-    The config of the mixer, and its projected channels, divided by `dim`.
-  """
+  state_dict: Mapping[str, np.ndarray],
+  dims: Sequence[int],
+  names: FamilyNames,
+) -> MixerConfig:
+  """Infers the mixer from the first block of each stage."""
+  what = f"{names.title} with the mixer {names.mixer.name}"
 
   def shape(name, ndim):
-    what = f"{names.title} with the mixer {names.mixer.name}"
     return _shape(state_dict, names.anchor + name, ndim, what)
 
+  dim = dims[0]
   inner = shape("out_norm.weight", 1)[0]
   found = {
     "d_state": shape("A_logs", 2)[1],
@@ -128,7 +131,14 @@ def _mixer(
   mixer = names.mixer(**{k: x for k, x in found.items() if k in fields})
   # A mixer without this field always has a gate.
   is_gated = found["gate"] or "gate" not in fields
-  return mixer, found["expand"] * (1 + is_gated)
+  width = found["expand"] * (1 + is_gated)
+  for i, dim in enumerate(dims):
+    name = f"{_first(i)}{names.branch}.in_proj.weight"
+    if (projected := _shape(state_dict, name, 2, what)) != (width * dim, dim):
+      raise ValueError(
+        f"{name} is {list(projected)} instead of {[width * dim, dim]}"
+      )
+  return mixer
 
 
 def _depths(state_dict: Mapping[str, np.ndarray]) -> dict[int, int]:
@@ -179,7 +189,7 @@ def abstract_model(
       classifier.
     head_bias: whether the head of a classifier has a bias.
   """
-  single = _with_single_blocks(config)
+  single = _with_few_blocks(config)
 
   def create():
     rngs = Streams(0)
@@ -206,7 +216,9 @@ def _complete(model: nnx.Module, backbone: Trunk, config: ModelConfig) -> None:
   """Repeats the block of each stage, and sets what files may lack to 0."""
   backbone.config = config
   for stage, depth in zip(backbone.stages, config.depths, strict=True):
-    stage.blocks = nnx.List([nnx.clone(stage.blocks[0]) for _ in range(depth)])
+    if len(stage.blocks) < depth:
+      block = stage.blocks[0]
+      stage.blocks = nnx.List([nnx.clone(block) for _ in range(depth)])
   for _, module in nnx.iter_graph(model):
     if isinstance(module, BatchNorm):
       module.num_batches.set_value(jnp.zeros((), jnp.int32))
@@ -214,7 +226,7 @@ def _complete(model: nnx.Module, backbone: Trunk, config: ModelConfig) -> None:
 
 def abstract_segmentor(config: ModelConfig, heads: Heads) -> Segmentor:
   """Creates a segmentor with shapes instead of arrays, for `from_torch`."""
-  single = _with_single_blocks(config)
+  single = _with_few_blocks(config)
   model = nnx.eval_shape(
     lambda: Segmentor(single, **heads._asdict(), rngs=Streams(0))
   )
@@ -222,23 +234,35 @@ def abstract_segmentor(config: ModelConfig, heads: Heads) -> Segmentor:
   return model
 
 
-def _with_single_blocks(config: ModelConfig) -> ModelConfig:
-  # All blocks of a stage are equal, and copying one is faster than tracing it.
+def _with_few_blocks(config: ModelConfig) -> ModelConfig:
+  """Leaves one block a stage, if all blocks have the same structure.
+
+  Copying a block is faster than tracing it.
+  """
+  variants = {config.mixer.variant(x) for x in chain(*places(config.depths))}
+  if len(variants) > 1:
+    return config
   return dataclasses.replace(config, depths=(1,) * len(config.depths))
 
 
-def infer_architecture(state_dict: Mapping[str, np.ndarray]) -> Architecture:
+def infer_architecture(
+  state_dict: Mapping[str, np.ndarray], mixer: MixerConfig | None = None
+) -> Architecture:
   """Infers the architecture whose tensors these are.
 
   It is a segmentor's if the state dict has heads, a backbone's if it has
   `outnorm{i}`, else a classifier's.
 
+  Args:
+    state_dict: {the authors' tensor name: array}.
+    mixer: as for `infer_config`.
+
   Raises:
     ValueError: see `infer_config`.
   """
   if any(name.startswith("decode_head.") for name in state_dict):
-    return _segmentor(state_dict)
-  config = infer_config(state_dict)
+    return _segmentor(state_dict, mixer)
+  config = infer_config(state_dict, mixer)
   out_indices = _out_indices(state_dict)
   stages = len(config.dims)
   if any(i >= stages for i in out_indices):
@@ -249,13 +273,15 @@ def infer_architecture(state_dict: Mapping[str, np.ndarray]) -> Architecture:
   return Architecture(config, tuple(out_indices), head_bias=head_bias)
 
 
-def _segmentor(state_dict: Mapping[str, np.ndarray]) -> Architecture:
+def _segmentor(
+  state_dict: Mapping[str, np.ndarray], mixer: MixerConfig | None
+) -> Architecture:
   backbone = {
     name.removeprefix("backbone."): tensor
     for name, tensor in state_dict.items()
     if name.startswith("backbone.")
   }
-  config = infer_config(backbone)
+  config = infer_config(backbone, mixer)
 
   def channels(name, ndim):
     what = "segmentor with UPerNet's heads"
@@ -270,13 +296,19 @@ def _segmentor(state_dict: Mapping[str, np.ndarray]) -> Architecture:
   return Architecture(config, heads=heads)
 
 
-def infer_model(state_dict: Mapping[str, np.ndarray]) -> Model:
+def infer_model(
+  state_dict: Mapping[str, np.ndarray], mixer: MixerConfig | None = None
+) -> Model:
   """Creates the model of these tensors, with shapes instead of arrays.
+
+  Args:
+    state_dict: {the authors' tensor name: array}.
+    mixer: as for `infer_config`.
 
   Raises:
     ValueError: see `infer_architecture`.
   """
-  return abstract_network(infer_architecture(state_dict))
+  return abstract_network(infer_architecture(state_dict, mixer))
 
 
 def abstract_network(architecture: Architecture) -> Model:

@@ -7,10 +7,13 @@ from flax import nnx
 
 from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.tables import (
+  KINDS,
   MIXERS,
   SPATIAL_MAMBA,
   UPERNET,
   VMAMBA,
+  MixedTable,
+  Names,
   PartTables,
   Table,
 )
@@ -21,17 +24,20 @@ from spatial_mamba_jax.models.mixers import SS2DConfig, StructureAwareConfig
 from spatial_mamba_jax.models.mixers.base import MixerConfig
 from spatial_mamba_jax.models.segmentor import HEADS, Segmentor
 
+# Of a mixer of one's own, whose weights keep their names.
+_OWN_NAMES = Table(())
+
 
 class FamilyNames(NamedTuple):
   """What the authors of a family call it and its tensors.
 
   Attributes:
     family: the parts of its networks.
-    mixer: the config of the only mixer that the authors' files have.
+    mixer: the config of the authors' mixer.
     title: the family's name in text.
     paper: the address of its paper.
     repository: the address of the authors' code.
-    table: the names and layouts of all tensors.
+    table: the names and layouts of all tensors, with the authors' mixer.
     stem: the name of a tensor that only this family's stem has.
     norm: the name of the first norm in a block, e.g. "norm".
     branch: the name of the mixer in a block, e.g. "op".
@@ -48,6 +54,13 @@ class FamilyNames(NamedTuple):
   norm: str
   branch: str
   end: str
+
+  def table_with(self, mixer: MixerConfig) -> Names:
+    """Returns the names and layouts of all tensors, with any mixer."""
+    if type(mixer) is self.mixer:
+      return self.table
+    module = KINDS.get(type(mixer), object)
+    return MixedTable(self.table, MIXERS.get(module, _OWN_NAMES))
 
   @property
   def anchor(self) -> str:
@@ -94,6 +107,11 @@ FAMILIES = (
 TITLES = " or ".join(names.title for names in FAMILIES)
 
 
+def named(family: Family) -> FamilyNames:
+  """Returns the names of one of the families in `FAMILIES`."""
+  return next(names for names in FAMILIES if names.family == family)
+
+
 def names_of(model: Trunk) -> FamilyNames:
   """Returns the names of a network's family.
 
@@ -130,34 +148,16 @@ def names_of_tensors(tensors: Iterable[str]) -> FamilyNames:
   )
 
 
-def check_own_mixer(module: nnx.Module) -> None:
-  """Checks that the authors of a network have names for its mixer's tensors.
-
-  Raises:
-    ValueError: it has another mixer than the authors' networks.
-  """
-  trunk = module.backbone if isinstance(module, Segmentor) else module
-  if not isinstance(trunk, Trunk):
-    return
-  names, mixer = names_of(trunk), trunk.config.mixer
-  if type(mixer) is not names.mixer:
-    raise ValueError(
-      f"the authors of {names.title} have no tensor names for the mixer"
-      f" {mixer.name}: convert the mixers of the blocks one by one, e.g."
-      " model.stages[0].blocks[0].mixer"
-    )
-
-
-def table_of(module: nnx.Module) -> Table | PartTables:
+def table_of(module: nnx.Module) -> Names:
   """Returns the table of a network, or of one of the mixers in `MIXERS`.
 
   Raises:
     ValueError: it is neither.
   """
   if isinstance(module, Trunk):
-    return names_of(module).table
+    return names_of(module).table_with(module.config.mixer)
   if isinstance(module, Segmentor):
-    backbone = names_of(module.backbone).table
+    backbone = table_of(module.backbone)
     heads = dict.fromkeys(HEADS, UPERNET)
     return PartTables({"backbone": backbone, **heads})
   if type(module) not in MIXERS:

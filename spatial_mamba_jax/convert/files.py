@@ -17,6 +17,7 @@ from spatial_mamba_jax.convert.safetensors_file import (
   read_safetensors,
 )
 from spatial_mamba_jax.convert.torch_checkpoint import Selected, read_first
+from spatial_mamba_jax.convert.trained import Trained
 from spatial_mamba_jax.paths import make_directory
 
 SAFETENSORS = "model.safetensors"
@@ -54,6 +55,7 @@ class Found(NamedTuple):
     is_average: whether the weights are a moving average.
     heads: {the authors' tensor name: array} of a segmentor's heads, beside
       `state_dict` of its backbone; empty for other models.
+    trained: what the run that trained them stores of the model.
   """
 
   state_dict: dict[str, np.ndarray]
@@ -63,6 +65,7 @@ class Found(NamedTuple):
   others: tuple[str, ...] = ()
   is_average: bool = False
   heads: Mapping[str, np.ndarray] = types.MappingProxyType({})
+  trained: Trained = Trained()
 
   @property
   def whole(self) -> dict[str, np.ndarray]:

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from spatial_mamba_jax.convert.families import check_own_mixer, table_of
+from spatial_mamba_jax.convert.families import table_of
 from spatial_mamba_jax.convert.messages import listed
 from spatial_mamba_jax.convert.tables import (
   LINEAR,
   SPATIAL_MAMBA,
-  PartTables,
+  Names,
   Table,
   matrix,
 )
@@ -53,12 +53,11 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
 
   Returns:
     {tensor name: array}, of float32 (float64 for a float64 model), and of int64
-    for `num_batches_tracked`.
-
-  Raises:
-    ValueError: the authors of the network have no names for its mixer.
+    for `num_batches_tracked`. If the mixer is another one than the network's
+    authors have, its tensors have the names of the mixer's authors, after the
+    prefix of the network's mixer; and those of a mixer of your own its own
+    names.
   """
-  check_own_mixer(model)
   arrays = {path: variable[...] for path, variable in variables(model)}
   table = table_of(model)
   tensors = torch_tensors(arrays, table)
@@ -68,7 +67,7 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def torch_tensors(
-  arrays: Mapping[str, ArrayLike], table: Table | PartTables = SPATIAL_MAMBA
+  arrays: Mapping[str, ArrayLike], table: Names = SPATIAL_MAMBA
 ) -> dict[str, np.ndarray]:
   """Converts arrays as `to_torch` does.
 
@@ -163,7 +162,7 @@ def fitting_array(
   path: str,
   variable: nnx.Variable,
   state_dict: Mapping[str, np.ndarray],
-  table: Table | PartTables,
+  table: Names,
 ) -> np.ndarray | None:
   """Returns the array of a weight; None if a tensor is missing or misshapen."""
   names = table.tensors(path)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import pathlib
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,20 +16,29 @@ from spatial_mamba_jax.convert.architecture import (
   Model,
   abstract_network,
   infer_architecture,
+  infer_model,
 )
 from spatial_mamba_jax.convert.families import (
   TITLES,
   FamilyNames,
+  named,
   names_of,
 )
 from spatial_mamba_jax.convert.files import (
   SAFETENSORS,
+  Found,
   written_whole,
 )
+from spatial_mamba_jax.convert.hub import directory_of
+from spatial_mamba_jax.convert.model_card import UNKNOWN, Provenance, card_text
 from spatial_mamba_jax.convert.names import (
   check_tensors,
   from_torch,
   to_torch,
+)
+from spatial_mamba_jax.convert.preprocessor_file import (
+  PREPROCESSOR,
+  preprocessor_text,
 )
 from spatial_mamba_jax.convert.pretrained_config import (
   CONFIG,
@@ -40,6 +52,7 @@ from spatial_mamba_jax.convert.safetensors_file import (
   write_safetensors,
 )
 from spatial_mamba_jax.models.backbone import Backbone, Classifier
+from spatial_mamba_jax.models.mixers import MIXERS
 from spatial_mamba_jax.models.segmentor import Segmentor
 from spatial_mamba_jax.paths import local_path
 
@@ -48,62 +61,31 @@ _OVERRIDES = (
   *("drop_path_rate", "dtype", "implementation", "layer_implementation"),
 )
 
-_CARD = """\
----
-library_name: spatial-mamba-jax
-license: unknown
-pipeline_tag: {task}
-tags:
-- {tag}
-- state-space-model
-- vision
-- jax
-- flax
----
 
-# {title} {kind}
+def save_pretrained(
+  model: Model,
+  path: str | os.PathLike[str],
+  *,
+  provenance: Provenance = UNKNOWN,
+) -> None:
+  """Writes a directory that `from_pretrained` and the Hugging Face hub read.
 
-{article} [{title}]({paper}){with_heads} of {parameters:,} parameters:
-dims {dims}, depths {depths}, {d_state} states a channel{classes}.
-
-```python
-import spatial_mamba_jax as smj
-
-model = smj.from_pretrained("path/to/this/directory")
-{result} = model(images)  # [B, H, W, 3], float32
-```
-
-Images are RGB in [0, 1], minus the mean (0.485, 0.456, 0.406), divided by the
-standard deviation (0.229, 0.224, 0.225).
-
-`model.safetensors` has the tensor names and the layout of the authors' PyTorch
-code ({repository}), whose `load_state_dict`
-accepts them unchanged. `config.json` has the fields of
-`spatial_mamba_jax.ModelConfig`, and of a segmentor the channels of its heads.
-
-To the publisher: state here what the model was trained on and how accurate it
-is, and set `license` above.
-"""
-
-
-def save_pretrained(model: Model, path: str | os.PathLike[str]) -> None:
-  """Writes a directory that `from_pretrained` reads.
-
-  The directory has a `config.json`; a `model.safetensors` with the authors'
-  tensor names and PyTorch's layout, which the authors' code can read as well;
-  and a `README.md`, the hub's model card, for the publisher to complete.
+  The directory has a `config.json`; a `preprocessor_config.json`; a
+  `model.safetensors` with the authors' tensor names and PyTorch's layout, which
+  the authors' code can read as well; and a `README.md`, the hub's model card.
 
   Args:
     model: from `create_model`, `create_backbone`, `create_segmentor` or
       `from_pretrained`. The head of a classifier may be replaced by an
       `nnx.Linear` with other classes.
     path: a new or empty directory. A failure leaves nothing there.
+    provenance: what the model card says of the weights.
 
   Raises:
     FileExistsError: `path` exists and is not an empty directory.
     OSError: `path` cannot be written.
     ValueError: `config.json` cannot describe the model: it is of another
-      family, or has another mixer or another part than the family's own.
+      family, or has a mixer or another part of your own.
     ImportError: safetensors is missing.
   """
   import_safetensors()
@@ -120,18 +102,29 @@ def save_pretrained(model: Model, path: str | os.PathLike[str]) -> None:
   with written_whole(local_path(path)) as part:
     part.mkdir()
     text = config_text(architecture, type(model).__name__)
-    (part / CONFIG).write_text(text)
+    (part / CONFIG).write_text(text, "utf-8")
+    text = preprocessor_text(architecture.config.preprocessing)
+    (part / PREPROCESSOR).write_text(text)
     write_safetensors(part / SAFETENSORS, tensors)
-    (part / "README.md").write_text(_card(names, architecture, tensors))
+    text = card_text(names, model, architecture, provenance)
+    (part / "README.md").write_text(text, "utf-8")
 
 
-def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Model:
-  """Loads a model that `save_pretrained` wrote; needs no network.
+def from_pretrained(
+  path: str | os.PathLike[str],
+  *,
+  revision: str | None = None,
+  **overrides: Any,
+) -> Model:
+  """Loads a model that `save_pretrained` wrote.
 
       model = smj.from_pretrained("spatial_mamba_tiny", dtype="bfloat16")
 
   Args:
-    path: a directory with `config.json` and `model.safetensors`.
+    path: a directory with `config.json` and `model.safetensors`; or the name of
+      a repository of the Hugging Face hub, "org/name", which is fetched unless
+      it is in huggingface_hub's cache.
+    revision: branch, tag or commit of a repository; None for its main branch.
     **overrides: `drop_path_rate`, `dtype` or `layer_implementation` of
       `ModelConfig`, or `implementation` of its mixer. They replace the values
       in the directory.
@@ -140,32 +133,72 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Model:
     A classifier or backbone of its family, or a segmentor, in eval mode.
 
   Raises:
-    OSError: the directory or a file in it does not exist.
-    ValueError: a file is damaged, the two files do not match, or an override is
+    OSError: the directory or a file in it does not exist, or the repository
+      can neither be fetched nor found in the cache.
+    ValueError: a file is damaged, the files do not match, or an override is
       wrong.
+    ImportError: `path` is of the hub, and huggingface_hub is missing.
   """
   for name in overrides:
     if name not in _OVERRIDES:
       raise ValueError(
         f"{name!r} cannot be overridden: choose from {', '.join(_OVERRIDES)}"
       )
-  path = local_path(path)
-  if not path.is_dir():
-    raise FileNotFoundError(
-      f"{path} is not a directory: download one first, e.g. with hf download"
-    )
-  architecture = read_config(path / CONFIG, overrides)
-  tensors = read_safetensors(path / SAFETENSORS)
+  directory = directory_of(path, revision)
+  architecture, tensors = read_directory(directory, overrides)
+  model = abstract_network(architecture)
   try:
-    inferred = infer_architecture(tensors)
-    _check_config(architecture, inferred)
-    model = abstract_network(
-      architecture._replace(head_bias=inferred.head_bias)
-    )
     from_torch(model, tensors)
   except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+    raise ValueError(f"{directory}: {error}") from error
   return model
+
+
+def model_of(found: Found) -> Model:
+  """Creates the model of the weights that were found.
+
+  Raises:
+    ValueError: they are those of no model.
+  """
+  tensors, trained = found.whole, found.trained
+  model = infer_model(tensors, trained.mixer)
+  trunk = model.backbone if isinstance(model, Segmentor) else model
+  names = trained.class_names
+  if isinstance(model, Backbone) or len(names) != trunk.config.num_classes:
+    names = ()
+  trunk.config = dataclasses.replace(
+    trunk.config, preprocessing=trained.preprocessing, class_names=names
+  )
+  from_torch(model, tensors)
+  return model
+
+
+def read_directory(
+  path: pathlib.Path, overrides: Mapping[str, Any] = types.MappingProxyType({})
+) -> tuple[Architecture, dict[str, np.ndarray]]:
+  """Reads what `save_pretrained` wrote.
+
+  Args:
+    path: the directory.
+    overrides: as for `from_pretrained`.
+
+  Returns:
+    The architecture, and {the authors' tensor name: array}.
+
+  Raises:
+    OSError: a file does not exist.
+    ValueError: a file is damaged, or the files do not match.
+  """
+  architecture = read_config(path / CONFIG, overrides)
+  tensors = read_safetensors(path / SAFETENSORS)
+  config = architecture.config
+  is_own = type(config.mixer) is named(config.family).mixer
+  try:
+    inferred = infer_architecture(tensors, None if is_own else config.mixer)
+    _check_config(architecture, inferred)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  return architecture._replace(head_bias=inferred.head_bias), tensors
 
 
 def _names(model: Model) -> FamilyNames:
@@ -178,10 +211,10 @@ def _names(model: Model) -> FamilyNames:
       f" authors: {CONFIG} describes no other network"
     )
   mixer = model.config.mixer
-  if type(mixer) is not names.mixer:
+  if type(mixer) is not type(MIXERS.get(mixer.name)):
     raise ValueError(
       f"a {names.title} with the mixer {mixer.name} cannot be described by"
-      f" {CONFIG}: its mixer must be {names.mixer.name}"
+      f" {CONFIG}: its mixer must be one of {', '.join(MIXERS)}"
     )
   return names
 
@@ -199,8 +232,9 @@ def _architecture(model: Model) -> Architecture:
       f"model.head is a {type(head).__name__}, which {CONFIG} cannot describe:"
       f" make it an nnx.Linear({model.config.dims[-1]}, num_classes)"
     )
-  classes = head.kernel.shape[-1]
-  config = dataclasses.replace(model.config, num_classes=classes)
+  config, classes = model.config, head.kernel.shape[-1]
+  if classes != config.num_classes:
+    config = dataclasses.replace(config, num_classes=classes, class_names=())
   return Architecture(config, head_bias=head.bias is not None)
 
 
@@ -218,42 +252,3 @@ def _check_config(written_to: Architecture, inferred: Architecture) -> None:
         f"{CONFIG} has {field} {written.get(field)}, and {SAFETENSORS} has"
         f" {actual.get(field)}"
       )
-
-
-# {kind of a model: (task of the hub, result of a call)}.
-_KINDS = {
-  "classifier": ("image-classification", "logits"),
-  "backbone": ("image-feature-extraction", "features"),
-  "segmentor": ("image-segmentation", "logits"),
-}
-
-
-def _card(
-  names: FamilyNames,
-  architecture: Architecture,
-  tensors: dict[str, np.ndarray],
-) -> str:
-  config, out_indices, heads, _ = architecture
-  statistics = ("running_mean", "running_var", "num_batches_tracked")
-  kind = "segmentor" if heads else "backbone" if out_indices else "classifier"
-  task, result = _KINDS[kind]
-  return _CARD.format(
-    tag=names.title.lower(),
-    title=names.title,
-    paper=names.paper,
-    repository=names.repository,
-    article="UPerNet on a" if heads else "A",
-    with_heads=" backbone," if heads else "",
-    task=task,
-    kind=kind,
-    result=result,
-    classes="" if out_indices else f", {config.num_classes} classes",
-    parameters=sum(
-      tensor.size
-      for name, tensor in tensors.items()
-      if not name.endswith(statistics)
-    ),
-    dims=config.dims,
-    depths=config.depths,
-    d_state=flat_fields(config)["d_state"],
-  )

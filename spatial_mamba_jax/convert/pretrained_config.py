@@ -12,10 +12,15 @@ import jax.numpy as jnp
 from spatial_mamba_kernels import IMPLEMENTATIONS
 
 from spatial_mamba_jax.convert.architecture import Architecture, Heads
-from spatial_mamba_jax.convert.families import FAMILIES, TITLES, FamilyNames
+from spatial_mamba_jax.convert.families import FAMILIES, TITLES
 from spatial_mamba_jax.convert.json_text import parse_json
 from spatial_mamba_jax.convert.messages import listed, short
+from spatial_mamba_jax.convert.preprocessor_file import (
+  PREPROCESSOR,
+  read_preprocessor,
+)
 from spatial_mamba_jax.models.config import ModelConfig
+from spatial_mamba_jax.models.mixers import MIXERS, MixerConfig
 
 CONFIG = "config.json"
 _NAMES = {names.family.name: names for names in FAMILIES}
@@ -62,6 +67,10 @@ def _integer() -> _Rule:
   )
 
 
+def _number(text: str, accepts: Callable[[Any], bool]) -> _Rule:
+  return _Rule(lambda x: _is_number(x) and accepts(x), f"a number {text}")
+
+
 def _integers(low: int) -> _Rule:
   return _Rule(
     lambda x: (
@@ -80,20 +89,27 @@ _RULES = {
   "auxiliary_channels": _integer(),
   "d_state": _integer(),
   "expand": _integer(),
-  "mlp_ratio": _Rule(
-    lambda x: _is_number(x) and 0 < x <= 1000, "a number over 0, up to 1000"
-  ),
-  "drop_path_rate": _Rule(
-    lambda x: _is_number(x) and 0 <= x < 1, "a number of 0 or more, below 1"
-  ),
+  "mlp_ratio": _number("over 0, up to 1000", lambda x: 0 < x <= 1000),
+  "drop_path_rate": _number("of 0 or more, below 1", lambda x: 0 <= x < 1),
   "dtype": _one_of(*_DTYPES),
   "in_channels": _integer(),
   "implementation": _one_of(None, *IMPLEMENTATIONS),
   "layer_implementation": _one_of(None, "xla"),
   "remat": _one_of(None, True, False),
+  "mixer": _one_of(*MIXERS),
   "gate": _one_of(True, False),
   "conv_bias": _one_of(True, False),
+  "aligned": _one_of(True, False),
+  "head_dim": _integer(),
+  "heads": _integer(),
+  "threshold": _number("from 0 to 2", lambda x: 0 <= x <= 2),
   "model_type": _one_of(*_NAMES),
+  "id2label": _Rule(
+    lambda x: (
+      isinstance(x, dict) and all(isinstance(y, str) for y in x.values())
+    ),
+    "a name for each class",
+  ),
   "architectures": _Rule(
     lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
     "a list of names",
@@ -105,14 +121,19 @@ def config_text(architecture: Architecture, class_name: str) -> str:
   """Returns the content of a config.json."""
   config, out_indices, heads, _ = architecture
   fields = flat_fields(config)
+  if type(config.mixer) is not _NAMES[fields["model_type"]].mixer:
+    fields["mixer"] = config.mixer.name
   # The best implementation depends on the device of the reader.
-  del fields["implementation"], fields["layer_implementation"]
+  fields.pop("implementation", None)
+  del fields["layer_implementation"]
   fields["dtype"] = jnp.dtype(config.dtype).name
-  if out_indices:
+  if out_indices:  # A backbone has no classes.
     del fields["num_classes"]
     fields["out_indices"] = out_indices
   if heads:
     fields |= heads._asdict()
+  if config.class_names:
+    fields["id2label"] = dict(enumerate(config.class_names))
   kind = fields.pop("model_type")
   head = {"architectures": [class_name], "model_type": kind}
   return json.dumps({**head, **fields}, indent=2) + "\n"
@@ -136,18 +157,27 @@ def read_config(
     _check(fields, overrides)
     for name in ("dims", "depths", "out_indices"):
       fields[name] = tuple(fields.get(name, ()))
+    fields["class_names"] = _class_names(fields.pop("id2label", {}))
+    fields["preprocessing"] = read_preprocessor(path.with_name(PREPROCESSOR))
     fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
     out_indices = fields.pop("out_indices")
     stages = len(fields["dims"])
     if any(i >= stages for i in out_indices):
       raise ValueError(f"out_indices {out_indices} exceed the {stages} stages")
-    names = _NAMES[fields["model_type"]]
-    fields["family"] = names.family
-    fields["mixer"] = names.mixer(**_fields_of(names.mixer, fields))
+    kind = _mixer_of(fields)
+    fields["family"] = _NAMES[fields["model_type"]].family
+    fields["mixer"] = kind(**_fields_of(kind, fields))
     config = ModelConfig(**_fields_of(ModelConfig, fields))
     return Architecture(config, out_indices, _heads(fields))
   except ValueError as error:
     raise ValueError(f"{path} is not of a {TITLES}: {error}") from error
+
+
+def _class_names(names: Mapping[str, str]) -> tuple[str, ...]:
+  try:
+    return tuple(names[str(i)] for i in range(len(names)))
+  except KeyError as error:
+    raise ValueError(f"id2label has no name of class {error}") from error
 
 
 def _heads(fields: Mapping[str, Any]) -> Heads | None:
@@ -164,6 +194,8 @@ def _heads(fields: Mapping[str, Any]) -> Heads | None:
 def flat_fields(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields of an architecture and its mixer in one dictionary."""
   fields = dataclasses.asdict(config)
+  # The first has a file of its own, and the second another form.
+  del fields["preprocessing"], fields["class_names"]
   mixer_fields = fields.pop("mixer")
   fields["model_type"] = fields.pop("family").name
   return {**fields, **mixer_fields}
@@ -192,7 +224,7 @@ def _check(fields: Any, overrides: Mapping[str, Any]) -> None:
   kind = fields.get("model_type")
   if not (isinstance(kind, str) and kind in _NAMES):
     raise ValueError(f"its model_type is not {' or '.join(_NAMES)}")
-  rules = _rules(_NAMES[kind])
+  rules = _rules(_mixer_of(fields))
   for name, value in overrides.items():
     fields[name] = _dtype_name(value) if name == "dtype" else value
   for name, value in fields.items():
@@ -209,10 +241,19 @@ def _check(fields: Any, overrides: Mapping[str, Any]) -> None:
       raise ValueError(f"it has no {name}")
 
 
-def _rules(names: FamilyNames) -> dict[str, _Rule]:
-  """Returns the rules without those for fields that its mixer lacks."""
-  others = {x for names in FAMILIES for x in _fields_of(names.mixer, _RULES)}
-  lacking = others - _fields_of(names.mixer, _RULES).keys()
+def _mixer_of(fields: Mapping[str, Any]) -> type[MixerConfig]:
+  """Returns the kind of the mixer: by default, of the family's authors."""
+  own = _NAMES[fields["model_type"]].mixer
+  name = fields.get("mixer")
+  return type(MIXERS[name]) if isinstance(name, str) and name in MIXERS else own
+
+
+def _rules(mixer: type[MixerConfig]) -> dict[str, _Rule]:
+  """Returns the rules without those for fields that a mixer lacks."""
+  others = {
+    x for kind in MIXERS.values() for x in _fields_of(type(kind), _RULES)
+  }
+  lacking = others - _fields_of(mixer, _RULES).keys()
   return {name: rule for name, rule in _RULES.items() if name not in lacking}
 
 

@@ -7,19 +7,28 @@ kernels are [out, in], those of convolutions [out, in / groups, rows, columns].
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from spatial_mamba_jax.models.mixers.evss import EVSS
-from spatial_mamba_jax.models.mixers.linear_attention import LinearAttention
-from spatial_mamba_jax.models.mixers.mamba import Mamba
-from spatial_mamba_jax.models.mixers.mhs import MHS
-from spatial_mamba_jax.models.mixers.plain_mamba import PlainMamba
-from spatial_mamba_jax.models.mixers.ss2d import SS2D
-from spatial_mamba_jax.models.mixers.structure_aware import StructureAwareSSM
-from spatial_mamba_jax.models.mixers.v2m import V2M
-from spatial_mamba_jax.models.mixers.vim import Vim
+from spatial_mamba_jax.models.mixers.evss import EVSS, EVSSConfig
+from spatial_mamba_jax.models.mixers.linear_attention import (
+  LinearAttention,
+  LinearAttentionConfig,
+)
+from spatial_mamba_jax.models.mixers.mamba import Mamba, MambaConfig
+from spatial_mamba_jax.models.mixers.mhs import MHS, MHSConfig
+from spatial_mamba_jax.models.mixers.plain_mamba import (
+  PlainMamba,
+  PlainMambaConfig,
+)
+from spatial_mamba_jax.models.mixers.ss2d import SS2D, SS2DConfig
+from spatial_mamba_jax.models.mixers.structure_aware import (
+  StructureAwareConfig,
+  StructureAwareSSM,
+)
+from spatial_mamba_jax.models.mixers.v2m import V2M, V2MConfig
+from spatial_mamba_jax.models.mixers.vim import Vim, VimConfig
 
 
 class Layout(NamedTuple):
@@ -60,6 +69,18 @@ _KERNELS = {2: LINEAR, 3: DEPTHWISE, 4: CONV_3X3}
 _FUSION_KERNELS = ("kernel_3", "kernel_3_1", "kernel_3_2")
 
 
+class Names(Protocol):
+  """The authors' names of weights, and their layouts."""
+
+  def tensors(self, path: str) -> list[str]:
+    """Returns the names of the tensors of one of our weights."""
+    ...
+
+  def layout(self, path: str, ndim: int) -> Layout:
+    """Returns the layout of one of our weights."""
+    ...
+
+
 class Table(NamedTuple):
   """How the weights of a network or a mixer are named and laid out.
 
@@ -96,7 +117,7 @@ class Table(NamedTuple):
         return layout
     if path.endswith("fusion.kernels"):
       return _FUSION
-    return _KERNELS[ndim] if path.endswith("kernel") else SAME
+    return _KERNELS.get(ndim, SAME) if path.endswith("kernel") else SAME
 
 
 # Applied after a table's own replacements.
@@ -151,15 +172,45 @@ UPERNET = Table(
 )
 
 
+class MixedTable(NamedTuple):
+  """The table of a network with another mixer than its authors'.
+
+  A mixer's tensors have the names of the mixer's authors, after the prefix that
+  the network's authors give to their own mixer.
+
+  Attributes:
+    network: the table of the network.
+    mixer: the table of the mixer.
+  """
+
+  network: Table
+  mixer: Table
+
+  def tensors(self, path: str) -> list[str]:
+    """Returns the names of the tensors of one of our weights."""
+    block, mixer, rest = path.partition(".mixer.")
+    if not mixer:
+      return self.network.tensors(path)
+    (prefix,) = self.network.tensors(block + mixer)
+    return [prefix + name for name in self.mixer.tensors(rest)]
+
+  def layout(self, path: str, ndim: int) -> Layout:
+    """Returns the layout of one of our weights."""
+    _, mixer, rest = path.partition(".mixer.")
+    if mixer:
+      return self.mixer.layout(rest, ndim)
+    return self.network.layout(path, ndim)
+
+
 class PartTables(NamedTuple):
-  """The tables of the parts of a network; used as a `Table`.
+  """The tables of the parts of a network.
 
   Attributes:
     parts: {attribute of the network: table of this part}. The authors' names
       begin with the same attribute.
   """
 
-  parts: Mapping[str, Table]
+  parts: Mapping[str, Names]
 
   def tensors(self, path: str) -> list[str]:
     """Returns the names of the tensors of one of our weights."""
@@ -292,4 +343,17 @@ MIXERS: dict[type, Table] = {
     ((r"^conv\.", "dwc."), (r"^(qk|lepe)\.", r"attn.\1.")),
     constants=("attn.rope.rotations",),
   ),
+}
+
+# {config of a mixer: its module}.
+KINDS: dict[type, type] = {
+  StructureAwareConfig: StructureAwareSSM,
+  MambaConfig: Mamba,
+  VimConfig: Vim,
+  V2MConfig: V2M,
+  PlainMambaConfig: PlainMamba,
+  SS2DConfig: SS2D,
+  EVSSConfig: EVSS,
+  MHSConfig: MHS,
+  LinearAttentionConfig: LinearAttention,
 }

@@ -10,18 +10,14 @@ A batch has "image", uint8 [100, 32, 32, 3], and "label", int32 [100].
 
 from typing import TYPE_CHECKING
 
-from spatial_mamba_jax.data.config import (
-  IMAGENET_MEAN,
-  IMAGENET_STD,
-  DataConfig,
-  DataError,
-)
+from spatial_mamba_jax.data.config import DataConfig, DataError
 from spatial_mamba_jax.data.sources import (
   LabelledSource,
   SegmentedSource,
   Source,
   open_source,
 )
+from spatial_mamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
   from spatial_mamba_jax.data.pipeline import (

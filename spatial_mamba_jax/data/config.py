@@ -5,6 +5,7 @@ import importlib.util
 
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.fields import MAX_WEIGHT, Section, choice, number
+from spatial_mamba_jax.preprocessing import MAX_IMAGE_SIZE, Preprocessing
 
 # Sources of images with a label map each.
 LABEL_MAPS = ("ade20k", "segmentation_folder", "digit_scenes")
@@ -16,14 +17,6 @@ SPLITS = ("train", "validation")
 DECODERS = ("pillow", "simplejpeg")
 # Largest magnitude of RandAugment's operations.
 MAX_MAGNITUDE = 10.0
-# Mean and standard deviation of ImageNet's pixels, by channel, for pixels in
-# [0, 1].
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Most pixels of an image's side: the image takes 0.8 GB, and int32 counts its
-# tokens.
-MAX_IMAGE_SIZE = 2**14
 # Smallest share of the shorter side in evaluation's crop: the resized image
 # then has 256 times the pixels of the crop.
 MIN_TEST_CROP_RATIO = 1 / 16
@@ -112,6 +105,14 @@ class DataConfig(Section):
   max_unreadable_share: float = number(0.001, least=0, below=1)
   synthetic_images: int = number(1024, least=1, most=MAX_IMAGES)
   synthetic_classes: int = number(1000, least=1)
+
+  @property
+  def preprocessing(self) -> Preprocessing:
+    """What evaluation does with an image, unless the task does it."""
+    return Preprocessing(
+      image_size=self.image_size,
+      short_side=int(self.image_size / self.test_crop_ratio),
+    )
 
   def validate(self, path: str = "config.data") -> None:
     """Checks every value.

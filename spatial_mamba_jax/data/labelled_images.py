@@ -53,7 +53,9 @@ class LabelledImages:
 
   def evaluate(self, decoded: LabelledImage) -> dict[str, np.ndarray]:
     """Resizes the image and takes its centre."""
-    pixels = transforms.transform_for_evaluation(decoded.image, self.config)
+    pixels = transforms.transform_for_evaluation(
+      decoded.image, self.config.preprocessing
+    )
     return _example(pixels, decoded.label)
 
   def blank(self, *, train: bool) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from PIL import Image
 from spatial_mamba_jax.data.config import DataConfig
 from spatial_mamba_jax.data.decoding import check_size, decode_image
 from spatial_mamba_jax.data.randaugment import randaugment
+from spatial_mamba_jax.preprocessing import Preprocessing
 
 __all__ = [
   "decode_image",
@@ -45,15 +46,13 @@ def transform_for_training(
 
 
 def transform_for_evaluation(
-  image: Image.Image, config: DataConfig
+  image: Image.Image, preprocessing: Preprocessing
 ) -> np.ndarray:
   """Resizes, and crops the centre: uint8 [image_size, image_size, 3].
 
-  The shorter side becomes `int(image_size / test_crop_ratio)`. It computes the
-  same as torchvision's `Resize` and `CenterCrop`.
+  It computes the same as torchvision's `Resize` and `CenterCrop`.
   """
-  size = config.image_size
-  short = int(size / config.test_crop_ratio)
+  size, short = preprocessing.image_size, preprocessing.short_side
   width, height = image.size
   if width <= height:
     width, height = short, int(short * height / width)

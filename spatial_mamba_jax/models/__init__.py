@@ -2,7 +2,7 @@
 
 from spatial_mamba_jax.models.backbone import Backbone, Classifier
 from spatial_mamba_jax.models.config import Family, ModelConfig
-from spatial_mamba_jax.models.create import create_backbone, create_model
+from spatial_mamba_jax.models.freezing import freeze
 from spatial_mamba_jax.models.mixers import States, StructureAwareConfig
 from spatial_mamba_jax.models.presets import list_models
 from spatial_mamba_jax.models.segmentor import Segmentor, create_segmentor
@@ -11,6 +11,7 @@ from spatial_mamba_jax.models.spatial_mamba import (
   SpatialMambaBackbone,
 )
 from spatial_mamba_jax.models.states import block_states
+from spatial_mamba_jax.models.summary import Summary, summary
 from spatial_mamba_jax.models.vmamba import VMamba, VMambaBackbone
 
 __all__ = [
@@ -23,11 +24,12 @@ __all__ = [
   "SpatialMambaBackbone",
   "States",
   "StructureAwareConfig",
+  "Summary",
   "VMamba",
   "VMambaBackbone",
   "block_states",
-  "create_backbone",
-  "create_model",
   "create_segmentor",
+  "freeze",
   "list_models",
+  "summary",
 ]

@@ -5,9 +5,11 @@ The config selects the parts, as a `Family`, and the token mixer.
 Axis letters: B batch, H and W height and width, C channels, K classes.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,11 +17,27 @@ from jax.typing import ArrayLike
 from spatial_mamba_kernels import check_only_batch_is_split
 from spatial_mamba_kernels.typing import Array, Float
 
+from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.fields import show
 from spatial_mamba_jax.models.config import ModelConfig
 from spatial_mamba_jax.models.layers import drop_path_scales, linear
 from spatial_mamba_jax.models.mixers.base import Place
 from spatial_mamba_jax.models.norms import LayerNorm
 from spatial_mamba_jax.models.stage import Stage
+
+
+class FeatureInfo(NamedTuple):
+  """A description of a stage's features.
+
+  Attributes:
+    stage: index of the stage.
+    channels: number of channels.
+    stride: pixels of the image along a side of a token.
+  """
+
+  stage: int
+  channels: int
+  stride: int
 
 
 class Trunk(nnx.Module):
@@ -41,7 +59,7 @@ class Trunk(nnx.Module):
           remat=config.remat,
           rngs=rngs,
         )
-        for dim, places in zip(dims, _places(config.depths), strict=True)
+        for dim, places in zip(dims, places(config.depths), strict=True)
       ]
     )
     self.downsamples = nnx.List(
@@ -51,6 +69,19 @@ class Trunk(nnx.Module):
       ]
     )
     self.deterministic = True
+
+  @property
+  def num_features(self) -> int:
+    """Channels of the last stage."""
+    return self.config.dims[-1]
+
+  @property
+  def feature_info(self) -> tuple[FeatureInfo, ...]:
+    """Descriptions of the features of each stage."""
+    return tuple(
+      FeatureInfo(stage, channels, 4 * 2**stage)
+      for stage, channels in enumerate(self.config.dims)
+    )
 
   def _stage_features(
     self, images: ArrayLike, rngs: nnx.Rngs | None
@@ -84,7 +115,7 @@ def _create_block(config, dim, variant, rngs):
   return config.family.block(dim, variant, config=config, rngs=rngs)
 
 
-def _places(depths: Sequence[int]) -> Iterator[list[Place]]:
+def places(depths: Sequence[int]) -> Iterator[list[Place]]:
   """Yields the places of the blocks, a list for each stage."""
   index = itertools.count()
   for stage, depth in enumerate(depths):
@@ -123,7 +154,105 @@ class Classifier(Trunk):
       ValueError: `images` has a wrong shape or dtype, or `rngs` is missing.
     """
     *_, x = self._stage_features(images, rngs)
-    return self.head(jnp.mean(self.norm(x), axis=(1, 2)))
+    return self.head(self._pool(self.norm(x)))
+
+  def forward_features(
+    self, images: ArrayLike, *, rngs: nnx.Rngs | None = None
+  ) -> Float[Array, "B h w C"]:
+    """Computes the normalised tokens of the last stage.
+
+    `model.forward_head(model.forward_features(images))` is `model(images)`.
+
+    Args:
+      images: as for `__call__`.
+      rngs: as for `__call__`.
+
+    Returns:
+      [B, H / 32, W / 32, num_features] (rounded up) of a network of four
+      stages.
+
+    Raises:
+      ValueError: as for `__call__`.
+    """
+    *_, x = self._stage_features(images, rngs)
+    return self.norm(x)
+
+  def forward_head(
+    self, features: Float[Array, "B h w C"], *, pre_logits: bool = False
+  ) -> Float[Array, "B K"] | Float[Array, "B C"]:
+    """Computes logits of `forward_features`'s tokens.
+
+    Args:
+      features: normalised tokens.
+      pre_logits: whether to return the mean of the tokens, before the head.
+    """
+    pooled = self._pool(features)
+    return pooled if pre_logits else self.head(pooled)
+
+  def forward_intermediates(
+    self,
+    images: ArrayLike,
+    indices: int | Sequence[int] | None = None,
+    *,
+    rngs: nnx.Rngs | None = None,
+  ) -> tuple[Float[Array, "B h w C"], list[Float[Array, "B Hi Wi Ci"]]]:
+    """Computes the features of the last stage and of others.
+
+    Args:
+      images: as for `__call__`.
+      indices: the stages, from 0, or from the last by -1; a number n for the
+        last n stages; None for all.
+      rngs: as for `__call__`.
+
+    Returns:
+      The result of `forward_features`, and the tokens of each stage in
+      `indices`, before norm and downsampling, in rising order.
+
+    Raises:
+      ValueError: as for `__call__`, or an index is no stage.
+    """
+    stages = _stage_indices(indices, len(self.config.dims))
+    features = list(self._stage_features(images, rngs))
+    return self.norm(features[-1]), [features[i] for i in stages]
+
+  def reset_classifier(self, num_classes: int, *, rngs: nnx.Rngs) -> None:
+    """Replaces the head by a new one with other classes, in place.
+
+    Args:
+      num_classes: classes of the new head. `model.config` forgets the names of
+        the old ones.
+      rngs: random streams; `params` initialises the head's weights.
+
+    Raises:
+      ValueError: `num_classes` is not from 1 to 2**20.
+    """
+    config = dataclasses.replace(
+      self.config, num_classes=num_classes, class_names=()
+    )
+    self.head = linear(
+      self.num_features, num_classes, dtype=config.param_dtype, rngs=rngs
+    )
+    self.config = config
+
+  def _pool(self, features):
+    return jnp.mean(features, axis=(1, 2))
+
+
+def _stage_indices(
+  indices: int | Sequence[int] | None, stages: int
+) -> list[int]:
+  if indices is None:
+    return list(range(stages))
+  if isinstance(indices, int):
+    found = set(range(stages - indices, stages))
+  else:
+    found = {i + stages if i < 0 else i for i in indices}
+  if not found or not found <= set(range(stages)):
+    raise UserError(
+      f"indices must be some of the {stages} stages, from {-stages} to"
+      f" {stages - 1}, or the number of the last stages: got {show(indices)}"
+    )
+  return sorted(found)
 
 
 class Backbone(Trunk):
@@ -174,6 +303,13 @@ class Backbone(Trunk):
       for i, x in enumerate(self._stage_features(images, rngs))
       if str(i) in self.norms
     ]
+
+  @property
+  def feature_info(self) -> tuple[FeatureInfo, ...]:
+    """Descriptions of the features that a call returns."""
+    return tuple(
+      info for info in super().feature_info if str(info.stage) in self.norms
+    )
 
 
 # Not a method: `nnx.tabulate` fails on public methods that take None.

@@ -13,6 +13,7 @@ from spatial_mamba_jax.fields import check_fields, choice, number, show
 from spatial_mamba_jax.models.mixers.base import MAX_EXPANSION, MixerConfig
 from spatial_mamba_jax.models.mixers.structure_aware import StructureAwareConfig
 from spatial_mamba_jax.models.stage import Block
+from spatial_mamba_jax.preprocessing import IMAGENET, Preprocessing
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Most channels of a stage: more than twice the width of the vision transformer
@@ -85,6 +86,8 @@ class ModelConfig:
     layer_implementation: implementation of depthwise convolutions, norms and
       MLPs: None for the platform's best, "xla" for no kernels. The mixer's
       implementation is in the mixer's config.
+    preprocessing: what the network expects of its images.
+    class_names: names of the classes, by label; empty if unknown.
     remat: whether training scans over the blocks of a stage and recomputes most
       of each block in the backward pass. This halves memory and shortens
       compilation. None: False if the default device is a GPU, else True.
@@ -101,9 +104,16 @@ class ModelConfig:
   dtype: Any = jnp.float32
   layer_implementation: str | None = choice(None, among=("xla",))
   remat: bool | None = None
+  preprocessing: Preprocessing = IMAGENET
+  class_names: tuple[str, ...] = ()
 
   def __post_init__(self):
     check_fields(self)
+    if self.class_names and len(self.class_names) != self.num_classes:
+      raise UserError(
+        f"class_names must name all {self.num_classes} classes, got"
+        f" {len(self.class_names)} names"
+      )
     if type(self.mixer).__hash__ is None:
       raise UserError(
         f"{type(self.mixer).__name__} must be a"

@@ -9,9 +9,10 @@ for every platform.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 # FLOP for each state of a recurrence h = decay * h + drive: its multiply-add,
@@ -41,7 +42,7 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     NotImplementedError: the function has a Pallas kernel, whose FLOP are
       unknown. Operators that name no implementation have none.
   """
-  return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+  return count_work(function, *arguments).flops
 
 
 def jaxpr_flops(jaxpr: Any) -> float:
@@ -49,29 +50,49 @@ def jaxpr_flops(jaxpr: Any) -> float:
 
   Recurrences of a backward pass are left out.
   """
-  return float(_of(jaxpr))
+  return float(_of(jaxpr)[0])
 
 
-def _of(jaxpr):
-  return sum(map(_equation, jaxpr.eqns))
+class Work(NamedTuple):
+  """What a forward pass computes.
+
+  Attributes:
+    flops: see `count_flops`.
+    activations: elements of the results of matrix products and convolutions,
+      as fvcore and timm count activations.
+  """
+
+  flops: float
+  activations: float
 
 
-def _equation(equation):
+def count_work(function: Callable[..., Any], *arguments: Any) -> Work:
+  """Counts FLOP and activations of one call; see `count_flops`."""
+  jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+  return Work(*map(float, _of(jaxpr)))
+
+
+def _of(jaxpr) -> np.ndarray:
+  """Returns FLOP and activations of a traced function."""
+  return sum(map(_equation, jaxpr.eqns), np.zeros(2))
+
+
+def _equation(equation) -> np.ndarray:
   name, params = equation.primitive.name, equation.params
   if name in _PRODUCTS:
-    return _PRODUCTS[name](equation)
+    return np.array([_PRODUCTS[name](equation), equation.outvars[0].aval.size])
   if name == "kernel_by_platform":
     return _operator(equation)
   if name == "custom_vjp_call" and _is_recurrence(params["call_jaxpr"]):
-    return _RECURRENCE * equation.outvars[0].aval.size
+    return np.array([_RECURRENCE * equation.outvars[0].aval.size, 0])
   if name in _KERNELS:
     raise NotImplementedError(
       "the FLOP of a Pallas kernel are unknown: name no implementation"
     )
-  inner = jaxprs_in_params(params)
+  work = [_of(inner) for inner in jaxprs_in_params(params)]
   if name == "cond":
-    return max(map(_of, inner), default=0)
-  return params.get("length", 1) * sum(map(_of, inner))
+    return np.max([np.zeros(2), *work], axis=0)
+  return params.get("length", 1) * sum(work, np.zeros(2))
 
 
 def _dot_general(equation):
@@ -104,7 +125,7 @@ def _operator(equation):
 
   for in_axes in axes:
     function = jax.vmap(function, in_axes)
-  return count_flops(function, *(x.aval for x in equation.invars))
+  return np.array(count_work(function, *(x.aval for x in equation.invars)))
 
 
 def _is_recurrence(jaxpr):

@@ -1,6 +1,7 @@
 """The named architectures, from the configs of their authors."""
 
 import dataclasses
+import fnmatch
 from typing import Any
 
 import jax
@@ -49,9 +50,13 @@ _PRESETS = {
 }
 
 
-def list_models() -> list[str]:
-  """Returns the names that `create_model` and `create_backbone` accept."""
-  return sorted(_PRESETS)
+def list_models(filter: str = "*") -> list[str]:
+  """Returns the names that `create_model` and `create_backbone` accept.
+
+  Args:
+    filter: a pattern as `fnmatch` has it, e.g. "*tiny*".
+  """
+  return fnmatch.filter(sorted(_PRESETS), filter)
 
 
 def _plain(value: Any) -> Any:

@@ -262,6 +262,10 @@ class Checkpoints:
       )
     return self._restore(step, experiment=ocp.args.JsonRestore())["experiment"]
 
+  def evaluation(self, step: int) -> dict[str, Any] | None:
+    """Returns the results of an evaluation; None where there was none."""
+    return self._files.metrics(step)
+
   def restore_state(self, step: int, like: TrainState) -> TrainState:
     """Restores a training state.
 

@@ -6,6 +6,7 @@ import math
 import pathlib
 import shutil
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from spatial_mamba_jax.errors import say
 from spatial_mamba_jax.training.config import TrainingError
@@ -60,13 +61,21 @@ class CheckpointFiles:
     NaN becomes -inf, the worst score.
     """
     try:
-      path = regular(self.path(step, _METRICS))
-      metrics = json.loads(path.read_text())
+      metrics = self.metrics(step) or {}
       # Version 1 has "top1" but no "score".
       score = float(metrics.get("score", metrics.get("top1")))
       return -math.inf if math.isnan(score) else score
-    except (AttributeError, OSError, RecursionError, TypeError, ValueError):
+    except (TypeError, ValueError):
       return None
+
+  def metrics(self, step: int) -> dict[str, Any] | None:
+    """Returns the results of an evaluation; None where there are none."""
+    try:
+      path = regular(self.path(step, _METRICS))
+      metrics = json.loads(path.read_text())
+    except (OSError, RecursionError, ValueError):
+      return None
+    return metrics if isinstance(metrics, dict) else None
 
   def by_score(self) -> list[int]:
     """Returns the steps, the highest score first.

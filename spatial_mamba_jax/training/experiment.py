@@ -8,6 +8,7 @@ from typing import Any
 
 from spatial_mamba_jax.models.presets import get_model_config
 from spatial_mamba_jax.models.spatial_mamba import SPATIAL_MAMBA
+from spatial_mamba_jax.training import provenance
 from spatial_mamba_jax.training.config import (
   TrainConfig,
   TrainingError,
@@ -36,6 +37,8 @@ _FREE_TO_CHANGE = (
   "local_checkpoint_dir",
   "log_every",
   "keep_last",
+  "classes",
+  "commit",
 )
 
 # Values of fields in checkpoints from before the fields existed.
@@ -104,7 +107,10 @@ def program_fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def describe(
-  config: TrainConfig, training_examples: int, sums: Sequence[str]
+  config: TrainConfig,
+  training_examples: int,
+  sums: Sequence[str],
+  classes: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Returns the experiment that a checkpoint stores.
 
@@ -112,11 +118,14 @@ def describe(
     config: the config of the run.
     training_examples: the number of records in the training split.
     sums: the task's `sums`.
+    classes: names of the classes, by label, if there are any.
   """
   return {
     **to_dict(config),
     "training_images": training_examples,
     "sums": sorted(sums),
+    "classes": list(classes),
+    "commit": provenance.commit(),
   }
 
 

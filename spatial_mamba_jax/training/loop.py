@@ -128,7 +128,10 @@ class _Trainer:
     self.train_step = load_step(compiled, self.program) if compiled else None
     self.times = self.program.times
     self.steps = self.times.steps
-    self.experiment = describe(config, len(self.train_source), task.sums)
+    classes = getattr(self.train_source, "classes", ())
+    self.experiment = describe(
+      config, len(self.train_source), task.sums, classes
+    )
     self.copy = jax.jit(jnp.copy)
     self.is_warned = self.is_memory_told = False
     self.evaluated_shapes = set()

@@ -14,7 +14,6 @@ from spatial_mamba_jax.convert.architecture import (
   Heads,
   abstract_model,
   abstract_segmentor,
-  infer_model,
   with_head_bias,
 )
 from spatial_mamba_jax.convert.families import (
@@ -35,7 +34,10 @@ from spatial_mamba_jax.convert.names import (
   torch_tensors,
   variables,
 )
+from spatial_mamba_jax.convert.pretrained import from_pretrained, model_of
+from spatial_mamba_jax.convert.pretrained_config import CONFIG
 from spatial_mamba_jax.convert.tables import UPERNET, PartTables
+from spatial_mamba_jax.convert.trained import Trained, trained_model
 from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.models.backbone import Classifier, Trunk
 from spatial_mamba_jax.models.pure import (
@@ -83,7 +85,8 @@ def load_weights(
   """
   path = local_path(path)
   if not is_of_weights(path):
-    return _restore(path, like)
+    step, weights, _ = _restore(path, like)
+    return step, weights
   network = model.abstract()
   found = read_weights(path)
   if isinstance(network, Classifier):
@@ -278,10 +281,15 @@ def load_model(path: pathlib.Path) -> Trunk | Segmentor:
   Raises:
     TrainingError: there is no model.
   """
-  tensors = read_weights(path).whole
+  path = local_path(path)
+  if is_of_weights(path) and (path / CONFIG).is_file():
+    try:
+      return from_pretrained(path)
+    except (OSError, ValueError) as error:
+      raise TrainingError(one_line(error)) from error
+  found = read_weights(path)
   try:
-    model = infer_model(tensors)
-    from_torch(model, tensors)
+    model = model_of(found)
   except ValueError as error:
     raise TrainingError(f"{path}: {error}") from error
   return model
@@ -325,7 +333,7 @@ def _read_checkpoint(
   path: pathlib.Path, *, raw: bool
 ) -> tuple[Found, dict[str, np.ndarray]]:
   """Reads the same as `_read`, of a checkpoint."""
-  step, weights = _restore(path)
+  step, weights, trained = _restore(path)
   name = "raw" if raw else "ema"
   if name not in weights:
     raise TrainingError(f"{path} has no raw weights, only one set")
@@ -343,7 +351,10 @@ def _read_checkpoint(
     if not name.startswith(prefix)
   }
   prefixes = (prefix,) * bool(prefix)
-  tensors = torch_tensors(backbone, names_of_paths(backbone).table)
+  names = names_of_paths(backbone)
+  mixer = trained.mixer
+  table = names.table if mixer is None else names.table_with(mixer)
+  tensors = torch_tensors(backbone, table)
   # Another network may have parts of the same names.
   of_heads = HEADS if _OF_UPERNET in others else ()
   heads = {path: x for path, x in others.items() if path.startswith(of_heads)}
@@ -354,18 +365,29 @@ def _read_checkpoint(
     tuple(others),
     prefixes,
     heads=torch_tensors(heads, _OF_HEADS),
+    trained=trained,
   )
   return found, others
 
 
 def _restore(
   path: pathlib.Path, like: Weights | None = None
-) -> tuple[int, dict[str, Weights]]:
-  """Restores the step and the weights of a checkpoint, retrying if removed."""
+) -> tuple[int, dict[str, Weights], Trained]:
+  """Restores a checkpoint, retrying if it is removed.
+
+  Returns:
+    The step, the weights, and what their run stores of the model.
+  """
   for attempt in range(_ATTEMPTS):
     try:
       with open_checkpoint(path) as (checkpoints, step):
-        return step, checkpoints.restore_weights(step, like)
+        weights = checkpoints.restore_weights(step, like)
+        trained = Trained()
+        if "raw" in weights:
+          trained = trained_model(
+            checkpoints.experiment(step), checkpoints.evaluation(step)
+          )
+        return step, weights, trained
     except RemovedError:
       if attempt == _ATTEMPTS - 1:
         raise

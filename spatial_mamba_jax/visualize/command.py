@@ -1,7 +1,6 @@
 """The command line of `python -m spatial_mamba_jax.visualize`."""
 
 import argparse
-import io
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -9,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 
+from spatial_mamba_jax.create import create_model
 from spatial_mamba_jax.errors import (
   UserError,
   run_command,
   silence_threads,
   tell,
 )
-from spatial_mamba_jax.models import create_model, list_models
+from spatial_mamba_jax.models import list_models
 from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.mixers import MIXERS, LinearMixer
 from spatial_mamba_jax.models.segmentor import Segmentor
@@ -40,27 +40,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _visualize(options: argparse.Namespace) -> None:
-  out = _output(options.out or f"{options.kind}.png")
+  out = output(options.out or f"{options.kind}.png")
   draw = {
     "erf": _receptive_fields,
     "states": _states,
     "mixing": _mixing,
     "mixers": _mixers,
   }[options.kind]
-  picture = io.BytesIO()
-  draw(options).savefig(picture, format=out.suffix[1:].lower(), dpi=200)
-  write_whole(out, picture.getvalue())
+  write_whole(out, figures.picture(draw(options), out.suffix))
   tell(f"wrote {out}")
 
 
-def _output(text: str) -> pathlib.Path:
-  """Returns the path of --out; refuses one that cannot be written."""
-  out = local_path(text, "--out")
+def output(text: str, flag: str = "--out") -> pathlib.Path:
+  """Returns the path of a picture; refuses one that cannot be written."""
+  out = local_path(text, flag)
   if out.suffix.lower() not in (".png", ".svg"):
-    raise UserError(f"--out={text} must end in .png or .svg")
+    raise UserError(f"{flag}={text} must end in .png or .svg")
   if out.is_dir() or not os.access(out.parent, os.W_OK):
     raise UserError(
-      f"--out={text} cannot be written: give a file in a directory that exists"
+      f"{flag}={text} cannot be written: give a file in a directory that exists"
     )
   return out
 

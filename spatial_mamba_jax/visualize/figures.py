@@ -1,5 +1,6 @@
 """Draws the arrays that `maps` computes."""
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,47 @@ def draw_mixers(
   grid[0, 1].set_title("weights of other tokens, |M|", fontsize=_SMALL)
   _colour_bar(figure, shown, grid, "of the greatest")
   return figure
+
+
+def draw_heat(
+  panels: Sequence[tuple[np.ndarray, np.ndarray, str]], *, columns: int
+) -> "matplotlib.figure.Figure":
+  """Draws images, and beside each what speaks for a class in it.
+
+  Args:
+    panels: an image [H, W, 3], its map [h, w] and a title. Red speaks for the
+      class and blue against it; each map has a scale of its own.
+    columns: most panels side by side.
+  """
+  columns = min(columns, len(panels))
+  rows = -(-len(panels) // columns)
+  figure = _figure(2.1 * columns, 3.9 * rows)
+  grid = figure.subplots(2 * rows, columns, squeeze=False)
+  for axes in grid.flat:
+    _bare(axes)
+  for i, (image, heat, title) in enumerate(panels):
+    above, below = grid[2 * (i // columns) :, i % columns][:2]
+    above.imshow(image)
+    above.set_title(title, fontsize=_SMALL, wrap=True)
+    below.imshow(image.mean(axis=-1), cmap="gray", alpha=0.6)
+    most = float(np.abs(heat).max()) or 1.0
+    below.imshow(
+      heat,
+      cmap="RdBu_r",
+      vmin=-most,
+      vmax=most,
+      alpha=0.6,
+      interpolation="bilinear",
+      extent=below.get_images()[0].get_extent(),
+    )
+  return figure
+
+
+def picture(figure: "matplotlib.figure.Figure", suffix: str) -> bytes:
+  """Returns a figure as a file of this kind, ".png" or ".svg"."""
+  file = io.BytesIO()
+  figure.savefig(file, format=suffix[1:].lower(), dpi=200)
+  return file.getvalue()
 
 
 def _without_token(weights: np.ndarray, token: tuple[int, int]) -> np.ndarray:

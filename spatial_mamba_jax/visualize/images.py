@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from spatial_mamba_jax.data.config import (
-  IMAGENET_MEAN,
-  IMAGENET_STD,
-  DataConfig,
-)
 from spatial_mamba_jax.data.decoding import decode_image, read_image
 from spatial_mamba_jax.data.transforms import transform_for_evaluation
 from spatial_mamba_jax.errors import UserError
+from spatial_mamba_jax.preprocessing import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  Preprocessing,
+)
 
 # Photographs that scikit-learn ships, under Creative Commons licences.
 PHOTOGRAPHS = ("flower.jpg", "china.jpg")
@@ -30,9 +30,9 @@ def read_images(files: Sequence[pathlib.Path], size: int) -> list[np.ndarray]:
     UserError: a file is not an image.
     OSError: a file cannot be read.
   """
-  config = DataConfig(image_size=size, test_crop_ratio=1.0)
+  preprocessing = Preprocessing(image_size=size, short_side=size)
   return [
-    transform_for_evaluation(image, config)
+    transform_for_evaluation(image, preprocessing)
     for image in (map(_read, files) if files else _photographs())
   ]
 

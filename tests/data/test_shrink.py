@@ -81,7 +81,7 @@ def test_evaluation_inputs_of_photographs_stay_close(name):
   copy = shrink(file, 512)
   assert len(copy) < 0.7 * len(file)
   inputs = [
-    transform_for_evaluation(decode_image(x), DataConfig())
+    transform_for_evaluation(decode_image(x), DataConfig().preprocessing)
     for x in (file, copy)
   ]
   assert psnr(*inputs) > 40

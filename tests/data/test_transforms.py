@@ -313,15 +313,19 @@ class TestEvaluationTransform:
     image = Image.fromarray(pixels)
     expected = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(
-      transforms.transform_for_evaluation(image, DataConfig(image_size=size)),
+      transforms.transform_for_evaluation(
+        image, DataConfig(image_size=size).preprocessing
+      ),
       expected[top : top + size, left : left + size],
     )
 
   def test_crop_ratio_one_keeps_the_whole_shorter_side(self):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
-    config = DataConfig(image_size=20, test_crop_ratio=1.0)
+    preprocessing = Preprocessing(image_size=20, short_side=20)
     np.testing.assert_array_equal(
-      transforms.transform_for_evaluation(Image.fromarray(pixels), config),
+      transforms.transform_for_evaluation(
+        Image.fromarray(pixels), preprocessing
+      ),
       pixels,
     )
 
@@ -335,7 +339,7 @@ class TestEvaluationTransform:
     ):
       pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
       image = Image.fromarray(pixels)
-      config = DataConfig(image_size=size, test_crop_ratio=ratio)
+      config = DataConfig(image_size=size, test_crop_ratio=ratio).preprocessing
       monkeypatch.setattr(transforms, "_WHOLE_PIXELS", 2**24)
       expected = transforms.transform_for_evaluation(image, config)
       monkeypatch.setattr(transforms, "_WHOLE_PIXELS", 0)
@@ -349,7 +353,7 @@ class TestEvaluationTransform:
     middle = [side // 2 for side in size]
     box = [*(m - 2 for m in middle), *(m + 2 for m in middle)]
     image.paste((255, 0, 0), (max(box[0], 0), max(box[1], 0), *box[2:]))
-    pixels = transforms.transform_for_evaluation(image, DataConfig())
+    pixels = transforms.transform_for_evaluation(image, Preprocessing())
     assert pixels.shape == (224, 224, 3)
     assert (pixels == (255, 0, 0)).all()
 
