@@ -20,6 +20,7 @@ _EXTRAS = {
     "train",
   ),
   "flatbuffers": "export",
+  "huggingface_hub": "hub",
   "simplejpeg": "fast",
 }  # fmt: skip
 

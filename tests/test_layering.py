@@ -13,12 +13,15 @@ PACKAGE = "spatial_mamba_jax"
 # {layer: layers that it may import}.
 ALLOWED = {
   "kernels": {"kernels"},
-  "models": {"errors", "fields", "kernels", "models"},
-  "convert": {"errors", "fields", "paths", "kernels", "models", "convert"},
-  "data": {"errors", "fields", "paths", "data"},
+  "models": {"errors", "fields", "preprocessing", "kernels", "models"},
+  "convert": {
+    *("errors", "fields", "paths", "preprocessing", "kernels", "models"),
+    "convert",
+  },
+  "data": {"errors", "fields", "paths", "preprocessing", "data"},
   "tasks": {
-    *("errors", "fields", "paths", "kernels", "models", "data"),
-    *("tasks", "tasks.base"),
+    *("errors", "fields", "paths", "preprocessing", "kernels", "models"),
+    *("data", "tasks", "tasks.base"),
   },
   "training": {
     *("errors", "fields", "paths", "hardware", "kernels", "models", "convert"),
@@ -28,8 +31,8 @@ ALLOWED = {
     *("errors", "paths", "hardware", "models", "data", "training", "forecast"),
   },
   "visualize": {
-    *("errors", "paths", "kernels", "models", "theory", "data", "training"),
-    "visualize",
+    *("errors", "paths", "preprocessing", "kernels", "models", "theory"),
+    *("create", "data", "training", "visualize"),
   },
 }
 

@@ -9,11 +9,11 @@ from PIL import Image
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax import theory, visualize
-from spatial_mamba_jax.data.config import IMAGENET_MEAN, IMAGENET_STD
 from spatial_mamba_jax.errors import UserError
 from spatial_mamba_jax.models.backbone import Trunk
 from spatial_mamba_jax.models.mixers import MIXERS, V2MConfig
 from spatial_mamba_jax.models.states import mixer_input
+from spatial_mamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from spatial_mamba_jax.visualize import command, figures, images
 
 SIZE = 32

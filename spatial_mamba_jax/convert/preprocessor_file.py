@@ -52,6 +52,10 @@ def read_preprocessor(path: pathlib.Path) -> Preprocessing:
     raise ValueError(f"{path}: {error}") from error
 
 
+def _are_numbers(values: list[Any]) -> bool:
+  return all(type(value) in (int, float) for value in values)
+
+
 def _parse(fields: Any) -> Preprocessing:
   match fields:
     case {
@@ -59,11 +63,18 @@ def _parse(fields: Any) -> Preprocessing:
       "crop_size": {"height": int(height), "width": int(width)},
       "image_mean": [*mean],
       "image_std": [*std],
-    } if height == width and fields.get("resample", _BICUBIC) == _BICUBIC:
+    } if (
+      height == width
+      and fields.get("resample", _BICUBIC) == _BICUBIC
+      and _are_numbers([*mean, *std])
+    ):
       return Preprocessing(
-        image_size=height, short_side=short, mean=tuple(mean), std=tuple(std)
+        image_size=height,
+        short_side=short,
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
       )
   raise ValueError(
-    "it must have a shortest_edge, a square crop_size, image_mean and"
-    " image_std, and no other resample than 3 (bicubic)"
+    "it must have a shortest_edge, a square crop_size, numbers as image_mean"
+    " and image_std, and no other resample than 3 (bicubic)"
   )

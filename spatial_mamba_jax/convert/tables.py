@@ -7,7 +7,7 @@ kernels are [out, in], those of convolutions [out, in / groups, rows, columns].
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,6 +69,7 @@ _KERNELS = {2: LINEAR, 3: DEPTHWISE, 4: CONV_3X3}
 _FUSION_KERNELS = ("kernel_3", "kernel_3_1", "kernel_3_2")
 
 
+@runtime_checkable
 class Names(Protocol):
   """The authors' names of weights, and their layouts."""
 

@@ -1,5 +1,6 @@
 """Models as directories: config.json, replaced heads, overrides."""
 
+import dataclasses
 import json
 import re
 
@@ -11,8 +12,9 @@ from flax import nnx
 
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.convert.architecture import abstract_model, infer_model
-from spatial_mamba_jax.convert.families import table_of
-from spatial_mamba_jax.convert.names import torch_tensors, variables
+from spatial_mamba_jax.convert.families import names_of
+from spatial_mamba_jax.convert.names import variables
+from spatial_mamba_jax.convert.tables import MIXERS as MIXER_TABLES
 from spatial_mamba_jax.models.mixers import MIXERS
 from spatial_mamba_jax.models.presets import get_model_config
 
@@ -22,6 +24,16 @@ def assert_same_weights(model, expected):
   assert list(tensors) == list(expected)
   for name, x in expected.items():
     np.testing.assert_array_equal(tensors[name], x, strict=True)
+
+
+def filled(config):
+  """A classifier with random arrays, made without compiling its creation."""
+  model = abstract_model(config)
+  rng = np.random.default_rng(0)
+  for _, variable in variables(model):
+    values = rng.standard_normal(variable.shape)
+    variable.set_value(jnp.asarray(values, variable.dtype))
+  return model
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +61,10 @@ def test_a_directory_and_back(each_small, tmp_path):
   for path in (tmp_path / "new", tmp_path / "empty"):
     smj.save_pretrained(each_small, path)
     names = sorted(x.name for x in path.iterdir())
-    assert names == ["README.md", "config.json", "model.safetensors"]
+    assert names == [
+      *("README.md", "config.json", "model.safetensors"),
+      "preprocessor_config.json",
+    ]
   model = smj.from_pretrained(str(tmp_path / "new"))
   assert type(model) is type(each_small)
   assert model.config == each_small.config
@@ -181,8 +196,8 @@ def test_encodings_of_json(saved, load, small):
 
 
 def test_invalid_directories_are_named(small, tmp_path):
-  with pytest.raises(FileNotFoundError, match="is not a directory: download"):
-    smj.from_pretrained("someone/spatial-mamba-tiny")
+  with pytest.raises(FileNotFoundError, match="is not a directory"):
+    smj.from_pretrained(tmp_path / "nothing")
   smj.save_pretrained(small, tmp_path / "x")
   config = tmp_path / "x" / "config.json"
   config.unlink()
@@ -220,28 +235,86 @@ def test_fields_of_a_mixer_are_those_of_its_family(
 @pytest.mark.parametrize(
   ("family", "own"), [("spatial_mamba", "spatial_mamba"), ("vmamba", "ss2d")]
 )
-def test_another_mixer_cannot_be_described(family, own, mixer, tmp_path):
+def test_a_network_with_any_mixer(family, own, mixer, tmp_path):
   config = get_model_config(
     f"{family}_micro", mixer=MIXERS[mixer], dims=(8,), depths=(1,)
   )
-  model = abstract_model(config)
-  for _, variable in variables(model):
-    variable.set_value(jnp.zeros(variable.shape, variable.dtype))
-  # As a file of another program might have them.
-  arrays = {path: variable[...] for path, variable in variables(model)}
-  tensors = torch_tensors(arrays, table_of(model))
-  if mixer == own:
-    assert smj.convert.from_torch(infer_model(tensors), tensors) == ((), ())
-    return
-  with pytest.raises(ValueError, match=f"with the mixer {mixer} cannot be"):
+  model = filled(config)
+  smj.save_pretrained(model, tmp_path / "x")
+  fields = json.loads((tmp_path / "x" / "config.json").read_text())
+  assert fields.get("mixer") == (None if mixer == own else mixer)
+  back = smj.from_pretrained(tmp_path / "x")
+  assert back.config == config
+  assert_same_weights(back, model)
+  # Blocks of different structure keep theirs.
+  for before, after in zip(model.stages, back.stages, strict=True):
+    for one, other in zip(before.blocks, after.blocks, strict=True):
+      assert nnx.graphdef(one) == nnx.graphdef(other)
+  tensors = smj.convert.to_torch(model)
+  # The names of the mixer's authors, after those of the network's.
+  block = model.stages[0].blocks[0]
+  prefix = names_of(model).anchor
+  of_mixer = smj.convert.to_torch(block.mixer)
+  copies = MIXER_TABLES[type(block.mixer)].copies
+  for name in of_mixer.keys() - copies.keys():
+    np.testing.assert_array_equal(tensors[prefix + name], of_mixer[name])
+  # A file does not name its mixer.
+  if mixer != own:
+    with pytest.raises(
+      ValueError, match=r"with the mixer|does not fit|instead of"
+    ):
+      smj.convert.from_torch(infer_model(tensors), tensors)
+    model = infer_model(tensors, config.mixer)
+  assert smj.convert.from_torch(model, tensors) == ((), ())
+
+
+def test_a_mixer_of_ones_own_keeps_its_names(tmp_path):
+  class OwnConfig(type(MIXERS["ss2d"])):
+    name = "own"
+
+  config = get_model_config(
+    "spatial_mamba_micro", mixer=OwnConfig(), dims=(8,), depths=(1,)
+  )
+  model = filled(config)
+  tensors = smj.convert.to_torch(model)
+  assert "layers.0.blocks.0.self_attention.ssm.A_log" in tensors
+  assert smj.convert.from_torch(model, tensors) == ((), ())
+  with pytest.raises(ValueError, match="the mixer own cannot be described"):
     smj.save_pretrained(model, tmp_path / "x")
-  with pytest.raises(ValueError, match=f"names for the mixer {mixer}: convert"):
-    smj.convert.to_torch(model)
-  with pytest.raises(
-    ValueError,
-    match=f"with the mixer {own}: layers|unexpected .*op.selected_conv",
+
+
+def test_class_names_and_preprocessing_are_kept(small, load, saved, tmp_path):
+  config = dataclasses.replace(
+    small.config,
+    class_names=("cat", "ďog", "a\nb"),
+    preprocessing=smj.Preprocessing(
+      image_size=32, short_side=40, mean=(0.5,) * 3, std=(0.25,) * 3
+    ),
+  )
+  model = nnx.clone(small)
+  model.config = config
+  smj.save_pretrained(model, tmp_path / "x")
+  assert smj.from_pretrained(tmp_path / "x").config == config
+  path = tmp_path / "x" / "preprocessor_config.json"
+  fields = json.loads(path.read_text())
+  for change, message in (
+    ({"crop_size": {"height": 32, "width": 16}}, "a square crop_size"),
+    ({"resample": 2}, "no other resample than 3"),
+    ({"size": {"shortest_edge": 31}}, "at most short_side=31"),
+    ({"image_std": [0.1, 0, 0.1]}, "std must be above 0"),
+    ({"image_mean": ["0.5"] * 3}, "numbers as image_mean"),
   ):
-    smj.convert.from_torch(infer_model(tensors), tensors)
+    path.write_text(json.dumps({**fields, **change}))
+    with pytest.raises(ValueError, match=rf"preprocessor_config.*{message}"):
+      smj.from_pretrained(tmp_path / "x")
+  good = json.loads((saved / "config.json").read_text())
+  for names, message in (
+    ({"0": "a", "2": "b", "1": 3}, "id2label must be a name for each class"),
+    ({"0": "a", "2": "b", "3": "c"}, "has no name of class '1'"),
+    ({"0": "a", "1": "b"}, "must name all 3 classes, got 2 names"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      load(json.dumps({**good, "id2label": names}).encode())
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
