@@ -1,6 +1,8 @@
 """The entry points that users of timm know."""
 
 import dataclasses
+import inspect
+import pathlib
 import re
 import subprocess
 import sys
@@ -309,6 +311,41 @@ def test_the_transform_is_that_of_evaluation(tmp_path):
   model.config = dataclasses.replace(model.config, in_channels=1)
   with pytest.raises(ValueError, match="takes images of 1 channels"):
     smj.create_transform(model)
+
+
+def test_every_row_for_users_of_timm(tmp_path, monkeypatch):
+  page = pathlib.Path(__file__).parents[1] / "docs" / "timm.md"
+  rows = re.findall(r"^\| `(.+)` \| `([^`]+)`.* \|$", page.read_text(), re.M)
+  assert len(rows) == 25
+  monkeypatch.chdir(tmp_path)
+  model = smj.create_model("spatial_mamba_micro", rngs=nnx.Rngs(0))
+  smj.save_pretrained(model, "micro")
+  images = jnp.zeros((1, 32, 32, 3))
+  names = {
+    "smj": smj,
+    "nnx": nnx,
+    "optax": optax,
+    "model": model,
+    "backbone": smj.create_backbone(
+      "spatial_mamba_micro", pretrained="micro", out_indices=(1, 2)
+    ),
+    "images": images,
+    "features": model.forward_features(images),
+    "tensors": smj.convert.to_torch(model),
+  }
+  results = {}
+  for timm, here in rows:
+    if "org/name" in here:
+      # tests/convert/test_hub.py calls it, with a server.
+      assert "revision" in inspect.signature(smj.from_pretrained).parameters
+    else:
+      results[timm] = eval(here, names)
+  assert results["timm.create_model(name)"](images).shape == (1, 10)
+  assert results["…, num_classes=7"](images).shape == (1, 7)
+  assert len(results["…, features_only=True, out_indices=(1, 2)"](images)) == 2
+  assert results["model.feature_info.channels()"] == [32, 64]
+  assert results["model.feature_info.reduction()"] == [8, 16]
+  assert model(images).shape == (1, 7)  # Its head was replaced.
 
 
 def test_the_list_of_models(capsys):

@@ -98,7 +98,9 @@ def check_names(text):
   python = "".join(x["code"] for x in BLOCK.finditer(text) if is_python(x))
   prose = BLOCK.sub(lambda x: "" if is_python(x) else x[0], text)
   configs = [load_config(str(ROOT / path)) for path in CONFIGS]
-  for field in re.findall(r"\bconfig\.(?!json\b)(\w[\w.]*\w)", prose):
+  for field in re.findall(
+    r"(?<!model\.)\bconfig\.(?!json\b)(\w[\w.]*\w)", prose
+  ):
     parts = field.split(".")
     assert any(has_field(config, parts, python) for config in configs), field
 
