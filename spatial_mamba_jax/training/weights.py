@@ -40,6 +40,7 @@ from spatial_mamba_jax.convert.tables import UPERNET, PartTables
 from spatial_mamba_jax.convert.trained import Trained, trained_model
 from spatial_mamba_jax.errors import one_line
 from spatial_mamba_jax.models.backbone import Classifier, Trunk
+from spatial_mamba_jax.models.mixers import MixerConfig
 from spatial_mamba_jax.models.pure import (
   LAYERED,
   PureModel,
@@ -130,7 +131,7 @@ def start_from(
   gathered = multihost_utils.process_allgather(fresh, tiled=True)
   network = model.bind(jax.tree.map(jnp.asarray, gathered))
   prefix, backbone = _backbone(network)
-  found, others = _read(local_path(path))
+  found, others = _read(local_path(path), mixer=backbone.config.mixer)
   random, message = _fill_backbone(path, backbone, found.state_dict)
   heads = _head_arrays(network, found.heads)
   filled, rest = _fill_rest(network, prefix, others | heads)
@@ -309,11 +310,18 @@ def read_weights(path: pathlib.Path, *, raw: bool = False) -> Found:
 
 
 def _read(
-  path: pathlib.Path, *, raw: bool = False
+  path: pathlib.Path, *, raw: bool = False, mixer: MixerConfig | None = None
 ) -> tuple[Found, dict[str, np.ndarray]]:
-  """Reads weights, and {path: array} of what is no backbone and no head."""
+  """Reads weights, and {path: array} of what is no backbone and no head.
+
+  Args:
+    path: the file or directory.
+    raw: as for `read_weights`.
+    mixer: the mixer of a checkpoint that does not name one of `MIXERS`; None
+      for that of the family's authors.
+  """
   if not is_of_weights(path):
-    return _read_checkpoint(path, raw=raw)
+    return _read_checkpoint(path, raw=raw, mixer=mixer)
   try:
     return read_file(path, raw=raw), {}
   except FileNotFoundError as error:
@@ -330,7 +338,7 @@ def read_checkpoint(path: pathlib.Path, *, raw: bool = False) -> Found:
 
 
 def _read_checkpoint(
-  path: pathlib.Path, *, raw: bool
+  path: pathlib.Path, *, raw: bool, mixer: MixerConfig | None = None
 ) -> tuple[Found, dict[str, np.ndarray]]:
   """Reads the same as `_read`, of a checkpoint."""
   step, weights, trained = _restore(path)
@@ -352,7 +360,7 @@ def _read_checkpoint(
   }
   prefixes = (prefix,) * bool(prefix)
   names = names_of_paths(backbone)
-  mixer = trained.mixer
+  mixer = trained.mixer or mixer
   table = names.table if mixer is None else names.table_with(mixer)
   tensors = torch_tensors(backbone, table)
   # Another network may have parts of the same names.

@@ -327,7 +327,7 @@ def test_a_replaced_head_survives(saved, tmp_path, use_bias):
   assert back.config.num_classes == 7
   assert (back.head.bias is None) != use_bias
   assert_same_weights(back, model)
-  assert "7 classes" in (tmp_path / "x" / "README.md").read_text()
+  assert "| classes | 7 |" in (tmp_path / "x" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Training and evaluation read weights in every format."""
 
 import dataclasses
+import os
 import pathlib
 from functools import partial
 
@@ -13,6 +14,7 @@ from flax import nnx
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.convert.__main__ import convert
 from spatial_mamba_jax.data import DataConfig
+from spatial_mamba_jax.models.mixers import V2MConfig
 from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.checkpoint import Checkpoints
@@ -128,3 +130,40 @@ def test_a_run_is_found_by_relative_and_home_paths(
 def test_a_file_without_an_average_refuses_raw(sources, tmp_path):
   with pytest.raises(TrainingError, match="has no raw weights"):
     convert(sources[-1], tmp_path / "out", raw=True)
+
+
+def test_a_run_of_any_mixer_becomes_a_directory(experiment, tmp_path):
+  """With the mixer, the class names and the preprocessing of the run."""
+  experiment.model.mixer = V2MConfig(d_state=2, expand=1, aligned=True)
+  experiment.data.test_crop_ratio = 0.8
+  train(experiment, tmp_path / "run")
+  model = load_model(tmp_path / "run")
+  config = model.config
+  assert config.mixer == experiment.model.mixer
+  assert config.preprocessing == smj.Preprocessing(image_size=16, short_side=20)
+  assert config.class_names == ("0", "1", "2")
+  report = convert(tmp_path / "run", tmp_path / "x", license="mit")
+  assert "d_state 2" in report
+  back = smj.from_pretrained(tmp_path / "x")
+  assert back.config == config
+  images = np.random.default_rng(0).standard_normal((1, 16, 16, 3))
+  images = images.astype(np.float32)
+  np.testing.assert_array_equal(back(images), model(images))
+  # The program of a run stacks blocks, so that its sums have another order.
+  ((_, evaluations), (_, again)) = (
+    evaluate_checkpoint(experiment, tmp_path / name) for name in ("run", "x")
+  )
+  assert again["raw"] == evaluations["ema"]
+  card = (tmp_path / "x" / "README.md").read_text()
+  assert 'license: "mit"\n' in card
+  assert "| token mixer | v2m |" in card
+  assert f"| top1 | {evaluations['ema'].values['top1']:.6g} |" in card
+  assert '"weight_decay": 0.05' in card
+  assert "shorter side is resized to 20 pixels" in card
+  modes = {
+    path.name: path.stat().st_mode & 0o777
+    for path in (tmp_path / "x").iterdir()
+  }
+  umask = os.umask(0)
+  os.umask(umask)
+  assert set(modes.values()) == {0o666 & ~umask}, modes

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFile
 
 from spatial_mamba_jax.data import DataConfig, transforms
+from spatial_mamba_jax.preprocessing import Preprocessing
 
 
 def encode(image: Image.Image, file_format: str, **options) -> bytes:
