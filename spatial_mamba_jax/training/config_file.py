@@ -22,6 +22,8 @@ from spatial_mamba_jax.training.experiment import RENAMED
 # Name of a config file's module. It must be in sys.modules, where dataclasses
 # of the file look it up.
 _MODULE = "spatial_mamba_jax_config_file"
+# An installed package has `configs/` here; a checkout has it one level above.
+_PACKAGE = pathlib.Path(__file__).parents[1]
 # Maximum length of an exception's message, in characters.
 _MAX_REASON = 400
 
@@ -36,13 +38,13 @@ def load_config(file: str) -> TrainConfig:
     TrainingError: the file does not return a config; the message has the line
       of the file where it failed.
   """
-  path, *argument = [file] if os.path.isfile(file) else file.split(":", 1)
-  path = pathlib.Path(os.path.expanduser(path))
-  if not path.is_file():
-    raise TrainingError(f"--config={file} is not a file")
+  name, *argument = [file] if os.path.isfile(file) else file.split(":", 1)
+  path = _find(name)
   module = types.ModuleType(_MODULE)
   module.__file__ = str(path)
   sys.modules[_MODULE] = module
+  # One config imports another as `configs.NAME`.
+  sys.path.append(str(path.absolute().parents[1]))
   try:
     exec(compile(_source(path), str(path), "exec"), module.__dict__)
     get_config = getattr(module, "get_config", None)
@@ -60,6 +62,18 @@ def load_config(file: str) -> TrainConfig:
   except BaseException as error:
     where = ":".join(map(str, (path, *_line(error, module))))
     raise TrainingError(f"{where}: {_reason(error)}") from error
+  finally:
+    sys.path.pop()
+
+
+def _find(name: str) -> pathlib.Path:
+  """Returns a config file, of this machine or of the installed package."""
+  path = pathlib.Path(os.path.expanduser(name))
+  if path.is_file():
+    return path
+  if (packaged := _PACKAGE / path).is_file():
+    return packaged
+  raise TrainingError(f"--config={name} is not a file")
 
 
 def _source(path: pathlib.Path) -> str:

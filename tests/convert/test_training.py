@@ -14,7 +14,7 @@ from flax import nnx
 import spatial_mamba_jax as smj
 from spatial_mamba_jax.convert.__main__ import convert
 from spatial_mamba_jax.data import DataConfig
-from spatial_mamba_jax.models.mixers import V2MConfig
+from spatial_mamba_jax.models.mixers import MambaConfig
 from spatial_mamba_jax.models.pure import PureModel
 from spatial_mamba_jax.tasks.classification import ClassificationConfig
 from spatial_mamba_jax.training.checkpoint import Checkpoints
@@ -134,7 +134,7 @@ def test_a_file_without_an_average_refuses_raw(sources, tmp_path):
 
 def test_a_run_of_any_mixer_becomes_a_directory(experiment, tmp_path):
   """With the mixer, the class names and the preprocessing of the run."""
-  experiment.model.mixer = V2MConfig(d_state=2, expand=1, aligned=True)
+  experiment.model.mixer = MambaConfig(d_state=2, expand=1)
   experiment.data.test_crop_ratio = 0.8
   train(experiment, tmp_path / "run")
   model = load_model(tmp_path / "run")
@@ -156,7 +156,7 @@ def test_a_run_of_any_mixer_becomes_a_directory(experiment, tmp_path):
   assert again["raw"] == evaluations["ema"]
   card = (tmp_path / "x" / "README.md").read_text()
   assert 'license: "mit"\n' in card
-  assert "| token mixer | v2m |" in card
+  assert "| token mixer | mamba |" in card
   assert f"| top1 | {evaluations['ema'].values['top1']:.6g} |" in card
   assert '"weight_decay": 0.05' in card
   assert "shorter side is resized to 20 pixels" in card
