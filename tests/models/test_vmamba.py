@@ -48,8 +48,10 @@ def test_names_and_shapes_are_the_authors(size, parameters):
   [
     # PyTorch's softplus is linear above 20, which is 2e-9 less.
     ("micro", "float64", (50, 70), 1e-8),
+    ("micro", "float32", (64, 64), 1e-4),
     ("tiny", "float32", (96, 160), 1e-4),
     pytest.param("tiny", "float64", (96, 160), 1e-6, marks=pytest.mark.soak),
+    pytest.param("tiny", "float64", (224, 224), 1e-6, marks=pytest.mark.soak),
   ],
 )
 def test_logits_are_the_authors(
