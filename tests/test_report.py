@@ -167,7 +167,7 @@ def test_every_logged_value_is_drawn(tmp_path, capsys):
   assert page.rows[:9] == [
     ["evaluation", "best", "last"],
     ["step", "20", "30"],
-    ["epoch", "2.0", "3.0"],
+    ["epoch", "2", "3"],
     ["weights", *["moving average", "raw"] * 2],
     ["top-1", "90.00%", "50.00%", "80.00%", "40.00%"],
     ["top-5", *["90.00%"] * 4],
@@ -300,7 +300,7 @@ def test_another_task_draws_its_own_panels_and_columns(tmp_path, capsys):
   assert page.rows[:5] == [
     ["evaluation", "best", "last"],
     ["step", "10", "30"],
-    ["epoch", "1.0", "3.0"],
+    ["epoch", "1", "3"],
     ["weights", *["moving average"] * 2],
     ["error, m", "0.250", "1.000"],
   ]
@@ -374,12 +374,14 @@ def test_fields_without_a_value_are_left_out(tmp_path, capsys):
   for record in records:
     del record["ece"]
   del records[-1]["loss"]
+  records[-1]["top5"] = None
   write(tmp_path, records, run={**RUN, "config": config, "commit": ""})
   page, _ = report(tmp_path, capsys)
   names = [row[0] for row in page.rows]
   assert {"config.seed", "config.bias", "config.y"} <= set(names)
   assert not {"config.init_from", "config.x", "commit", "ECE"} & set(names)
   assert ["loss", "1.5000", "\u2013"] in page.rows
+  assert ["top-5", "90.00%", "NaN"] in page.rows
 
 
 def test_a_long_curve_keeps_its_extremes(tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import datetime
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -137,7 +138,7 @@ def _evaluations(run: RunLog) -> str:
   rows = [_group_row("evaluation", [(x[0], *x[2:]) for x in groups])]
   rows.append(_group_row("step", [(f"{x[1]:,}", *x[2:]) for x in groups]))
   if steps := run.epoch_steps:
-    epochs = [(f"{x[1] / steps:.1f}", *x[2:]) for x in groups]
+    epochs = [(f"{x[1] / steps:.4g}", *x[2:]) for x in groups]
     rows.append(_group_row("epoch", epochs))
   rows.append(_group_row("weights", [(x[0], 1, x[2]) for x in columns]))
   for column in run.task.columns:
@@ -223,7 +224,7 @@ def _description(description: dict[str, Any]) -> Iterator[str]:
   if not rows:
     return
   yield "<h2>Description</h2>"
-  yield "<p class=quiet>Fields without a value are left out.</p>"
+  yield "<p class=quiet>Fields without a value are not shown.</p>"
   yield _table(
     "fields",
     (
@@ -261,4 +262,6 @@ def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _formatted(value: Any, form: str) -> str:
   """Formats a logged value; returns "" where it is not a number."""
   number = to_float(value)
-  return "" if number is None else format(number, form)
+  if number is None:
+    return ""
+  return "NaN" if math.isnan(number) else format(number, form)

@@ -84,7 +84,7 @@ class RunLog:
     Of equal scores it is the later one, by the rule for the best checkpoint.
     """
 
-    def rank(record: dict[str, Any]) -> tuple[float, int]:
+    def rank(record: dict[str, Any]) -> tuple[float | int, int]:
       score = record[self.task.score]
       return -math.inf if math.isnan(score) else score, record["step"]
 

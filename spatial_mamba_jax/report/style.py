@@ -92,14 +92,18 @@ path.best { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 2 3; }
 .d3 { stroke-dasharray: 8 3 2 3; }
 .dot { stroke-width: 6; stroke-linecap: round; stroke-dasharray: none; }
 
-figure { margin: 0; }
-figure img { display: block; max-width: 100%; height: auto;
+figure { margin: 0; width: fit-content; max-width: 100%; }
+figure img { display: block; margin-top: .4rem; max-width: 100%; height: auto;
   border-radius: .25rem; }
 figcaption { margin: .35rem 0; color: var(--muted); }
 
 @media (max-width: 36rem) {
-  .fields th, .fields td { display: block; width: auto; padding-right: 0; }
-  .fields td { border-top: 0; padding-top: 0; }
+  .fields tr { display: flex; flex-wrap: wrap; gap: 0 1rem;
+    justify-content: space-between; padding: .35rem 0;
+    border-top: 1px solid var(--rule); }
+  .fields tr:first-child { border-top: 0; }
+  .fields th, .fields td { width: auto; min-width: 0; padding: 0;
+    border-top: 0; }
   .share { width: auto; }
   .bar { display: none; }
   body { padding-inline: .75rem; }

@@ -186,8 +186,8 @@ def _draw_map(
   """Draws classes in their colours, with outlines and names."""
   pixels = palette[labels]
   outline = _is_outline(labels)
-  # Black would not be seen on dark colours.
-  is_dark = pixels[outline] @ _LUMA < _DARK
+  # Black would not be seen beside dark colours.
+  is_dark = _darkest_neighbour(labels, palette)[outline] < _DARK
   pixels[outline] = np.where(is_dark[:, None], _WHITE, _BLACK)
   _draw_squares(pixels, labels == IGNORED)
   panel = Image.fromarray(pixels)
@@ -230,6 +230,16 @@ def _is_outline(labels: np.ndarray) -> np.ndarray:
   below = labels != np.roll(labels, -1, axis=0)
   right[:, -1] = below[-1] = False
   return right | below
+
+
+def _darkest_neighbour(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """[H, W], the lowest brightness of a pixel and of those right and below."""
+  brightness = (palette @ _LUMA)[labels]
+  brightness[labels == IGNORED] = 255
+  darkest = brightness.copy()
+  for axis in (0, 1):
+    np.minimum(darkest, np.roll(brightness, -1, axis), out=darkest)
+  return darkest
 
 
 def _name_places(
