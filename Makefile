@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # knows the variable.
 RUN := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-.PHONY: train test soak recipe aot docs lint format clean
+.PHONY: train test soak browser recipe aot docs lint format clean
 
 train: $(VENV)/.installed
 	$(RUN) train.py --config=configs/digits.py --workdir=$(WORKDIR)
@@ -32,6 +32,10 @@ test: $(VENV)/.installed
 # Runs of many processes, with kills, long runs, and more cases of what `test` tests.
 soak: $(VENV)/.installed
 	$(PYTEST) -m soak $(TESTS)
+
+# Opens the report of a run in Chromium, which must be installed.
+browser: $(VENV)/.installed
+	$(RUN) -m pytest -m browser tests/test_report_in_browser.py
 
 # The authors' whole recipe on real pixels: fails below 98%.
 recipe: $(VENV)/.installed

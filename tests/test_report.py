@@ -4,6 +4,7 @@ import base64
 import html.parser
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -63,8 +64,8 @@ class Page(html.parser.HTMLParser):
   def __init__(self, text):
     super().__init__()
     self.tags, self.sources, self.rows = [], [], []
-    self.alternatives = []
-    self.text, self._in_cell = "", False
+    self.alternatives, self.facts = [], []
+    self.text, self._in_cell, self._in_facts = "", False, False
     self.feed(text)
 
   def handle_starttag(self, tag, attrs):
@@ -76,15 +77,21 @@ class Page(html.parser.HTMLParser):
     if tag in ("td", "th"):
       self.rows[-1].append("")
       self._in_cell = True
+    if tag == "dt":
+      self.facts.append([])
+    self._in_facts |= tag == "dl"
 
   def handle_endtag(self, tag):
     if tag in ("td", "th"):
       self._in_cell = False
+    self._in_facts &= tag != "dl"
 
   def handle_data(self, data):
     self.text += data
     if self._in_cell:
       self.rows[-1][-1] += data
+    if self._in_facts and data.strip():
+      self.facts[-1].append(data)
 
 
 def report(workdir, capsys):
@@ -94,9 +101,9 @@ def report(workdir, capsys):
   assert capsys.readouterr().out.split() == list(map(str, paths))
   page = Page(paths[1].read_text())
   png = paths[0].read_bytes()
-  (source,) = page.sources
-  assert source == "data:image/png;base64," + base64.b64encode(png).decode()
+  assert not page.sources
   assert "script" not in page.tags
+  assert all(cell for row in page.rows for cell in row)
   # No partial file is left.
   assert {path.name for path in workdir.iterdir()} <= {
     *("metrics.jsonl", "run.json", "goodput.jsonl"),
@@ -157,13 +164,18 @@ def test_every_logged_value_is_drawn(tmp_path, capsys):
   assert picture.width == 1400
   assert picture.height > 1500
   assert "Step 30, epoch 3.00, of 40 steps, 4 epochs." in page.text
-  cells = ["1.5000", "1.23%", "297"]
-  assert page.rows[1:5] == [
-    ["best", "moving average", "20", "2.0", "90.00%", "90.00%", *cells],
-    ["best", "raw", "20", "2.0", "50.00%", "90.00%", *cells],
-    ["last", "moving average", "30", "3.0", "80.00%", "90.00%", *cells],
-    ["last", "raw", "30", "3.0", "40.00%", "90.00%", *cells],
+  assert page.rows[:9] == [
+    ["evaluation", "best", "last"],
+    ["step", "20", "30"],
+    ["epoch", "2", "3"],
+    ["weights", *["moving average", "raw"] * 2],
+    ["top-1", "90.00%", "50.00%", "80.00%", "40.00%"],
+    ["top-5", *["90.00%"] * 4],
+    ["loss", *["1.5000"] * 4],
+    ["ECE", *["1.23%"] * 4],
+    ["images", *["297"] * 4],
   ]
+  assert page.facts == [["Best top-1", "90.00%", "epoch 2, step 20"]]
   for row in (
     ["devices", "8 \u00d7 TPU v5e"],
     ["commit", "0123abc"],
@@ -189,12 +201,21 @@ def test_where_the_time_went(tmp_path, capsys):
   page, _ = report(tmp_path, capsys)
   assert "Goodput: 33.3% of 3.0 min, in 2 starts." in page.text
   # The second process began anew: the steps of the first are lost.
-  rows = [[row[0].split(":")[0], *row[1:]] for row in page.rows]
-  assert rows[:4] == [
-    ["productive steps", "1.0 min", "33.3%", ""],
-    ["start and end", "40 s", "22.2%", ""],
-    ["lost work", "1.0 min", "33.3%", ""],
-    ["down time", "20 s", "11.1%", ""],
+  names = ("productive steps", "start and end", "lost work", "down time")
+  assert all(
+    row[0].startswith(name) for name, row in zip(names, page.rows, strict=False)
+  )
+  assert [row[1:] for row in page.rows[:4]] == [
+    ["1.0 min", "33.3%"],
+    ["40 s", "22.2%"],
+    ["1.0 min", "33.3%"],
+    ["20 s", "11.1%"],
+  ]
+  assert page.facts == [
+    ["Started", "2001-09-09", "01:46 UTC"],
+    ["Duration", "3.0 min", "in 2 starts"],
+    ["Time per step", "6 s", "computing and waiting for input"],
+    ["Time per epoch", "1.0 min", "10 steps"],
   ]
   assert "Saves: 2 of 2 MB. On average a save blocks training" in page.text
   assert "for 0.6 s and is on disk after 5 s." in page.text
@@ -215,8 +236,8 @@ def test_predictions_are_shown(tmp_path, capsys):
   Image.new("RGB", (30, 20)).save(path, pnginfo=info)
   page = page_of(tmp_path)
   encoded = base64.b64encode(path.read_bytes()).decode()
-  assert page.sources[1:] == [f"data:image/png;base64,{encoded}"]
-  assert page.alternatives[1] == "Examples with their labels and predictions"
+  assert page.sources == [f"data:image/png;base64,{encoded}"]
+  assert page.alternatives == ["Examples with their labels and predictions"]
   assert title in page.text
   assert "b" not in page.tags
   assert "left out" not in page.text
@@ -226,7 +247,7 @@ def test_a_damaged_picture_of_predictions_is_left_out(tmp_path, capsys):
   write(tmp_path, [train(10)])
   (tmp_path / "examples.png").write_bytes(b"GIF89a")
   page = page_of(tmp_path)
-  assert len(page.sources) == 1
+  assert not page.sources
   assert "examples.png is damaged, and is left out." in page.text
   assert "figure" not in page.tags
 
@@ -276,10 +297,12 @@ def test_another_task_draws_its_own_panels_and_columns(tmp_path, capsys):
   steps, values = lines["Error", "training"]
   np.testing.assert_array_equal((*steps, *values), (10, 500.0))
   page, _ = report(tmp_path, capsys)
-  assert page.rows[:3] == [
-    ["evaluation", "weights", "step", "epoch", "error, m"],
-    ["best", "moving average", "10", "1.0", "0.250"],
-    ["last", "moving average", "30", "3.0", "1.000"],
+  assert page.rows[:5] == [
+    ["evaluation", "best", "last"],
+    ["step", "10", "30"],
+    ["epoch", "1", "3"],
+    ["weights", *["moving average"] * 2],
+    ["error, m", "0.250", "1.000"],
   ]
 
 
@@ -306,6 +329,72 @@ def test_lines_of_one_kind_differ_by_dashes(tmp_path):
   assert len({color for color, _ in looks.values()}) == 2
   dashes = {name: dash for name, (_, dash) in looks.items()}
   assert dashes["evaluation ap75"] == dashes["evaluation_raw ap75"] == ":"
+
+
+def page_html(workdir):
+  assert main([str(workdir)]) == 0
+  return (workdir / "report.html").read_text()
+
+
+def ticks(workdir):
+  axes = draw(read_run(workdir)).axes[-1]
+  labels = [x.get_text() for x in axes.get_xticklabels()]
+  return axes.get_xlabel(), axes.get_xticks().tolist(), labels
+
+
+def test_ticks_are_at_whole_epochs(tmp_path):
+  run = {**RUN, "epoch_steps": 37.5}
+  write(tmp_path, [train(20), train(74)], run=run)
+  # A run of less than two epochs has steps.
+  assert ticks(tmp_path)[0] == "step"
+  write(tmp_path, [train(20), train(225)], run=run)
+  label, steps, epochs = ticks(tmp_path)
+  assert label == "epoch of 37.5 steps"
+  assert epochs == list("0123456")
+  assert steps == [37.5 * epoch for epoch in range(7)]
+  assert ">epoch</p>" in page_html(tmp_path)
+  write(tmp_path, [train(20), train(300_000)], run={})
+  assert ticks(tmp_path)[2] == ["0", *(f"{n}k" for n in range(50, 301, 50))]
+
+
+def test_the_best_checkpoint_is_marked(tmp_path, capsys):
+  write(tmp_path, [train(10), evaluation(10, 0.6), evaluation(20, 0.5)])
+  for axes in draw(read_run(tmp_path)).axes:
+    (marks,) = axes.collections
+    assert marks.get_segments()[0][:, 0].tolist() == [10, 10]
+  page, _ = report(tmp_path, capsys)
+  assert "best checkpoint" in draw(read_run(tmp_path)).axes[-1].get_xlabel()
+  assert 'class=best d="M500 0' in page_html(tmp_path)
+  assert page.rows[0] == ["evaluation", "best", "last"]
+
+
+def test_fields_without_a_value_are_left_out(tmp_path, capsys):
+  config = {"init_from": "", "seed": 0, "bias": False, "x": None, "y": [{}]}
+  records = [evaluation(10, 0.6), evaluation(20, 0.7), evaluation(30, 0.5)]
+  for record in records:
+    del record["ece"]
+  del records[-1]["loss"]
+  records[-1]["top5"] = None
+  write(tmp_path, records, run={**RUN, "config": config, "commit": ""})
+  page, _ = report(tmp_path, capsys)
+  names = [row[0] for row in page.rows]
+  assert {"config.seed", "config.bias", "config.y"} <= set(names)
+  assert not {"config.init_from", "config.x", "commit", "ECE"} & set(names)
+  assert ["loss", "1.5000", "\u2013"] in page.rows
+  assert ["top-5", "90.00%", "NaN"] in page.rows
+
+
+def test_a_long_curve_keeps_its_extremes(tmp_path):
+  records = [train(step, loss=1.0) for step in range(1, 5001)]
+  records[1234]["loss"], records[4321]["loss"] = 9.0, None
+  write(tmp_path, records)
+  text = page_html(tmp_path)
+  assert len(text) < 200_000
+  line = re.search('<path class="train d0" d="(M[^"]{99,})"', text)[1]
+  heights = [float(x) for x in re.findall(r" (\d+\.?\d*)", line)]
+  # The highest value is at the top of the chart.
+  assert min(heights) < 60
+  assert line.count("M") == 2  # A gap.
 
 
 def test_a_task_states_the_unit_of_its_loss(tmp_path):
@@ -371,7 +460,7 @@ def test_one_evaluation_and_equal_evaluations(tmp_path, capsys):
   """Of two equal evaluations the later is the best, as among checkpoints."""
   write(tmp_path, [evaluation(10, 0.5), evaluation(20, 0.5)])
   page, _ = report(tmp_path, capsys)
-  assert page.rows[1][:3] == ["best and last", "moving average", "20"]
+  assert page.rows[:2] == [["evaluation", "best and last"], ["step", "20"]]
 
 
 HUGE = "1" + 400 * "0"

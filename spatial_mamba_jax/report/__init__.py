@@ -3,7 +3,8 @@
   python -m spatial_mamba_jax.report WORKDIR
 
 reads `metrics.jsonl`, `run.json`, `goodput.jsonl` and `examples.png`. It writes
-`WORKDIR/report.png` and `WORKDIR/report.html`, which has both pictures in it.
+`WORKDIR/report.png`, a picture of the curves, and `WORKDIR/report.html`, a page
+with the curves, the scores, the times, the config and `examples.png`.
 The run may still be going on.
 """
 
@@ -44,8 +45,10 @@ def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
     # The font may lack letters of the directory's name; boxes stand for them.
     warnings.filterwarnings("ignore", message="Glyph ")
     draw(run).savefig(picture, format="png")
-  png = picture.getvalue()
-  contents = {"report.png": png, "report.html": page(run, png).encode()}
+  contents = {
+    "report.png": picture.getvalue(),
+    "report.html": page(run).encode(),
+  }
   paths = [workdir / name for name in contents]
   for path, content in zip(paths, contents.values(), strict=True):
     write_whole(path, content)

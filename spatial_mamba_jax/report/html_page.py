@@ -1,82 +1,62 @@
 """The HTML page of a report."""
 
-import base64
 import collections
-import html
+import datetime
 import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from spatial_mamba_jax.report.charts import charts
+from spatial_mamba_jax.report.markup import escape, png_image
 from spatial_mamba_jax.report.run_log import RunLog, to_float
+from spatial_mamba_jax.report.style import CSS
 from spatial_mamba_jax.training.example_file import ExamplePicture
 from spatial_mamba_jax.training.goodput import PARTS, Goodput, duration
 
+# Values of fields that are left out.
+_EMPTY = (None, "", [], {})
+# Stands for a value that an evaluation lacks and another one has.
+_ABSENT = "\N{EN DASH}"
 
-def page(run: RunLog, png: bytes) -> str:
-  """Returns the report as one HTML page without scripts or links.
 
-  Args:
-    run: the log.
-    png: the picture of the curves, which the page contains.
-  """
+def page(run: RunLog) -> str:
+  """Returns the report as one HTML page without scripts or links."""
   sections = [
-    f"<h1>{_escape(run.name)}</h1>",
-    *(f"<p class=note>{_escape(note)}</p>" for note in run.notes),
-    f"<p>{_escape(_progress(run))}</p>",
+    f"<h1>{escape(run.name)}</h1>",
+    f"<p>{escape(_progress(run))}</p>",
+    *(f"<p class=note>{escape(note)}</p>" for note in run.notes),
+    _facts(run),
+    "<h2>Evaluation</h2>",
     _evaluations(run),
-    *_time(run.goodput),
-    _image(png, "Curves of the run, by step"),
+    "<h2>Curves</h2>",
+    charts(run),
     *_examples(run.examples),
-    "<h2>Description</h2>",
-    _table(("", ""), _description_rows(run.description)),
+    *_time(run.goodput),
+    *_description(run.description),
   ]
-  return _PAGE.format(title=_escape(run.name), body="\n".join(sections))
+  head = _HEAD.format(title=escape(run.name), css=CSS)
+  return "\n".join((head, *sections, "</body>\n</html>\n"))
 
 
-_PAGE = """<!doctype html>
+_HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 46rem; margin: 0 auto; padding: 1rem; }}
-h1 {{ font-size: 1.5rem; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-img {{ width: 100%; height: auto; }}
-figure {{ margin: 0; }}
-figcaption {{ font-size: .875rem; }}
-div {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; width: 100%; font-size: .875rem;
-  font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
-  border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }}
-th {{ font-weight: 600; overflow-wrap: normal; }}
-.bar {{ display: block; height: 1em; background: #0072B2; }}
-.time td:last-child {{ width: 30%; }}
-.note {{ border-left: 4px solid #D55E00; padding-left: .75rem; }}
-@media print {{
-  body {{ max-width: none; padding: 0; font-size: 10pt; }}
-  img {{ max-height: 25cm; width: auto; max-width: 100%; }}
-  tr, img {{ break-inside: avoid; }}
-}}
-</style>
+<style>{css}</style>
 </head>
-<body>
-{body}
-</body>
-</html>
-"""
+<body>"""
 
 
 def _progress(run: RunLog) -> str:
   """Returns a sentence about the last step."""
-  step = run.records[-1]["step"]
+  step = run.last_step
   steps = to_float(run.description.get("steps"))
   if not run.epoch_steps:
     return f"Step {step:,}."
@@ -92,52 +72,103 @@ def _progress(run: RunLog) -> str:
   return f"{line}, of {steps:,.0f} steps, {steps / run.epoch_steps:.6g} epochs."
 
 
-def _evaluations(run: RunLog) -> str:
-  """Returns a table of the best and the last evaluation."""
-  score = run.task.score
-  evaluated = [
-    record
-    for record in run.of_kind("evaluation")
-    if to_float(record.get(score)) is not None
-  ]
-  if not evaluated:
-    return "<p>Not evaluated yet.</p>"
-  # The later of two equal scores, by the rule for the best checkpoint.
-  best = max(
-    evaluated,
-    key=lambda x: (
-      -math.inf if math.isnan(x[score]) else x[score],
-      x["step"],
-    ),
+def _facts(run: RunLog) -> str:
+  """Returns the best score, and when and how fast the run was."""
+  facts = []
+  for column in run.task.columns:
+    if run.best and column.value == run.task.score:
+      score = _formatted(run.best[column.value], column.form)
+      facts.append((f"Best {column.name}", score, _position(run, run.best)))
+  if run.goodput:
+    facts += _times(run, run.goodput)
+  cards = "\n".join(
+    f"<div><dt>{escape(name)}</dt><dd class=value>{escape(value)}"
+    f"<small>{escape(detail)}</small></dd></div>"
+    for name, value, detail in facts
   )
-  last = evaluated[-1]
+  return f"<dl class=facts>\n{cards}\n</dl>" if cards else ""
+
+
+def _times(run: RunLog, goodput: Goodput) -> Iterator[tuple[str, str, str]]:
+  try:
+    start = datetime.datetime.fromtimestamp(goodput.started, datetime.UTC)
+    yield "Started", f"{start:%Y-%m-%d}", f"{start:%H:%M} UTC"
+  except (OverflowError, ValueError):
+    pass  # A damaged file may have a year that no calendar has.
+  starts = f"in {goodput.starts:,} start{'s' * (goodput.starts > 1)}"
+  yield "Duration", duration(goodput.wall), starts
+  if run.last_step <= 0:
+    return
+  computing = goodput.seconds["steps"] + goodput.seconds["input"]
+  seconds = computing / run.last_step
+  yield "Time per step", duration(seconds), "computing and waiting for input"
+  if run.epoch_steps:
+    seconds *= run.epoch_steps
+    yield "Time per epoch", duration(seconds), f"{run.epoch_steps:,.6g} steps"
+
+
+def _position(run: RunLog, record: dict[str, Any]) -> str:
+  step = record["step"]
+  if not run.epoch_steps:
+    return f"step {step:,}"
+  return f"epoch {step / run.epoch_steps:.4g}, step {step:,}"
+
+
+def _evaluations(run: RunLog) -> str:
+  """Returns a table of the best and the last evaluation, side by side."""
+  best = run.best
+  if best is None:
+    return "<p>Not evaluated yet.</p>"
+  last = run.evaluations[-1]
   if best["step"] == last["step"]:
     named = [("best and last", last)]
   else:
     named = [("best", best), ("last", last)]
-  rows = []
+  groups, columns = [], []
   for name, ema in named:
     raw = [
       ("raw", record)
       for record in run.of_kind("evaluation_raw")
       if record["step"] == ema["step"]
     ]
-    for weights, record in (("moving average", ema), *raw):
-      step = record["step"]
+    mark = " best" if ema is best else ""
+    members = [("moving average", ema), *raw]
+    groups.append((name, ema["step"], len(members), mark))
+    columns += [(weights, record, mark) for weights, record in members]
+  rows = [_group_row("evaluation", [(x[0], *x[2:]) for x in groups])]
+  rows.append(_group_row("step", [(f"{x[1]:,}", *x[2:]) for x in groups]))
+  if steps := run.epoch_steps:
+    epochs = [(f"{x[1] / steps:.4g}", *x[2:]) for x in groups]
+    rows.append(_group_row("epoch", epochs))
+  rows.append(_group_row("weights", [(x[0], 1, x[2]) for x in columns]))
+  for column in run.task.columns:
+    cells = [_formatted(x[1].get(column.value), column.form) for x in columns]
+    if any(cells):
       rows.append(
-        (
-          name,
-          weights,
-          f"{step:,}",
-          f"{step / run.epoch_steps:.1f}" if run.epoch_steps else "",
-          *(_formatted(record.get(x.value), x.form) for x in run.task.columns),
+        f"<tr{' class=score' * (column.value == run.task.score)}>"
+        f"<th scope=row>{escape(column.name)}</th>"
+        + "".join(
+          f'<td class="number{mark}">{escape(cell or _ABSENT)}</td>'
+          for cell, (_, _, mark) in zip(cells, columns, strict=True)
         )
+        + "</tr>"
       )
-  header = (
-    *("evaluation", "weights", "step", "epoch"),
-    *(column.name for column in run.task.columns),
+  return _table("scores", rows)
+
+
+def _table(name: str, rows: Iterable[str]) -> str:
+  """Returns a table; `name` is its class in the style sheet."""
+  body = "\n".join(rows)
+  return f'<div class="card {name}"><table>\n{body}\n</table></div>'
+
+
+def _group_row(name: str, cells: Iterable[tuple[str, int, str]]) -> str:
+  """Returns a row of headings, each (text, columns that it spans, classes)."""
+  row = "".join(
+    f'<th class="number{mark}" colspan={span}>{escape(text)}</th>'
+    for text, span, mark in cells
   )
-  return _table(header, rows)
+  return f"<tr><th scope=row>{escape(name)}</th>{row}</tr>"
 
 
 def _time(goodput: Goodput | None) -> Iterator[str]:
@@ -153,12 +184,16 @@ def _time(goodput: Goodput | None) -> Iterator[str]:
   for part, description in PARTS.items():
     if not (seconds := goodput.seconds[part]):
       continue
+    name, _, detail = description.partition(": ")
+    small = f"<small>{escape(detail)}</small>" if detail else ""
     share = goodput.share(part)
-    bar = f"<span class=bar style='width: {100 * share:.2f}%'></span>"
-    cells = (_escape(description), duration(seconds), f"{share:.1%}", bar)
-    rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-  body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-  yield f"<div><table class=time>\n{body}\n</table></div>"
+    bar = f'<span class=bar style="--share: {share:.4f}"></span>'
+    rows.append(
+      f"<tr><th scope=row>{escape(name)}{small}</th>"
+      f"<td class=number>{duration(seconds)}</td>"
+      f"<td class=share><span class=number>{share:.1%}</span>{bar}</td></tr>"
+    )
+  yield _table("times", rows)
   for is_local in (False, True):
     saves = [save for save in goodput.saves if save.is_local == is_local]
     if not saves:
@@ -178,14 +213,25 @@ def _examples(examples: ExamplePicture | None) -> Iterator[str]:
   if examples is None:
     return
   yield "<h2>Predictions</h2>"
-  image = _image(examples.png, "Examples with their labels and predictions")
-  caption = f"<figcaption>{_escape(examples.title)}</figcaption>"
-  yield f"<figure>{image}{caption}</figure>"
+  image = png_image(examples.png, "Examples with their labels and predictions")
+  caption = f"<figcaption>{escape(examples.title)}</figcaption>"
+  yield f"<figure class=card>{image}{caption}</figure>"
 
 
-def _image(png: bytes, description: str) -> str:
-  data = base64.b64encode(png).decode()
-  return f'<img alt="{description}" src="data:image/png;base64,{data}">'
+def _description(description: dict[str, Any]) -> Iterator[str]:
+  """Yields a table of `run.json`."""
+  rows = _description_rows(description)
+  if not rows:
+    return
+  yield "<h2>Description</h2>"
+  yield "<p class=quiet>Fields without a value are not shown.</p>"
+  yield _table(
+    "fields",
+    (
+      f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>"
+      for name, text in rows
+    ),
+  )
 
 
 def _description_rows(description: dict[str, Any]) -> list[tuple[str, str]]:
@@ -198,10 +244,13 @@ def _description_rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("devices", text))
   # The config is the longest part and comes last.
   config = rest.pop("config", {})
-  return rows + _flatten(rest) + _flatten(config, "config")
+  rows += _flatten(rest) + _flatten(config, "config")
+  return [row for row in rows if row[1]]
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
+  if tree in _EMPTY:
+    return []
   if not isinstance(tree, dict):
     return [(prefix, tree if isinstance(tree, str) else json.dumps(tree))]
   rows = []
@@ -210,20 +259,9 @@ def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
   return rows
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-  head = "".join(f"<th>{_escape(cell)}</th>" for cell in header)
-  body = "\n".join(
-    f"<tr>{''.join(f'<td>{_escape(cell)}</td>' for cell in row)}</tr>"
-    for row in rows
-  )
-  return f"<div><table>\n<tr>{head}</tr>\n{body}\n</table></div>"
-
-
-def _escape(text: str) -> str:
-  return html.escape(text.encode(errors="replace").decode())
-
-
 def _formatted(value: Any, form: str) -> str:
   """Formats a logged value; returns "" where it is not a number."""
   number = to_float(value)
-  return "" if number is None else format(number, form)
+  if number is None:
+    return ""
+  return "NaN" if math.isnan(number) else format(number, form)

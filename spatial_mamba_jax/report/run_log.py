@@ -69,6 +69,33 @@ class RunLog:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
   @property
+  def evaluations(self) -> list[dict[str, Any]]:
+    """The evaluations of the moving average that have a score."""
+    return [
+      record
+      for record in self.of_kind("evaluation")
+      if to_float(record.get(self.task.score)) is not None
+    ]
+
+  @property
+  def best(self) -> dict[str, Any] | None:
+    """The evaluation whose checkpoint is kept as the best; None before one.
+
+    Of equal scores it is the later one, by the rule for the best checkpoint.
+    """
+
+    def rank(record: dict[str, Any]) -> tuple[float | int, int]:
+      score = record[self.task.score]
+      return -math.inf if math.isnan(score) else score, record["step"]
+
+    return max(self.evaluations, key=rank, default=None)
+
+  @property
+  def last_step(self) -> int:
+    """The step of the last record."""
+    return self.records[-1]["step"]
+
+  @property
   def epoch_steps(self) -> float | None:
     """Steps per epoch; None where `run.json` does not have them."""
     steps = to_float(self.description.get("epoch_steps"))

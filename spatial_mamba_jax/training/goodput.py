@@ -174,6 +174,7 @@ class Goodput(NamedTuple):
     wall: seconds from the start of the first process to the last record. If
       the system's clock was set back in between, the seconds that it lost are
       added.
+    started: when the first process started, in seconds of Unix time.
     starts: how many processes the run had, one after the other.
     saves: what each checkpoint cost.
     damaged: lines that are not records.
@@ -181,6 +182,7 @@ class Goodput(NamedTuple):
 
   seconds: dict[str, float]
   wall: float
+  started: float
   starts: int
   saves: list[Save]
   damaged: int
@@ -203,7 +205,9 @@ class Goodput(NamedTuple):
 
 
 def duration(seconds: float) -> str:
-  """Returns a duration with its unit: "41 s", "12.5 min" or "3.2 h"."""
+  """Returns a duration with its unit: "9 ms", "41 s", "12.5 min" or "3.2 h"."""
+  if 0 < seconds < 0.1:
+    return f"{1000 * seconds:.3g} ms"
   if seconds < 60:
     return f"{seconds:.3g} s"
   if seconds < 3600:
@@ -244,6 +248,7 @@ def read_goodput(workdir: pathlib.Path) -> Goodput | None:
   return Goodput(
     seconds=_sum_up(processes),
     wall=_wall(processes),
+    started=processes[0][0].started,
     starts=len(processes),
     saves=[x for x in records if isinstance(x, Save)],
     damaged=records.count(None),

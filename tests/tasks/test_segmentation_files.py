@@ -245,6 +245,30 @@ def test_names_are_written_into_regions():
   )
 
 
+@pytest.mark.parametrize("brightness", [20, 60, 200, 250])
+def test_outlines_are_seen_on_any_colour(brightness):
+  halves = np.zeros((100, 200), np.int16)
+  halves[:, 100:] = 1
+  palette = np.full((11, 3), brightness, np.uint8)
+  example = Example("name", None, LabelMaps(halves, halves))
+  pixels = np.asarray(draw_example(example, ("",) * 11, palette, 200))
+  row = pixels[114, 216:416, 0].astype(int)
+  (places,) = np.nonzero(row != brightness)
+  assert places.tolist() == [99]
+  assert abs(row[99] - brightness) > 150
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_outline_of_a_dark_class_is_white_on_every_side(flip):
+  halves = np.zeros((100, 200), np.int16)
+  halves[:, 100:] = 1
+  palette = np.full((11, 3), 144, np.uint8)
+  palette[int(flip)] = 60
+  example = Example("name", None, LabelMaps(halves, halves))
+  pixels = np.asarray(draw_example(example, ("",) * 11, palette, 200))
+  assert pixels[114, 216 + 99].tolist() == [255] * 3
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (5, 7)])
 @pytest.mark.parametrize("label", [IGNORED, 3])
 def test_any_size_is_drawn(size, label):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.colors import to_rgba
 from PIL import Image
 
 from spatial_mamba_jax.data import DataConfig
@@ -270,6 +271,15 @@ def test_files(tmp_path):
       assert min(image.size) > 900
 
 
+def luminance(colour):
+  """The relative luminance of sRGB, by WCAG."""
+  linear = [
+    x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4
+    for x in colour[:3]
+  ]
+  return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+
 @pytest.mark.parametrize("num_classes", [1, 20, 1000])
 def test_the_confusion_matrix_is_legible(num_classes, tmp_path):
   label = np.repeat(np.arange(num_classes), 2)
@@ -300,6 +310,16 @@ def test_the_confusion_matrix_is_legible(num_classes, tmp_path):
   )
   for axis in (axes.xaxis, axes.yaxis):
     assert len(axis.get_ticklabels()) <= 20
+  # Each number has a contrast of at least 4.5 with its cell.
+  for text in axes.texts:
+    cell = image.cmap(
+      image.norm(shares[tuple(map(int, text.get_position()[::-1]))])
+    )
+    pair = [luminance(x) for x in (cell, to_rgba(text.get_color()))]
+    assert (max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5
+  assert len(axes.texts) == {1: 1, 20: 21, 1000: 0}[num_classes]
+  listed = figure.get_supxlabel()
+  assert ("250 (247) \u2192 500 (497): 1 of 2" in listed) == (num_classes > 20)
   source = Noise(len(label), num_classes)
   source.classes = classes[:num_classes]
   (tmp_path / "raw").mkdir()

@@ -196,8 +196,8 @@ def test_the_clock_of_the_system_may_be_set_back(tmp_path, clock):
 
 
 def test_durations():
-  assert list(map(duration, (41.234, 60.0, 3599.0, 7200.0))) == [
-    *("41.2 s", "1.0 min", "60.0 min", "2.0 h")
+  assert list(map(duration, (0.0093, 41.234, 60.0, 3599.0, 7200.0))) == [
+    *("9.3 ms", "41.2 s", "1.0 min", "60.0 min", "2.0 h")
   ]
 
 

@@ -20,6 +20,8 @@ from spatial_mamba_jax.tasks.tables import write_csv
 # Most classes for which names, and counts, are legible in the figure.
 _NAMED_CLASSES = 50
 _COUNTED_CLASSES = 20
+# Most confusions in the list below a matrix without counts.
+_LISTED_CONFUSIONS = 8
 
 
 def write_predictions(
@@ -53,7 +55,11 @@ def write_predictions(
 def confusion_figure(
   predictions: Predictions, classes: Sequence[str], weights: str
 ) -> Figure:
-  """Draws the confusion matrix as shares of each true class."""
+  """Draws the confusion matrix as shares of each true class.
+
+  The cells have their numbers of images where there is room. Otherwise the most
+  frequent confusions are listed below.
+  """
   num_classes = len(classes)
   counts = predictions.confusion(num_classes)
   images = np.bincount(predictions.label, minlength=num_classes)
@@ -72,17 +78,13 @@ def confusion_figure(
     norm=PowerNorm(1 / 3, 0, 1),
     interpolation="nearest",
   )
-  bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+  # As high as the matrix.
+  bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)))
   bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
   bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+  bar.ax.tick_params(labelsize=9)
   bar.set_label("share of the true class's images")
-  values = predictions.evaluation().values
-  title = (
-    f"{weights}: top-1 {100 * values['top1']:.2f}% of {values['images']} images"
-  )
-  if values["undecided"]:
-    title += f", {values['undecided']} undecided (not shown)"
-  axes.set_title(title, parse_math=False)
+  axes.set_title(_title(predictions, weights), fontsize=11, parse_math=False)
   axes.set_xlabel("predicted class")
   axes.set_ylabel("true class")
   if num_classes <= _NAMED_CLASSES:
@@ -91,33 +93,86 @@ def confusion_figure(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
   if num_classes <= _COUNTED_CLASSES:
-    for row, column in np.argwhere(counts):
-      axes.text(
-        column,
-        row,
-        str(counts[row, column]),
-        ha="center",
-        va="center",
-        fontsize=8,
-        color="white" if shares[row, column] > 0.2 else "black",
-      )
+    _write_counts(axes, image, counts, shares)
+  elif lines := _frequent_confusions(counts, images, classes):
+    figure.set_figheight(figure.get_figheight() + 0.18 * len(lines))
+    text = "\n".join(lines)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=9, parse_math=False)
   return figure
 
 
-def _name_classes(axes: Any, classes: Sequence[str]) -> None:
-  # A directory's name may not be UTF-8.
-  names = [name.encode(errors="replace").decode() for name in classes]
-  short = [
-    name if len(name) <= 20 else f"{name[:19]}\N{HORIZONTAL ELLIPSIS}"
-    for name in names
+def _title(predictions: Predictions, weights: str) -> str:
+  values = predictions.evaluation().values
+  title = (
+    f"{weights}: top-1 {100 * values['top1']:.2f}% of"
+    f" {values['images']:,} images"
+  )
+  if values["undecided"]:
+    title += f", {values['undecided']:,} undecided (not shown)"
+  return title
+
+
+def _write_counts(
+  axes: Any, image: Any, counts: np.ndarray, shares: np.ndarray
+) -> None:
+  """Writes the number of images into each cell, in black or white."""
+  num_classes = len(counts)
+  edges = np.arange(num_classes - 1) + 0.5
+  for draw_lines in (axes.hlines, axes.vlines):
+    draw_lines(edges, -0.5, num_classes - 0.5, color="0.9", linewidth=0.5)
+  for row, column in np.argwhere(counts):
+    red, green, blue, _ = image.cmap(image.norm(shares[row, column]))
+    luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    axes.text(
+      column,
+      row,
+      f"{counts[row, column]:,}",
+      ha="center",
+      va="center",
+      fontsize=10 if num_classes <= 10 else 8,
+      # The luminance at which black and white have the same contrast.
+      color="white" if luminance < 0.18 else "black",
+    )
+
+
+def _frequent_confusions(
+  counts: np.ndarray, images: np.ndarray, classes: Sequence[str]
+) -> list[str]:
+  """Returns lines about the largest numbers beside the diagonal."""
+  wrong = counts * (1 - np.eye(len(counts), dtype=int))
+  order = np.argsort(-wrong, axis=None, kind="stable")[:_LISTED_CONFUSIONS]
+  pairs = [divmod(int(place), len(counts)) for place in order]
+  names = [_shortened(name) for name in classes]
+  if len(names) > _NAMED_CLASSES:  # The axes have the labels.
+    names = [f"{label} ({name})" for label, name in enumerate(names)]
+  lines = [
+    f"{names[true]} \N{RIGHTWARDS ARROW} {names[predicted]}:"
+    f" {wrong[true, predicted]:,} of {images[true]:,} images"
+    for true, predicted in pairs
+    if wrong[true, predicted]
   ]
-  is_wide = sum(map(len, short)) > 60
+  title = "Most frequent confusions, true class \N{RIGHTWARDS ARROW} predicted:"
+  return [title, *lines] if lines else []
+
+
+def _shortened(name: str) -> str:
+  # A directory's name may not be UTF-8.
+  name = name.encode(errors="replace").decode()
+  # The ends of similar names differ more often than their middles.
+  if len(name) > 20:
+    name = f"{name[:10]}\N{HORIZONTAL ELLIPSIS}{name[-9:]}"
+  return name
+
+
+def _name_classes(axes: Any, classes: Sequence[str]) -> None:
+  names = [_shortened(name) for name in classes]
+  is_wide = sum(map(len, names)) > 60
   for axis, rotation in ((axes.xaxis, 90 if is_wide else 0), (axes.yaxis, 0)):
     # A dollar sign in a name starts no formula.
     axis.set_ticks(
       range(len(classes)),
-      short,
-      fontsize=8 if len(classes) <= _COUNTED_CLASSES else 6,
+      names,
+      fontsize=9 if len(classes) <= _COUNTED_CLASSES else 6,
       rotation=rotation,
       parse_math=False,
     )

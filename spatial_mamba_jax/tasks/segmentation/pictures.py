@@ -44,6 +44,10 @@ _SEARCH_SIDE = 160
 # Side of the squares where there is no label; period of the stripes on errors.
 _SQUARE, _STRIPES = 8, 10
 _BLACK, _WHITE, _GREY = (0, 0, 0), (255, 255, 255), (190, 190, 190)
+# Weights of red, green and blue in the brightness of a pixel (Rec. 601), and
+# the brightness below which a colour is dark.
+_LUMA, _DARK = np.array([0.299, 0.587, 0.114]), 110
+_FRAME = (118, 118, 118)
 # Yellow of Okabe and Ito: with black, a contrast for every eye.
 _YELLOW = (240, 228, 66)
 
@@ -139,7 +143,9 @@ def draw_example(
     left = _MARGIN + i % 2 * (width + _MARGIN)
     top = _LINE + i // 2 * cell
     _write(sheet, (left, top), _fitting(caption, width))
-    sheet.paste(panel, (left, top + _LINE))
+    box = left, top + _LINE, left + panel.width, top + _LINE + panel.height
+    _frame(sheet, box)
+    sheet.paste(panel, box)
   sheet.paste(legend, (0, _LINE + 2 * cell))
   return sheet
 
@@ -179,7 +185,10 @@ def _draw_map(
 ) -> Image.Image:
   """Draws classes in their colours, with outlines and names."""
   pixels = palette[labels]
-  pixels[_is_outline(labels)] //= 2
+  outline = _is_outline(labels)
+  # Black would not be seen beside dark colours.
+  is_dark = _darkest_neighbour(labels, palette)[outline] < _DARK
+  pixels[outline] = np.where(is_dark[:, None], _WHITE, _BLACK)
   _draw_squares(pixels, labels == IGNORED)
   panel = Image.fromarray(pixels)
   for text, corner in _name_places(labels, names):
@@ -221,6 +230,16 @@ def _is_outline(labels: np.ndarray) -> np.ndarray:
   below = labels != np.roll(labels, -1, axis=0)
   right[:, -1] = below[-1] = False
   return right | below
+
+
+def _darkest_neighbour(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """[H, W], the lowest brightness of a pixel and of those right and below."""
+  brightness = (palette @ _LUMA)[labels]
+  brightness[labels == IGNORED] = 255
+  darkest = brightness.copy()
+  for axis in (0, 1):
+    np.minimum(darkest, np.roll(brightness, -1, axis), out=darkest)
+  return darkest
 
 
 def _name_places(
@@ -273,7 +292,7 @@ def _legend(
   entries: list[tuple[str, np.ndarray | None]] = [("IoU in this image:", None)]
   for label in present[:_LEGEND_CLASSES]:
     iou = counts.iou[label]
-    share = "" if np.isnan(iou) else f" {iou:.0%}"
+    share = "" if np.isnan(iou) else f": {iou:.0%}"
     sample = np.full((_LETTERS, _LETTERS, 3), palette[label])
     entries.append((names[label] + share, sample))
   if (hidden := len(present) - _LEGEND_CLASSES) > 0:
@@ -300,10 +319,18 @@ def _flow(
   drawn = Image.new("RGB", (width, top + _LINE), _WHITE)
   for (text, sample), (left, top, shift) in zip(entries, places, strict=True):
     if sample is not None:
-      square = Image.fromarray(sample)
-      drawn.paste(square, (left, top + (_LINE - _LETTERS) // 2))
+      corner = left, top + (_LINE - _LETTERS) // 2
+      _frame(drawn, (*corner, corner[0] + _LETTERS, corner[1] + _LETTERS))
+      drawn.paste(Image.fromarray(sample), corner)
     _write(drawn, (left + shift, top), text)
   return drawn
+
+
+def _frame(image: Image.Image, box: tuple[int, int, int, int]) -> None:
+  """Draws a line around a box, so that pale colours end on white."""
+  left, top, right, bottom = box
+  around = left - 1, top - 1, right, bottom
+  ImageDraw.Draw(image).rectangle(around, outline=_FRAME)
 
 
 @functools.cache
