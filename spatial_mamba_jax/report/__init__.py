@@ -58,7 +58,8 @@ def write_report(workdir: pathlib.Path) -> list[pathlib.Path]:
 def main(arguments: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   parser = argparse.ArgumentParser(
-    prog="report", description="Draws the log of a run."
+    prog="python -m spatial_mamba_jax.report",
+    description="Draws the log of a run.",
   )
   parser.add_argument(
     "workdir", type=pathlib.Path, help="the --workdir of train.py"
