@@ -14,7 +14,7 @@ from spatial_mamba_jax.convert.pretrained import (
   from_pretrained,
   save_pretrained,
 )
-from spatial_mamba_jax.export import export_model
+from spatial_mamba_jax.export import export_model, export_onnx
 from spatial_mamba_jax.models import (
   Backbone,
   Classifier,
@@ -52,6 +52,7 @@ __all__ = [
   "create_model",
   "create_segmentor",
   "export_model",
+  "export_onnx",
   "from_pretrained",
   "list_models",
   "save_pretrained",

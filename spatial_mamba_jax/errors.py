@@ -19,7 +19,7 @@ _EXTRAS = {
     ),
     "train",
   ),
-  "flatbuffers": "export",
+  **dict.fromkeys(("flatbuffers", "onnx"), "export"),
   "simplejpeg": "fast",
 }  # fmt: skip
 
