@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from jax.export import is_symbolic_dim
+from onnx import helper
 
 from spatial_mamba_jax.export.onnx_graph import Graph, Sizes, Tensor
 
@@ -19,7 +20,7 @@ def _node(op: str, **attributes: Any) -> Rule:
   return lambda graph, params, *names: graph.node(op, *names, **attributes)
 
 
-def _scalar(graph: Graph, value: float) -> str:
+def _scalar(graph, value):
   return graph.constant(np.array(value, np.float32))
 
 
@@ -68,24 +69,40 @@ def _max(graph, params, x, y):
   return graph.node("Max", x, y)
 
 
-def _mul(graph, params, x, y):
-  for value, factor in ((x, y), (y, x)):
-    if _is_gelu_factor(graph, value, factor):
-      return graph.node("Gelu", value)
-  return graph.node("Mul", x, y)
+# Both forms of the exact GELU, as products: `spatial_mamba_kernels`' and JAX's.
+# A tuple is a node, a word any value.
+_GELUS = (
+  ("x", ("Add", 0.5, ("Mul", 0.5, ("Erf", ("Mul", "x", 0.5**0.5))))),
+  (
+    ("Mul", 0.5, "x"),
+    ("Sub", 1.0, ("Erf", ("Mul", ("Neg", "x"), 0.5**0.5))),
+  ),
+)
 
 
-def _is_gelu_factor(graph, x, factor):
-  """Whether a factor of x is 0.5 + 0.5 * erf(x * sqrt(0.5))."""
-  half = _scalar(graph, 0.5)
-  scaled = graph.made_by(factor, "Add")
-  if not scaled or scaled[0] != half:
-    return False
-  erf = graph.made_by(scaled[1], "Mul")
-  if not erf or erf[0] != half:
-    return False
-  argument = graph.made_by((graph.made_by(erf[1], "Erf") or [""])[0], "Mul")
-  return argument == [x, _scalar(graph, np.sqrt(0.5))]
+def _mul(graph, params, *names):
+  for patterns in _GELUS:
+    found: dict[str, str] = {}
+    if _match(graph, names, patterns, found):
+      return graph.node("Gelu", found["x"])
+  return graph.node("Mul", *names)
+
+
+def _match(graph, names, patterns, found):
+  """Whether values are computed as patterns; fills {word: value}."""
+  for name, pattern in zip(names, patterns, strict=True):
+    if isinstance(pattern, str):
+      if found.setdefault(pattern, name) != name:
+        return False
+    elif isinstance(pattern, float):
+      if not _is(graph, name, np.float32(pattern)):
+        return False
+    else:
+      op, *inner = pattern
+      inputs = graph.made_by(name, op)
+      if not inputs or not _match(graph, inputs, inner, found):
+        return False
+  return True
 
 
 def _select_n(graph, params, which, *cases):
@@ -100,8 +117,6 @@ def _is(graph, name, number):
 
 
 def _cast(graph, params, x):
-  from onnx import helper
-
   dtype = helper.np_dtype_to_tensor_dtype(np.dtype(params["new_dtype"]))
   return graph.node("Cast", x, to=dtype)
 
@@ -163,23 +178,27 @@ def joined_sizes(xs: Sequence[Tensor]) -> Sizes:
 
 
 def _operand(graph, x, order):
-  if x.is_constant and x.value.size == 1:
+  if not isinstance(x.value, str) and x.value.size == 1:
     return graph.constant(x.value.reshape(()))
   return graph.ordered(x, order) if x.sizes else graph.plain(x)
 
 
 def _unchanged(name: str, xs: Sequence[Tensor]) -> Tensor | None:
   """Returns the operand that is the result whatever the others are, if any."""
-  if name == "select_n" and xs[0].is_constant:
-    which = np.unique(xs[0].value)
-    return xs[1 + int(which[0])] if which.size == 1 else None
+  if name == "select_n":
+    which = set(_constants(xs[0]))
+    return xs[1 + int(which.pop())] if len(which) == 1 else None
   neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(name)
   if neutral is None:
     return None
   x, y = xs
-  if y.is_constant and (y.value == neutral).all():
-    return x if x.sizes else None
-  is_either = name in ("add", "mul")
-  if is_either and x.is_constant and (x.value == neutral).all():
-    return y if y.sizes else None
+  if x.sizes and _constants(y) == [neutral]:
+    return x
+  if y.sizes and name in ("add", "mul") and _constants(x) == [neutral]:
+    return y
   return None
+
+
+def _constants(x):
+  """Returns the distinct values of a constant; none of a computed value."""
+  return [] if isinstance(x.value, str) else np.unique(x.value).tolist()

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import export
 
 from spatial_mamba_jax.export.destination import check_destination, replace
@@ -75,7 +74,7 @@ def export_onnx(
   return content
 
 
-def _converted(model: nnx.Module, sides: str) -> "onnx.ModelProto":
+def _converted(model: Network, sides: str) -> "onnx.ModelProto":
   # Imported here, because they need onnx.
   from onnx import helper
 

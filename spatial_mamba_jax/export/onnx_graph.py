@@ -1,4 +1,4 @@
-"""An ONNX graph under construction, and what the variables of a jaxpr are in it.
+"""An ONNX graph under construction, and the tensors in it.
 
 Two things are lazy. A broadcast is not computed, because ONNX's elementwise
 operators broadcast by themselves. A transposition is not computed where
@@ -102,7 +102,7 @@ class Graph:
       self._arrays[name] = array
     return self._constants[key].name
 
-  def integers(self, values: Sequence[int]) -> str:
+  def integers(self, values: Sequence[Size]) -> str:
     """Returns the name of a constant vector, for sizes and axes."""
     return self.constant(np.array(values, np.int64))
 

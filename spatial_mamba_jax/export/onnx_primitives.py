@@ -5,7 +5,7 @@ a list of results.
 """
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -190,9 +190,7 @@ def _concatenate(graph, equation, *xs):
     x = graph.plain(xs[1])
     pads = graph.integers(pads.ravel().tolist())
     return computed(graph.node("Pad", x, pads, mode="edge"), sizes)
-  names = [
-    graph.full(x, _in(equation, index)) for index, x in enumerate(xs)
-  ]
+  names = [graph.full(x, _in(equation, index)) for index, x in enumerate(xs)]
   return computed(graph.node("Concat", *names, axis=axis), sizes)
 
 
@@ -273,7 +271,9 @@ def _convolution(graph, equation, x, kernel):
   name = graph.ordered(x, order.lhs_spec)
   sizes = tuple(x.sizes)
   x = _sliced(graph, Tensor(name, sizes, tuple(order.lhs_spec)), cut)
-  pads = [(max(before, 0), max(after, 0)) for before, after in params["padding"]]
+  pads = [
+    (max(before, 0), max(after, 0)) for before, after in params["padding"]
+  ]
   name = graph.node(
     "Conv",
     str(x.value),

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jax.export import is_symbolic_dim
 from jax.extend.core import Literal
-from onnx import helper
 from spatial_mamba_kernels.normalization import EPSILON
 
 from spatial_mamba_jax.export import onnx_elementwise, onnx_primitives
@@ -49,9 +48,10 @@ def convert(
   for variable, array in zip(jaxpr.constvars, constants, strict=True):
     known[variable] = array if isinstance(array, Tensor) else constant(array)
 
-  def read(atom):
+  def read(atom: Any) -> Tensor:
     if isinstance(atom, Literal):
-      return constant(np.asarray(atom.val, atom.aval.dtype))
+      aval: Any = atom.aval
+      return constant(np.asarray(atom.val, aval.dtype))
     return known[atom]
 
   live = _live(jaxpr, wanted or [True] * len(jaxpr.outvars))
@@ -138,21 +138,6 @@ def _call(graph, jaxpr, xs, used):
   return convert(graph, jaxpr, (), xs, used)
 
 
-def _jit(graph, equation, xs, used):
-  body = equation.params["jaxpr"]
-  # With `approximate=True` it has another name or no erfc.
-  is_gelu = equation.params["name"] == "gelu" and "erfc" in _names(body.jaxpr)
-  if is_gelu and not xs[0].is_constant:
-    (x,) = xs
-    name = graph.node("Gelu", graph.ordered(x, x.order))
-    return [Tensor(name, x.sizes, x.order)]
-  return _call(graph, body, xs, used)
-
-
-def _names(jaxpr):
-  return {equation.primitive.name for equation in jaxpr.eqns}
-
-
 def _custom_jvp(graph, equation, xs, used):
   body = equation.params["call_jaxpr"]
   if _source(body)[0] == "silu" and not xs[0].is_constant:
@@ -174,7 +159,11 @@ def _custom_vjp(graph, equation, xs, used):
   name, file = _source(body)
   if name == "linear_recurrence":
     return [_recurrence(graph, equation, *xs)]
-  if name == "_result" and "normalization.py" in file and used == [True, False, False]:
+  if (
+    name == "_result"
+    and "normalization.py" in file
+    and used == [True, False, False]
+  ):
     axes = {x.params["axes"] for x in body.jaxpr.eqns if "axes" in x.params}
     if axes == {(len(xs[0].sizes) - 1,)} and not xs[0].is_constant:
       return [_layer_norm(graph, equation, *xs), _UNUSED, _UNUSED]
@@ -277,9 +266,7 @@ def _unrolled(graph, equation, fixed, carry, scanned, used):
   steps = range(params["length"])
   for step in reversed(steps) if params["reverse"] else steps:
     parts = [constant(x.value[min(step, len(x.value) - 1)]) for x in scanned]
-    results = convert(
-      graph, body.jaxpr, body.consts, (*fixed, *carry, *parts)
-    )
+    results = convert(graph, body.jaxpr, body.consts, (*fixed, *carry, *parts))
     carry = results[: len(carry)]
     outputs.append(results[len(carry) :])
   columns = list(zip(*outputs, strict=True))
@@ -297,13 +284,10 @@ def _unrolled(graph, equation, fixed, carry, scanned, used):
 
 # {primitive: rule} of those that call functions.
 _CALLS: dict[str, Callable[..., list[Tensor]]] = {
-  "checkpoint": _inlined("jaxpr"),
-  "closed_call": _inlined("call_jaxpr"),
   "cond": _cond,
   "custom_jvp_call": _custom_jvp,
   "custom_vjp_call": _custom_vjp,
-  "jit": _jit,
-  "pjit": _jit,
+  "jit": _inlined("jaxpr"),
   "platform_index": _platform_index,
   "remat2": _inlined("jaxpr"),
   "scan": _scan,
