@@ -70,7 +70,6 @@ def _write_onnx(
   model: Network, out: pathlib.Path, image_size: ImageSize
 ) -> str:
   """Returns what the graph takes and returns."""
-  assert image_size is not None
   graph = export_onnx(model, out, image_size=image_size).graph
   (images,) = map(_described, graph.input)
   return f"normalised {images} to {', '.join(map(_described, graph.output))}"

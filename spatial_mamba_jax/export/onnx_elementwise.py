@@ -24,19 +24,6 @@ def _scalar(graph, value):
   return graph.constant(np.array(value, np.float32))
 
 
-def _log1p(graph, params, x):
-  """Computes log(w) * x / (w - 1) for w = 1 + x (W. Kahan), or x if w is 1.
-
-  The rounding errors of w cancel. ONNX has no log1p, and log(1 + x) loses small
-  x: the time steps of an SSM are softplus(x), often 1e-3 and less.
-  """
-  one = _scalar(graph, 1)
-  w = graph.node("Add", x, one)
-  ratio = graph.node("Div", x, graph.node("Sub", w, one))
-  result = graph.node("Mul", graph.node("Log", w), ratio)
-  return graph.node("Where", graph.node("Equal", w, one), x, result)
-
-
 def _expm1(graph, params, x):
   """Computes tanh(x / 2) * (exp(x) + 1), which is accurate for small x."""
   half = graph.node("Mul", x, _scalar(graph, 0.5))
@@ -137,7 +124,6 @@ RULES: dict[str, Rule] = {
   "integer_pow": _integer_pow,
   "le": _node("LessOrEqual"),
   "log": _node("Log"),
-  "log1p": _log1p,
   "logistic": _node("Sigmoid"),
   "lt": _node("Less"),
   "max": _max,

@@ -9,6 +9,7 @@ from jax import export
 
 from spatial_mamba_jax.export.destination import check_destination, replace
 from spatial_mamba_jax.export.network import (
+  ImageSize,
   Network,
   check_network,
   without_kernels,
@@ -27,7 +28,7 @@ def export_onnx(
   model: Network,
   path: str | os.PathLike[str],
   *,
-  image_size: int | tuple[int, int] = 224,
+  image_size: ImageSize = 224,
 ) -> "onnx.ModelProto":
   """Writes a model and its weights as ONNX, of standard operators alone.
 
@@ -45,7 +46,7 @@ def export_onnx(
     model: from `create_model`, `create_backbone` or `create_segmentor`, in eval
       mode, with the dtype float32.
     path: the file to write; an existing file is replaced.
-    image_size: the size of all images, H = W or (H, W).
+    image_size: the size of all images, H = W or (H, W); not None.
 
   Returns:
     The file's content.

@@ -5,6 +5,7 @@ depend on the platform, a TPU's is taken: it has XLA's convolutions in place of
 sums of shifted products. A linear recurrence is one of ONNX's `Scan`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,7 +105,12 @@ def _equation(graph, equation, xs, used):
 
 
 def _folded(equation, xs):
-  """Computes an equation of constants; None if a size is symbolic."""
+  """Computes an equation of constants.
+
+  Returns:
+    None if a size is symbolic, or if elements are repeated, which would take
+    more of the file than their indices do.
+  """
   if equation.primitive.name in onnx_elementwise.RULES:
     # Broadcasts stay lazy. A scalar is not broadcast.
     sizes = onnx_elementwise.joined_sizes(xs)
@@ -112,6 +118,9 @@ def _folded(equation, xs):
   else:
     shapes = [x.aval.shape for x in (*equation.invars, *equation.outvars)]
     if any(is_symbolic_dim(size) for shape in shapes for size in shape):
+      return None
+    is_gather = equation.primitive.name == "gather"
+    if is_gather and math.prod(shapes[-1]) > math.prod(shapes[0]):
       return None
     arrays = [
       np.broadcast_to(x.value, shape)
@@ -140,12 +149,21 @@ def _call(graph, jaxpr, xs, used):
 
 def _custom_jvp(graph, equation, xs, used):
   body = equation.params["call_jaxpr"]
-  if _source(body)[0] == "silu" and not xs[0].is_constant:
-    (x,) = xs
-    value = graph.ordered(x, x.order)
-    name = graph.node("Mul", value, graph.node("Sigmoid", value))
-    return [Tensor(name, x.sizes, x.order)]
-  return _call(graph, body, xs, used)
+  rule = _ACTIVATIONS.get(_source(body)[0])
+  if rule is None or xs[0].is_constant:
+    return _call(graph, body, xs, used)
+  (x,) = xs
+  name = rule(graph, graph.ordered(x, x.order))
+  return [Tensor(name, x.sizes, x.order)]
+
+
+# Activation functions of `spatial_mamba_kernels` by their names. Softplus of
+# onnxruntime rounds to float32 where exp(x) is small too, as the time steps of
+# an SSM are: log(1 + exp(x)) would lose them, and ONNX has no log1p.
+_ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
+  "silu": lambda graph, x: graph.node("Mul", x, graph.node("Sigmoid", x)),
+  "softplus": lambda graph, x: graph.node("Softplus", x),
+}
 
 
 def _source(jaxpr):
