@@ -24,6 +24,19 @@ def _scalar(graph, value):
   return graph.constant(np.array(value, np.float32))
 
 
+def _log1p(graph, params, x):
+  """Computes log(w) + (x - (w - 1)) / w for w = 1 + x, rounded.
+
+  ONNX has no log1p, and log(1 + x) loses small x: the time steps of an SSM are
+  softplus(x), often 1e-3 and less. The second term is what w lost of x.
+  """
+  one = _scalar(graph, 1)
+  w = graph.node("Add", x, one)
+  lost = graph.node("Sub", x, graph.node("Sub", w, one))
+  rest = graph.node("Div", lost, w)
+  return graph.node("Add", graph.node("Log", w), rest)
+
+
 def _expm1(graph, params, x):
   """Computes tanh(x / 2) * (exp(x) + 1), which is accurate for small x."""
   half = graph.node("Mul", x, _scalar(graph, 0.5))
@@ -124,6 +137,7 @@ RULES: dict[str, Rule] = {
   "integer_pow": _integer_pow,
   "le": _node("LessOrEqual"),
   "log": _node("Log"),
+  "log1p": _log1p,
   "logistic": _node("Sigmoid"),
   "lt": _node("Less"),
   "max": _max,

@@ -6,6 +6,7 @@ operators work on any order of the axes; that saves most transpositions around
 convolutions, whose channels come second in ONNX.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -95,7 +96,8 @@ class Graph:
   def constant(self, array: np.ndarray) -> str:
     """Returns the name of a constant."""
     array = np.ascontiguousarray(array).reshape(array.shape)
-    key = array.dtype.str, array.shape, array.tobytes()
+    digest = hashlib.sha256(array.tobytes()).digest()
+    key = array.dtype.str, array.shape, digest
     if key not in self._constants:
       name = self.unique("constant")
       self._constants[key] = numpy_helper.from_array(array, name)

@@ -21,6 +21,7 @@ from spatial_mamba_jax.export.onnx_graph import (
   computed,
   constant,
 )
+from spatial_mamba_jax.export.onnx_recurrence import linear_recurrence
 
 
 def convert(
@@ -149,21 +150,14 @@ def _call(graph, jaxpr, xs, used):
 
 def _custom_jvp(graph, equation, xs, used):
   body = equation.params["call_jaxpr"]
-  rule = _ACTIVATIONS.get(_source(body)[0])
-  if rule is None or xs[0].is_constant:
-    return _call(graph, body, xs, used)
-  (x,) = xs
-  name = rule(graph, graph.ordered(x, x.order))
-  return [Tensor(name, x.sizes, x.order)]
-
-
-# Activation functions of `spatial_mamba_kernels` by their names. Softplus of
-# onnxruntime rounds to float32 where exp(x) is small too, as the time steps of
-# an SSM are: log(1 + exp(x)) would lose them, and ONNX has no log1p.
-_ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
-  "silu": lambda graph, x: graph.node("Mul", x, graph.node("Sigmoid", x)),
-  "softplus": lambda graph, x: graph.node("Softplus", x),
-}
+  (x, *_) = xs
+  if _source(body)[0] == "silu" and not x.is_constant:
+    value = graph.ordered(x, x.order)
+    name = graph.node("Mul", value, graph.node("Sigmoid", value))
+    return [Tensor(name, x.sizes, x.order)]
+  # Softplus too is computed as it is traced: onnxruntime's is several times
+  # slower, and other runtimes may lose small results.
+  return _call(graph, body, xs, used)
 
 
 def _source(jaxpr):
@@ -214,28 +208,13 @@ def _platform_index(graph, equation, xs, used):
 
 def _recurrence(graph, equation, decay, drive, first=None):
   """h[t] = decay[t] * h[t - 1] + drive[t] along axis 1."""
-  sizes, dtype = equation.outvars[0].aval.shape, equation.outvars[0].aval.dtype
-  token = (sizes[0], *sizes[2:])
-  zero = constant(np.zeros((1,) * len(token), dtype))
-  start = graph.full(zero if first is None else first, token)
-  names = [graph.unique(word) for word in ("state", "decay", "drive")]
-  inputs = [graph.info(name, token, dtype) for name in names]
-  graph.begin_body()
-  state, decay_t, drive_t = names
-  state = graph.node("Add", graph.node("Mul", decay_t, state), drive_t)
-  out = graph.node("Identity", state)
-  outputs = [graph.info(name, token, dtype) for name in (state, out)]
-  body = graph.end_body(inputs, outputs)
-  _, result = graph.nodes(
-    "Scan",
-    [start, graph.full(decay, sizes), graph.full(drive, sizes)],
-    2,
-    body=body,
-    num_scan_inputs=2,
-    scan_input_axes=[1, 1],
-    scan_output_axes=[1],
-  )
-  return computed(result, sizes)
+  aval = equation.outvars[0].aval
+  names = [graph.full(x, aval.shape) for x in (decay, drive)]
+  start = None
+  if first is not None:
+    start = graph.full(first, (aval.shape[0], *aval.shape[2:]))
+  result = linear_recurrence(graph, *names, start, aval.shape, aval.dtype)
+  return computed(result, aval.shape)
 
 
 def _scan(graph, equation, xs, used):
