@@ -6,6 +6,7 @@ operators work on any order of the axes; that saves most transpositions around
 convolutions, whose channels come second in ONNX.
 """
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -71,7 +72,12 @@ class _Scope(NamedTuple):
 
 
 class Graph:
-  """Nodes and constants. Equal ones are stored once."""
+  """Nodes and constants. Equal ones are stored once.
+
+  Attributes:
+    carried: {name: (state before the first chunk, number of chunks)} of names
+      that stand for the states before chunks that are computed side by side.
+  """
 
   def __init__(self, images: str, batch: Size):
     """Creates an empty graph.
@@ -80,6 +86,7 @@ class Graph:
       images: the name of the graph's input.
       batch: the symbolic size of its first axis.
     """
+    self.carried: dict[str, tuple[str, int]] = {}
     self._images, self._batch = images, batch
     self._scopes = [_Scope([], {})]
     self._constants: dict[Any, onnx.TensorProto] = {}
@@ -87,6 +94,16 @@ class Graph:
     self._made_by: dict[str, tuple[str, list[str]]] = {}
     self._reshaped: dict[str, Tensor] = {}
     self._counts: dict[str, Iterator[int]] = {}
+    self._factor = 1
+
+  @contextlib.contextmanager
+  def batch_times(self, factor: int) -> Iterator[None]:
+    """Makes the symbolic batch size stand for a multiple of the batch size."""
+    before, self._factor = self._factor, factor
+    try:
+      yield
+    finally:
+      self._factor = before
 
   def unique(self, word: str) -> str:
     """Returns a new name that begins with a word."""
@@ -169,7 +186,7 @@ class Graph:
     if not any(map(is_symbolic_dim, sizes)):
       return self.integers(sizes)
     parts = [
-      self._times_batch(size // self._batch)
+      self._images_times(self._multiple(size))
       if is_symbolic_dim(size)
       else self.integers([size])
       for size in sizes
@@ -178,11 +195,15 @@ class Graph:
       return parts[0]
     return self.node("Concat", *parts, axis=0)
 
-  def _times_batch(self, factor):
+  def _multiple(self, size):
+    factor = size // self._batch
     if is_symbolic_dim(factor):
       raise NotImplementedError(
         "ONNX export needs sizes that are multiples of the batch size"
       )
+    return factor * self._factor
+
+  def _images_times(self, factor):
     batch = self.node("Shape", self._images, start=0, end=1)
     if factor == 1:
       return batch
@@ -226,7 +247,8 @@ class Graph:
     return helper.make_tensor_value_info(name, kind, shape)
 
   def _size_name(self, size):
-    return "batch" if size == self._batch else f"batch_{size // self._batch}"
+    factor = self._multiple(size)
+    return "batch" if factor == 1 else f"batch_{factor}"
 
   def model(
     self,

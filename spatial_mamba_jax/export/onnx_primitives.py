@@ -71,7 +71,7 @@ def _transpose(graph, equation, x):
   return Tensor(x.value, sizes, order)
 
 
-def _sliced(
+def sliced(
   graph: Graph,
   x: Tensor,
   ranges: dict[int, tuple[int, int, int]],
@@ -112,7 +112,7 @@ def _slice(graph, equation, x):
   limits = zip(
     params["start_indices"], params["limit_indices"], steps, strict=True
   )
-  return _sliced(
+  return sliced(
     graph,
     x,
     {
@@ -126,7 +126,7 @@ def _slice(graph, equation, x):
 def _rev(graph, equation, x):
   old = _in(equation)
   axes = equation.params["dimensions"]
-  return _sliced(graph, x, {axis: (old[axis] - 1, -1, -1) for axis in axes})
+  return sliced(graph, x, {axis: (old[axis] - 1, -1, -1) for axis in axes})
 
 
 def _gather(graph, equation, x, indices):
@@ -138,7 +138,7 @@ def _gather(graph, equation, x, indices):
   where, gone = indices.value, numbers.collapsed_slice_dims
   if where.ndim == 1:
     starts = dict(zip(numbers.start_index_map, where.tolist(), strict=True))
-    part = _sliced(
+    part = sliced(
       graph,
       x,
       {
@@ -203,7 +203,7 @@ def _are_edges(graph, axis, equation, first, x, last):
     return False
   length = x.sizes[axis]
   edges = [
-    graph.plain(_sliced(graph, x, {axis: (start, start + 1, 1)}))
+    graph.plain(sliced(graph, x, {axis: (start, start + 1, 1)}))
     for start in (0, length - 1)
   ]
   return edges == [graph.plain(end) for end in ends]
@@ -270,7 +270,7 @@ def _convolution(graph, equation, x, kernel):
   # Transposed before it is cut: several convolutions may read it.
   name = graph.ordered(x, order.lhs_spec)
   sizes = tuple(x.sizes)
-  x = _sliced(graph, Tensor(name, sizes, tuple(order.lhs_spec)), cut)
+  x = sliced(graph, Tensor(name, sizes, tuple(order.lhs_spec)), cut)
   pads = [
     (max(before, 0), max(after, 0)) for before, after in params["padding"]
   ]

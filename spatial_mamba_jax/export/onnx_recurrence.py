@@ -9,20 +9,21 @@ channels this takes a fifth of the time of one step a token.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spatial_mamba_jax.export.onnx_graph import (
   Graph,
   Size,
+  Tensor,
   computed,
   constant,
 )
 
 # Fewest tokens of a recurrence that is cut, and most states of a token. Beyond
 # these, the products of the chunks cost more than the steps that they save.
-_SHORTEST, _MOST_STATES = 128, 1024
+_SHORTEST, MOST_STATES = 128, 1024
 # Fewest tokens of a chunk, and fewest chunks. A length without such a divisor
 # is not cut.
 _FEWEST = 4
@@ -53,7 +54,7 @@ def linear_recurrence(
   token = batch, *rest
   start = first or _filled(graph, 0, token, dtype)
   size = chunk_size(length)
-  is_short = length < _SHORTEST or math.prod(rest) > _MOST_STATES
+  is_short = length < _SHORTEST or math.prod(rest) > MOST_STATES
   if not is_short and size >= _FEWEST:
     return _in_chunks(graph, start, decay, drive, shape, size, dtype)
 
@@ -72,45 +73,105 @@ def chunk_size(length: int) -> int:
 
 
 def _in_chunks(graph, start, decay, drive, shape, size, dtype):
-  """The states of a chunk are linear in the state before it.
-
-  They are products * before + the states of a chunk that begins at 0, where the
-  products are of all decays since the chunk began.
-  """
   batch, length, *rest = shape
   count = length // size
-  cut, chunks = (batch, count, size, *rest), (batch, count, *rest)
+  cut = batch, count, size, *rest
   others = range(3, len(cut))
+  tokens = [
+    graph.ordered(
+      graph.reshape(computed(x, shape), cut),
+      (2, 0, 1, *others),
+    )
+    for x in (decay, drive)
+  ]
+  chunks = _from_zero(graph, *tokens, (batch, count, *rest), dtype)
+  before = _before(graph, start, chunks, (batch, *rest), dtype, axis=1)
+  states = _after(graph, before, chunks.decays, chunks.states)
+  ordered = graph.node("Transpose", states, perm=[1, 2, 0, *others])
+  return graph.plain(graph.reshape(computed(ordered, cut), shape))
 
-  def tokens_first(name):
-    chunked = graph.reshape(computed(name, shape), cut)
-    return graph.ordered(chunked, (2, 0, 1, *others))
+
+def chunks_recurrence(
+  graph: Graph,
+  decay: str,
+  drive: str,
+  first: Tensor,
+  shape: Sequence[Size],
+  count: int,
+  dtype: Any,
+) -> str:
+  """Adds a recurrence whose chunks are along axis 0, before the batch.
+
+  Args:
+    graph: the graph, in which the symbolic batch size stands for `count` times
+      the batch size.
+    decay: name of a value of this shape.
+    drive: name of a value of this shape.
+    first: the state before the first chunk, without axis 1.
+    shape: the sizes of the states, of the tokens of a chunk along axis 1.
+    count: number of chunks.
+    dtype: the dtype of the states.
+
+  Returns:
+    The name of the states.
+  """
+  batch, _, *rest = shape
+  token = batch, *rest
+  order = 1, 0, *range(2, len(shape))
+  tokens = [graph.ordered(computed(x, shape), order) for x in (decay, drive)]
+  chunks = _from_zero(graph, *tokens, token, dtype)
+  with graph.batch_times(1):
+    last, product = (
+      graph.plain(graph.reshape(computed(x, token), (count, *token)))
+      for x in (chunks.last, chunks.decay)
+    )
+    ends = chunks._replace(last=last, decay=product)
+    before = _before(graph, graph.plain(first), ends, token, dtype, axis=0)
+  before = graph.plain(graph.reshape(computed(before, (count, *token)), token))
+  states = _after(graph, before, chunks.decays, chunks.states)
+  return graph.node("Transpose", states, perm=list(order))
+
+
+class _Chunks(NamedTuple):
+  """Chunks that begin at 0, tokens along axis 0.
+
+  The states of a chunk are linear in the state before it: decays * before +
+  states.
+
+  Attributes:
+    last: the last state of each chunk.
+    decay: the product of the decays of each chunk.
+    states: the state of each token.
+    decays: the product of the decays of a chunk up to each token.
+  """
+
+  last: str
+  decay: str
+  states: str
+  decays: str
+
+
+def _from_zero(graph, decay, drive, sizes, dtype):
+  """Scans chunks side by side; the tokens of a chunk are along axis 0."""
 
   def step(state, product, decay, drive):
     after = _after(graph, state, decay, drive)
     product = graph.node("Mul", decay, product)
     return [after, product], [after, product]
 
-  def next_chunk(before, product, last):
-    return [_after(graph, before, product, last)], [before]
+  starts = [_filled(graph, number, sizes, dtype) for number in (0, 1)]
+  tokens = decay, drive
+  return _Chunks(*_loop(graph, step, starts, tokens, sizes, dtype, axis=0))
 
-  starts = [_filled(graph, number, chunks, dtype) for number in (0, 1)]
-  tokens = [tokens_first(decay), tokens_first(drive)]
-  last, product, states, products = _loop(
-    graph, step, starts, tokens, chunks, dtype, axis=0
-  )
-  _, before = _loop(
-    graph,
-    next_chunk,
-    [start],
-    [product, last],
-    (batch, *rest),
-    dtype,
-    axis=1,
-  )
-  states = _after(graph, before, products, states)
-  ordered = graph.node("Transpose", states, perm=[1, 2, 0, *others])
-  return graph.plain(graph.reshape(computed(ordered, cut), shape))
+
+def _before(graph, start, chunks, sizes, dtype, *, axis):
+  """Returns the state before each chunk; chunks are along this axis."""
+
+  def step(before, decay, last):
+    return [_after(graph, before, decay, last)], [before]
+
+  ends = chunks.decay, chunks.last
+  return _loop(graph, step, [start], ends, sizes, dtype, axis=axis)[1]
 
 
 def _after(graph, state, decay, drive):

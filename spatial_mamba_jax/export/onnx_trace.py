@@ -21,7 +21,11 @@ from spatial_mamba_jax.export.onnx_graph import (
   computed,
   constant,
 )
-from spatial_mamba_jax.export.onnx_recurrence import linear_recurrence
+from spatial_mamba_jax.export.onnx_recurrence import (
+  MOST_STATES,
+  chunks_recurrence,
+  linear_recurrence,
+)
 
 
 def convert(
@@ -210,11 +214,57 @@ def _recurrence(graph, equation, decay, drive, first=None):
   """h[t] = decay[t] * h[t - 1] + drive[t] along axis 1."""
   aval = equation.outvars[0].aval
   names = [graph.full(x, aval.shape) for x in (decay, drive)]
-  start = None
+  if first is not None and first.value in graph.carried:
+    start, count = graph.carried[first.value]
+    first = first._replace(value=start)
+    result = chunks_recurrence(
+      graph, *names, first, aval.shape, count, aval.dtype
+    )
+    return computed(result, aval.shape)
   if first is not None:
-    start = graph.full(first, (aval.shape[0], *aval.shape[2:]))
-  result = linear_recurrence(graph, *names, start, aval.shape, aval.dtype)
+    first = graph.full(first, (aval.shape[0], *aval.shape[2:]))
+  result = linear_recurrence(graph, *names, first, aval.shape, aval.dtype)
   return computed(result, aval.shape)
+
+
+def _chunks(graph, equation, fixed, carry, scanned, used):
+  """A loop over chunks of tokens, of `selective_ssm`, without a loop.
+
+  The chunks are taken as images of a larger batch. Only the linear recurrence
+  depends on the chunk before, and computes that itself.
+  """
+  body, count = equation.params["jaxpr"], equation.params["length"]
+  first, *inner = [x.aval.shape for x in body.jaxpr.invars[len(fixed) :]]
+  tokens = []
+  for x, shape in zip(scanned, inner, strict=True):
+    outer = count, *shape
+    whole = computed(graph.full(x, outer), outer)
+    tokens.append(graph.reshape(whole, shape))
+  name = graph.unique("carry")
+  graph.carried[name] = graph.full(*carry, first), count
+  arguments = *fixed, computed(name, first), *tokens
+  with graph.batch_times(count):
+    last, y = convert(graph, body.jaxpr, body.consts, arguments, used)
+    results = [
+      computed(graph.full(x, variable.aval.shape), variable.aval.shape)
+      for x, variable in zip((last, y), body.jaxpr.outvars, strict=True)
+      if x is not _UNUSED
+    ]
+  results = [graph.reshape(x, (count, *x.sizes)) for x in results]
+  if not used[0]:
+    return [_UNUSED, *results]
+  last, *rest = results
+  last = onnx_primitives.sliced(graph, last, {0: (count - 1, count, 1)})
+  return [graph.reshape(last, first), *rest]
+
+
+def _is_of_chunks(equation):
+  """Whether a loop is that of `selective_ssm`, and of few states a token."""
+  name, file = _source(equation.params["jaxpr"])
+  if name != "chunk" or "selective_ssm" not in file:
+    return False
+  carried = equation.outvars[0].aval.shape
+  return math.prod(carried[1:]) <= MOST_STATES
 
 
 def _scan(graph, equation, xs, used):
@@ -225,6 +275,8 @@ def _scan(graph, equation, xs, used):
   fixed, carry, scanned = xs[:first], xs[first:middle], xs[middle:]
   if all(x.is_constant for x in scanned):
     return _unrolled(graph, equation, fixed, carry, scanned, used)
+  if _is_of_chunks(equation):
+    return _chunks(graph, equation, fixed, carry, scanned, used)
   avals = [x.aval for x in body.jaxpr.invars[first:]]
   names = [graph.unique("carry") for _ in avals]
   infos, arguments = [], []
