@@ -107,6 +107,8 @@ NETWORKS = {
     },
     SMALL,
   ),
+  # More states a token than are scanned in chunks side by side.
+  "many states": ({"mixer": "mamba", "dims": (36,), "depths": (1,)}, SIZE),
   "vmamba": ({"name": "vmamba_micro"}, SMALL),
   **{
     f"mixer {name}": (
