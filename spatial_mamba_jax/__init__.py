@@ -18,7 +18,7 @@ from spatial_mamba_jax.convert.pretrained import (
   save_pretrained,
 )
 from spatial_mamba_jax.create import create_backbone, create_model
-from spatial_mamba_jax.export import export_model
+from spatial_mamba_jax.export import export_model, export_onnx
 from spatial_mamba_jax.models import (
   Backbone,
   Classifier,
@@ -64,6 +64,7 @@ __all__ = [
   "create_segmentor",
   "create_transform",
   "export_model",
+  "export_onnx",
   "freeze",
   "from_pretrained",
   "list_models",

@@ -19,7 +19,7 @@ _EXTRAS = {
     ),
     "train",
   ),
-  "flatbuffers": "export",
+  **dict.fromkeys(("flatbuffers", "onnx"), "export"),
   "huggingface_hub": "hub",
   "simplejpeg": "fast",
 }  # fmt: skip

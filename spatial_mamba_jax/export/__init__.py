@@ -18,25 +18,27 @@ The mean and standard deviation are ImageNet's. `jax.jit(model.call)` compiles
 once.
 """
 
-import errno
 import os
-import pathlib
-from contextlib import suppress
-from typing import Any
 
 import jax
-from flax import nnx
 from jax import export
 
-from spatial_mamba_jax.models.backbone import Trunk
-from spatial_mamba_jax.models.segmentor import Segmentor
+from spatial_mamba_jax.export.destination import check_destination, replace
+from spatial_mamba_jax.export.network import (
+  Network,
+  check_network,
+  without_kernels,
+)
+from spatial_mamba_jax.export.onnx_file import export_onnx
 from spatial_mamba_jax.paths import local_path
+
+__all__ = ["PLATFORMS", "check_destination", "export_model", "export_onnx"]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_model(
-  model: Trunk | Segmentor,
+  model: Network,
   path: str | os.PathLike[str],
   *,
   image_size: int | tuple[int, int] | None = 224,
@@ -69,78 +71,14 @@ def export_model(
     OSError: the file cannot be written.
   """
   path = local_path(path)
-  if not model.deterministic:
-    raise ValueError("export is for inference: call model.eval() first")
-  if isinstance(model, Segmentor) and image_size is None:
-    raise ValueError("a segmentor is exported for images of one size")
-  if model.config.mixer.needs_size and image_size is None:
-    raise ValueError(
-      f"a network with the mixer {model.config.mixer.name} is exported for"
-      " images of one size"
-    )
+  sides = check_network(model, image_size)
   channels = model.config.in_channels
-  sides = _height_and_width(image_size)
   shape = export.symbolic_shape(f"b, {sides}, {channels}")
   images = jax.ShapeDtypeStruct(shape, model.config.param_dtype)
   check_destination(path)
-  portable = _without_kernels(model)
+  portable = without_kernels(model)
   exported = export.export(
     jax.jit(lambda images: portable(images)), platforms=PLATFORMS
   )(images)
-  _replace(path, exported.serialize())
+  replace(path, exported.serialize())
   return exported
-
-
-def check_destination(path: pathlib.Path) -> None:
-  """Checks that a file can be written, before a model is traced.
-
-  Raises:
-    ImportError: flatbuffers is not installed.
-    OSError: the file cannot be written.
-  """
-  try:
-    import flatbuffers  # noqa: F401
-  except ImportError as error:
-    raise ImportError(
-      'flatbuffers is missing: pip install ".[export]"'
-    ) from error
-  if path.is_dir():
-    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-  if path.exists() and not path.is_file():
-    raise OSError(f"{path} is not a file and is not overwritten")
-  _replace(path, None)
-
-
-def _height_and_width(image_size: int | tuple[int, int] | None) -> str:
-  if image_size is None:
-    return "h, w"
-  pair = image_size if isinstance(image_size, tuple) else (image_size,) * 2
-  if len(pair) != 2 or min(pair) < 1:
-    raise ValueError(
-      f"image_size must be H, (H, W) or None, in pixels: got {image_size!r}"
-    )
-  return "{}, {}".format(*pair)
-
-
-def _without_kernels(model: nnx.Module) -> Any:
-  """Returns a copy of the model with no kernel as its `implementation`."""
-  model = nnx.clone(model)
-  for _, module in nnx.iter_graph(model):
-    if getattr(module, "implementation", None) is not None:
-      module.implementation = None
-  return model
-
-
-def _replace(path: pathlib.Path, content: bytearray | None) -> None:
-  """Replaces a file atomically; with None, only checks that it could."""
-  partial = path.with_name(f".{path.name[:50]}.partial")
-  try:
-    partial.write_bytes(content or b"")
-    if content is not None:
-      partial.replace(path)
-  except OSError as error:
-    error.filename = str(path)  # Not the partial file, which is removed.
-    raise
-  finally:
-    with suppress(OSError):
-      partial.unlink()
