@@ -18,7 +18,7 @@ from spatial_mamba_jax.convert.pretrained import (
   save_pretrained,
 )
 from spatial_mamba_jax.create import create_backbone, create_model
-from spatial_mamba_jax.export import export_model, export_onnx
+from spatial_mamba_jax.export import export_model, export_onnx, quantize
 from spatial_mamba_jax.models import (
   Backbone,
   Classifier,
@@ -68,6 +68,7 @@ __all__ = [
   "freeze",
   "from_pretrained",
   "list_models",
+  "quantize",
   "save_pretrained",
   "summary",
 ]

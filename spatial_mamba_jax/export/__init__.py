@@ -24,6 +24,7 @@ import jax
 from jax import export
 
 from spatial_mamba_jax.export.destination import check_destination, replace
+from spatial_mamba_jax.export.int8 import Quantized, quantize
 from spatial_mamba_jax.export.network import (
   Network,
   check_network,
@@ -32,7 +33,14 @@ from spatial_mamba_jax.export.network import (
 from spatial_mamba_jax.export.onnx_file import export_onnx
 from spatial_mamba_jax.paths import local_path
 
-__all__ = ["PLATFORMS", "check_destination", "export_model", "export_onnx"]
+__all__ = [
+  "PLATFORMS",
+  "Quantized",
+  "check_destination",
+  "export_model",
+  "export_onnx",
+  "quantize",
+]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -42,6 +50,7 @@ def export_model(
   path: str | os.PathLike[str],
   *,
   image_size: int | tuple[int, int] | None = 224,
+  int8: bool = False,
 ) -> export.Exported:
   """Writes a model and its weights as StableHLO, by `jax.export`.
 
@@ -61,6 +70,8 @@ def export_model(
     image_size: the size of all images, H = W or (H, W); None for any size. With
       None, GPUs and TPUs scan token by token, which is slow there. A segmentor
       and the mixers linear_attention, plain_mamba and mhs need a size.
+    int8: whether to multiply int8, as `smj.quantize` does. The weights then
+      take a quarter of the file.
 
   Returns:
     The exported program.
@@ -77,8 +88,7 @@ def export_model(
   images = jax.ShapeDtypeStruct(shape, model.config.param_dtype)
   check_destination(path)
   portable = without_kernels(model)
-  exported = export.export(
-    jax.jit(lambda images: portable(images)), platforms=PLATFORMS
-  )(images)
+  function = quantize(model).traced if int8 else lambda images: portable(images)
+  exported = export.export(jax.jit(function), platforms=PLATFORMS)(images)
   replace(path, exported.serialize())
   return exported

@@ -48,16 +48,14 @@ def _export(options: argparse.Namespace) -> None:
     raise ValueError("an ONNX file is for images of one size: --image_size=224")
   model = _load(options.checkpoint)
   write = _write_onnx if is_onnx else _write_stablehlo
-  arrays = write(model, out, options.image_size)
+  arrays = write(model, out, image_size=options.image_size, int8=options.int8)
   size = out.stat().st_size / 2**20
   tell(one_line(f"wrote {out}, {size:.1f} MiB: {arrays}"))
 
 
-def _write_stablehlo(
-  model: Network, out: pathlib.Path, image_size: ImageSize
-) -> str:
+def _write_stablehlo(model: Network, out: pathlib.Path, **options: Any) -> str:
   """Returns what the program takes and returns."""
-  exported = export_model(model, out, image_size=image_size)
+  exported = export_model(model, out, **options)
   (images,), results = exported.in_avals, exported.out_avals
   return (
     f"normalised images {images.str_short()} to"
@@ -66,11 +64,9 @@ def _write_stablehlo(
   )
 
 
-def _write_onnx(
-  model: Network, out: pathlib.Path, image_size: ImageSize
-) -> str:
+def _write_onnx(model: Network, out: pathlib.Path, **options: Any) -> str:
   """Returns what the graph takes and returns."""
-  graph = export_onnx(model, out, image_size=image_size).graph
+  graph = export_onnx(model, out, **options).graph
   (images,) = map(_described, graph.input)
   return f"normalised {images} to {', '.join(map(_described, graph.output))}"
 
@@ -103,6 +99,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     default=224,
     help="pixels of a side, HxW, or any (StableHLO alone)"
     " (default: %(default)s)",
+  )
+  parser.add_argument(
+    "--int8",
+    action="store_true",
+    help="multiply int8: weights by channel, activations measured in each call",
   )
   return parser.parse_args(arguments)
 

@@ -1,6 +1,7 @@
 """Exports models to ONNX files, for onnxruntime and other runtimes."""
 
 import os
+import tempfile
 from typing import TYPE_CHECKING
 
 import jax
@@ -29,6 +30,7 @@ def export_onnx(
   path: str | os.PathLike[str],
   *,
   image_size: ImageSize = 224,
+  int8: bool = False,
 ) -> "onnx.ModelProto":
   """Writes a model and its weights as ONNX, of standard operators alone.
 
@@ -47,6 +49,9 @@ def export_onnx(
       mode, with the dtype float32.
     path: the file to write; an existing file is replaced.
     image_size: the size of all images, H = W or (H, W); not None.
+    int8: whether matrix products with weights multiply int8, by
+      `onnxruntime.quantization`: weights have a scale for each output channel,
+      activations one for each tensor, measured in each call.
 
   Returns:
     The file's content.
@@ -56,7 +61,7 @@ def export_onnx(
       wrong.
     NotImplementedError: the model computes something for which there is no
       rule; the message names it.
-    ImportError: onnx is not installed.
+    ImportError: onnx is not installed, or onnxruntime for `int8`.
     OSError: the file cannot be written.
   """
   path = local_path(path)
@@ -71,6 +76,8 @@ def export_onnx(
     )
   check_destination(path, "onnx")
   content = _converted(without_kernels(model), sides)
+  if int8:
+    content = _quantized(content)
   replace(path, content.SerializeToString())
   return content
 
@@ -102,6 +109,22 @@ def _converted(model: Network, sides: str) -> "onnx.ModelProto":
   )
   helper.set_model_props(content, _properties(config, names))
   return content
+
+
+def _quantized(content: "onnx.ModelProto") -> "onnx.ModelProto":
+  import onnx
+  from onnxruntime import quantization
+
+  with tempfile.TemporaryDirectory() as directory:
+    path = os.path.join(directory, "int8.onnx")
+    quantization.quantize_dynamic(
+      content,
+      path,
+      op_types_to_quantize=["MatMul"],
+      per_channel=True,
+      weight_type=quantization.QuantType.QInt8,
+    )
+    return onnx.load(path)
 
 
 def _output_names(model):
