@@ -3,7 +3,7 @@
     smj.export_onnx(model, "tiny.onnx")  # for onnxruntime and others
     smj.export_model(model, "tiny.stablehlo")  # for JAX
 
-Of a StableHLO file the packages jax and flatbuffers suffice to run it on RGB images:
+The packages jax and flatbuffers suffice to run a StableHLO file on RGB images:
 
     import jax.numpy as jnp
     from jax import export
