@@ -238,6 +238,7 @@ def test_models_need_no_data_package():
     "array_record",
     "orbax",
     "safetensors",
+    "onnx",
   }
 
 

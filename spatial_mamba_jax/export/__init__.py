@@ -1,8 +1,9 @@
-"""Exports models to single files that run with JAX, without this project.
+"""Exports models to single files that run without this project.
 
-    smj.export_model(model, "tiny.stablehlo")
+    smj.export_onnx(model, "tiny.onnx")  # for onnxruntime and others
+    smj.export_model(model, "tiny.stablehlo")  # for JAX
 
-The packages jax and flatbuffers suffice to run the file on RGB images:
+The packages jax and flatbuffers suffice to run a StableHLO file on RGB images:
 
     import jax.numpy as jnp
     from jax import export

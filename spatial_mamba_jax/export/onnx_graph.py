@@ -72,12 +72,7 @@ class _Scope(NamedTuple):
 
 
 class Graph:
-  """Nodes and constants. Equal ones are stored once.
-
-  Attributes:
-    carried: {name: (state before the first chunk, number of chunks)} of names
-      that stand for the states before chunks that are computed side by side.
-  """
+  """Nodes and constants. Equal ones are stored once."""
 
   def __init__(self, images: str, batch: Size):
     """Creates an empty graph.
@@ -86,7 +81,6 @@ class Graph:
       images: the name of the graph's input.
       batch: the symbolic size of its first axis.
     """
-    self.carried: dict[str, tuple[str, int]] = {}
     self._images, self._batch = images, batch
     self._scopes = [_Scope([], {})]
     self._constants: dict[Any, onnx.TensorProto] = {}
@@ -94,6 +88,7 @@ class Graph:
     self._made_by: dict[str, tuple[str, list[str]]] = {}
     self._reshaped: dict[str, Tensor] = {}
     self._counts: dict[str, Iterator[int]] = {}
+    self._carried: dict[str, tuple[str, int]] = {}
     self._factor = 1
 
   @contextlib.contextmanager
@@ -226,6 +221,27 @@ class Graph:
     name = self.node("Reshape", str(x.value), shape)
     self._reshaped[name] = x
     return computed(name, sizes)
+
+  def carry(self, name: str, start: str, count: int) -> None:
+    """Makes a name stand for the states before chunks computed side by side.
+
+    Args:
+      name: the name; no node makes it.
+      start: the state before the first chunk.
+      count: number of chunks.
+    """
+    self._carried[name] = start, count
+
+  def carried_state(self, x: Tensor) -> tuple[Tensor, int] | None:
+    """Returns the first of the states that `x` stands for, and their number.
+
+    Returns:
+      None if `x` does not stand for the states before chunks.
+    """
+    if not isinstance(x.value, str) or x.value not in self._carried:
+      return None
+    start, count = self._carried[x.value]
+    return x._replace(value=start), count
 
   def begin_body(self) -> None:
     """Begins the body of a loop: nodes are added to it until `end_body`."""

@@ -21,8 +21,9 @@ from spatial_mamba_jax.export.onnx_graph import (
   constant,
 )
 
-# Fewest tokens of a recurrence that is cut, and most states of a token. Beyond
-# these, the products of the chunks cost more than the steps that they save.
+# Fewest tokens of a recurrence that is cut, and most states of a token. With
+# fewer tokens or more states, the products of the chunks cost more time than
+# the steps that they save.
 _SHORTEST, MOST_STATES = 128, 1024
 # Fewest tokens of a chunk, and fewest chunks. A length without such a divisor
 # is not cut.
@@ -84,7 +85,7 @@ def _in_chunks(graph, start, decay, drive, shape, size, dtype):
     )
     for x in (decay, drive)
   ]
-  chunks = _from_zero(graph, *tokens, (batch, count, *rest), dtype)
+  chunks = _from_zero(graph, tokens, (batch, count, *rest), dtype)
   before = _before(graph, start, chunks, (batch, *rest), dtype, axis=1)
   states = _after(graph, before, chunks.decays, chunks.states)
   ordered = graph.node("Transpose", states, perm=[1, 2, 0, *others])
@@ -119,7 +120,7 @@ def chunks_recurrence(
   token = batch, *rest
   order = 1, 0, *range(2, len(shape))
   tokens = [graph.ordered(computed(x, shape), order) for x in (decay, drive)]
-  chunks = _from_zero(graph, *tokens, token, dtype)
+  chunks = _from_zero(graph, tokens, token, dtype)
   with graph.batch_times(1):
     last, product = (
       graph.plain(graph.reshape(computed(x, token), (count, *token)))
@@ -151,8 +152,8 @@ class _Chunks(NamedTuple):
   decays: str
 
 
-def _from_zero(graph, decay, drive, sizes, dtype):
-  """Scans chunks side by side; the tokens of a chunk are along axis 0."""
+def _from_zero(graph, tokens, sizes, dtype):
+  """Scans decays and inputs of chunks, whose tokens are along axis 0."""
 
   def step(state, product, decay, drive):
     after = _after(graph, state, decay, drive)
@@ -160,7 +161,6 @@ def _from_zero(graph, decay, drive, sizes, dtype):
     return [after, product], [after, product]
 
   starts = [_filled(graph, number, sizes, dtype) for number in (0, 1)]
-  tokens = decay, drive
   return _Chunks(*_loop(graph, step, starts, tokens, sizes, dtype, axis=0))
 
 

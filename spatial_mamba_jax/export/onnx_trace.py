@@ -212,19 +212,17 @@ def _platform_index(graph, equation, xs, used):
 
 def _recurrence(graph, equation, decay, drive, first=None):
   """h[t] = decay[t] * h[t - 1] + drive[t] along axis 1."""
-  aval = equation.outvars[0].aval
-  names = [graph.full(x, aval.shape) for x in (decay, drive)]
-  if first is not None and first.value in graph.carried:
-    start, count = graph.carried[first.value]
-    first = first._replace(value=start)
-    result = chunks_recurrence(
-      graph, *names, first, aval.shape, count, aval.dtype
-    )
-    return computed(result, aval.shape)
+  shape, dtype = equation.outvars[0].aval.shape, equation.outvars[0].aval.dtype
+  decay, drive = graph.full(decay, shape), graph.full(drive, shape)
+  carried = None if first is None else graph.carried_state(first)
+  if carried is not None:
+    first, count = carried
+    result = chunks_recurrence(graph, decay, drive, first, shape, count, dtype)
+    return computed(result, shape)
   if first is not None:
-    first = graph.full(first, (aval.shape[0], *aval.shape[2:]))
-  result = linear_recurrence(graph, *names, first, aval.shape, aval.dtype)
-  return computed(result, aval.shape)
+    first = graph.full(first, (shape[0], *shape[2:]))
+  result = linear_recurrence(graph, decay, drive, first, shape, dtype)
+  return computed(result, shape)
 
 
 def _chunks(graph, equation, fixed, carry, scanned, used):
@@ -241,7 +239,7 @@ def _chunks(graph, equation, fixed, carry, scanned, used):
     whole = computed(graph.full(x, outer), outer)
     tokens.append(graph.reshape(whole, shape))
   name = graph.unique("carry")
-  graph.carried[name] = graph.full(*carry, first), count
+  graph.carry(name, graph.full(*carry, first), count)
   arguments = *fixed, computed(name, first), *tokens
   with graph.batch_times(count):
     last, y = convert(graph, body.jaxpr, body.consts, arguments, used)
