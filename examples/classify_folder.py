@@ -39,11 +39,12 @@ def classify(model: smj.Classifier, files: list[str], size: int):
   """Returns (path, class, probability, error) for up to BATCH_SIZE files."""
   # Always a full batch, so that one compiled program serves all.
   pixels = np.zeros((BATCH_SIZE, size, size, 3), np.uint8)
-  config, wrong = data.DataConfig(image_size=size), {}
+  preprocessing = data.DataConfig(image_size=size).preprocessing
+  wrong = {}
   for i, path in enumerate(files):
     try:
       image = decoding.decode_image(decoding.read_image(pathlib.Path(path)))
-      pixels[i] = transforms.transform_for_evaluation(image, config)
+      pixels[i] = transforms.transform_for_evaluation(image, preprocessing)
     except Exception as error:  # Decoders raise any type.
       wrong[path] = f"unreadable: {errors.one_line(error)}"
   scores = np.asarray(probabilities(model, jnp.asarray(pixels)))

@@ -72,6 +72,7 @@ def create_model(
     )
   config = _agreed(name, config, found.config, pretrained)
   model = abstract_network(found._replace(config=config))
+  assert isinstance(model, Classifier)
   _fill(model, tensors, name, pretrained)
   if overrides.get("num_classes", config.num_classes) != config.num_classes:
     model.reset_classifier(overrides["num_classes"], rngs=_required(rngs))
@@ -114,6 +115,7 @@ def create_backbone(
   found, tensors = _read(pretrained, revision)
   config = _agreed(name, config, found.config, pretrained)
   model = abstract_network(Architecture(config, tuple(out_indices)))
+  assert isinstance(model, Backbone)
   _fill(model, _of_backbone(tensors, found, out_indices), name, pretrained)
   return model
 

@@ -51,6 +51,7 @@ def freeze(
     updates: Any, state: Any, params: Any = None, **extra: Any
   ) -> tuple[Any, Any]:
     params = None if params is None else trained(params)
+    changes: Any
     changes, state = inner.update(trained(updates), state, params, **extra)
     whole = [
       changes.get(path, jnp.zeros_like(leaf))

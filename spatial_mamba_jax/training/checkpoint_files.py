@@ -63,7 +63,8 @@ class CheckpointFiles:
     try:
       metrics = self.metrics(step) or {}
       # Version 1 has "top1" but no "score".
-      score = float(metrics.get("score", metrics.get("top1")))
+      value: Any = metrics.get("score", metrics.get("top1"))
+      score = float(value)
       return -math.inf if math.isnan(score) else score
     except (TypeError, ValueError):
       return None
