@@ -40,6 +40,8 @@ def load_config(file: str) -> TrainConfig:
   """
   name, *argument = [file] if os.path.isfile(file) else file.split(":", 1)
   path = _find(name)
+  if path is None:
+    raise TrainingError(f"--config={file} is not a file")
   module = types.ModuleType(_MODULE)
   module.__file__ = str(path)
   sys.modules[_MODULE] = module
@@ -66,14 +68,11 @@ def load_config(file: str) -> TrainConfig:
     sys.path.pop()
 
 
-def _find(name: str) -> pathlib.Path:
+def _find(name: str) -> pathlib.Path | None:
   """Returns a config file, of this machine or of the installed package."""
   path = pathlib.Path(os.path.expanduser(name))
-  if path.is_file():
-    return path
-  if (packaged := _PACKAGE / path).is_file():
-    return packaged
-  raise TrainingError(f"--config={name} is not a file")
+  found = (x for x in (path, _PACKAGE / path) if x.is_file())
+  return next(found, None)
 
 
 def _source(path: pathlib.Path) -> str:
