@@ -107,7 +107,7 @@ def _table(model, architecture):
   size = config.preprocessing.image_size
   rows = {
     "parameters": f"{counted.total.parameters:,}",
-    f"GMAC at {size} x {size}": f"{counted.total.macs / 1e9:.2f}",
+    f"GMAC at {size} x {size}": f"{counted.total.macs / 1e9:.3g}",
     "channels of the stages": ", ".join(map(str, config.dims)),
     "blocks of the stages": ", ".join(map(str, config.depths)),
     "token mixer": config.mixer.name,

@@ -11,6 +11,8 @@ from spatial_mamba_jax.preprocessing import IMAGENET, Preprocessing
 
 # The name of the mixer of Spatial-Mamba in earlier checkpoints.
 _FORMER_NAME = "structure_aware"
+# What a model card does not show: other things, and paths of a machine.
+_LEFT_OUT = ("classes", "commit", "sums", "init_from", "local_checkpoint_dir")
 
 
 class Trained(NamedTuple):
@@ -39,10 +41,10 @@ def trained_model(
     evaluation: the results of the checkpoint's evaluation, if there are any.
   """
   config = {
-    key: value
-    for key, value in experiment.items()
-    if key not in ("classes", "commit", "sums")
+    key: value for key, value in experiment.items() if key not in _LEFT_OUT
   }
+  if isinstance(config.get("data"), dict):
+    config["data"] = {**config["data"], "data_dir": ""}
   return Trained(
     _mixer(experiment),
     _preprocessing(experiment),
