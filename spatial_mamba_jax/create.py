@@ -15,7 +15,7 @@ from spatial_mamba_jax.convert.architecture import (
   infer_architecture,
 )
 from spatial_mamba_jax.convert.families import named
-from spatial_mamba_jax.convert.files import read_file
+from spatial_mamba_jax.convert.files import is_of_weights, read_file
 from spatial_mamba_jax.convert.hub import directory_of
 from spatial_mamba_jax.convert.names import from_torch, is_counter
 from spatial_mamba_jax.convert.pretrained import read_directory
@@ -136,6 +136,11 @@ def _read(
     directory = directory_of(path, revision)
     if (directory / CONFIG).exists():
       return read_directory(directory)
+    if not is_of_weights(directory):
+      raise UserError(
+        f"{path} has no weights in files; make a run a directory of them first:"
+        f" python -m spatial_mamba_jax.convert {path} DIRECTORY"
+      )
     tensors = read_file(directory).whole
   try:
     return infer_architecture(tensors), tensors

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from spatial_mamba_kernels.typing import Array, Float
@@ -55,6 +56,8 @@ class Transform:
     """Resizes and crops alone: uint8 [B, image_size, image_size, 3]."""
     from spatial_mamba_jax.data.transforms import transform_for_evaluation
 
+    if isinstance(images, jax.Array):
+      images = np.asarray(images)
     return np.stack(
       [
         transform_for_evaluation(_opened(image), self.preprocessing)

@@ -141,6 +141,9 @@ def test_pretrained_classifiers(model, images, tmp_path):
     smj.create_model(other, pretrained=tmp_path / "x", **settings)
   with pytest.raises(ValueError, match="new weights are random"):
     smj.create_model(model.name)
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(ValueError, match="make a run a directory of them first"):
+    smj.create_model(model.name, pretrained=tmp_path / "run")
 
 
 def test_pretrained_backbones(model, images, tmp_path):
@@ -303,6 +306,7 @@ def test_the_transform_is_that_of_evaluation(tmp_path):
   np.testing.assert_array_equal(transform(pixels[5]), expected[2:])
   batch = np.stack([pixels[3]] * 2)
   np.testing.assert_array_equal(transform(batch), jnp.stack([expected[0]] * 2))
+  np.testing.assert_array_equal(transform(jnp.asarray(batch)), transform(batch))
   (tmp_path / "x.png").write_bytes(b"not an image")
   with pytest.raises(ValueError, match=r"x\.png cannot be read: not an image"):
     transform(tmp_path / "x.png")

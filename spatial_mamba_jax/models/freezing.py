@@ -54,7 +54,7 @@ def freeze(
     changes: Any
     changes, state = inner.update(trained(updates), state, params, **extra)
     whole = [
-      changes.get(path, jnp.zeros_like(leaf))
+      changes[path] if path in changes else jnp.zeros_like(leaf)
       for path, leaf in _leaves(updates).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(updates), whole), state
