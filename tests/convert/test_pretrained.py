@@ -237,7 +237,7 @@ def test_fields_of_a_mixer_are_those_of_its_family(
 )
 def test_a_network_with_any_mixer(family, own, mixer, tmp_path):
   config = get_model_config(
-    f"{family}_micro", mixer=MIXERS[mixer], dims=(8,), depths=(1,)
+    f"{family}_micro", mixer=MIXERS[mixer], dims=(8,), depths=(2,)
   )
   model = filled(config)
   smj.save_pretrained(model, tmp_path / "x")
